@@ -1,0 +1,45 @@
+"""Packaging of open_clip for Ascend. The distribution is called `open_clip_torch`, so that what depends on it is satisfied."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    namespace: dict = {}
+    exec((ROOT / "src/open_clip/version.py").read_text(encoding="utf-8"), namespace)
+    return namespace["__version__"]
+
+
+def requirements(*names: str) -> list[str]:
+    """Lines of requirements*.txt for the given packages, so that a version bound is written in one place."""
+    lines = [line for path in sorted(ROOT.glob("requirements*.txt")) for line in path.read_text(encoding="utf-8").splitlines()]
+    by_name = {re.split(r"[<>=!~ ]", line)[0]: line for line in lines if line and not line.startswith("#")}
+    return [by_name[name] for name in names]
+
+
+setup(
+    name="open_clip_torch",
+    version=read_version(),
+    description="Contrastive image-text models (CLIP, SigLIP, CoCa) on Ascend NPU, CUDA and CPU",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE", "NOTICE"],
+    keywords="CLIP SigLIP CoCa contrastive image-text Ascend NPU",
+    packages=find_packages("src"),
+    package_dir={"": "src"},
+    package_data={"open_clip": ["model_configs/*.json", "*.json", "*.txt.gz"]},
+    python_requires=">=3.10",
+    install_requires=requirements(
+        "torch", "torchvision", "ftfy", "regex", "timm", "huggingface_hub", "safetensors", "tqdm"
+    ),
+    extras_require={
+        "training": requirements("webdataset", "pandas", "tensorboard"),
+        "npu": requirements("torch_npu"),
+        "test": requirements("pytest", "pytest-timeout"),
+        "demo": ["scikit-learn", "matplotlib"],
+    },
+)
