@@ -39,7 +39,8 @@ setup(
     extras_require={
         "training": requirements("webdataset", "pandas", "tensorboard"),
         "npu": requirements("torch_npu"),
-        "test": requirements("pytest", "pytest-timeout"),
         "demo": ["scikit-learn", "matplotlib"],
+        "test": [*requirements("pytest", "pytest-timeout"), "setuptools>=70.1", "transformers", "scikit-learn"],
+        "lint": ["ruff", "mypy"],
     },
 )

@@ -1,0 +1,43 @@
+# Everything here runs in a virtual environment of its own, .venv, made at first use. On a host whose interpreter already
+# has torch and torch_npu, use that one instead: `make demo VENV=`.
+VENV ?= .venv
+PYTHON ?= python3
+ifeq ($(VENV),)
+  RUN := $(PYTHON)
+  INSTALLED := .installed
+else
+  RUN := $(VENV)/bin/python
+  INSTALLED := $(VENV)/.installed
+endif
+DEMO_OUTPUT ?= demo_output
+
+.PHONY: help install demo test lint bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras but npu
+
+$(INSTALLED): setup.py requirements.txt
+ifneq ($(VENV),)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+endif
+	$(RUN) -m pip install --editable '.[training,demo,test,lint]'
+	touch $@
+
+demo: install  ## train a small CLIP on handwritten digits and look at what it learnt (under 5 minutes on 2 cores)
+	$(RUN) demo/digits.py --output $(DEMO_OUTPUT)
+
+test: install  ## run the tests (under 15 minutes on 2 cores, no network)
+	$(RUN) -m pytest
+
+lint: install  ## check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: install  ## measure against open_clip_torch, which is installed in a folder of its own
+	$(RUN) benchmarks/run.py
+
+clean:  ## remove what the targets above made
+	rm -rf .venv .installed build dist demo_output src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
