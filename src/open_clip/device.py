@@ -64,7 +64,6 @@ class Peak(NamedTuple):
 # The first pattern that matches counts. Sources: the data sheet of each product at nvidia.com ("with sparsity" halved);
 # for GeForce and RTX the tensor-core column with fp32 accumulation in the white papers of GA102, AD102 and GB202.
 NVIDIA_PEAKS = (
-    Peak(r"\bGB?300\b|\bB300\b", 2250, 2250, 76),
     Peak(r"\bGB200\b", 2500, 2500, 80),
     Peak(r"\bB200\b", 2250, 2250, 75),
     Peak(r"\bH100 PCIe\b", 756, 756, 51),
@@ -95,9 +94,9 @@ def _cube(cores: int, ghz: float) -> float:
     return cores * 16**3 * 2 * ghz / 1000
 
 
-# cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini. The larger figures of Huawei's
-# product pages (400, 376, 313, 280) add the vector units, which multiply no matrices. The first 910: "256 TFLOPS fp16"
-# of its announcement (Hot Chips 31, 2019). 910_93xx is one die of an A3 package, which is what torch sees as a device.
+# cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini. The larger figures of
+# Huawei's product pages (400, 376, 313, 280) add the vector units, which multiply no matrices. The first 910: "256 TFLOPS
+# fp16" of its announcement (Hot Chips 31, 2019). 910_93xx is one die of an A3 package: what torch sees as a device.
 ASCEND_PEAKS = (
     Peak(r"910B1", _cube(24, 1.85), _cube(24, 1.85), None),
     Peak(r"910B2", _cube(24, 1.80), _cube(24, 1.80), None),
@@ -304,7 +303,7 @@ class CudaRow(DeviceRow):
         if self.is_available():
             return None
         if torch.version.cuda is None and torch.version.hip is None:
-            return f"torch {torch.__version__} is built without CUDA: install a build with it (pytorch.org/get-started)."
+            return f"torch {torch.__version__} is built without CUDA: install one with it (pytorch.org/get-started)."
         return "No CUDA device is visible: does `nvidia-smi` list one, and does CUDA_VISIBLE_DEVICES hide it?"
 
     def software(self) -> dict[str, str]:
@@ -320,8 +319,8 @@ class NpuRow(DeviceRow):
 
     type = "npu"
     backend = "hccl"
-    # Seconds. The first collective may wait for a rank that downloads weights, a later one for a slow data set.
-    collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "7200"}
+    # Seconds (120 by default): the first collective may wait for a rank that downloads weights.
+    collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
     fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
     peaks = ASCEND_PEAKS
 
@@ -451,7 +450,7 @@ class XpuRow(DeviceRow):
         if self.is_available():
             return None
         if getattr(torch.version, "xpu", None) is None:
-            return f"torch {torch.__version__} is built without XPU: install a build with it (pytorch.org/get-started)."
+            return f"torch {torch.__version__} is built without XPU: install one with it (pytorch.org/get-started)."
         return "No XPU is visible: does `sycl-ls` list one, and does ZE_AFFINITY_MASK hide it?"
 
     def software(self) -> dict[str, str]:
