@@ -95,8 +95,8 @@ def _cube(cores: int, ghz: float) -> float:
 
 
 # cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini. The larger figures of
-# Huawei's product pages (400, 376, 313, 280) add the vector units, which multiply no matrices. The first 910: "256 TFLOPS
-# fp16" of its announcement (Hot Chips 31, 2019). 910_93xx is one die of an A3 package: what torch sees as a device.
+# Huawei's product pages (400, 376, 313, 280) add the vector units, which multiply no matrices. The first 910: the 256
+# of its announcement (Hot Chips 31, 2019). 910_93xx is one die of an A3 package, which torch sees as a device.
 ASCEND_PEAKS = (
     Peak(r"910B1", _cube(24, 1.85), _cube(24, 1.85), None),
     Peak(r"910B2", _cube(24, 1.80), _cube(24, 1.80), None),

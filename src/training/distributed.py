@@ -1,0 +1,299 @@
+"""Processes of a run: who this one is (torchrun, SLURM, MPI), its device, and its collectives.
+
+`init` sequences: find the rank, choose the device, make it current, join the others. The device comes first, because
+NCCL and HCCL bind a communicator to the device that is current.
+"""
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from open_clip import device as devices
+
+logger = logging.getLogger(__name__)
+
+# How long a rank waits for the others: long enough for a download or the slowest shard of a data set.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+# Variables by launcher: rank, world size, rank within the node. One launcher's are never mixed with another's. MPI
+# comes before SLURM: under `mpirun` inside a SLURM job, SLURM's variables describe the job and not the process.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "SLURM": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    backend: str | None  # of the process group; None where there is none
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_local_master(self) -> bool:
+        return self.local_rank == 0
+
+
+_world: World | None = None
+
+
+def init(cfg: Any) -> World:
+    """Joins the run that the launcher's variables describe and makes this process's device current.
+
+    cfg: device, dist_url, dist_backend, no_set_device_rank (params.DistributedConfig). Raises RuntimeError for a device
+    or a rendezvous that is not there, ValueError for a backend that cannot move the device's tensors.
+    """
+    global _world
+    local_rank, rank, world_size = world_info_from_env()
+    device = devices.resolve(cfg.device, None if cfg.no_set_device_rank else local_rank)
+    set_device(device)
+    backend = None
+    if world_size > 1:
+        if device.index not in (None, local_rank) and not cfg.no_set_device_rank:
+            logger.warning(
+                "Local rank %d runs on %s: --device names an index. Without one, each rank gets a device of its own.",
+                local_rank,
+                device,
+            )
+        backend = _check_backend(cfg.dist_backend or devices.row(device).backend, device)
+        _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size)
+    elif cfg.dist_backend:
+        logger.info("--dist-backend %s has no effect: this run has one process.", cfg.dist_backend)
+    _world = World(rank, local_rank, world_size, device, backend)
+    logger.info("Rank %d of %d on %s (%s).", rank, world_size, device, backend or "one process")
+    return _world
+
+
+def world() -> World:
+    """This process's place: that of `init`, of a process group made by others, or a single process."""
+    if _world is not None:
+        return _world
+    if dist.is_available() and dist.is_initialized():
+        local_rank = world_info_from_env()[0]
+        return World(dist.get_rank(), local_rank, dist.get_world_size(), devices.resolve("auto"), dist.get_backend())
+    return World(0, 0, 1, devices.resolve("auto"), None)
+
+
+def shutdown() -> None:
+    """Leaves the run; safe to call twice or without `init`."""
+    global _world
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    _world = None
+
+
+def barrier() -> None:
+    """Returns when every rank has called it. A reduction rather than `dist.barrier`, which guesses the device."""
+    here = world()
+    if here.distributed:
+        token = torch.ones(1, device=_collective_device(here))
+        dist.all_reduce(token)
+        token.item()  # a device's collectives only queue: this waits
+
+
+def world_info_from_env() -> tuple[int, int, int]:
+    """(rank within the node, rank, world size) from the launcher's variables; (0, 0, 1) without a launcher."""
+    launcher = _launcher()
+    if launcher is None:
+        return 0, 0, 1
+    rank_name, size_name, local_name = LAUNCHERS[launcher]
+    rank, world_size = _integer(rank_name), _integer(size_name)
+    if not 0 <= rank < world_size:
+        raise RuntimeError(f"{rank_name}={rank} is not below {size_name}={world_size}: these variables disagree.")
+    return _integer(local_name) if local_name in os.environ else 0, rank, world_size
+
+
+def _launcher() -> str | None:
+    return next((name for name, keys in LAUNCHERS.items() if keys[0] in os.environ and keys[1] in os.environ), None)
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise RuntimeError(f"The environment variable {name}={os.environ[name]!r} is not a whole number.") from None
+
+
+def _check_backend(backend: str, device: torch.device) -> str:
+    """`backend` ("hccl", or "cpu:gloo,npu:hccl") if it is there and moves tensors of `device`."""
+    pairs = [pair.rpartition(":") for pair in backend.split(",")]
+    named = next((name for kind, _, name in pairs if kind in ("", device.type)), None)
+    own = devices.row(device).backend
+    advice = f"Leave --dist-backend out (it is then {own}), or choose another --device."
+    if named is None:
+        raise ValueError(f"--dist-backend {backend!r} names no backend for this run's device, {device}. {advice}")
+    moved = dist.Backend.backend_capability.get(named.lower())
+    owner = next((row for row in devices.ROWS.values() if row.backend == named.lower()), None)
+    if moved is None or device.type not in moved:
+        missing = owner.why_missing() if owner else None
+        raise ValueError(
+            f"--dist-backend {backend!r} cannot move tensors of {device}, which this run uses. {missing or ''} {advice}"
+            .replace("  ", " ")
+        )
+    if not dist.is_backend_available(named.lower()):
+        raise ValueError(f"This torch ({torch.__version__}) is built without the backend {named!r}. {advice}")
+    return backend
+
+
+def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: int, world_size: int) -> None:
+    if url.startswith("env://"):
+        _set_rendezvous()
+    # Libraries that split data by worker (webdataset) read these, whoever the launcher was.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
+    for name, value in devices.row(device).collective_env.items():
+        os.environ.setdefault(name, value)
+    # No device_id: with one, a later mesh asks the backend to split a group, which HCCL cannot.
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def _set_rendezvous() -> None:
+    """MASTER_ADDR and MASTER_PORT: torchrun sets them; under SLURM they follow from the job, the same on every rank."""
+    if _launcher() == "SLURM" and "SLURM_JOB_NODELIST" in os.environ:
+        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_JOB_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"{' and '.join(missing)} not set, so the processes cannot find each other: export MASTER_ADDR (the host "
+            "of rank 0) and MASTER_PORT (a free port there), give --dist-url tcp://HOST:PORT, or start with torchrun."
+        )
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of SLURM's list: "node[007-012,020],gpu1" -> "node007"."""
+    first = re.match(r"[^\[,]+(?:\[[^\]]*\][^\[,]*)*", nodelist.strip())
+    if first is None:
+        raise RuntimeError(f"SLURM_JOB_NODELIST={nodelist!r} names no host: export MASTER_ADDR.")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
+
+
+def _collective_device(here: World) -> torch.device:
+    """Where small tensors must be for the backend in use: gloo and MPI serve the CPU, others only their own device."""
+    capability = dist.Backend.backend_capability.get(here.backend or "", [])
+    return torch.device("cpu") if "cpu" in capability else here.device
+
+
+# Names of open_clip_train.distributed, which take the flat namespace of `params.parse_args`.
+
+
+def is_global_master(args: Any) -> bool:
+    return args.rank == 0
+
+
+def is_local_master(args: Any) -> bool:
+    return args.local_rank == 0
+
+
+def is_master(args: Any, local: bool = False) -> bool:
+    return is_local_master(args) if local else is_global_master(args)
+
+
+def is_device_available(device: str | torch.device) -> bool:
+    """Whether the device is there; an unknown name is False, not an error."""
+    try:
+        devices.resolve(device)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def set_device(device: str | torch.device) -> None:
+    """Makes a device with an index the process's current one."""
+    device = torch.device(device)
+    if device.index is not None:
+        devices.row(device).set_device(device.index)
+
+
+def is_using_horovod() -> bool:
+    """Always False: Horovod is not served; torchrun is."""
+    return False
+
+
+def is_using_distributed() -> bool:
+    return world_info_from_env()[2] > 1
+
+
+def init_distributed_device(args: Any) -> torch.device:
+    """`init` with a flat namespace, into which distributed, world_size, rank, local_rank and device are written."""
+    found = init_distributed_device_so(
+        device=args.device,
+        dist_backend=getattr(args, "dist_backend", None),
+        dist_url=getattr(args, "dist_url", None),
+        horovod=getattr(args, "horovod", False),
+        no_set_device_rank=getattr(args, "no_set_device_rank", False),
+    )
+    args.distributed = found["distributed"]
+    args.world_size = found["world_size"]
+    args.rank = found["global_rank"]
+    args.local_rank = found["local_rank"]
+    args.device = found["device"]
+    return torch.device(args.device)
+
+
+@dataclass(frozen=True)
+class _Request:
+    device: str
+    dist_backend: str | None
+    dist_url: str | None
+    no_set_device_rank: bool
+
+
+def init_distributed_device_so(
+    device: str = "auto",
+    dist_backend: str | None = None,
+    dist_url: str | None = None,
+    horovod: bool = False,
+    no_set_device_rank: bool = False,
+) -> dict[str, Any]:
+    """`init` with keywords; {"device", "global_rank", "local_rank", "world_size", "distributed"}."""
+    if horovod:
+        raise ValueError("--horovod is not served: start the processes with torchrun.")
+    here = init(_Request(device, dist_backend, dist_url, no_set_device_rank))
+    return {
+        "device": str(here.device),
+        "global_rank": here.rank,
+        "local_rank": here.local_rank,
+        "world_size": here.world_size,
+        "distributed": here.distributed,
+    }
+
+
+def broadcast_object(args: Any, obj: Any, src: int = 0) -> Any:
+    """The object of rank `src`, on every rank; any backend."""
+    here = world()
+    if not here.distributed:
+        return obj
+    objects = [obj]
+    dist.broadcast_object_list(objects, src=src, device=_collective_device(here))
+    return objects[0]
+
+
+def all_gather_object(args: Any, obj: Any, dst: int = 0) -> list[Any]:
+    """The objects of all ranks in their order, on every rank; `dst` is kept for the original's callers."""
+    here = world()
+    if not here.distributed:
+        return [obj]
+    objects: list[Any] = [None] * here.world_size
+    dist.all_gather_object(objects, obj)
+    return objects
