@@ -1,0 +1,80 @@
+"""What this project claims about speed and memory, measured against open_clip_torch in one run.
+
+    python benchmarks/run.py                    # every workload
+    python benchmarks/run.py tokenizer loading  # some of them
+
+A workload (benchmarks/workloads/NAME.py) uses only what both packages have in common and prints its figures as JSON. It
+is run in a fresh process for each side in turns, several times; what is printed is the median of each side and their
+ratio, which holds across machines better than the figures do. open_clip_torch is installed without its dependencies
+into a folder of its own, where nothing else sees it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+PEER = "open_clip_torch==3.3.0"
+HERE = Path(__file__).resolve().parent
+OURS = HERE.parent / "src"
+WORKLOADS = sorted(path.stem for path in (HERE / "workloads").glob("*.py"))
+
+
+def install_peer(folder: Path) -> Path:
+    if not (folder / "open_clip").is_dir():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER], check=True
+        )
+    return folder
+
+
+def measure(workload: str, package: Path, scratch: Path, threads: int) -> dict[str, float]:
+    """One run of a workload over the open_clip found in `package`: figure's name -> value (units are in the name)."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": str(threads),
+        "BENCHMARK_SCRATCH": str(scratch),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "workloads" / f"{workload}.py")],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{workload} over {package} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(workload: str, peer: Path, scratch: Path, repeats: int, threads: int) -> list[tuple[str, float, float]]:
+    """(figure, ours, peer's) medians of `repeats` runs, the sides taking turns so that a noisy minute hits both."""
+    sides: dict[Path, list[dict[str, float]]] = {OURS: [], peer: []}
+    for _ in range(repeats):
+        for package, runs in sides.items():
+            runs.append(measure(workload, package, scratch, threads))
+    names = [name for name in sides[OURS][0] if name in sides[peer][0]]
+    return [(name, *(statistics.median(run[name] for run in runs) for runs in sides.values())) for name in names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], help=f"of {', '.join(WORKLOADS)}; default: all")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of each run (default: %(default)s)")
+    parser.add_argument("--peer", type=Path, default=HERE / ".peer", help=f"folder for {PEER} (default: %(default)s)")
+    args = parser.parse_args()
+    peer = install_peer(args.peer.resolve())
+    scratch = HERE / ".scratch"
+    scratch.mkdir(exist_ok=True)
+    print(f"{'workload':12} {'figure':38} {'ours':>12} {'peer':>12} {'peer / ours':>12}")
+    for workload in args.workloads or WORKLOADS:
+        for name, ours, theirs in compare(workload, peer, scratch, args.repeats, args.threads):
+            print(f"{workload:12} {name:38} {ours:12.4g} {theirs:12.4g} {theirs / ours:12.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""`make demo`, shortened: a few epochs already tell digits apart that the model never saw."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["csv", "shards"])
+def test_demo_learns_digits(data: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "demo/digits.py", "--output", tmp_path, "--data", data, "--epochs", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (accuracy,) = re.findall(r"Zero-shot accuracy on 360 digits it never saw: ([\d.]+) %", done.stderr)
+    assert float(accuracy) > 50  # chance is 10
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "logs/digits/tensorboard").glob("events.*"))
+    assert (tmp_path / "logs/digits/checkpoints/epoch_4.pt").exists()

@@ -1,0 +1,142 @@
+"""The quick start that users of open_clip on Ascend know, typed as it stands but for paths and the size of the data.
+
+Where it says NPU, the test takes the best device present. The two-process form asks for gloo where that is the CPU.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip import device
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("n01440764", "n01443537")
+SINGLE_CARD = """
+    --model ViT-B-32
+    --save-frequency 1
+    --zeroshot-frequency 1
+    --report-to tensorboard
+    --train-data=./data/MS_COCO_2017_URL_TEXT/traincoco.csv
+    --val-data=./data/MS_COCO_2017_URL_TEXT/traincoco.csv
+    --imagenet-val=./data/ImageNet-1000/val/
+    --pretrained ./models/open_clip_pytorch_model.bin
+    --warmup 10000
+    --batch-size=4
+    --lr=1e-3
+    --wd=0.1
+    --epochs=1
+    --workers=2
+    --seed 0
+""".split()
+INFERENCE = """
+import torch
+from PIL import Image
+import open_clip as clip
+
+model = clip.openai.load_openai_model('{weights}', cache_dir="{folder}")
+
+model, _, preprocess = clip.create_model_and_transforms('ViT-B-32', pretrained='{weights}')
+tokenizer = clip.get_tokenizer('ViT-B-32')
+
+image = preprocess(Image.open("{image}")).unsqueeze(0).to("{device}")
+text = tokenizer(["a diagram", "a dog", "a cat"]).to("{device}")
+model = model.to("{device}")
+
+with torch.no_grad(), torch.amp.autocast("{device}"):
+    image_features = model.encode_image(image)
+    text_features = model.encode_text(text)
+    image_features /= image_features.norm(dim=-1, keepdim=True)
+    text_features /= text_features.norm(dim=-1, keepdim=True)
+
+    text_probs = (100.0 * image_features @ text_features.T).softmax(dim=-1)
+
+print("Label probs:", text_probs)
+"""
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Runs a command of the quick start in `folder`; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and weights where the commands look for them: images of noise, which suffice to run everything."""
+    folder = tmp_path_factory.mktemp("quick_start")
+    draw = np.random.default_rng(0)
+
+    def image(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (80, 100, 3), dtype=np.uint8)).save(path)
+        return path
+
+    coco = folder / "data/MS_COCO_2017_URL_TEXT"
+    rows = [f"{image(coco / f'{n}.jpg')}\ta photo of thing number {n}" for n in range(8)]
+    (coco / "traincoco.csv").write_text("filepath\ttitle\n" + "\n".join(rows) + "\n")
+    for name in CLASSES:
+        image(folder / "data/ImageNet-1000/val" / name / "0.JPEG")
+    image(folder / "your_image.jpg")
+    (folder / "models").mkdir()
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32").state_dict(), folder / "models/open_clip_pytorch_model.bin")
+    return folder
+
+
+def check_run(folder: Path) -> None:
+    """What a finished run leaves: a checkpoint, TensorBoard's file, and an evaluation of retrieval and zero-shot."""
+    (run_folder,) = (folder / "logs").iterdir()
+    assert (run_folder / "checkpoints/epoch_1.pt").exists()
+    assert list((run_folder / "tensorboard").glob("events.*"))
+    (results,) = run_folder.rglob("results.jsonl")
+    last = results.read_text().splitlines()[-1]
+    for metric in ("image_to_text_R@1", "clip_val_loss", "imagenet-zeroshot-val-top1"):
+        assert metric in last
+
+
+@pytest.mark.slow
+def test_training_on_one_device(folder: Path, tmp_path: Path) -> None:
+    for name in ("data", "models"):
+        (tmp_path / name).symlink_to(folder / name)
+    run([sys.executable, "-m", "training.main", *SINGLE_CARD], tmp_path)
+    check_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_training_on_two_devices(folder: Path, tmp_path: Path) -> None:
+    for name in ("data", "models"):
+        (tmp_path / name).symlink_to(folder / name)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training.main"]
+    count = device.row(device.best()).count()
+    place = [] if count > 1 else ["--device", "cpu", "--dist-backend=gloo"]
+    run([*torchrun, *SINGLE_CARD, *place], tmp_path)
+    check_run(tmp_path)
+
+
+def test_inference(folder: Path) -> None:
+    script = INFERENCE.format(
+        weights=folder / "models/open_clip_pytorch_model.bin", folder=folder, image=folder / "your_image.jpg",
+        device=device.best().type,
+    )  # fmt: skip
+    (folder / "inference.py").write_text(script)
+    printed = run([sys.executable, "inference.py"], folder)
+    (numbers,) = re.findall(r"Label probs: tensor\(\[\[(.*)\]\]", printed)
+    probabilities = [float(number) for number in numbers.split(",")]
+    assert len(probabilities) == 3
+    assert sum(probabilities) == pytest.approx(1, abs=2e-3)
+
+
+def test_profiler(folder: Path) -> None:
+    run([sys.executable, "-m", "training.profiler", "--model", "ViT-L-14", "--results-file", "./logs/profiler_results.csv"], folder)
+    assert (folder / "logs/profiler_results.csv").read_text().splitlines() == [
+        "model,image_size,image_width,text_width,embed_dim,mparams,image_mparams,text_mparams,gflops,image_gflops,text_gflops",
+        "ViT-L-14,224,1024,768,768,427.62,303.97,123.65,175.33,162.03,13.3",
+    ]
