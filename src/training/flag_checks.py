@@ -1,0 +1,263 @@
+"""Checks of the training command's options: what cannot be (`validate`) and what does nothing (`without_effect`)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from training.flags import FUSED_OPTIMIZERS, LOSS_DIST_IMPLS, LR_SCHEDULERS, PRECISIONS
+
+REPORTERS = ("tensorboard", "wandb", "all")
+
+_REFUSED = {
+    "horovod": "Horovod is not supported: start the same command with `torchrun --nproc_per_node N -m training.main`",
+    "torchscript": "training a TorchScript model is not supported: use --torchcompile, and `torch.jit.script` on the "
+    "trained model if you deploy it so",
+    "trace": "a traced model cannot be trained: train without it and call `open_clip.trace_model(model)` on the result",
+    "use_bnb_linear": "the int8 layers of bitsandbytes that this asked for are gone and were CUDA-only: to save memory "
+    "use --precision amp_bf16 or bf16, and --grad-checkpointing",
+}
+
+_AT_LEAST_ONE = (
+    *("batch_size", "accum_freq", "log_every_n_steps", "train_num_samples", "val_num_samples"),
+    *("force_context_length", "remote_sync_frequency"),
+)
+_AT_LEAST_ZERO = (
+    *("workers", "seed", "epochs", "epochs_cooldown", "warmup", "save_frequency", "val_frequency"),
+    *("zeroshot_frequency", "lock_image_unlocked_groups", "lock_text_unlocked_layers"),
+    *("lr", "wd", "lr_cooldown_end", "lr_cooldown_power", "coca_caption_loss_weight", "coca_contrastive_loss_weight"),
+)
+_POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
+_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout")
+_CHOICES = {
+    "precision": PRECISIONS,
+    "lr_scheduler": LR_SCHEDULERS,
+    "loss_dist_impl": LOSS_DIST_IMPLS,
+    "fused_optimizer": FUSED_OPTIMIZERS,
+}
+
+
+def flag(name: str) -> str:
+    """'batch_size' -> '--batch-size'."""
+    return "--" + name.replace("_", "-")
+
+
+def writes_nothing(logs: str | None) -> bool:
+    """Whether `--logs` says that no log and no checkpoint is written (`None`, as a word or a value)."""
+    return not logs or logs.lower() == "none"
+
+
+def trains(args: argparse.Namespace) -> bool:
+    """Whether the run has training data; else it only evaluates."""
+    return bool(args.train_data) or args.dataset_type == "synthetic"
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Checks a complete flat namespace.
+
+    Raises:
+        ValueError: for a refused option, a value out of its range, or options that contradict each other.
+    """
+    for name, reason in _REFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag(name)}: {reason}")
+    _check_ranges(args)
+    _check_images(args)
+    _check_names(args)
+    _check_combinations(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    rules: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
+        (_AT_LEAST_ONE, lambda x: x >= 1, "1 or more"),
+        (_AT_LEAST_ZERO, lambda x: x >= 0, "0 or more"),
+        (_POSITIVE, lambda x: x > 0, "more than 0"),
+        (_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ]
+    for names, holds, wanted in rules:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{flag(name)} must be {wanted}, got {value}")
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_images(args: argparse.Namespace) -> None:
+    for name in ("image_mean", "image_std"):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, 3):
+            raise ValueError(f"{flag(name)} takes one number or three (R G B), got {len(values)}")
+    if args.image_std is not None and not all(x > 0 for x in args.image_std):
+        raise ValueError(f"--image-std must be more than 0, got {args.image_std}")
+    size = args.force_image_size
+    if size is not None:
+        sides = size if isinstance(size, (list, tuple)) else [size]
+        if len(sides) not in (1, 2) or not all(side >= 1 for side in sides):
+            raise ValueError(f"--force-image-size takes one number of pixels, or height and width, got {size}")
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    name = args.name
+    if name is not None and (not name.strip() or name in (".", "..") or any(c in name for c in "/\\\0")):
+        raise ValueError(
+            f"--name {name!r} is not the name of one folder inside --logs: no '/', '\\', '.' or '..'; "
+            "choose another place by --output-dir"
+        )
+    unknown = [word for word in reporters(args.report_to) if word not in REPORTERS]
+    if unknown:
+        raise ValueError(f"--report-to knows {', '.join(REPORTERS)}; got {', '.join(map(repr, unknown))}")
+    opt = args.opt.lower()
+    if opt != "adamw" and not (opt.startswith("timm/") and len(opt) > len("timm/")):
+        raise ValueError(
+            f"--opt {args.opt!r} is not known: adamw, or timm/NAME (for example timm/{args.opt.strip('/')})"
+        )
+
+
+def reporters(report_to: str) -> list[str]:
+    """'tensorboard, wandb' -> ['tensorboard', 'wandb']."""
+    return [word.strip() for word in report_to.split(",") if word.strip()]
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    if args.lr_scheduler == "const-cooldown" and not args.skip_scheduler and trains(args):
+        if args.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N, the length of the descent")
+        if args.epochs_cooldown > args.epochs:
+            raise ValueError(f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}")
+    if args.lr is None and args.opt.lower() != "adamw" and trains(args) and not args.skip_scheduler:
+        raise ValueError(f"--opt {args.opt} has no default learning rate here: give --lr")
+    if (args.distill_model is None) != (args.distill_pretrained is None):
+        raise ValueError("distillation needs both --distill-model NAME and --distill-pretrained TAG|FILE")
+    if args.siglip and args.distill_model is not None:
+        raise ValueError(
+            "--siglip and --distill-model exclude each other: distillation has a contrastive loss of its own"
+        )
+    if args.train_data_upsampling_factors is not None:
+        _check_upsampling(args)
+    if args.resume == "latest":
+        if args.name is None:
+            raise ValueError("--resume latest needs the --name of the run that is to be continued")
+        if writes_nothing(args.logs):
+            raise ValueError("--resume latest needs the folder of the run (--output-dir), but it is None")
+    if args.remote_sync is not None and writes_nothing(args.logs):
+        raise ValueError("--remote-sync copies the run's folder, but --output-dir is None: there is none")
+
+
+def _check_upsampling(args: argparse.Namespace) -> None:
+    given = args.train_data_upsampling_factors
+    if not args.dataset_resampled:
+        raise ValueError(
+            "--train-data-upsampling-factors needs --dataset-resampled: only sampling with replacement has weights"
+        )
+    try:
+        factors = [float(word) for word in given.split("::")]
+    except ValueError:
+        raise ValueError(f"--train-data-upsampling-factors wants numbers joined by '::', got {given!r}") from None
+    if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or not any(factors):
+        raise ValueError(f"--train-data-upsampling-factors must be 0 or more and not all 0, got {given!r}")
+    sources = (args.train_data or "").split("::")
+    if len(factors) != len(sources):
+        raise ValueError(
+            f"--train-data-upsampling-factors has {len(factors)} numbers, --train-data has {len(sources)} sources"
+        )
+
+
+def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_size: int) -> list[str]:
+    """One sentence for each option that was given and has no effect (or a costly one) in this combination.
+
+    An option counts as given when its value is not that of `defaults`. Options whose use depends on the model's type
+    (CoCa's weights, BatchNorm's options) are for the code that has the model.
+    """
+
+    def given(*names: str) -> list[str]:
+        return [name for name in names if getattr(args, name) != defaults[name]]
+
+    found = []
+    for rules in (_data_rules, _model_rules, _objective_rules, _optim_rules, _output_rules):
+        for applies, names, reason in rules(args, world_size):
+            if not applies:
+                found += [f"{flag(name)} has no effect: {reason}" for name in given(*names)]
+    if world_size > 1 and args.local_loss and not args.gather_with_grad and not args.siglip:
+        found.append(
+            "--local-loss without --gather-with-grad: a sample's gradient as another one's negative is lost; "
+            "add --gather-with-grad"
+        )
+    return found
+
+
+# A rule: (these options have an effect, the options, why they have none otherwise)
+Rules = Iterator[tuple[bool, tuple[str, ...], str]]
+
+
+def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    paths = [path for path in (args.train_data, args.val_data) if path]
+    is_csv = [path.lower().endswith((".csv", ".tsv")) for path in paths]
+    reads_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and any(is_csv))
+    reads_shards = args.dataset_type == "webdataset" or (args.dataset_type == "auto" and not all(is_csv))
+    training, validating = trains(args), bool(args.val_data)
+    yield reads_csv, ("csv_separator", "csv_img_key", "csv_caption_key"), "the data are not CSV"
+    yield reads_shards, ("dataset_resampled",), "the data are not webdataset shards"
+    yield training, ("train_num_samples",), "there is no --train-data"
+    if training:
+        counted = reads_shards or args.dataset_type == "synthetic"
+        yield counted, ("train_num_samples",), "a CSV file says itself how many samples it has"
+    yield validating and reads_shards, ("val_num_samples",), "it only serves --val-data in webdataset shards"
+    yield validating, ("val_frequency",), "there is no --val-data"
+    yield args.val_frequency > 0, ("val_data",), "--val-frequency is 0"
+    classified = bool(args.imagenet_val or args.imagenet_v2 or args.zeroshot_data)
+    yield classified, ("zeroshot_frequency",), "there is no --imagenet-val, --imagenet-v2 or --zeroshot-data"
+    yield args.zeroshot_frequency > 0, ("imagenet_val", "imagenet_v2", "zeroshot_data"), "--zeroshot-frequency is 0"
+    yield bool(args.zeroshot_data), ("zeroshot_classnames", "zeroshot_templates"), "there is no --zeroshot-data"
+
+
+def _model_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    yield args.lock_image, ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"), "there is no --lock-image"
+    yield args.lock_text, ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"), "there is no --lock-text"
+    resumes_file = args.resume not in (None, "latest")
+    yield not resumes_file, ("pretrained",), "--resume replaces the weights"
+    training = trains(args)
+    yield training, ("grad_checkpointing", "force_patch_dropout", "aug_cfg"), "there is no --train-data"
+    yield world_size > 1, ("use_bn_sync",), "there is one process"
+
+
+def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    alone = "there is one process"
+    yield world_size > 1, ("local_loss", "gather_with_grad"), alone
+    if world_size > 1:
+        yield not args.siglip, ("local_loss", "gather_with_grad"), "--siglip exchanges features in its own way"
+    yield args.siglip, ("loss_dist_impl",), "it belongs to --siglip"
+    if args.siglip:
+        yield world_size > 1, ("loss_dist_impl",), alone
+    yield world_size > 1, ("dist_url", "dist_backend", "dist_timeout", "ddp_static_graph", "no_set_device_rank"), alone
+
+
+def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    adamw = args.opt.lower() == "adamw"
+    yield not adamw, ("momentum",), "adamw has beta1 and beta2 instead"
+    yield adamw, ("fused_optimizer",), "it belongs to --opt adamw"
+    if args.skip_scheduler:
+        schedule = ("lr_scheduler", "warmup", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+        yield False, schedule, "--skip-scheduler leaves the learning rate as it is"
+    else:
+        cools = args.lr_scheduler == "const-cooldown"
+        cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+        yield cools, cooldown, "it belongs to --lr-scheduler const-cooldown"
+    training_only = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer")
+    yield trains(args), training_only, "there is no --train-data"
+
+
+def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    writes = not writes_nothing(args.logs)
+    saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase", "report_to")
+    yield writes, saving, "--output-dir is None"
+    if writes and args.save_frequency == 0:
+        yield False, ("delete_previous_checkpoint",), "--save-frequency 0 saves only once, after the last epoch"
+    to_wandb = bool({"wandb", "all"} & set(reporters(args.report_to)))
+    yield to_wandb, ("wandb_notes", "wandb_project_name"), "--report-to has no wandb"
+    yield args.remote_sync is not None, ("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync"
+    yield world_size > 1, ("log_local",), "there is one process"
