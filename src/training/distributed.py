@@ -189,9 +189,9 @@ def _first_host(nodelist: str) -> str:
 
 
 def _collective_device(here: World) -> torch.device:
-    """Where small tensors must be for the backend in use: gloo and MPI serve the CPU, others only their own device."""
-    capability = dist.Backend.backend_capability.get(here.backend or "", [])
-    return torch.device("cpu") if "cpu" in capability else here.device
+    """Where small tensors must be: on the device for its own backend, on the CPU for one that the user chose."""
+    own = here.backend == devices.row(here.device).backend
+    return here.device if own else torch.device("cpu")
 
 
 # Names of open_clip_train.distributed, which take the flat namespace of `params.parse_args`.

@@ -1,0 +1,378 @@
+"""The table of devices, with fake device modules where the hardware is not."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from open_clip import device as devices
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+class FakeNpu:
+    """What of `torch.npu` the table uses, with a record of the calls."""
+
+    def __init__(self, name: str = "Ascend910B3", bf16: bool = True, count: int = 2):
+        self.calls: list[tuple] = []
+        self.matmul = SimpleNamespace(allow_hf32=False)
+        self.conv = SimpleNamespace(allow_hf32=True)
+        self.amp = SimpleNamespace(GradScaler=lambda **kwargs: ("npu scaler", kwargs))
+        self._name, self._bf16, self._count = name, bf16, count
+
+    def is_available(self):
+        return self._count > 0
+
+    def device_count(self):
+        return self._count
+
+    def get_device_name(self, index=None):
+        return self._name
+
+    def is_bf16_supported(self):
+        return self._bf16
+
+    def memory_allocated(self, index=None):
+        return 1 << 20
+
+    def memory_reserved(self, index=None):
+        return 2 << 20
+
+    def max_memory_allocated(self, index=None):
+        return 3 << 20
+
+    def get_device_properties(self, index):
+        return SimpleNamespace(total_memory=64 << 30)
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args: self.calls.append((name, *args))
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    return install_npu(monkeypatch, FakeNpu())
+
+
+def install_npu(monkeypatch, fake, version=torch.__version__):
+    library = SimpleNamespace(
+        __version__=version,
+        npu_fast_gelu=lambda x: ("fast_gelu", x),
+        npu_gelu=lambda x, approximate: ("gelu", approximate),
+    )
+    monkeypatch.setattr(torch, "npu", fake, raising=False)
+    monkeypatch.setattr(devices, "_torch_npu", library)
+    monkeypatch.setattr(devices, "_torch_npu_failure", None)
+    return fake
+
+
+def absent(monkeypatch, *kinds):
+    for kind in kinds:
+        monkeypatch.setattr(type(devices.ROWS[kind]), "is_available", lambda self: False)
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1", "NPU:3", "mps", "xpu:0"])
+def test_row_of_a_name(name):
+    assert devices.row(name).type == name.split(":")[0].lower()
+
+
+def test_row_of_a_torch_device():
+    assert devices.row(torch.device("cuda", 1)) is devices.ROWS["cuda"]
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "", "npu:", "npu:-1", torch.device("meta")])
+def test_unknown_device_names_the_known(name):
+    with pytest.raises(ValueError, match="npu, cuda, xpu, mps, cpu"):
+        devices.row(name)
+
+
+def test_order_of_preference_ends_at_the_cpu(monkeypatch):
+    absent(monkeypatch, "npu", "cuda", "xpu", "mps")
+    assert devices.best() == torch.device("cpu")
+    assert list(devices.ROWS) == ["npu", "cuda", "xpu", "mps", "cpu"]
+
+
+def test_best_prefers_cuda_to_xpu(monkeypatch):
+    absent(monkeypatch, "npu", "mps")
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(type(devices.ROWS[kind]), "is_available", lambda self: True)
+    assert devices.best() == torch.device("cuda")
+
+
+# Resolving
+
+
+def test_resolve_gives_each_rank_its_own(monkeypatch):
+    monkeypatch.setattr(devices.CudaRow, "is_available", lambda self: True)
+    monkeypatch.setattr(devices.CudaRow, "count", lambda self: 4)
+    assert devices.resolve("cuda") == torch.device("cuda:0")
+    assert devices.resolve("cuda", local_rank=3) == torch.device("cuda:3")
+    assert devices.resolve("cuda:1", local_rank=3) == torch.device("cuda:1")
+    with pytest.raises(RuntimeError, match=r"cuda:4 was asked for, and this host shows 4"):
+        devices.resolve("cuda", local_rank=4)
+
+
+def test_resolve_auto_takes_the_best(monkeypatch):
+    absent(monkeypatch, "npu", "cuda", "xpu", "mps")
+    assert devices.resolve() == devices.resolve(None) == devices.resolve("auto", 3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["npu", "cuda", "xpu", "mps"])
+def test_asking_for_a_device_that_is_missing_says_what_is_missing(monkeypatch, kind):
+    absent(monkeypatch, kind)
+    with pytest.raises(RuntimeError, match=f"Device '{kind}' was asked for and is not there") as caught:
+        devices.resolve(kind)
+    assert devices.ROWS[kind].why_missing() in str(caught.value)
+
+
+def test_why_an_npu_is_missing(monkeypatch):
+    row = devices.ROWS["npu"]
+    monkeypatch.setattr(devices, "_torch_npu", None)
+    monkeypatch.setattr(devices, "_torch_npu_failure", None)
+    assert "pip install torch_npu" in row.why_missing()
+    monkeypatch.setattr(devices, "_torch_npu_failure", "ImportError: libhccl.so")
+    assert "libhccl.so" in row.why_missing()
+    assert "set_env.sh" in row.why_missing()
+    install_npu(monkeypatch, FakeNpu(count=0))
+    assert "ASCEND_RT_VISIBLE_DEVICES" in row.why_missing()
+    install_npu(monkeypatch, FakeNpu())
+    assert row.why_missing() is None
+
+
+# The NPU's row
+
+
+def test_npu_memory(npu):
+    mebi = {key: value >> 20 for key, value in devices.row("npu").memory(0).items()}
+    assert mebi == {"allocated": 1, "reserved": 2, "peak": 3, "total": 64 << 10}
+
+
+def test_npu_calls_reach_its_module(npu):
+    row = devices.row("npu")
+    row.set_device(1)
+    row.manual_seed(7)
+    row.synchronize()
+    row.reset_peak_memory(1)
+    row.set_rng_state("state")
+    assert npu.calls == [
+        ("set_device", 1), ("manual_seed_all", 7), ("synchronize",), ("reset_peak_memory_stats", 1),
+        ("set_rng_state", "state"),
+    ]
+
+
+def test_npu_fast_matmul_sets_products_and_convolutions_alike(npu):
+    for enabled in (True, False):
+        devices.row("npu").set_fast_matmul(enabled)
+        assert (npu.matmul.allow_hf32, npu.conv.allow_hf32) == (enabled, enabled)
+
+
+def test_npu_scaler_is_its_own(npu):
+    assert devices.row("npu").grad_scaler(init_scale=4.0) == ("npu scaler", {"init_scale": 4.0})
+
+
+def test_first_generation_has_no_bf16(monkeypatch):
+    install_npu(monkeypatch, FakeNpu("Ascend910A", bf16=False))
+    row = devices.row("npu")
+    assert row.supports(torch.float16)
+    assert not row.supports(torch.bfloat16)
+    assert row.peak_flops(torch.float16) == 256e12
+    assert row.peak_flops(torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [("Ascend910B1", 363.7), ("Ascend910B2C", 353.9), ("Ascend910B3", 294.9), ("Ascend910B4-1", 245.8),
+     ("Ascend910_9391", 353.9), ("Ascend910PremiumA", 256.0), ("Ascend310P3", None)],
+)
+def test_ascend_peaks(monkeypatch, name, tera):
+    install_npu(monkeypatch, FakeNpu(name))
+    peak = devices.row("npu").peak_flops(torch.float16)
+    assert (None if peak is None else round(peak / 1e12, 1)) == tera
+
+
+@pytest.mark.parametrize(
+    ("name", "fp16", "bf16"),
+    [("NVIDIA A100-SXM4-80GB", 312, 312), ("NVIDIA H100 80GB HBM3", 989, 989), ("NVIDIA H100 PCIe", 756, 756),
+     ("NVIDIA H200", 989, 989), ("NVIDIA H20", 148, 148), ("Tesla V100-SXM2-32GB", 125, None), ("Tesla T4", 65, None),
+     ("NVIDIA L4", 121, 121), ("NVIDIA L40S", 362, 362), ("NVIDIA GeForce RTX 4090", 165.2, 165.2),
+     ("NVIDIA A10G", 125, 125), ("NVIDIA GeForce RTX 4090 Laptop GPU", 165.2, 165.2), ("NVIDIA A1000", None, None)],
+)
+def test_nvidia_peaks(monkeypatch, name, fp16, bf16):
+    monkeypatch.setattr(devices.CudaRow, "is_available", lambda self: True)
+    monkeypatch.setattr(devices.CudaRow, "name", lambda self, index=None: name)
+    for dtype, tera in ((torch.float16, fp16), (torch.bfloat16, bf16)):
+        assert devices.row("cuda").peak_flops(dtype) == (None if tera is None else tera * 1e12)
+    assert devices.row("cuda").peak_flops(torch.float64) is None
+
+
+def test_npu_profiler_is_torch_npus(npu, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(devices._torch_npu, "profiler", SimpleNamespace(
+        ProfilerActivity=SimpleNamespace(CPU="host", NPU="device"),
+        schedule=lambda **kwargs: kwargs,
+        tensorboard_trace_handler=lambda folder: folder,
+        profile=lambda **kwargs: asked.update(kwargs) or "profiler",
+    ), raising=False)
+    assert devices.row("npu").profiler("traces", active=5) == "profiler"
+    assert asked["activities"] == ["host", "device"]
+    assert asked["schedule"]["active"] == 5
+    assert asked["on_trace_ready"] == "traces"
+
+
+def test_versions_that_do_not_match_are_a_problem_with_its_mend(monkeypatch):
+    install_npu(monkeypatch, FakeNpu(), version="1.11.0.post3")
+    (problem,) = devices.row("npu").problems()
+    assert "1.11.0.post3" in problem
+    assert torch.__version__ in problem
+    install_npu(monkeypatch, FakeNpu())
+    assert devices.row("npu").problems() == []
+
+
+def test_cann_version_is_read_from_its_files(npu, monkeypatch, tmp_path):
+    (tmp_path / "compiler").mkdir()
+    (tmp_path / "compiler/version.info").write_text("Version=8.5.0.B131\ntimestamp=20251101\n")
+    monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
+    assert devices.row("npu").software()["CANN"] == "8.5.0.B131"
+    (tmp_path / "compiler/version.info").unlink()
+    assert str(tmp_path) in devices.row("npu").software()["CANN"]
+
+
+# Activations
+
+
+def test_plain_activations_on_any_device():
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    assert torch.allclose(devices.quick_gelu(x), x / (1 + torch.exp(-1.702 * x)))
+    assert torch.equal(devices.gelu(x), torch.nn.functional.gelu(x))
+    assert torch.equal(devices.gelu(x, "tanh"), torch.nn.functional.gelu(x, approximate="tanh"))
+    assert devices.quick_gelu(torch.empty(2, 3, device="meta")).shape == (2, 3)
+
+
+def test_npu_activations_are_fused(npu):
+    row, x = devices.row("npu"), torch.ones(2)
+    assert row.quick_gelu(x)[0] == "fast_gelu"
+    assert row.gelu(x) == ("gelu", "none")
+    assert row.gelu(x, "tanh") == ("gelu", "tanh")
+    assert torch.is_tensor(row.quick_gelu(x.double()))  # the fused kernel has no double
+
+
+# The CPU's row, for real
+
+
+def test_cpu_row():
+    row = devices.row("cpu")
+    assert row.backend == "gloo"
+    assert row.default_precision == "fp32"
+    assert not row.pin_memory
+    assert row.grad_scaler() is None
+    assert row.peak_flops(torch.float32) is None
+    with row.autocast(torch.bfloat16):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    state = row.rng_state()
+    first = torch.rand(3)
+    row.set_rng_state(state)
+    assert torch.equal(first, torch.rand(3))
+    row.manual_seed(3)
+    second = torch.rand(3)
+    row.manual_seed(3)
+    assert torch.equal(second, torch.rand(3))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_cpu_memory_is_this_process_in_bytes():
+    memory = devices.row("cpu").memory()
+    assert 10 << 20 < memory["allocated"] <= memory["peak"] < memory["total"]
+
+
+def test_cpu_profiler_writes_a_trace(tmp_path):
+    with devices.row("cpu").profiler(str(tmp_path), wait=0, warmup=1, active=1) as profiler:
+        for _ in range(2):
+            torch.ones(2) + 1
+            profiler.step()
+    assert list(tmp_path.glob("*.json*"))
+
+
+def test_cuda_tf32_is_set_for_products_and_convolutions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
+    devices.row("cuda").set_fast_matmul(True)
+    assert (asked[-1], torch.backends.cudnn.allow_tf32) == ("high", True)
+    devices.row("cuda").set_fast_matmul(False)
+    assert (asked[-1], torch.backends.cudnn.allow_tf32) == ("highest", False)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True),
+     (RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"), True),
+     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+     (RuntimeError("shape mismatch"), False), (ValueError("out of memory"), False)],
+)
+def test_out_of_memory(error, expected):
+    assert devices.is_out_of_memory(error) is expected
+
+
+# Loading torch_npu, in processes of their own and with the packaging that torch looks for
+
+
+def run_with_torch_npu(folder: Path, body: str, program: str) -> subprocess.CompletedProcess:
+    """Runs `program` where a package torch_npu of the given body is installed with its torch.backends entry point."""
+    (folder / "torch_npu").mkdir()
+    (folder / "torch_npu/__init__.py").write_text(body + "\ndef _autoload(): pass\n")
+    info = folder / "torch_npu-2.6.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.6.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    path = os.pathsep.join([str(folder), str(SOURCE)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+
+
+BROKEN = "raise ImportError('libhccl.so: cannot open shared object file')"
+
+
+def test_torch_npu_without_cann_is_one_warning_and_the_next_device(tmp_path):
+    program = """if True:
+        import logging
+        logging.basicConfig()
+        from open_clip import device
+        import os
+        print(device.ROWS["npu"].is_available(), device.best().type, os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"])
+    """
+    result = run_with_torch_npu(tmp_path, BROKEN, program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[0] == "False"
+    assert result.stdout.split()[1] != "npu"
+    assert result.stdout.split()[2] == "0"  # processes started from here survive, too
+    assert result.stderr.count("WARNING") == 1
+    assert "libhccl.so" in result.stderr
+    assert "set_env.sh" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_torch_npu_that_loads_is_the_best_device(tmp_path):
+    body = """if True:
+        import types, torch
+        torch.utils.rename_privateuse1_backend("npu")
+        torch._register_device_module("npu", types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 2))
+        __version__ = "2.6.0"
+    """
+    program = """if True:
+        from open_clip import device
+        import os
+        print(device.best(), device.resolve(local_rank=1), "TORCH_DEVICE_BACKEND_AUTOLOAD" in os.environ)
+    """
+    result = run_with_torch_npu(tmp_path, body, program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["npu", "npu:1", "False"]

@@ -1,0 +1,273 @@
+"""Ranks from launchers' variables, devices by rank, and collectives between two real processes."""
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from open_clip import device as devices
+from training import distributed
+
+SOURCE = Path(__file__).parents[2] / "src"
+ALL_VARIABLES = [
+    *(name for keys in distributed.LAUNCHERS.values() for name in keys),
+    "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_NODELIST", "SLURM_JOB_ID",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ALL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "_world", None)
+
+
+def set_env(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def config(device="cpu", dist_url=None, dist_backend=None, no_set_device_rank=False):
+    return SimpleNamespace(
+        device=device, dist_url=dist_url, dist_backend=dist_backend, no_set_device_rank=no_set_device_rank
+    )
+
+
+# Who this process is
+
+
+@pytest.mark.parametrize("launcher", list(distributed.LAUNCHERS))
+def test_every_launcher_is_understood(monkeypatch, launcher):
+    rank, size, local = distributed.LAUNCHERS[launcher]
+    set_env(monkeypatch, **{rank: 5, size: 8, local: 1})
+    assert distributed.world_info_from_env() == (1, 5, 8)
+    assert distributed.is_using_distributed()
+
+
+def test_without_a_launcher_there_is_one_process():
+    assert distributed.world_info_from_env() == (0, 0, 1)
+    assert not distributed.is_using_distributed()
+
+
+def test_torchrun_inside_slurm_counts_and_nothing_is_mixed(monkeypatch):
+    set_env(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=1, SLURM_LOCALID=0, RANK=3, WORLD_SIZE=4, LOCAL_RANK=3)
+    assert distributed.world_info_from_env() == (3, 3, 4)
+
+
+def test_mpirun_inside_slurm_counts(monkeypatch):
+    set_env(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0)
+    set_env(monkeypatch, OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=1)
+    assert distributed.world_info_from_env() == (1, 1, 2)
+
+
+def test_a_salloc_shell_is_one_process(monkeypatch):
+    set_env(monkeypatch, SLURM_NTASKS=8)  # no SLURM_PROCID: nobody started eight
+    assert distributed.world_info_from_env() == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not a whole number"),
+    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 is not below WORLD_SIZE=2"),
+])
+def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
+    set_env(monkeypatch, **variables)
+    with pytest.raises(RuntimeError, match=message):
+        distributed.world_info_from_env()
+
+
+@pytest.mark.parametrize(("nodelist", "host"), [
+    ("node1", "node1"), ("node[007-012,020],gpu1", "node007"), ("a1,b2", "a1"), ("gpu-r1n[3,5]", "gpu-r1n3"),
+    ("r[1-2]n[4-8]", "r1n4"), ("10.0.0.5,10.0.0.6", "10.0.0.5"), ("n[01]-ib,n02", "n01-ib"),
+])
+def test_first_host_of_a_slurm_list(nodelist, host):
+    assert distributed._first_host(nodelist) == host
+
+
+# init, alone
+
+
+def test_single_process():
+    world = distributed.init(config())
+    assert world == distributed.World(0, 0, 1, torch.device("cpu"), None)
+    assert (world.distributed, world.is_master, world.is_local_master) == (False, True, True)
+    assert distributed.world() is world
+    distributed.barrier()
+    assert distributed.broadcast_object(None, "x") == "x"
+    assert distributed.all_gather_object(None, "x") == ["x"]
+    distributed.shutdown()
+    distributed.shutdown()
+    assert distributed.world() is not world
+
+
+def test_world_size_one_under_torchrun_makes_no_group(monkeypatch):
+    set_env(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    assert distributed.init(config(dist_backend="hccl")).backend is None
+
+
+def test_a_device_that_is_missing_is_an_error(monkeypatch):
+    monkeypatch.setattr(devices.NpuRow, "is_available", lambda self: False)
+    with pytest.raises(RuntimeError, match="'npu' was asked for and is not there"):
+        distributed.init(config(device="npu"))
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """This process is the second of two; joining is recorded instead of done."""
+    set_env(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
+    joined = {}
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **kwargs: joined.update(kwargs, backend=backend)
+    )
+    return joined
+
+
+def fake_cuda(monkeypatch, current):
+    monkeypatch.setattr(devices.CudaRow, "is_available", lambda self: True)
+    monkeypatch.setattr(devices.CudaRow, "count", lambda self: 2)
+    monkeypatch.setattr(devices.CudaRow, "set_device", lambda self, index: current.append(index))
+
+
+def test_the_backend_is_the_devices_and_the_device_is_current_before_joining(monkeypatch, two_ranks):
+    current = []
+    fake_cuda(monkeypatch, current)
+    world = distributed.init(config(device="cuda"))
+    assert world == distributed.World(1, 1, 2, torch.device("cuda:1"), "nccl")
+    assert current == [1]
+    assert two_ranks["backend"] == "nccl"
+    assert (two_ranks["rank"], two_ranks["world_size"]) == (1, 2)
+    assert two_ranks["init_method"] == "env://"
+    assert two_ranks["timeout"] == distributed.TIMEOUT
+    assert "device_id" not in two_ranks  # HCCL cannot split groups
+
+
+def test_no_set_device_rank_leaves_the_index_to_the_launcher(monkeypatch, two_ranks):
+    fake_cuda(monkeypatch, [])
+    assert distributed.init(config(device="cuda", no_set_device_rank=True)).device == torch.device("cuda:0")
+
+
+def test_a_device_with_an_index_for_every_rank_is_warned_about(monkeypatch, two_ranks, caplog):
+    fake_cuda(monkeypatch, [])
+    assert distributed.init(config(device="cuda:0")).device == torch.device("cuda:0")
+    assert "each rank gets a device of its own" in caplog.text
+
+
+def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
+    fake_cuda(monkeypatch, [])
+    distributed.init(config(device="cuda", dist_backend="gloo", dist_url="tcp://h:1"))
+    assert (two_ranks["backend"], two_ranks["init_method"]) == ("gloo", "tcp://h:1")
+
+
+def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypatch, two_ranks):
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "")
+    monkeypatch.delenv("HCCL_CONNECT_TIMEOUT")
+    monkeypatch.setattr(devices.CpuRow, "collective_env", devices.NpuRow.collective_env)
+    distributed.init(config())
+    assert int(os.environ["HCCL_CONNECT_TIMEOUT"]) > 120
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "7")
+    distributed.init(config())
+    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7"
+
+
+@pytest.mark.parametrize(("backend", "message"), [
+    ("hccl", "'hccl' cannot move tensors of cpu.*torch_npu.*Leave --dist-backend out"),
+    ("nccl", "'nccl' cannot move tensors of cpu"),
+    ("smoke", "'smoke' cannot move tensors of cpu"),
+    ("npu:hccl", "names no backend for this run's device, cpu"),
+])
+def test_a_backend_that_cannot_serve_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.init(config(dist_backend=backend))
+    assert two_ranks == {}
+
+
+def test_a_backend_by_device_is_understood(monkeypatch, two_ranks):
+    distributed.init(config(dist_backend="cpu:gloo,cuda:nccl"))
+    assert two_ranks["backend"] == "cpu:gloo,cuda:nccl"
+
+
+def test_no_rendezvous_says_what_to_export(monkeypatch, two_ranks):
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(RuntimeError, match=r"MASTER_ADDR not set.*tcp://HOST:PORT"):
+        distributed.init(config())
+
+
+# The original's names
+
+
+def test_flat_namespace(monkeypatch):
+    args = SimpleNamespace(device="cpu", dist_backend=None, dist_url=None, horovod=False, no_set_device_rank=False)
+    assert distributed.init_distributed_device(args) == torch.device("cpu")
+    assert (args.distributed, args.world_size, args.rank, args.local_rank, args.device) == (False, 1, 0, 0, "cpu")
+    assert distributed.is_master(args)
+    assert distributed.is_master(args, local=True)
+    assert not distributed.is_global_master(SimpleNamespace(rank=1))
+    assert not distributed.is_local_master(SimpleNamespace(local_rank=1))
+
+
+def test_horovod_is_refused():
+    assert not distributed.is_using_horovod()
+    with pytest.raises(ValueError, match="torchrun"):
+        distributed.init_distributed_device_so(device="cpu", horovod=True)
+
+
+def test_is_device_available(monkeypatch):
+    monkeypatch.setattr(devices.XpuRow, "is_available", lambda self: False)
+    assert distributed.is_device_available("cpu")
+    assert not distributed.is_device_available("xpu:0")
+    assert not distributed.is_device_available("abacus")
+
+
+# Two processes
+
+TWO_PROCESSES = """
+import json, torch
+import open_clip.device
+from types import SimpleNamespace
+from training import distributed as d
+world = d.init(SimpleNamespace(device="cpu", dist_url=None, dist_backend="gloo", no_set_device_rank=False))
+told = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
+gathered = d.all_gather_object(None, "x" * (1 + 999 * world.rank))
+d.barrier()
+import os
+result = [world.rank, world.local_rank, world.world_size, world.backend, told, [len(x) for x in gathered],
+          d.is_master(world), os.environ["WORLD_SIZE"]]
+d.shutdown()
+print(json.dumps(result))
+"""
+
+
+def free_port(start: int) -> int:
+    for port in range(start, start + 200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no free port")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "SLURM"])
+def test_two_processes(launcher):
+    port = free_port(23000 + os.getpid() % 5000)
+    if launcher == "torchrun":
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    else:
+        shared = {"SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(port - 20000)}
+    rank_name, size_name, local_name = distributed.LAUNCHERS[launcher]
+    processes = []
+    for rank in range(2):
+        own = {rank_name: str(rank), size_name: "2", local_name: str(rank)}
+        environment = {**os.environ, **shared, **own, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ))
+    answers = [process.communicate(timeout=120) for process in processes]
+    for rank, (out, err) in enumerate(answers):
+        assert processes[rank].returncode == 0, err
+        assert json.loads(out.splitlines()[-1]) == [rank, rank, 2, "gloo", {"from": 1}, [1, 1000], rank == 0, "2"]

@@ -1,0 +1,188 @@
+"""Rules of the house that source code alone can break: floors without circles, and one table of devices."""
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+# Ground first. A file imports from floors below its own, never from its own or from above. `training.data` is one room:
+# what its files import from one another is only kept free of circles.
+FLOORS = [
+    ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version"],
+    ["open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript"],
+    [
+        "open_clip.config", "open_clip.tokenizer", "open_clip.transform", "open_clip.pretrained", "open_clip.pos_embed",
+        "open_clip.generation", "open_clip.zero_shot_classifier", "open_clip.zero_shot_metadata",
+    ],
+    ["open_clip.collectives"],
+    ["open_clip.loss", "open_clip.layers"],
+    ["open_clip.transformer", "open_clip.modified_resnet", "open_clip.timm_model", "open_clip.hf_model"],
+    ["open_clip.model"],
+    ["open_clip.coca_model", "open_clip.convert"],
+    ["open_clip.checkpoint"],
+    ["open_clip.factory", "open_clip.openai"],
+    ["open_clip.push_to_hf_hub"],
+    ["open_clip"],
+    ["training"],
+    ["training.flags", "training.flag_checks"],
+    [
+        "training.params", "training.distributed", "training.precision", "training.scheduler", "training.metrics",
+        "training.logger", "training.file_utils",
+    ],
+    [
+        "training.train", "training.evaluate", "training.zero_shot", "training.checkpoint", "training.optim",
+        "training.data", "training.objective",
+    ],
+    ["training.main", "training.profiler", "training.doctor"],
+    ["open_clip_train"],
+]
+FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+
+DEVICE_TABLE = SOURCE / "open_clip/device.py"
+DEVICE_MODULES = re.compile(r"\btorch\.cuda\b|\btorch\.npu\b|\btorch_npu\b|\btorch\.xpu\b|\btorch\.mps\b")
+DEVICE_NAME = re.compile(r"(cpu|cuda|npu|mps|xpu)(:.*)?")
+
+FILES = sorted(SOURCE.glob("*/**/*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = list(path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def room_of(module: str) -> str:
+    """The entry of FLOORS that a module belongs to: itself, or the package that is one room."""
+    for package in ("training.data", "open_clip_train"):
+        if module == package or module.startswith(package + "."):
+            return package
+    return module
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Modules of this repository that a file imports, wherever in it, but for type checking."""
+    found: set[str] = set()
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(_without_type_checking(ast.parse(source))):
+        if isinstance(node, ast.Import):
+            candidates = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            candidates = []
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                # `from . import layers` imports a module; any other name counts as an import of the package's file
+                candidates.append(whole if whole in MODULES else base)
+        else:
+            continue
+        found |= {name for name in candidates if name in MODULES}
+    return found - {module}
+
+
+class _without_type_checking(ast.NodeTransformer):
+    def __new__(cls, tree: ast.Module) -> ast.Module:
+        return super().__new__(cls).visit(tree)
+
+    def visit_If(self, node: ast.If):
+        if "TYPE_CHECKING" in ast.unparse(node.test):
+            return None
+        return self.generic_visit(node)
+
+
+IMPORTS = {
+    module: imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    for module, path in MODULES.items()
+}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_has_a_floor_and_imports_from_below(module):
+    room = room_of(module)
+    assert room in FLOOR_OF, f"{module} has no floor: add it to FLOORS in test_house.py, below all that import it"
+    for imported in sorted(IMPORTS[module]):
+        other = room_of(imported)
+        if other != room:
+            below = FLOOR_OF.get(other, -1) < FLOOR_OF[room]
+            assert below, f"{module} imports {imported}, which is not on a lower floor"
+
+
+def test_no_circles():
+    """Within a room that is a package, too."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for imported in IMPORTS[module]:
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+    assert done == set(MODULES)
+
+
+def comparisons_with_a_device_name(source: str) -> list[tuple[int, str]]:
+    """(line, text) of comparisons, prefix tests and match cases against "cuda", "npu:0" and the like."""
+    def names_a_device(node: ast.AST) -> bool:
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return any(names_a_device(element) for element in node.elts)
+        value = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+        return isinstance(value, str) and DEVICE_NAME.fullmatch(value) is not None
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+            operands = list(node.args)
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        else:
+            continue
+        if any(names_a_device(operand) for operand in operands):
+            found.append((operands[0].lineno, ast.unparse(node)))
+    return found
+
+
+def device_modules_in(source: str) -> list[str]:
+    """Mentions of a device's module in code, in strings that are not docstrings, and in imports; not in comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0] = ast.Pass()
+    return [line for line in ast.unparse(ast.fix_missing_locations(tree)).splitlines() if DEVICE_MODULES.search(line)]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != DEVICE_TABLE], ids=module_of)
+def test_facts_about_devices_are_in_the_table_alone(path):
+    text = path.read_text(encoding="utf-8")
+    assert device_modules_in(text) == [], "ask open_clip.device instead"
+    assert comparisons_with_a_device_name(text) == [], "ask open_clip.device instead"
+
+
+def test_the_checks_see_what_they_are_for():
+    assert imports_of("from . import device\nfrom .config import x", "open_clip.device2", False) >= {"open_clip.device"}
+    assert imports_of("def f():\n  import open_clip", "training.x", False) == {"open_clip"}
+    assert imports_of("if TYPE_CHECKING:\n  import open_clip", "training.x", False) == set()
+    for wrong in (
+        'a.type == "cuda"', 'if "npu" in d: pass', 'd.startswith("cuda:")', 'd in ("cpu", "x")',
+        'd.startswith(("npu", "a"))', 'match d:\n  case "mps": pass',
+    ):
+        assert comparisons_with_a_device_name(wrong), wrong
+    for right in ('f(device="cpu")', 'add("--device", default="cpu", choices=["cpu", "npu"])', 'a == "cudax"'):
+        assert not comparisons_with_a_device_name(right), right
+    for wrong in ("import torch_npu", "torch.cuda.synchronize()", "from torch.npu import amp", 'm["torch_npu"]'):
+        assert device_modules_in(f'"""Words."""\n{wrong}'), wrong
+    for right in ('"""About torch_npu."""', "x = 1  # as torch.cuda does"):
+        assert not device_modules_in(right), right
