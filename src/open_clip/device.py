@@ -118,6 +118,7 @@ class DeviceRow:
     fused_adamw: ClassVar[bool] = True  # torch.optim.AdamW(fused=True) is the best choice on it
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[Peak, ...]] = ()
+    variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
 
     def __repr__(self) -> str:
         return f"<device row {self.type}>"
@@ -298,6 +299,7 @@ class CudaRow(DeviceRow):
     type = "cuda"
     backend = "nccl"
     peaks = NVIDIA_PEAKS
+    variables = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME")
 
     def why_missing(self) -> str | None:
         if self.is_available():
@@ -323,6 +325,10 @@ class NpuRow(DeviceRow):
     collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
     fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
     peaks = ASCEND_PEAKS
+    variables = (
+        "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF",
+        "HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT",
+    )
 
     @property
     def library(self) -> Any:

@@ -28,7 +28,8 @@ FLOORS = [
     ["open_clip.push_to_hf_hub"],
     ["open_clip"],
     ["training"],
-    ["training.flags", "training.flag_checks"],
+    ["training.flags"],
+    ["training.flag_checks"],
     [
         "training.params", "training.distributed", "training.precision", "training.scheduler", "training.metrics",
         "training.logger", "training.file_utils",
@@ -159,7 +160,8 @@ def device_modules_in(source: str) -> list[str]:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             body[0] = ast.Pass()
     return [line for line in ast.unparse(ast.fix_missing_locations(tree)).splitlines() if DEVICE_MODULES.search(line)]
 
