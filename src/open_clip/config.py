@@ -1,0 +1,227 @@
+"""Configurations of the towers, and the registry of named architectures.
+
+A configuration is JSON: {"embed_dim", "vision_cfg", "text_cfg"[, "quick_gelu", "custom_text", ...]}. The two towers'
+parts become the dataclasses below, whose fields and defaults are open_clip's. A key that no field has raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
+
+HF_HUB_PREFIX = "hf-hub:"
+LOCAL_DIR_PREFIX = "local-dir:"
+
+
+@dataclasses.dataclass
+class CLIPVisionCfg:
+    """The image tower: native ViT (`layers` a number), ModifiedResNet (four numbers) or timm (`timm_model_name`)."""
+
+    layers: tuple[int, int, int, int] | int = 12
+    width: int = 768
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    image_size: tuple[int, int] | int = 224
+
+    ls_init_value: float | None = None  # layer scale; None is off
+    patch_dropout: float = 0.0  # fraction of patches left out in training, https://arxiv.org/abs/2212.00794
+    attentional_pool: bool | str = False  # True, "parallel" or "cascade", https://arxiv.org/abs/2205.01917
+    attn_pooler_queries: int = 256
+    attn_pooler_heads: int = 8
+    no_ln_pre: bool = False
+    pos_embed_type: str = "learnable"  # or "sin_cos_2d"
+    final_ln_after_pool: bool = False
+    pool_type: str = "tok"  # "tok", "avg" or "none"
+    output_tokens: bool = False
+    act_kwargs: dict | None = None
+    norm_kwargs: dict | None = None
+
+    block_type: str | None = None  # "default" or "custom"; None: custom where one of the options below asks for it
+    qk_norm: bool = False
+    scaled_cosine_attn: bool = False
+    scale_heads: bool = False
+    scale_attn_inner: bool = False
+    scale_attn: bool = False
+    scale_fc: bool = False
+
+    timm_model_name: str | None = None
+    timm_model_pretrained: bool = False
+    timm_pool: str = "avg"
+    timm_proj: str = "linear"
+    timm_proj_bias: bool = False
+    timm_drop: float = 0.0
+    timm_drop_path: float | None = None
+
+
+@dataclasses.dataclass
+class CLIPTextCfg:
+    """The text tower: native transformer, or a Hugging Face model (`hf_model_name`)."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    hf_tokenizer_name: str | None = None
+    tokenizer_mode: str | None = None
+    tokenizer_kwargs: dict | None = None
+
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    ls_init_value: float | None = None
+    embed_cls: bool = False  # a learned class token behind the text, as in CoCa
+    pad_id: int = 0
+    eos_id: int = 2
+    no_causal_mask: bool = False
+    final_ln_after_pool: bool = False  # no effect: the final norm acts on each token alone
+    pool_type: str = "argmax"  # "first", "last", "argmax", "eos" or "none"
+    proj_bias: bool = False
+    proj_type: str = "linear"  # or "none"
+    output_tokens: bool = False
+    act_kwargs: dict | None = None
+    norm_kwargs: dict | None = None
+
+    block_type: str | None = None
+    qk_norm: bool = False
+    scaled_cosine_attn: bool = False
+    scale_heads: bool = False
+    scale_attn_inner: bool = False
+    scale_attn: bool = False
+    scale_fc: bool = False
+
+    hf_model_name: str | None = None
+    hf_model_pretrained: bool = True
+    hf_proj_type: str = "mlp"
+    hf_pooler_type: str = "mean_pooler"
+
+
+@dataclasses.dataclass
+class MultimodalCfg(CLIPTextCfg):
+    """The captioning decoder of CoCa."""
+
+    mlp_ratio: float = 4.0
+    dim_head: int = 64
+    heads: int = 8
+    n_queries: int = 256
+    attn_pooler_heads: int = 8
+
+
+def closest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The names in `known` most like `name`, upper and lower case alike."""
+    by_lower = {k.lower(): k for k in known}
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.5)]
+
+
+def as_config(cls: type[ConfigT], cfg: ConfigT | Mapping[str, Any]) -> ConfigT:
+    """`cfg` as a dataclass of type `cls`.
+
+    Raises:
+        ValueError: a key that `cls` does not have, with the nearest that it has.
+    """
+    if isinstance(cfg, cls):
+        return cfg
+    if not isinstance(cfg, Mapping):
+        raise ValueError(f"{cls.__name__} is made from a mapping, got {type(cfg).__name__}")
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = [key for key in cfg if key not in fields]
+    if unknown:
+        hints = [f"{key!r} ({_hint(key, fields)})" for key in unknown]
+        raise ValueError(f"{cls.__name__} has no {', '.join(hints)}: you probably got a typo")
+    return cls(**cfg)
+
+
+def _hint(key: str, fields: list[str]) -> str:
+    near = closest(key, fields, n=1)
+    return f"nearest: {near[0]!r}" if near else "nothing like it is known"
+
+
+# ---- the registry ----
+
+_BUNDLED = Path(__file__).parent / "model_configs"
+_REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
+_registry: dict[str, dict[str, Any]] | None = None
+
+
+def _natural_key(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """The configurations in one JSON file or in all those of a folder, by name; files that are no model are left out."""
+    files = [path] if path.is_file() else sorted(path.glob("*.json"))
+    found = {}
+    for file in files:
+        with open(file, encoding="utf-8") as stream:
+            cfg = json.load(stream)
+        if isinstance(cfg, dict) and all(key in cfg for key in _REQUIRED):
+            found[file.stem] = cfg
+        elif path.is_file():
+            raise ValueError(f"{file} is no model configuration: it needs the keys {', '.join(_REQUIRED)}")
+    return found
+
+
+def _models() -> dict[str, dict[str, Any]]:
+    """The registry, in natural order of names; the bundled files are read when it is first asked for."""
+    global _registry
+    if _registry is None:
+        _registry = _sorted(_read_configs(_BUNDLED))
+    return _registry
+
+
+def _sorted(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: models[name] for name in sorted(models, key=_natural_key)}
+
+
+def list_models() -> list[str]:
+    """Names of the known architectures, in natural order."""
+    return list(_models())
+
+
+def add_model_config(path: str | Path | Iterable[str | Path]) -> None:
+    """Register the configurations in a JSON file, in a folder of them, or in several of either.
+
+    Raises:
+        FileNotFoundError: nothing is at `path`.
+        ValueError: a file that is no model configuration was named.
+    """
+    global _registry
+    added: dict[str, dict[str, Any]] = {}
+    for entry in [path] if isinstance(path, (str, Path)) else path:
+        entry = Path(entry)
+        if not entry.exists():
+            raise FileNotFoundError(f"no model configuration at {entry}: give a JSON file or a folder of them")
+        added.update(_read_configs(entry))
+    _registry = _sorted({**_models(), **added})
+
+
+def get_model_config(model_name: str) -> dict[str, Any] | None:
+    """A copy of the configuration of `model_name` (a bundled or an added one), None where there is none."""
+    cfg = _models().get(model_name)
+    return copy.deepcopy(cfg)
+
+
+def parse_model_name(model_name: str) -> tuple[str | None, str]:
+    """Where a model's name points: (None, name), ("hf-hub", repository) or ("local-dir", folder).
+
+    Raises:
+        ValueError: a schema with nothing behind it.
+    """
+    for prefix in (HF_HUB_PREFIX, LOCAL_DIR_PREFIX):
+        if model_name.startswith(prefix):
+            identifier = model_name[len(prefix) :]
+            if not identifier:
+                example = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+                raise ValueError(f"{model_name!r} names nothing behind {prefix!r}: write for example {example!r}")
+            return prefix[:-1], identifier
+    return None, model_name

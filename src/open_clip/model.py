@@ -1,0 +1,553 @@
+"""CLIP: an image tower and a text tower that meet in one space (https://arxiv.org/abs/2103.00020).
+
+`CLIP` has the text tower's parameters at its top level, as OpenAI's checkpoints do; `CustomTextCLIP` has the tower
+under `text`. They differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
+from .pos_embed import resize_pos_embed, resize_text_pos_embed
+from .transformer import TextEncoder, TextTransformer, VisionTransformer
+from .utils import to_2tuple
+
+__all__ = [
+    "CLIP",
+    "CLIPTextCfg",
+    "CLIPVisionCfg",
+    "CustomTextCLIP",
+    "build_model_from_openai_state_dict",
+    "convert_to_custom_text_state_dict",
+    "convert_weights_to_fp16",
+    "convert_weights_to_lp",
+    "get_cast_dtype",
+    "get_input_dtype",
+    "get_model_preprocess_cfg",
+    "get_model_tokenize_cfg",
+    "resize_pos_embed",
+    "resize_text_pos_embed",
+    "set_model_preprocess_cfg",
+    "trace_model",
+]
+
+logger = logging.getLogger(__name__)
+
+INIT_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+def get_cast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that a model's weights are cast to while its norms stay float32, None where they are not."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def get_input_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that images are given in, None for float32."""
+    return get_cast_dtype(precision.removeprefix("pure_"))
+
+
+# ---- towers ----
+
+
+def _layer_types(
+    cfg: CLIPVisionCfg | CLIPTextCfg, quick_gelu: bool, cast_dtype: torch.dtype | None
+) -> dict[str, ModuleFactory]:
+    act_layer: ModuleFactory = QuickGELU if quick_gelu else GELU
+    norm_layer: ModuleFactory = LayerNormFp32 if cast_dtype in (torch.float16, torch.bfloat16) else LayerNorm
+    if cfg.act_kwargs:
+        if quick_gelu:
+            raise ValueError(f"act_kwargs {cfg.act_kwargs} have no effect on QuickGELU: leave out one of them")
+        act_layer = functools.partial(act_layer, **cfg.act_kwargs)
+    if cfg.norm_kwargs:
+        norm_layer = functools.partial(norm_layer, **cfg.norm_kwargs)
+    return {"act_layer": act_layer, "norm_layer": norm_layer}
+
+
+_BLOCK_OPTIONS = (
+    "block_type",
+    "qk_norm",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+)
+_VISION_OPTIONS = (
+    "image_size",
+    "patch_size",
+    "width",
+    "layers",
+    "mlp_ratio",
+    "ls_init_value",
+    "attentional_pool",
+    "attn_pooler_queries",
+    "attn_pooler_heads",
+    "patch_dropout",
+    "no_ln_pre",
+    "pos_embed_type",
+    "pool_type",
+    "final_ln_after_pool",
+    "output_tokens",
+    *_BLOCK_OPTIONS,
+)
+_TEXT_OPTIONS = (
+    "context_length",
+    "vocab_size",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "ls_init_value",
+    "embed_cls",
+    "no_causal_mask",
+    "pad_id",
+    "eos_id",
+    "pool_type",
+    "proj_type",
+    "proj_bias",
+    "output_tokens",
+    *_BLOCK_OPTIONS,
+)
+
+
+def _build_vision_tower(
+    embed_dim: int,
+    vision_cfg: CLIPVisionCfg | Mapping[str, Any],
+    quick_gelu: bool = False,
+    cast_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    cfg = as_config(CLIPVisionCfg, vision_cfg)
+    if cfg.timm_model_name:
+        raise NotImplementedError(f"image towers of timm ({cfg.timm_model_name!r}) are not built yet: native ViTs are")
+    if isinstance(cfg.layers, (tuple, list)):
+        raise NotImplementedError(f"ModifiedResNet image towers (layers={cfg.layers}) are not built yet: ViTs are")
+    return VisionTransformer(
+        heads=cfg.width // cfg.head_width,
+        output_dim=embed_dim,
+        **{name: getattr(cfg, name) for name in _VISION_OPTIONS},
+        **_layer_types(cfg, quick_gelu, cast_dtype),
+    )
+
+
+def _build_text_tower(
+    embed_dim: int,
+    text_cfg: CLIPTextCfg | Mapping[str, Any],
+    quick_gelu: bool = False,
+    cast_dtype: torch.dtype | None = None,
+) -> TextTransformer:
+    cfg = as_config(CLIPTextCfg, text_cfg)
+    if cfg.hf_model_name:
+        raise NotImplementedError(f"Hugging Face text towers ({cfg.hf_model_name!r}) are not built yet: native ones are")
+    return TextTransformer(
+        output_dim=embed_dim,
+        **{name: getattr(cfg, name) for name in _TEXT_OPTIONS},
+        **_layer_types(cfg, quick_gelu, cast_dtype),
+    )
+
+
+# ---- two towers ----
+
+
+def _pooled(features: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The features of a tower that may give (features, tokens)."""
+    return features[0] if isinstance(features, tuple) else features
+
+
+class TwoTowers(nn.Module):
+    """What CLIP and CustomTextCLIP share.
+
+    Args:
+        embed_dim: of the space where images and texts meet.
+        vision_cfg, text_cfg: of the towers: dataclasses of `config`, or mappings with their fields.
+        quick_gelu: QuickGELU, as OpenAI's models have, in place of GELU.
+        init_logit_scale: logarithm of the temperature's inverse at the start.
+        init_logit_bias: start of the bias of the logits (SigLIP); None for no bias.
+        nonscalar_logit_scale: scale and bias have the shape [1], which sharded training needs.
+        cast_dtype: half precision that the weights will be cast to: norms then compute in float32.
+        output_dict: forward returns a dictionary.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vision_cfg: CLIPVisionCfg | Mapping[str, Any],
+        text_cfg: CLIPTextCfg | Mapping[str, Any],
+        quick_gelu: bool = False,
+        init_logit_scale: float = INIT_LOGIT_SCALE,
+        init_logit_bias: float | None = None,
+        nonscalar_logit_scale: bool = False,
+        cast_dtype: torch.dtype | None = None,
+        output_dict: bool = False,
+    ) -> None:
+        super().__init__()
+        self.output_dict = output_dict
+        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
+        text = _build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype)
+        self.context_length = text.context_length
+        self.vocab_size = text.vocab_size
+        self._place_text_tower(text)
+        shape = [1] if nonscalar_logit_scale else []
+        self.logit_scale = nn.Parameter(torch.full(shape, float(init_logit_scale)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full(shape, float(init_logit_bias)))
+
+    # how the two classes differ
+
+    def _place_text_tower(self, text: TextTransformer) -> None:
+        raise NotImplementedError
+
+    def _text_tower(self, text: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze the text tower but for its last groups, as TextTransformer.lock does."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of both towers in the backward pass in place of keeping their activations."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone, beside norms, biases and scalars."""
+        raise NotImplementedError
+
+    # what they share
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower but for its last groups, as VisionTransformer.lock does."""
+        self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
+
+    def _visual_no_weight_decay(self) -> set[str]:
+        return {f"visual.{name}" for name in self.visual.no_weight_decay()}
+
+    def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Images [batch, 3, height, width] -> features [batch, embed_dim], of unit length if `normalize`."""
+        features = _pooled(self.visual(image))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
+        features = _pooled(self._text_tower(text))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def _logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image_logits = self.logit_scale.exp() * image_features @ text_features.T
+        if self.logit_bias is not None:
+            image_logits = image_logits + self.logit_bias
+        return image_logits, image_logits.T
+
+    def get_logits(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled similarities of all images [I, 3, height, width] and texts [T, tokens]: [I, T] and its transpose."""
+        return self._logits(self.encode_image(image, normalize=True), self.encode_text(text, normalize=True))
+
+    def forward(
+        self, image: torch.Tensor | None = None, text: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...] | dict[str, torch.Tensor | None]:
+        """Features of unit length, and the scale (and bias, where there is one) that makes logits of their products.
+
+        Args:
+            image: [batch, 3, height, width], or None.
+            text: ids, [batch, tokens], or None.
+
+        Returns:
+            (image_features, text_features, exp(logit_scale)[, logit_bias]), features None where there was no input; or
+            with `output_dict` a dictionary: "image_features", "text_features", "logit_scale"[, "logit_bias"].
+        """
+        image_features = None if image is None else self.encode_image(image, normalize=True)
+        text_features = None if text is None else self.encode_text(text, normalize=True)
+        output = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            output["logit_bias"] = self.logit_bias
+        return output if self.output_dict else tuple(output.values())
+
+    def forward_intermediates(
+        self,
+        image: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        image_indices: int | list[int] | None = None,
+        text_indices: int | list[int] | None = None,
+        stop_early: bool = False,
+        normalize: bool = True,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        image_output_fmt: str = "NCHW",
+        image_output_extra_tokens: bool = False,
+        text_output_fmt: str = "NLC",
+        text_output_extra_tokens: bool = False,
+        output_logits: bool = False,
+        output_logit_scale_bias: bool = False,
+    ) -> dict[str, Any]:
+        """Features of the towers' blocks, with the features of the whole.
+
+        Args:
+            image, text: as in forward; one may be None.
+            image_indices, text_indices: None for all blocks, n for the last n, or a list of indices.
+            stop_early: leave out the blocks after the last one wanted.
+            normalize: scale image_features and text_features to unit length.
+            normalize_intermediates: apply the tower's final layer norm to each block's output.
+            intermediates_only: leave out features, logits, scale and bias.
+            image_output_fmt: "NCHW" or "NLC"; text_output_fmt: "NLC".
+            image_output_extra_tokens, text_output_extra_tokens: also the class tokens, in lists of their own.
+            output_logits: "image_logits" and "text_logits", which need both inputs.
+            output_logit_scale_bias: "logit_scale" (and "logit_bias").
+
+        Returns:
+            "image_intermediates", "image_features", "text_intermediates", "text_features" and what was asked for; the
+            towers' forward_intermediates say the shapes.
+        """
+        if intermediates_only:
+            output_logits = output_logit_scale_bias = False
+        if output_logits and (image is None or text is None):
+            raise ValueError("logits are of images and texts: give both, or output_logits=False")
+        common = {
+            "stop_early": stop_early,
+            "normalize_intermediates": normalize_intermediates,
+            "intermediates_only": intermediates_only,
+        }
+        output: dict[str, Any] = {}
+        if image is not None:
+            output |= self.visual.forward_intermediates(
+                image,
+                indices=image_indices,
+                output_fmt=image_output_fmt,
+                output_extra_tokens=image_output_extra_tokens,
+                **common,
+            )
+        if text is not None:
+            output |= self._text_tower_intermediates(
+                text,
+                indices=text_indices,
+                output_fmt=text_output_fmt,
+                output_extra_tokens=text_output_extra_tokens,
+                **common,
+            )
+        if normalize:
+            for key in ("image_features", "text_features"):
+                if key in output:
+                    output[key] = F.normalize(output[key], dim=-1)
+        if output_logits:
+            logits = self._logits(output["image_features"], output["text_features"])
+            output["image_logits"], output["text_logits"] = logits
+        if output_logit_scale_bias:
+            output["logit_scale"] = self.logit_scale.exp()
+            if self.logit_bias is not None:
+                output["logit_bias"] = self.logit_bias
+        return output
+
+
+class CLIP(TextEncoder, TwoTowers):
+    """CLIP with the text tower's parameters at the top level."""
+
+    def _place_text_tower(self, text: TextTransformer) -> None:
+        self.text_options = text.text_options
+        self.transformer = text.transformer
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.cls_emb = text.cls_emb
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+
+    @property
+    def text_pool_type(self) -> str:
+        return self.text_options.pool_type
+
+    @property
+    def text_eos_id(self) -> int:
+        return self.text_options.eos_id
+
+    def _text_tower(self, text: torch.Tensor) -> torch.Tensor:
+        return self._encode_text(text)[0]
+
+    def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        return self._text_intermediates(text, **kwargs)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        self._lock_text(unlocked_layers, freeze_layer_norm)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.visual.set_grad_checkpointing(enable)
+        self.transformer.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {"positional_embedding"} | self._visual_no_weight_decay()
+
+
+class CustomTextCLIP(TwoTowers):
+    """CLIP with the text tower under `text`."""
+
+    def _place_text_tower(self, text: TextTransformer) -> None:
+        self.text = text
+
+    def _text_tower(self, text: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return self.text(text)
+
+    def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        return self.text.forward_intermediates(text, **kwargs)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        self.text.lock(unlocked_layers, freeze_layer_norm)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"text.{name}" for name in self.text.no_weight_decay()} | self._visual_no_weight_decay()
+
+
+# ---- weights ----
+
+
+def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """Cast in place what multiplies: convolutions, linear layers, attention and the final projections.
+
+    Norms, embeddings, layer scales and the logits' scale keep their dtype.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            own = ["weight", "bias"]
+        elif isinstance(module, (MultiheadAttention, Attention)):
+            own = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
+        elif isinstance(module, TextEncoder):
+            own = ["text_projection"]
+        elif isinstance(module, VisionTransformer):
+            own = ["proj"]
+        else:
+            continue
+        for name in own:
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, nn.Parameter):
+                parameter.data = parameter.data.to(dtype)
+
+
+convert_weights_to_fp16 = convert_weights_to_lp
+
+_TOP_LEVEL_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final", "cls_emb")
+
+
+def convert_to_custom_text_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of CLIP as one of CustomTextCLIP, which is returned as it is."""
+    if "text_projection" not in state_dict:
+        return state_dict
+    return {(f"text.{key}" if key.startswith(_TOP_LEVEL_TEXT) else key): value for key, value in state_dict.items()}
+
+
+def build_model_from_openai_state_dict(
+    state_dict: dict[str, torch.Tensor],
+    quick_gelu: bool = True,
+    cast_dtype: torch.dtype | None = torch.float16,
+) -> CLIP:
+    """A CLIP with the weights of an OpenAI archive, whose sizes tell the configuration; in evaluation mode.
+
+    Args:
+        state_dict: of the archive, with keys as in CLIP.
+        cast_dtype: half precision that the weights are cast to, or None.
+
+    Raises:
+        NotImplementedError: the image tower is a ResNet.
+    """
+    state_dict = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    if "visual.proj" not in state_dict:
+        raise NotImplementedError("OpenAI archives with a ResNet image tower are not built yet: those with a ViT are")
+
+    def count_blocks(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
+
+    width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
+    side = math.isqrt(state_dict["visual.positional_embedding"].shape[0] - 1)
+    context_length, text_width = state_dict["positional_embedding"].shape
+    # built on the meta device: the weights are those of the archive
+    with torch.device("meta"):
+        model = CLIP(
+            embed_dim=state_dict["text_projection"].shape[1],
+            vision_cfg=CLIPVisionCfg(
+                layers=count_blocks("visual.transformer.resblocks."),
+                width=width,
+                patch_size=patch_size,
+                image_size=patch_size * side,
+            ),
+            text_cfg=CLIPTextCfg(
+                context_length=context_length,
+                vocab_size=state_dict["token_embedding.weight"].shape[0],
+                width=text_width,
+                heads=text_width // 64,
+                layers=count_blocks("transformer.resblocks."),
+            ),
+            quick_gelu=quick_gelu,
+            cast_dtype=cast_dtype,
+        )
+    model.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    if cast_dtype is not None:
+        convert_weights_to_lp(model, cast_dtype)
+    return model.eval()
+
+
+def trace_model(
+    model: nn.Module, batch_size: int = 256, device: torch.device | str = torch.device("cpu")
+) -> torch.jit.ScriptModule:
+    """`model` traced by TorchScript for one batch size, with the methods forward, encode_image and encode_text."""
+    model.eval()
+    height, width = to_2tuple(model.visual.image_size)
+    images = torch.ones((batch_size, 3, height, width), device=device)
+    texts = torch.zeros((batch_size, model.context_length), dtype=torch.int, device=device)
+    inputs = {"forward": (images, texts), "encode_text": (texts,), "encode_image": (images,)}
+    traced = torch.jit.trace_module(model, inputs=inputs)
+    traced.visual.image_size = model.visual.image_size
+    return traced
+
+
+# ---- what goes with a model ----
+
+
+def get_model_preprocess_cfg(model: nn.Module) -> dict[str, Any]:
+    """How images must be prepared for `model`: "size", and "mean", "std" and what else was set, where it was."""
+    visual = getattr(model, "visual", model)
+    cfg = copy.copy(getattr(visual, "preprocess_cfg", {}))
+    if cfg:
+        return cfg
+    size = getattr(visual, "image_size", None)
+    if size is not None:
+        cfg["size"] = size
+    for key, attribute in (("mean", "image_mean"), ("std", "image_std")):
+        value = getattr(visual, attribute, None)
+        if value is not None:
+            cfg[key] = value
+    return cfg
+
+
+def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
+    """Keep with `model` how its images must be prepared; "mean" and "std" are needed."""
+    visual = getattr(model, "visual", model)
+    visual.image_mean = preprocess_cfg["mean"]
+    visual.image_std = preprocess_cfg["std"]
+    visual.preprocess_cfg = copy.deepcopy(preprocess_cfg)
+
+
+def get_model_tokenize_cfg(model: nn.Module) -> dict[str, int]:
+    """"context_length" and "vocab_size" of the text tower, where they are known."""
+    text = getattr(model, "text", model)
+    cfg = {}
+    for key in ("context_length", "vocab_size"):
+        value = getattr(text, key, None)
+        if value is not None:
+            cfg[key] = value
+    return cfg

@@ -1,0 +1,129 @@
+"""Small helpers on modules and tuples, with the names that open_clip's users import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from itertools import repeat
+from typing import Any
+
+from torch import nn
+
+
+def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = (), name: str = "") -> nn.Module:
+    """Replace BatchNorm2d and SyncBatchNorm below `module` (or `module` itself) by torchvision's FrozenBatchNorm2d.
+
+    Args:
+        module: where to start.
+        module_match: dotted module names to which the replacement is limited; all where empty.
+        name: the dotted name of `module` itself.
+
+    Returns:
+        `module`, or its replacement.
+    """
+    matches = not module_match or name in module_match
+    if matches and isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return _frozen_batch_norm(module)
+    for child_name, child in module.named_children():
+        full_name = f"{name}.{child_name}" if name else child_name
+        replacement = freeze_batch_norm_2d(child, module_match, full_name)
+        if replacement is not child:
+            setattr(module, child_name, replacement)
+    return module
+
+
+def _frozen_batch_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
+    from torchvision.ops.misc import FrozenBatchNorm2d  # heavy, and only needed to lock convolutional towers
+
+    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    own = norm.state_dict()
+    # a norm with affine=False has no weight and bias: one and zero are what it computes with
+    frozen.load_state_dict({key: own.get(key, value) for key, value in frozen.state_dict().items()})
+    reference = norm.running_mean if norm.running_mean is not None else norm.weight
+    return frozen.to(reference.device) if reference is not None else frozen
+
+
+def _ntuple(n: int) -> Callable[[Any], tuple]:
+    def to_tuple(x: Any) -> tuple:
+        # A string is one value here, although it can be iterated over.
+        if isinstance(x, Iterable) and not isinstance(x, str):
+            return tuple(x)
+        return tuple(repeat(x, n))
+
+    return to_tuple
+
+
+to_1tuple = _ntuple(1)
+to_2tuple = _ntuple(2)
+to_3tuple = _ntuple(3)
+to_4tuple = _ntuple(4)
+
+
+def to_ntuple(n: int, x: Any) -> tuple:
+    """`x` as a tuple: what can be iterated over (strings excepted) as it is, anything else repeated `n` times."""
+    return _ntuple(n)(x)
+
+
+def replace_linear(
+    model: nn.Module,
+    linear_replacement: Callable[..., nn.Module],
+    include_modules: Collection[str] = ("c_fc", "c_proj"),
+    copy_weights: bool = True,
+) -> nn.Module:
+    """Replace in place the nn.Linear children named in `include_modules`, wherever in `model` they are.
+
+    Args:
+        linear_replacement: called with (in_features, out_features, bias: bool).
+        copy_weights: carry weight and bias over.
+    """
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear) and name in include_modules:
+            new = linear_replacement(child.in_features, child.out_features, child.bias is not None)
+            if copy_weights:
+                new.weight.data.copy_(child.weight.data)
+                if child.bias is not None:
+                    new.bias.data.copy_(child.bias.data)
+            setattr(model, name, new)
+        else:
+            replace_linear(child, linear_replacement, include_modules, copy_weights)
+    return model
+
+
+def convert_int8_model_to_inference_mode(model: nn.Module) -> nn.Module:
+    """Refused: it converted layers that bitsandbytes no longer has."""
+    raise NotImplementedError(
+        "int8 training relied on bitsandbytes.nn.triton_based_modules, which newer releases of bitsandbytes removed. "
+        "Use precision='bf16' (or 'fp16') for inference instead."
+    )
+
+
+def feature_take_indices(
+    num_features: int,
+    indices: int | Collection[int] | None = None,
+    as_set: bool = False,
+) -> tuple[list[int] | set[int], int]:
+    """Which of `num_features` blocks are wanted.
+
+    Args:
+        indices: None for all; a number n for the last n; a collection of indices, negative ones counted from the end.
+        as_set: return a set in place of a list, which keeps the order asked for.
+
+    Returns:
+        The indices and their maximum.
+
+    Raises:
+        ValueError: an index, or a number, outside of what exists.
+    """
+    if indices is None:
+        take = list(range(num_features))
+    elif isinstance(indices, int):
+        if not 0 < indices <= num_features:
+            raise ValueError(f"the last {indices} blocks were asked for, where there are {num_features}: give 1 to that")
+        take = list(range(num_features - indices, num_features))
+    else:
+        take = [index + num_features if index < 0 else index for index in indices]
+        for asked, index in zip(indices, take, strict=True):
+            if not 0 <= index < num_features:
+                raise ValueError(f"block index {asked} is out of range: there are {num_features} blocks")
+    if not take:
+        raise ValueError("no block index was given: leave indices=None for all of them")
+    return (set(take) if as_set else take), max(take)
