@@ -85,7 +85,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """lr, beta1, beta2, eps: None is adamw's default for the model (`get_default_params`), or the timm optimizer's own."""
+    """lr, beta1, beta2, eps: None is adamw's default for the model (`get_default_params`), or the timm optimizer's."""
 
     opt: str = "adamw"
     lr: float | None = None

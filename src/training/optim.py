@@ -1,0 +1,95 @@
+"""The optimizer of a run: AdamW with open_clip's two parameter groups, or one of timm's."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from open_clip.device import row
+from training.params import OptimConfig
+
+logger = logging.getLogger(__name__)
+
+# How a group is computed, not what: a checkpoint must not carry it from one device to another.
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+
+
+def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | str) -> torch.optim.Optimizer:
+    """Makes the optimizer of the trainable parameters.
+
+    Its states interchange with open_clip's: same groups, same order within them. They also interchange between fused
+    and unfused: `load_state_dict` keeps this optimizer's own implementation.
+
+    Args:
+        model: the bare module (not wrapped by DDP, whose prefix hides the names that timm excludes from decay), its
+            parameters where they will be trained.
+        cfg: `opt`, `lr` and its companions. None: AdamW's or timm's default.
+        device: where the model is; decides on `fused_optimizer="auto"`.
+
+    Raises:
+        ValueError: for an unknown optimizer, or a model without trainable parameters.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("The model has no trainable parameter: unlock a part of it (see --lock-image, --lock-text).")
+    opt = cfg.opt.lower()
+    if opt == "adamw":
+        optimizer = _adamw(model, cfg, torch.device(device))
+    elif opt.startswith("timm/"):
+        optimizer = _timm(model, cfg, opt.removeprefix("timm/"))
+    else:
+        raise ValueError(f"--opt {cfg.opt!r} is not known: adamw, or timm/NAME.")
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    return optimizer
+
+
+def has_no_decay(name: str, parameter: torch.Tensor) -> bool:
+    """Gains, biases and scalars: everything below 2 dimensions, and what is so by name ("bn", "ln", "bias",
+    "logit_scale" anywhere in it)."""
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if has_no_decay(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in named if not has_no_decay(name, p)], "weight_decay": cfg.wd},
+    ]
+    fused = cfg.fused_optimizer == "torch" or (cfg.fused_optimizer == "auto" and row(device).fused_adamw)
+    # fused=None leaves the choice between foreach and a loop to torch.
+    return torch.optim.AdamW(groups, fused=fused or None, **_given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps))
+
+
+def _timm(model: nn.Module, cfg: OptimConfig, name: str) -> torch.optim.Optimizer:
+    import timm.optim
+
+    known = timm.optim.list_optimizers()
+    if name not in known:
+        near = ", ".join(f"timm/{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5))
+        raise ValueError(f"--opt {cfg.opt!r}: timm has no such optimizer{near and f'; near it are {near}'}.")
+    options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps, momentum=cfg.momentum)
+    return timm.optim.create_optimizer_v2(model, name, weight_decay=cfg.wd, **options)
+
+
+def _betas(cfg: OptimConfig) -> tuple[float, float] | None:
+    if cfg.beta1 is None or cfg.beta2 is None:
+        if cfg.beta1 is not cfg.beta2:
+            raise ValueError("Give both --beta1 and --beta2, or neither: the optimizer takes them as a pair.")
+        return None
+    return cfg.beta1, cfg.beta2
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook before `load_state_dict`: the saved groups with this optimizer's `fused`, `foreach`... put in."""
+    own = [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    saved = state_dict["param_groups"]
+    if len(saved) != len(own):
+        return state_dict  # torch's own error says what differs
+    return state_dict | {"param_groups": [group | kept for group, kept in zip(saved, own, strict=True)]}
