@@ -1,0 +1,324 @@
+"""Contrastive losses, as modules. What they compute, tile by tile, is in `pairwise`.
+
+Shapes: n pairs on this rank, world_size ranks, N = n * world_size, D the embedding's width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import collectives, pairwise
+from .collectives import (  # noqa: F401  their place in open_clip 3.3.0
+    NeighbourExchange,
+    NeighbourExchangeBidir,
+    neighbour_exchange,
+    neighbour_exchange_bidir,
+    neighbour_exchange_bidir_with_grad,
+    neighbour_exchange_with_grad,
+)
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+def gather_features(
+    image_features: Tensor,
+    text_features: Tensor,
+    local_loss: bool = False,
+    gather_with_grad: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    use_horovod: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Image and text features [n, D] of all ranks, each [N, D].
+
+    With `gather_with_grad` gradients reach the features of every rank. Without it they reach this rank's own rows, and
+    with `local_loss` (where the own features are used beside the gathered ones) none.
+    """
+    _refuse_horovod(use_horovod)
+    if world_size == 1:
+        return image_features, text_features
+    gathered = []
+    for features in (image_features, text_features):
+        if gather_with_grad:
+            gathered.append(collectives.all_gather_with_grad(features))
+            continue
+        everyone = collectives.all_gather(features)
+        if not local_loss:
+            own = pairwise.own_rows(rank, len(features))
+            everyone = torch.cat([everyone[: own.start], features, everyone[own.stop :]])
+        gathered.append(everyone)
+    return gathered[0], gathered[1]
+
+
+def _refuse_horovod(use_horovod: bool) -> None:
+    if use_horovod:
+        raise ValueError(
+            "use_horovod=True is not supported: Horovod is no longer maintained. "
+            "Start the processes with torchrun, which torch.distributed uses on every device."
+        )
+
+
+def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
+    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        raise ValueError(
+            f"Image features {list(image_features.shape)} and text features {list(text_features.shape)} must both be "
+            "[batch, embedding] of one size: row i of each is one pair."
+        )
+
+
+def _product_dtype(image_features: Tensor, text_features: Tensor) -> torch.dtype:
+    """The dtype that `image_features @ text_features.T` is computed in where we are called."""
+    dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+    device_type = image_features.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def _as_tensor(value: Tensor | float, features: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=pairwise.exact_dtype(features.dtype), device=features.device)
+
+
+class ClipLoss(nn.Module):
+    """The contrastive loss of CLIP (https://arxiv.org/abs/2103.00020), over the pairs of all ranks.
+
+    local_loss: the loss of this rank's images and texts against all, instead of everyone's (which is the same on every
+    rank).
+    gather_with_grad: gradients also reach the features of the other ranks, which this rank's loss sees as negatives.
+    Gradient scales are those of open_clip. With DDP, which averages over the ranks, both options together, or
+    gather_with_grad alone, give the gradient of the global loss, and neither of them gives the towers 1 / world_size of
+    it. local_loss alone leaves out what the negatives of others say.
+
+    cache_labels keeps the labels of `get_ground_truth`. The number of pairs must be the same on every rank.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__()
+        _refuse_horovod(use_horovod)
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """The class of each of `num_logits` rows of `get_logits`: int64 [num_logits]."""
+        device = torch.device(device)
+        if self.cache_labels and self.prev_num_logits == num_logits and device in self.labels:
+            return self.labels[device]
+        labels = torch.arange(num_logits, device=device, dtype=torch.long)
+        if self.world_size > 1 and self.local_loss:
+            labels = labels + num_logits * self.rank
+        if self.cache_labels:
+            if self.prev_num_logits != num_logits:
+                self.labels.clear()
+            self.labels[device] = labels
+            self.prev_num_logits = num_logits
+        return labels
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits per image and per text, each [N, N], or [n, N] with local_loss. The loss itself does without them."""
+        all_image, all_text = image_features, text_features
+        if self.world_size > 1:
+            all_image, all_text = gather_features(
+                image_features, text_features, self.local_loss, self.gather_with_grad, self.rank, self.world_size
+            )
+        if self.world_size > 1 and self.local_loss:
+            per_image = logit_scale * image_features @ all_text.T
+            per_text = logit_scale * text_features @ all_image.T
+        else:
+            per_image = logit_scale * all_image @ all_text.T
+            per_text = per_image.T
+        if logit_bias is not None:
+            per_image, per_text = per_image + logit_bias, per_text + logit_bias
+        return per_image, per_text
+
+    def contrastive_loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss, a scalar in fp32 (fp64 for fp64 features)."""
+        _check_pairs(image_features, text_features)
+        batch = pairwise.Batch(
+            self.rank,
+            self.world_size,
+            _product_dtype(image_features, text_features),
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        )
+        loss = pairwise.softmax_loss(image_features, text_features, _as_tensor(logit_scale, image_features), batch)
+        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+            # What is added to all logits changes no softmax; the bias stays in the graph, with the gradient 0 that it
+            # has.
+            loss = loss + 0 * logit_bias.sum()
+        return loss
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features, text_features [n, D], normalised; row i of each is one pair. logit_scale: after its exp."""
+        loss = self.contrastive_loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class CoCaLoss(ClipLoss):
+    """The contrastive loss and the captioner's cross entropy, each with its weight (https://arxiv.org/abs/2205.01917)."""
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss_weight = caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]  # the captioner's logits come in the middle, as in open_clip
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """logits [n, L, vocabulary], labels int64 [n, L], where pad_id does not count. Returns both losses."""
+        if self.clip_loss_weight:
+            clip_loss = self.clip_loss_weight * self.contrastive_loss(image_features, text_features, logit_scale)
+        else:
+            clip_loss = torch.zeros((), device=logits.device)
+        caption_loss = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        if output_dict:
+            return {"contrastive_loss": clip_loss, "caption_loss": caption_loss}
+        return clip_loss, caption_loss
+
+
+class DistillClipLoss(ClipLoss):
+    """The contrastive loss, and the cross entropy between a teacher's softmax and the student's over the same pairs.
+
+    The second one holds the logits of both, [N, N] or, with local_loss, [n, N].
+    """
+
+    def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        """Mean over the rows of the cross entropy of two distributions, given by their logits [rows, columns]."""
+        exact = pairwise.exact_dtype(student_logits.dtype)
+        teacher = teacher_logits.softmax(dim=1, dtype=exact)
+        return -(teacher * student_logits.log_softmax(dim=1, dtype=exact)).sum(dim=1).mean()
+
+    def forward(  # type: ignore[override]  # no bias, and the teacher's features, as in open_clip
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """The teacher's features [n, its own D] and scale beside the student's. Returns both losses."""
+        contrastive_loss = self.contrastive_loss(image_features, text_features, logit_scale)
+        students = self.get_logits(image_features, text_features, logit_scale)
+        teachers = self.get_logits(dist_image_features, dist_text_features, dist_logit_scale)
+        distill_loss = (self.dist_loss(teachers[0], students[0]) + self.dist_loss(teachers[1], students[1])) / 2
+        if output_dict:
+            return {"contrastive_loss": contrastive_loss, "distill_loss": distill_loss}
+        return contrastive_loss, distill_loss
+
+
+class SigLipLoss(nn.Module):
+    """The sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343): this rank's images with the texts of all ranks.
+
+    dist_impl: how the texts of the others come here, and their gradients get home; the same numbers each:
+      "bidir" (default): around the ring of ranks in both directions at once, half of the texts each way;
+      "shift": around the ring in one direction;
+      "reduce": each rank's in turn by broadcast and reduce, for backends without send and receive;
+      "gather": all at once, which holds [N, D] and needs the fewest messages.
+    The number of pairs must be the same on every rank.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+    ):
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in DIST_IMPLS:
+            raise ValueError(f"dist_impl={dist_impl!r} is not known; choose one of {', '.join(DIST_IMPLS)}.")
+
+    def get_ground_truth(
+        self, device: torch.device | str, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """Labels [num_logits, num_logits]: 1 for pairs, which are on the diagonal, and -1."""
+        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Logits [n, n] of this rank's pairs. The loss itself does without them."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features, text_features [n, D], normalised. The loss is a scalar in fp32 (fp64 for fp64 features)."""
+        _check_pairs(image_features, text_features)
+        batch = pairwise.Batch(
+            self.rank, self.world_size, _product_dtype(image_features, text_features), exchange=self.dist_impl
+        )
+        scale = _as_tensor(logit_scale, image_features)
+        bias = _as_tensor(0.0 if logit_bias is None else logit_bias, image_features)
+        loss = pairwise.sigmoid_loss(image_features, text_features, scale, bias, batch)
+        return {"contrastive_loss": loss} if output_dict else loss
