@@ -1,0 +1,119 @@
+"""Training and evaluation data: `get_data` gives the loaders that the options ask for.
+
+Batches are dicts: {"image": float [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]} of
+classified images. Order and augmentation are functions of (seed, epoch, sample): see `training.data.sampling`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from training.data.csv_data import CsvDataset, get_csv_dataset
+from training.data.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
+from training.data.loader import DataInfo
+from training.data.sampling import SharedEpoch
+from training.data.shards import (
+    expand_urls,
+    filter_no_caption_or_no_image,
+    get_dataset_size,
+    group_by_keys_nothrow,
+    log_and_continue,
+    tarfile_to_samples_nothrow,
+)
+from training.data.skips import BadSample, SkipCounter
+from training.data.stages import ResampledShards2, count_samples, detshuffle2, pytorch_worker_seed
+from training.data.synthetic import SyntheticDataset, get_synthetic_dataset
+from training.data.webdataset_data import get_wds_dataset
+
+__all__ = [
+    "BadSample",
+    "CsvDataset",
+    "DataInfo",
+    "ImageFolder",
+    "ResampledShards2",
+    "SharedEpoch",
+    "SkipCounter",
+    "SyntheticDataset",
+    "count_samples",
+    "detshuffle2",
+    "expand_urls",
+    "filter_no_caption_or_no_image",
+    "get_csv_dataset",
+    "get_data",
+    "get_dataset_fn",
+    "get_dataset_size",
+    "get_imagefolder_dataset",
+    "get_imagenet",
+    "get_labelled_folder",
+    "get_synthetic_dataset",
+    "get_wds_dataset",
+    "group_by_keys_nothrow",
+    "log_and_continue",
+    "pytorch_worker_seed",
+    "tarfile_to_samples_nothrow",
+]
+
+_DATASETS: dict[str, Callable[..., DataInfo]] = {
+    "webdataset": get_wds_dataset,
+    "csv": get_csv_dataset,
+    "imagefolder": get_imagefolder_dataset,
+    "synthetic": get_synthetic_dataset,
+}
+_TAR = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
+
+
+def get_dataset_fn(data_path: str | None, dataset_type: str) -> Callable[..., DataInfo]:
+    """The function that makes a loader of `dataset_type`; "auto" goes by the path.
+
+    A folder is imagefolder, .csv and .tsv are csv; .tar, braces, `::` and `pipe:` are webdataset.
+
+    Raises:
+        ValueError: an unknown type, or a path that tells nothing.
+    """
+    if dataset_type in _DATASETS:
+        return _DATASETS[dataset_type]
+    choices = ", ".join([*_DATASETS, "auto"])
+    if dataset_type != "auto":
+        raise ValueError(f"Unknown --dataset-type {dataset_type!r}: choose one of {choices}.")
+    path = data_path or ""
+    if path.startswith("pipe:") or "::" in path or ("{" in path and "}" in path) or _TAR.search(path):
+        return get_wds_dataset
+    if path.lower().endswith((".csv", ".tsv")):
+        return get_csv_dataset
+    if path and os.path.isdir(path):
+        return get_imagefolder_dataset
+    raise ValueError(
+        f"The form of the data does not follow from {data_path!r} (webdataset: .tar or braces; csv: .csv, .tsv; "
+        f"imagefolder: an existing folder). Give --dataset-type, one of {choices}."
+    )
+
+
+def get_data(
+    args: Any,
+    preprocess_fns: Sequence[Callable[[Any], Any]],
+    epoch: int = 0,
+    tokenizer: Callable[[list[str]], Any] | None = None,
+) -> dict[str, DataInfo]:
+    """The loaders that are configured, under "train", "val", "imagenet-val", "imagenet-v2", "zeroshot".
+
+    args: params.DataConfig, or a flat namespace with the same names. preprocess_fns: (train, val), PIL image -> tensor.
+    epoch: the first one (a resumed run's next). tokenizer: list of captions -> int64 [B, L]; None leaves strings.
+    """
+    preprocess_train, preprocess_val = preprocess_fns
+    data: dict[str, DataInfo] = {}
+    if args.train_data or args.dataset_type == "synthetic":
+        make = get_dataset_fn(args.train_data, args.dataset_type)
+        data["train"] = make(args, preprocess_train, is_train=True, epoch=epoch, tokenizer=tokenizer)
+    if args.val_data:
+        make = get_dataset_fn(args.val_data, args.dataset_type)
+        data["val"] = make(args, preprocess_val, is_train=False, tokenizer=tokenizer)
+    if getattr(args, "imagenet_val", None):
+        data["imagenet-val"] = get_imagenet(args, preprocess_fns, "val")
+    if getattr(args, "imagenet_v2", None):
+        data["imagenet-v2"] = get_imagenet(args, preprocess_fns, "v2")
+    if getattr(args, "zeroshot_data", None):
+        data["zeroshot"] = get_labelled_folder(args, preprocess_val, args.zeroshot_data)
+    return data

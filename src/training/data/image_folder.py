@@ -1,0 +1,138 @@
+"""Folders of classes (ROOT/CLASS/.../IMAGE): for zero-shot evaluation with labels, and for training with captions."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from training.data.images import load_image
+from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.strings import StringTable
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+CAPTION = "a photo of a {}."
+
+# The folder inside which the archives of ImageNet-V2 (https://imagenetv2.org) unpack.
+_IMAGENET_V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
+
+
+class ImageFolder(Dataset):
+    """Images in one folder a class; labels are the ranks of the class folders' names in sorted order.
+
+    The same classes, order and labels as torchvision's ImageFolder, but an empty class folder keeps its label (with a
+    warning) and paths are stored compactly. `numbered`: class folders are named by their labels (as in ImageNet-V2).
+    `dataset[i]` is {"image": transform's result, "label": int}; with `caption` (a template for the class name)
+    {"image", "text": str} instead, text being int64 [L] where there is a tokenizer.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: no class folders, no images, or `numbered` and a name that is no
+            number. And from `dataset[i]`: training.data.skips.BadSample.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        transform: Callable[[Any], Any] | None = None,
+        *,
+        caption: str | None = None,
+        tokenizer: Callable[[list[str]], Any] | None = None,
+        numbered: bool = False,
+    ) -> None:
+        self.root = Path(root)
+        self.transform = transform
+        self.caption = caption
+        self.tokenizer = tokenizer
+        self.classes = _class_names(self.root, numbered)
+        per_class = [_images(self.root / name) for name in self.classes]
+        self.paths = StringTable(path for paths in per_class for path in paths)
+        counts = torch.tensor([len(paths) for paths in per_class])
+        self.labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        if not len(self.paths):
+            raise ValueError(f"{self.root}: no images in its class folders. Images end in {', '.join(EXTENSIONS)}.")
+        if not counts.all():
+            empty = [name for name, paths in zip(self.classes, per_class, strict=True) if not paths]
+            logger.warning("%s: %d class folders have no images, first %r.", self.root, len(empty), empty[0])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        label = int(self.labels[index])
+        image = load_image(path, self.transform, path)
+        if self.caption is None:
+            return {"image": image, "label": label}
+        text = self.caption.format(self.classes[label].replace("_", " "))
+        return {"image": image, "text": text if self.tokenizer is None else self.tokenizer([text])[0]}
+
+
+def _class_names(root: Path, numbered: bool) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder (looked for {root.absolute()}).")
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not names:
+        raise ValueError(f"{root} has no folders: it needs one a class, with the images inside.")
+    if not numbered:
+        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+            logger.warning("%s: class folders are sorted as text, so labels 0, 1, 2, ... are %s, ...", root, names[:3])
+        return names
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"{root}: class folders should be named 0, 1, 2, ..., there is {names[-1]!r}.")
+    by_label = {int(name): name for name in names}
+    return [by_label.get(label, str(label)) for label in range(max(by_label) + 1)]
+
+
+def _images(folder: Path) -> list[str]:
+    return [
+        os.path.join(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(EXTENSIONS)
+    ]
+
+
+def get_imagefolder_dataset(
+    args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
+) -> DataInfo:
+    """The loader of `args.train_data` or `args.val_data`, a folder of classes, captioned "a photo of a CLASS."."""
+    root = args.train_data if is_train else args.val_data
+    if not root:
+        raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")
+    tokenizer_per_sample = tokenizer if tokenizes_randomly(tokenizer) else None
+    dataset = ImageFolder(root, preprocess_fn, caption=CAPTION, tokenizer=tokenizer_per_sample)
+    return map_loader(
+        dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=str(root), classes=dataset.classes
+    )
+
+
+def get_labelled_folder(
+    args: Any, preprocess_fn: Callable[[Any], Any], root: str | os.PathLike[str], numbered: bool = False
+) -> DataInfo:
+    """An evaluation loader of {"image", "label"} over a folder of classes; `dataloader.classes` are their names."""
+    dataset = ImageFolder(root, preprocess_fn, numbered=numbered)
+    return map_loader(dataset, args, is_train=False, source=str(root), classes=dataset.classes)
+
+
+def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], split: str) -> DataInfo:
+    """Labelled ImageNet in order. split: "train", "val" or "v2", from args.imagenet_train, _val or _v2.
+
+    train and val are folders of classes; v2 the folder that ImageNet-V2's archive unpacks to, or the one it is in.
+    preprocess_fns: (train, val); each split is evaluated with val's.
+    """
+    if split not in ("train", "val", "v2"):
+        raise ValueError(f"No ImageNet split {split!r}: there are 'train', 'val' and 'v2'.")
+    root = getattr(args, f"imagenet_{split}", None)
+    if not root:
+        raise ValueError(f"The folder of ImageNet's {split} split is not given (imagenet_{split}).")
+    if split == "v2":
+        inside = [Path(root, name) for name in _IMAGENET_V2_FOLDERS if Path(root, name).is_dir()]
+        root = inside[0] if inside else root
+    return get_labelled_folder(args, preprocess_fns[1], root, numbered=split == "v2")

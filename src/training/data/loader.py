@@ -1,0 +1,235 @@
+"""From a dataset to batches: collating, workers, and samples that cannot be used."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from open_clip import device
+from training import distributed
+from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
+from training.data.skips import BAD_IN_A_ROW, BadSample, SkipCounter, Streak
+
+logger = logging.getLogger(__name__)
+
+_PREFETCHED_BATCHES = 2  # per worker
+
+
+@dataclass
+class DataInfo:
+    """A loader and what steers it. `skipped` counts bad samples by cause, in this process and the loader's workers."""
+
+    dataloader: DataLoader
+    sampler: Sampler | None = None
+    shared_epoch: SharedEpoch | None = None
+    skipped: SkipCounter | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order and augmentation of the next pass over the loader follow from the epoch."""
+        if self.shared_epoch is not None:
+            self.shared_epoch.set_value(epoch)
+        if self.sampler is not None and hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+class Loader(DataLoader):
+    """A DataLoader of dict batches with `num_samples` (of an epoch, over all ranks) and `num_batches` (this rank's).
+
+    Workers live until `close` or the end of the process. `classes` are the class names of a folder of classes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        source: str,
+        workers: int,
+        seed: int,
+        num_samples: int,
+        num_batches: int,
+        skipped: SkipCounter,
+        collate: Collate,
+        batch_sampler: Sampler | None = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        world = distributed.world()
+        options: dict[str, Any] = {"pin_memory": device.row(world.device).pin_memory}
+        if options["pin_memory"] and _torch_version() < (2, 9):
+            options["pin_memory_device"] = world.device.type  # later, that of the current accelerator
+        if workers > 0:
+            options |= {"persistent_workers": True, "prefetch_factor": _PREFETCHED_BATCHES}
+        if batch_sampler is None:
+            options["batch_size"] = None  # the dataset itself yields batches
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_init_worker,
+            # of its own, as DataLoader draws its workers' base seed from the global one otherwise
+            generator=torch.Generator().manual_seed(stable_hash("loader", seed)),
+            **options,
+        )
+        self.source = source
+        self.num_samples = num_samples
+        self.num_batches = num_batches
+        self.skipped = skipped
+        self.classes = classes
+        self._alone = not world.distributed
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        skipped_before = self.skipped.total()
+        empty = True
+        for batch in super().__iter__():
+            if batch is not None:  # None: every sample of it was bad
+                empty = False
+                yield batch
+        if empty and self.skipped.total() > skipped_before:
+            message = f"{self.source}: not one usable sample. Skipped, by cause: {self.skipped.counts()}."
+            if self._alone:
+                raise ValueError(f"{message} The log has the first names.")
+            logger.error("%s This is this rank's part; the others may have more.", message)
+
+    def close(self) -> None:
+        """Ends the workers. The next pass would start new ones."""
+        self._iterator = None
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _init_worker(worker_id: int) -> None:
+    # Ctrl-C goes to the whole process group: the main process alone answers it, and ends the workers.
+    # (That torch computes with one thread in a worker is DataLoader's own doing.)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def tokenizes_randomly(tokenizer: Any) -> bool:
+    """Whether the tokenizer draws random numbers (reduces long captions at random).
+
+    Such a one is called sample by sample inside `sample_rng`; any other is called once a batch, which is faster.
+    """
+    return getattr(tokenizer, "reduction_fn", None) is not None
+
+
+class Collate:
+    """Samples (dicts, None for a dropped one) to a batch: tensors stacked, captions tokenised in one call.
+
+    Returns a dict such as {"image": float [B, 3, H, W], "text": int64 [B, L]}, or None where no sample is left.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+        whole = [sample for sample in samples if sample is not None]
+        if not whole:
+            return None
+        return {key: self._column([sample[key] for sample in whole]) for key in whole[0]}
+
+    def _column(self, values: list[Any]) -> Any:
+        if isinstance(values[0], str):
+            return values if self.tokenizer is None else self.tokenizer(values)
+        return default_collate(values)  # in a worker: straight into shared memory
+
+
+class WholeSamples(Dataset):
+    """Samples of a map-style dataset with random numbers of their own and bad ones dealt with.
+
+    In training a bad sample is replaced by another, drawn from (seed, epoch, row): the same on any number of workers
+    and ranks. In evaluation it becomes None, which `Collate` drops.
+    """
+
+    def __init__(self, dataset: Dataset, *, source: str, seed: int, is_train: bool, skipped: SkipCounter) -> None:
+        self.dataset = dataset
+        self.length = len(dataset)  # type: ignore[arg-type]
+        self.source = source
+        self.seed = seed
+        self.is_train = is_train
+        self.skipped = skipped
+        self.streak = Streak(source)  # of this worker's copy
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, ref: SampleRef) -> dict[str, Any] | None:
+        row, epoch = ref
+        streak = Streak(self.source) if self.is_train else self.streak
+        for attempt in range(BAD_IN_A_ROW):
+            try:
+                with sample_rng(self.seed, epoch, row):
+                    sample = self.dataset[row]
+            except BadSample as bad:
+                self.skipped.add(bad)
+                streak.add(bad)
+            else:
+                streak.good()
+                return sample
+            if not self.is_train:
+                return None
+            row = stable_hash("replacement", self.seed, epoch, ref.row, attempt) % self.length
+        raise AssertionError("Streak.add raises before")
+
+
+def map_loader(
+    dataset: Dataset,
+    args: Any,
+    *,
+    is_train: bool,
+    source: str,
+    epoch: int = 0,
+    tokenizer: Any = None,
+    classes: list[str] | None = None,
+) -> DataInfo:
+    """The loader of a map-style dataset: shuffled and of equal length on all ranks in training, in order otherwise.
+
+    args: batch_size, workers, seed (params.DataConfig).
+
+    Raises:
+        ValueError: training data of fewer samples than one batch on every rank.
+    """
+    world = distributed.world()
+    seed = getattr(args, "seed", 0)
+    skipped = SkipCounter(args.workers)
+    size = len(dataset)  # type: ignore[arg-type]
+    sampler: TrainSampler | EvalSampler
+    if is_train:
+        check_one_batch(size, args.batch_size, world.world_size, source)
+        sampler = TrainSampler(size, args.batch_size, world.rank, world.world_size, seed, epoch)
+    else:
+        sampler = EvalSampler(size, args.batch_size, world.rank, world.world_size)
+    loader = Loader(
+        WholeSamples(dataset, source=source, seed=seed, is_train=is_train, skipped=skipped),
+        source=source,
+        workers=args.workers,
+        seed=seed,
+        num_samples=size,
+        num_batches=len(sampler),
+        skipped=skipped,
+        collate=Collate(tokenizer),
+        batch_sampler=sampler,
+        classes=classes,
+    )
+    return DataInfo(loader, sampler=sampler, skipped=skipped)
+
+
+def check_one_batch(num_samples: int, batch_size: int, world_size: int, source: str) -> None:
+    """Raises ValueError where the data do not fill one batch on every rank."""
+    if num_samples < batch_size * world_size:
+        step = f"{batch_size * world_size}"
+        if world_size > 1:
+            step += f" ({batch_size} on each of {world_size} processes)"
+        raise ValueError(
+            f"{source} has {num_samples} samples, fewer than one step takes, {step}. Lower --batch-size, or add data."
+        )

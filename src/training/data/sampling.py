@@ -1,0 +1,107 @@
+"""Which sample comes when, and with which random numbers: functions of (seed, epoch, position), of nothing else.
+
+The order of an epoch is one permutation for all ranks; rank r of W takes every W-th element of it. Step t of B x W
+samples is therefore the same set on any number of ranks of equal global batch, and a position in the data is a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+def stable_hash(*parts: object) -> int:
+    """63 bits that depend on the parts' text alone: the same in every process, on every host."""
+    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def sample_rng(*key: object) -> Iterator[None]:
+    """Seeds the CPU generators of python, numpy and torch from `key` and puts them back afterwards (about 60 us).
+
+    What a random transform draws inside depends on the sample, not on which worker or rank handles it, nor on how many
+    samples came before.
+    """
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    seed = stable_hash(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # torch.manual_seed would seed the accelerators as well
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class SharedEpoch:
+    """The epoch, in memory shared with the workers: persistent workers learn of the next one without a restart."""
+
+    def __init__(self, epoch: int = 0) -> None:
+        self.shared_epoch = torch.tensor(epoch, dtype=torch.int64).share_memory_()
+
+    def set_value(self, epoch: int) -> None:
+        self.shared_epoch.fill_(epoch)
+
+    def get_value(self) -> int:
+        return int(self.shared_epoch)
+
+
+class SampleRef(NamedTuple):
+    """What a sampler hands to a worker. The epoch travels beside the row: no worker learns of it a batch late."""
+
+    row: int
+    epoch: int
+
+
+class TrainSampler(Sampler[list[SampleRef]]):
+    """Batches of this rank: `num_samples` shuffled by (seed, epoch), the last incomplete global batch dropped."""
+
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, epoch: int = 0
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
+        mine = torch.randperm(self.num_samples, generator=generator)[self.rank :: self.world_size]
+        for step in range(len(self)):
+            batch = mine[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [SampleRef(row, epoch) for row in batch.tolist()]
+
+
+class EvalSampler(Sampler[list[SampleRef]]):
+    """Batches of this rank, in order: every sample exactly once over all ranks, which may differ by one in length."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.rows = range(rank, num_samples, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield [SampleRef(row, 0) for row in self.rows[start : start + self.batch_size]]

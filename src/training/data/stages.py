@@ -1,0 +1,118 @@
+"""Stages for streams of shards and samples. They also work inside a `webdataset.DataPipeline`."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from training import distributed
+from training.data.sampling import SharedEpoch, stable_hash
+from training.data.shards import Sample, expand_urls
+
+
+def pytorch_worker_seed(increment: int = 0) -> int:
+    """A seed that differs between workers and ranks: the DataLoader worker's own, or the rank's where there is none."""
+    worker = get_worker_info()
+    rank = distributed.world().rank
+    if worker is not None:
+        return worker.seed + increment * max(1, worker.num_workers) + rank * worker.num_workers
+    return rank + increment
+
+
+def _epoch_value(epoch: int | SharedEpoch) -> int:
+    return epoch.get_value() if isinstance(epoch, SharedEpoch) else epoch
+
+
+class detshuffle2:
+    """Pipeline stage: shuffles a stream through a buffer, the same way for the same seed and epoch.
+
+    Holds up to `bufsize` items and starts to give them out at `initial`. epoch: a SharedEpoch, or an int that grows
+    with each run (so -1 is "0 first"). A negative seed takes the worker's own.
+    """
+
+    def __init__(self, bufsize: int = 1000, initial: int = 100, seed: int = 0, epoch: int | SharedEpoch = -1) -> None:
+        self.bufsize = bufsize
+        self.initial = min(initial, bufsize)
+        self.seed = seed
+        self.epoch = epoch
+
+    def run(self, src: Iterable[Any]) -> Iterator[Any]:
+        if isinstance(self.epoch, int):
+            self.epoch += 1
+        epoch = _epoch_value(self.epoch)
+        rng = random.Random(stable_hash("shuffle", pytorch_worker_seed() if self.seed < 0 else self.seed, epoch))
+        return self._shuffled(iter(src), rng)
+
+    __call__ = run
+
+    def _shuffled(self, src: Iterator[Any], rng: random.Random) -> Iterator[Any]:
+        buffer: list[Any] = []
+        for item in src:
+            buffer.append(item)
+            if len(buffer) < self.initial:
+                continue
+            if len(buffer) < self.bufsize:
+                buffer.extend(itertools.islice(src, 1))  # two in, one out, until it is full
+            yield self._take(buffer, rng)
+        while buffer:
+            yield self._take(buffer, rng)
+
+    @staticmethod
+    def _take(buffer: list[Any], rng: random.Random) -> Any:
+        chosen = rng.randrange(len(buffer))
+        buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+        return buffer.pop()
+
+
+class ResampledShards2(IterableDataset):
+    """Draws shards with replacement: `nshards` times {"url": shard}, with probabilities proportional to `weights`.
+
+    urls: as for `expand_urls`, or a list, whose weights are then a list. deterministic: the draws follow from
+    `worker_seed(epoch)` and are the same for the same epoch; otherwise they differ from run to run. worker_seed: a
+    function of the epoch, `pytorch_worker_seed` where None. epoch: a SharedEpoch, or an int that grows with each pass.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        weights: str | list[float] | None = None,
+        nshards: int = 2**63 - 1,
+        worker_seed: Callable[[int], int] | None = None,
+        deterministic: bool = False,
+        epoch: int | SharedEpoch = -1,
+    ) -> None:
+        super().__init__()
+        self.weights: list[float] | None
+        if isinstance(urls, str) and (weights is None or isinstance(weights, str)):
+            self.urls, self.weights = expand_urls(urls, weights)
+        else:
+            self.urls, self.weights = list(urls), None if weights is None else [float(weight) for weight in weights]
+        if self.weights is not None and len(self.weights) != len(self.urls):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.urls)} shards: give one a shard.")
+        self.nshards = nshards
+        self.worker_seed = pytorch_worker_seed if worker_seed is None else worker_seed
+        self.deterministic = deterministic
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Sample]:
+        if isinstance(self.epoch, int):
+            self.epoch += 1
+        epoch = _epoch_value(self.epoch)
+        seed = stable_hash("resampled", self.worker_seed(epoch), epoch) if self.deterministic else None
+        rng = random.Random(seed)
+        cumulative = None if self.weights is None else list(itertools.accumulate(self.weights))
+        for _ in range(self.nshards):
+            yield {"url": rng.choices(self.urls, cum_weights=cumulative)[0]}
+
+
+def count_samples(dataloader: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """(samples, batches) of one pass over a loader."""
+    samples = batches = 0
+    for batch in dataloader:
+        batches += 1
+        samples += len(batch["image"])
+    return samples, batches

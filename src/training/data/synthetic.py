@@ -1,0 +1,57 @@
+"""One image and one caption, over and over: what the rest of training costs without any files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+
+
+class SyntheticDataset(Dataset):
+    """`dataset_size` times a black image and the same caption.
+
+    `dataset[i]` is a dict: "image", what `transform` makes of a PIL image of `image_size` (height, width), and "text",
+    token ids int64 [L] where a tokenizer is given, otherwise the caption.
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: tuple[int, int] = (224, 224),
+        caption: str = "Dummy caption",
+        dataset_size: int = 100,
+        tokenizer: Callable[[list[str]], Any] | None = None,
+    ) -> None:
+        from PIL import Image
+
+        height, width = image_size
+        self.image = Image.new("RGB", (width, height))
+        self.transform = transform
+        self.caption = caption
+        self.dataset_size = dataset_size
+        self.tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return self.dataset_size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.image if self.transform is None else self.transform(self.image)
+        return {"image": image, "text": self.caption if self.tokenizer is None else self.tokenizer([self.caption])[0]}
+
+
+def get_synthetic_dataset(
+    args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
+) -> DataInfo:
+    """The loader of `args.train_num_samples` (or `args.val_num_samples`) synthetic samples, 100 where not given."""
+    size = args.train_num_samples if is_train else args.val_num_samples
+    dataset = SyntheticDataset(
+        transform=preprocess_fn,
+        dataset_size=100 if size is None else size,
+        tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
+    )
+    option = "--train-num-samples" if is_train else "--val-num-samples"
+    source = f"synthetic data ({option} {len(dataset)})"
+    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source)
