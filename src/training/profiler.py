@@ -1,0 +1,306 @@
+"""`python -m training.profiler`: parameters and FLOPs of models, and with --measure how fast this device runs them.
+
+Counting is done on the meta device: nothing is allocated or computed, no weights are needed, and the numbers are the
+same on every host. A multiply-add is two FLOPs; norms, activations and other elementwise work are not counted, as in
+the published tables. Attention is counted as two full matrix products, whatever kernel would do it and whether or not
+half of it is masked.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_clip import config, factory
+from open_clip import device as devices
+from training import precision as precisions
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = (
+    "model", "image_size", "image_width", "text_width", "embed_dim", "mparams", "image_mparams", "text_mparams",
+    "gflops", "image_gflops", "text_gflops",
+)
+MEASURED_COLUMNS = (
+    "device", "precision", "batch_size", "images_per_s", "ms_per_batch", "peak_memory_gib", "peak_flops_share",
+)
+
+WARMUP_RUNS = 2
+MEASURED_RUNS = 5
+
+
+# Counting
+
+
+def count_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _count_flops(run: Callable[[], Any]) -> int:
+    # The fused attention kernels are one operator each, which the counter does not know for every device; the plain
+    # form is made of matrix products, which it does.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def profile_torch_image(model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1) -> float:
+    """FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
+    image = _example_image(model, image_input_size, batch_size)
+    return _count_flops(lambda: model.encode_image(image)) / batch_size  # type: ignore[operator]
+
+
+def profile_torch_text(model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1) -> float:
+    """FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
+    text = _example_text(model, text_input_size, batch_size)
+    return _count_flops(lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
+
+
+def profile_torch(
+    model: nn.Module, text_input_size: Sequence[int], image_input_size: Sequence[int], batch_size: int = 1
+) -> float:
+    """FLOPs of the whole model, decoder included where there is one, for one image and one text."""
+    image = _example_image(model, image_input_size, batch_size)
+    text = _example_text(model, text_input_size, batch_size)
+    return _count_flops(lambda: model(image, text)) / batch_size
+
+
+def _example_image(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
+    parameter = next(model.parameters())
+    return torch.ones((batch_size, *size), device=parameter.device, dtype=parameter.dtype)
+
+
+def _example_text(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
+    return torch.ones((batch_size, *size), device=next(model.parameters()).device, dtype=torch.int64)
+
+
+def profile_model(
+    model_name: str, batch_size: int = 1, profiler: str = "torch", device: str | torch.device = "meta"
+) -> dict[str, Any]:
+    """The row of the published table for one architecture.
+
+    Args:
+        device: where the model is built; the numbers are the same everywhere and "meta" needs neither memory nor time.
+
+    Returns:
+        COLUMNS: image size in pixels, widths in channels, millions of parameters and GFLOPs a sample (2 decimals).
+
+    Raises:
+        ValueError: the name or the profiler is unknown.
+        NotImplementedError: one of the model's towers cannot be built yet.
+    """
+    _check_profiler(profiler)
+    cfg = _config(model_name)
+    model = _build(model_name, device)
+    image_size, text_size = _input_sizes(model)
+    image_flops = profile_torch_image(model, image_size, batch_size)
+    text_flops = profile_torch_text(model, text_size, batch_size)
+    if {name for name, _ in model.named_children()} == {"visual", "text"}:
+        flops = image_flops + text_flops
+    else:  # a decoder, too
+        flops = profile_torch(model, text_size, image_size, batch_size)
+    return {
+        "model": model_name,
+        "image_size": image_size[1] if image_size[1] == image_size[2] else image_size[1:],
+        "image_width": config.as_config(config.CLIPVisionCfg, cfg["vision_cfg"]).width,
+        "text_width": config.as_config(config.CLIPTextCfg, cfg["text_cfg"]).width,
+        "embed_dim": cfg["embed_dim"],
+        "mparams": round(count_params(model) / 1e6, 2),
+        "image_mparams": round(count_params(model.visual) / 1e6, 2),  # type: ignore[arg-type]
+        "text_mparams": round(count_params(model.text) / 1e6, 2),  # type: ignore[arg-type]
+        "gflops": round(flops / 1e9, 2),
+        "image_gflops": round(image_flops / 1e9, 2),
+        "text_gflops": round(text_flops / 1e9, 2),
+    }
+
+
+def _check_profiler(profiler: str) -> None:
+    if profiler == "fvcore":
+        raise ValueError("The profiler fvcore is not served, since it misses attention: use torch.")
+    if profiler != "torch":
+        raise ValueError(f"Unknown profiler {profiler!r}: use torch.")
+
+
+def _config(model_name: str) -> dict[str, Any]:
+    cfg = config.get_model_config(model_name)
+    if cfg is None:
+        near = config.closest(model_name, config.list_models())
+        hint = f"the nearest are {', '.join(near)}" if near else "open_clip.list_models() has them all"
+        raise ValueError(f"Unknown model {model_name!r}: {hint}.")
+    return cfg
+
+
+def _build(model_name: str, device: str | torch.device) -> nn.Module:
+    """The model with its text tower under `text`, in evaluation mode, without pretrained weights."""
+    return factory.create_model(model_name, device=device, force_custom_text=True, load_weights=False).eval()
+
+
+def _input_sizes(model: nn.Module) -> tuple[tuple[int, int, int], tuple[int]]:
+    """(3, height, width) in pixels, and (tokens,)."""
+    size = model.visual.image_size  # type: ignore[union-attr]
+    height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
+    return (3, height, width), (int(model.context_length),)  # type: ignore[arg-type]
+
+
+# Measuring
+
+
+def measure_model(
+    model_name: str, gflops: float, batch_size: int, device: torch.device, precision: str | None = None
+) -> dict[str, Any]:
+    """How fast `device` runs forward passes on image-text pairs, without gradients.
+
+    Args:
+        gflops: of one pair, from `profile_model`.
+
+    Returns:
+        MEASURED_COLUMNS: pairs a second and milliseconds a batch (median), GiB at the peak, and the share of the chip's
+        peak FLOP/s in the precision used (0 to 1; None where the chip's peak is not known).
+    """
+    row = devices.row(device)
+    precision = precisions.resolve(precision, device)
+    autocast = precisions.get_autocast(precision, device)
+    model = _build(model_name, device)
+    image_size, text_size = _input_sizes(model)
+    image = _example_image(model, image_size, batch_size)
+    text = _example_text(model, text_size, batch_size)
+    row.reset_peak_memory(device.index)
+    times = []
+    for _ in range(WARMUP_RUNS + MEASURED_RUNS):
+        started = time.perf_counter()
+        with torch.no_grad(), autocast():
+            model(image, text)
+        row.synchronize()
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[WARMUP_RUNS:])
+    peak = row.peak_flops(precisions.dtype_of(precision, device), device.index)
+    memory = row.memory(device.index)
+    return {
+        "device": row.name(device.index),
+        "precision": precision,
+        "batch_size": batch_size,
+        "images_per_s": round(batch_size / seconds, 1),
+        "ms_per_batch": round(seconds * 1e3, 2),
+        "peak_memory_gib": round(memory["peak"] / 2**30, 2) if memory else None,
+        "peak_flops_share": round(gflops * 1e9 * batch_size / seconds / peak, 3) if peak else None,
+    }
+
+
+# The command
+
+
+def render_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text, names to the left and numbers to the right."""
+    columns = list(rows[0])
+    cells = [columns, *(["-" if row[column] is None else str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    lines = []
+    for line in cells:
+        first, *rest = (
+            text.ljust(width) if index == 0 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        lines.append("  ".join([first, *rest]))
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]], mode: str) -> None:
+    """Appends ("a") or replaces ("w", with the header)."""
+    with open(path, mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training.profiler", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", metavar="NAMES", default="all", help="architectures, comma-separated, or all")
+    parser.add_argument("--results-file", metavar="FILE", default="", help="CSV to write; its folder is made")
+    parser.add_argument("--profiler", default="torch", choices=["torch", "fvcore"], help="torch; fvcore is refused")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples in a pass; FLOPs are given a sample")
+    parser.add_argument("--device", default="auto", help="where --measure runs; counting needs none")
+    parser.add_argument("--measure", action="store_true", help="also run forward passes on the device and time them")
+    parser.add_argument("--precision", default=None, choices=precisions.PRECISIONS, help="of --measure")
+    options = parser.parse_args(argv)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size {options.batch_size}: at least 1 is needed")
+    try:
+        _check_profiler(options.profiler)
+        options.names = config.list_models() if options.model == "all" else _names(options.model)
+        options.device = devices.resolve(options.device) if options.measure else None
+        if options.measure:
+            options.precision = precisions.resolve(options.precision, options.device)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    return options
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--model names no architecture.")
+    for name in names:
+        _config(name)
+    return names
+
+
+def _profile(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    row = profile_model(name, options.batch_size, options.profiler)
+    if options.measure:
+        row |= measure_model(name, row["gflops"], options.batch_size, options.device, options.precision)
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    columns = COLUMNS + MEASURED_COLUMNS if options.measure else COLUMNS
+    path = Path(options.results_file) if options.results_file else None
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_rows(path, columns, [], "w")
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(options.names, 1):
+        started = time.perf_counter()
+        try:
+            row = _profile(name, options)
+        except NotImplementedError as error:
+            logger.info("[%d/%d] %s skipped: %s", number, len(options.names), name, error)
+            continue
+        rows.append(row)
+        if path:
+            _write_rows(path, columns, [row], "a")
+        seconds = time.perf_counter() - started
+        logger.info("[%d/%d] %s: %s GFLOPs (%.1f s)", number, len(options.names), name, row["gflops"], seconds)
+    return _finish(rows, columns, path)
+
+
+def _finish(rows: list[dict[str, Any]], columns: Sequence[str], path: Path | None) -> int:
+    """Prints the table from small to large models and leaves the file in that order, as published tables are."""
+    if not rows:
+        logger.error("No model could be profiled.")
+        return 1
+    rows.sort(key=lambda row: (row["gflops"], row["mparams"], row["model"]))
+    print(render_table(rows))
+    if path:
+        whole = path.with_name(path.name + ".tmp")
+        _write_rows(whole, columns, rows, "w")
+        os.replace(whole, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
