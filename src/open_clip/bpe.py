@@ -1,9 +1,9 @@
 """Byte-level byte-pair encoding over the merges file of OpenAI's CLIP (Radford et al. 2021, arXiv:2103.00020).
 
-A token is spelled in bytes, its last byte marked as a word's end (`</w>`), and the adjacent pair that was learnt first is
-joined until no pair is left that was learnt (Sennrich et al. 2016, arXiv:1508.07909). Ids are laid out as: 256 bytes, the
-256 bytes that end a word, one id per merge in the order they were learnt, then special tokens. So a merge's id is its rank,
-and the merge loop below works on ids alone: `after[left].get(right)` is both the rank to compare and the symbol to write.
+A token is spelled in bytes, its last byte marked as a word's end (`</w>`), and the adjacent pair that was learnt first
+is joined until no pair is left that was learnt (Sennrich et al. 2016, arXiv:1508.07909). Ids are laid out so: 256 bytes,
+the 256 bytes that end a word, the merges in the order they were learnt, special tokens. A merge's id is therefore its
+rank, and the merge loop works on ids alone: `after[left].get(right)` is the rank to compare and the symbol to write.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gzip
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 WORD_END = "</w>"
@@ -30,7 +31,7 @@ def default_bpe() -> str:
 def bytes_to_unicode() -> dict[int, str]:
     """Printable stand-in of each of the 256 bytes, in the order of their ids: merges files are text, and bytes are not.
 
-    Printable Latin-1 stands for itself; what is left takes the code points from 256 on (GPT-2's alphabet, Radford et al. 2019).
+    Printable Latin-1 stands for itself; the rest takes the code points from 256 on (the alphabet of GPT-2's tokenizer).
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {byte: chr(byte) for byte in printable}
@@ -42,8 +43,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 def get_pairs(word: Iterable[str]) -> set[tuple[str, str]]:
     """The set of adjacent symbols of a word (a str, or a sequence of symbols)."""
-    symbols = list(word)
-    return set(zip(symbols, symbols[1:], strict=False))
+    return set(pairwise(word))
 
 
 @dataclass
@@ -72,9 +72,9 @@ class MergeTable:
             return []
         ids[-1] += 256
         after = self.after
-        ranks = [after[left].get(right, NO_MERGE) for left, right in zip(ids, ids[1:], strict=False)]
-        # One join at a time, the leftmost first. A symbol's own merges come after the merge that made it (checked when the
-        # file is read), so a join never brings up a better pair than the one being joined, and this is the same as
+        ranks = [after[left].get(right, NO_MERGE) for left, right in pairwise(ids)]
+        # One join at a time, the leftmost first. A symbol's own merges come after the merge that made it (checked when
+        # the file is read), so a join never brings up a better pair than the one being joined, and this is the same as
         # joining every occurrence of the best pair before looking again.
         while ranks:
             best = min(ranks)
@@ -120,7 +120,9 @@ def _read_merges(path: str, size: int, modified_ns: int) -> MergeTable:
         symbol = left + right
         if left not in ids or right not in ids or symbol in ids:
             reason = "makes a symbol that an earlier line made" if symbol in ids else "is not two symbols known by then"
-            raise ValueError(f"{path}, line {new_id - 510}: {line!r} {reason}; give a byte-pair merges file like {default_bpe()}")
+            raise ValueError(
+                f"{path}, line {new_id - 510}: {line!r} {reason}; give a byte-pair merges file like {default_bpe()}"
+            )
         merges.append((left, right))
         ids[symbol] = new_id
         symbols.append(symbol)

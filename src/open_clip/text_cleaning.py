@@ -1,7 +1,7 @@
 """Cleaning of captions before they are cut into tokens: mojibake and HTML mended, white space folded, letters lowered.
 
-`ftfy.fix_text` is what the ids are defined by, and the slowest step by far. Most captions need nothing of it, and that can
-be seen quickly; `basic_clean` gives what ftfy gives on every text and calls it on those that may need it.
+`ftfy.fix_text` is what the ids are defined by, and the slowest step by far. Most captions need nothing of it, and that
+can be seen quickly; `basic_clean` gives what ftfy gives on every text and calls it on those that may need it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _character_fixes = _CharacterFixes()
 def _fix_text(text: str) -> str:
     """html.unescape(html.unescape(ftfy.fix_text(text))), without calling them where they would change nothing.
 
-    ftfy repeats two steps until nothing changes: decode again what looks like mojibake (`ftfy.badness.is_bad`), then mend
-    characters (ligatures, widths, curly quotes, controls) and compose them (NFC). Text that is not bad, whose mended
-    characters are composed and still not bad, is therefore a fixed point: character by character is all there is to do.
+    ftfy repeats two steps until nothing changes: decode again what looks like mojibake (`ftfy.badness.is_bad`), then
+    mend characters (ligatures, widths, curly quotes, controls) and compose them (NFC). Where the text is not bad, and
+    its mended characters are composed and not bad either, the mending is all there is, character by character.
     """
     if text.isascii():
         if _needs_ftfy_ascii(text) is None:
@@ -86,7 +86,7 @@ def canonicalize_text(
     keep_punctuation_exact_string: str | None = None,
     trans_punctuation: dict = _PUNCTUATION_TO_NOTHING,
 ) -> str:
-    """Lower case without punctuation, "_" and runs of white space as one space: the form of big_vision's CLIPA and SigLIP text.
+    """Lower case without punctuation; "_" and runs of white space as one space (the form of CLIPA's and SigLIP's text).
 
     Args:
         keep_punctuation_exact_string: a string, such as "{}", that is kept although it is punctuation.

@@ -1,9 +1,9 @@
 """Tokenizers: captions -> LongTensor [N, context_length].
 
-`SimpleTokenizer` gives the ids of OpenAI's CLIP tokenizer (github.com/openai/CLIP, MIT licence) with open_clip's cleanings
-and reduction masks. A caption's ids are the ids of its words one after another, and captions share most of their words: ids
-are kept by word, packed as bytes, so that a known caption costs one dict lookup a word and one join, and a batch is padded
-and written by joining rows of equal length.
+`SimpleTokenizer` gives the ids of OpenAI's CLIP tokenizer (github.com/openai/CLIP) with open_clip's cleanings and
+reduction masks. A caption's ids are the ids of its words one after another, and captions share most of their words: ids
+are kept by word, packed as bytes, so that a caption of known words costs a dict lookup a word and one join, and a batch
+is written by joining rows that are padded to equal length.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_CACHED_WORDS = 1 << 17
 MAX_CACHED_WORD_LENGTH = 64
 
 EncodeFn = Callable[[str], list[int]]
-MaskFn = Callable[..., torch.Tensor]
+MaskFn = Callable[..., torch.LongTensor]
 
 
 class _WordIds(dict):
@@ -72,9 +72,9 @@ class SimpleTokenizer:
         additional_special_tokens: strings that are one token each, with ids after those of the usual two.
         context_length: columns of what `__call__` returns; None where every call gives its own.
         clean: `lower`, `whitespace` or `canonicalize`.
-        reduction_mask: how a caption that is too long is shortened: "" keeps its beginning, `simple` a random stretch of it,
-            `random` a random subset in order, `shuffle` one in random order, `syntax` nouns first, then adjectives, then
-            verbs (these masks are from CLIPA, Li et al. 2023, arXiv:2305.07017).
+        reduction_mask: how a caption that is too long is shortened: "" keeps its beginning, `simple` a random stretch,
+            `random` a random subset in order, `shuffle` one in random order, `syntax` nouns before adjectives before
+            verbs before the rest (these masks are from CLIPA, Li et al. 2023, arXiv:2305.07017).
 
     Raises:
         FileNotFoundError: there is no file at `bpe_path`.
@@ -165,7 +165,7 @@ class SimpleTokenizer:
 
     @cached_property
     def _find_any(self) -> Callable[[str], list[str]]:
-        """Cuts text into special tokens, English contractions, runs of letters, single digits, runs of anything else."""
+        """Cuts text into special tokens, English contractions, runs of letters, single digits, runs of the rest."""
         import regex
 
         return regex.compile(self._pattern(r"\p{L}+", r"\p{N}", r"[^\s\p{L}\p{N}]+"), regex.IGNORECASE).findall
@@ -274,7 +274,9 @@ class SimpleTokenizer:
 
 def _check_context_length(context_length: int | None) -> int:
     if not context_length or context_length < 0:
-        raise ValueError(f"context_length={context_length!r}: give a positive number of tokens, to the tokenizer or to its call")
+        raise ValueError(
+            f"context_length={context_length!r}: give a positive number of tokens, to the tokenizer or to its call"
+        )
     return context_length
 
 
@@ -283,7 +285,7 @@ def _to_tensor(ids: np.ndarray, context_length: int) -> torch.LongTensor:
 
 
 def _fill_rows(rows: list[list[int]], context_length: int, sot_token_id: int, eot_token_id: int) -> torch.LongTensor:
-    """LongTensor [N, context_length] of start, ids, end, zeros; rows that are too long lose their ends, never the end token."""
+    """LongTensor [N, context_length] of start, ids, end, zeros; rows that are too long lose ids from before the end."""
     filled = np.zeros((len(rows), context_length), np.int64)
     for line, ids in zip(filled, rows, strict=True):
         row = [*[sot_token_id, *ids][: context_length - 1], eot_token_id]
@@ -332,8 +334,8 @@ def random_mask_tokenize(
 def syntax_mask_tokenize(
     texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
 ) -> torch.LongTensor:
-    """Captions keep `context_length - 2` words, in order: nouns before adjectives before verbs before others, then tokens
-    up to the length.
+    """Captions keep `context_length - 2` words, in order: nouns rather than adjectives, verbs, and others; then tokens up
+    to the length.
 
     Raises:
         RuntimeError: nltk or its data, which say what kind of word each is, are missing.

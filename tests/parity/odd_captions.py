@@ -1,7 +1,7 @@
 """Captions of every kind, the same on every machine: what tokenizers get wrong, and plain ones between.
 
-Only `random.Random.random()` is drawn from (its sequence is fixed by the language), and only code points that Unicode 3.2
-knew, or that are listed here, so that no Python's younger tables say anything else of them.
+Only `random.Random.random()` is drawn from (its sequence is fixed by the language), and only code points that Unicode
+3.2 knew, or that are listed here, so that no Python's younger tables say anything else of them.
 """
 
 from __future__ import annotations
@@ -9,30 +9,41 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Iterator
+from itertools import pairwise
 
-WORDS = (
-    "a photo of the dog sitting on beach near water summer vintage red blue leather handbag women's men's t-shirt it's we'll "
-    "I'd they've you're wooden kitchen table with flowers, close-up portrait (stock photo) 2019 1080p 50% off! $19.99 #sunset "
-    "New York City map Österreich café naïve façade Übermensch coöperate Ünïcödé I'M DON'T Straße İstanbul ΣΊΣΥΦΟΣ Москва "
-    "日本語 한국어 中文字幕 العربية עברית हिन्दी ไทย ქართული Ελλάδα antidisestablishmentarianism supercalifragilistic "
-    "foo_bar foo-bar foo/bar foo.bar user@example.com https://example.com/a?b=c&d=e <b>bold</b> {} [x] 'quoted' \"quoted\" "
-    "<start_of_text> <end_of_text> <START_OF_TEXT> x<end_of_text>y 'ſ 'S 'LL 'Re K's ſtrange"
-).split()
-ENTITIES = (
-    "&amp; &amp;amp; &lt;b&gt; &quot; &#39; &#x27; &nbsp; &eacute; &EACUTE; &hearts; &copy &notit; &#8217; &#0; &#128; &#133; "
-    "&#xD83D; &#1114112; &unknown; & &; &&amp;; &amp &ampamp; &#; &#x; &frac12; &NotEqualTilde; ＆amp; &ａmp; &amp;#39; &lt;3"
-).split()
-EMOJI = "😀 😂 ❤️ ❤ 👍🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 1️⃣ ☺ ☕️ 🐶 🌊 🧑🏿‍🚀 ✔ ★ ♥ ™ © ➡️ 🫠".split()
-QUOTES = "‘ ’ “ ” ‚ „ ‛ ‟ « » ‹ › ′ ″ ` ´ ʼ – — ― … •".split()
-WIDE = "ＦＵＬＬ ｗｉｄｔｈ ﾊﾝｶｸ ｶﾞ １２３ ！？ ﬁ ﬂ ﬀ ﬃ ﬅ ĳ Ǆ ㎏ Ⅷ ① ½ ² ℃ Å Ω ﷺ ㌀".split()
-COMBINING = "é ñ ü Å ṩ ą́ ȩ́ 각 क़ ด้ำ e\u0301\u0323 \u0301 a\u200db a\u200cb a\u00adb a\u200bb \ufeffa a\u2060b i\u0307".split()
+
+def split(text: str) -> list[str]:
+    return text.split()
+
+
+WORDS = split(
+    "a photo of the dog sitting on beach near water summer vintage red blue leather handbag women's men's t-shirt "
+    "it's we'll I'd they've you're wooden kitchen table with flowers, close-up portrait (stock photo) 2019 1080p 50% off! "
+    "$19.99 #sunset New York City map Österreich café naïve façade Übermensch coöperate Ünïcödé I'M DON'T Straße İstanbul ΣΊΣΥΦΟΣ "
+    "Москва 日本語 한국어 中文字幕 العربية עברית हिन्दी ไทย ქართული Ελλάδα antidisestablishmentarianism supercalifragilistic "
+    "foo_bar foo-bar foo/bar foo.bar user@example.com https://example.com/a?b=c&d=e <b>bold</b> {} [x] "
+    "'quoted' \"quoted\" <start_of_text> <end_of_text> <START_OF_TEXT> x<end_of_text>y 'ſ 'S 'LL 'Re K's ſtrange"
+)
+ENTITIES = split(
+    "&amp; &amp;amp; &lt;b&gt; &quot; &#39; &#x27; &nbsp; &eacute; &EACUTE; &hearts; &copy &notit; &#8217; &#0; "
+    "&#128; &#133; &#xD83D; &#1114112; &unknown; & &; &&amp;; &amp &ampamp; &#; &#x; &frac12; &NotEqualTilde; ＆amp; &ａmp; "
+    "&amp;#39; &lt;3"
+)
+EMOJI = split("😀 😂 ❤️ ❤ 👍🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 1️⃣ ☺ ☕️ 🐶 🌊 🧑🏿‍🚀 ✔ ★ ♥ ™ © ➡️ 🫠")
+QUOTES = split("‘ ’ “ ” ‚ „ ‛ ‟ « » ‹ › ′ ″ ` ´ ʼ – — ― … •")
+WIDE = split("ＦＵＬＬ ｗｉｄｔｈ ﾊﾝｶｸ ｶﾞ １２３ ！？ ﬁ ﬂ ﬀ ﬃ ﬅ ĳ Ǆ ㎏ Ⅷ ① ½ ² ℃ Å Ω ﷺ ㌀")
+COMBINING = split(
+    "é ñ ü Å ṩ ą́ ȩ́ 각 क़ ด้ำ e\u0301\u0323 \u0301 a\u200db a\u200cb a\u00adb "
+    "a\u200bb \ufeffa a\u2060b i\u0307"
+)
 SPACES = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u2009\u2028\u2029\u202f\u205f\u3000"
 ENCODINGS = ("latin-1", "cp1252", "cp1251", "cp1250", "mac_roman", "cp437", "iso-8859-2", "cp1253")
-# First and one past last of the ranges that code points are drawn from.
-RANGES = ((0x0, 0x80), (0x80, 0x250), (0x250, 0x700), (0x700, 0x2000), (0x2000, 0x3000), (0x3000, 0x10000), (0x10000, 0x2FA20))
-KNOWN = [
-    [chr(i) for i in range(*bounds) if unicodedata.ucd_3_2_0.category(chr(i)) != "Cn"] for bounds in RANGES
-]  # with surrogates and private use
+# Code points are drawn from each of the ranges between these alike.
+BOUNDS = (0x0, 0x80, 0x250, 0x700, 0x2000, 0x3000, 0x10000, 0x2FA20)
+KNOWN = [  # with surrogates and private use
+    [chr(i) for i in range(first, end) if unicodedata.ucd_3_2_0.category(chr(i)) != "Cn"]
+    for first, end in pairwise(BOUNDS)
+]
 
 
 class Draw:
@@ -93,7 +104,8 @@ def mojibake(draw: Draw) -> str:
 
 
 def controls(draw: Draw) -> str:
-    pieces = [*(chr(i) for i in range(0xA0)), "\x1b[31m", "\x1b[0;1m", "\r\n", "\ufffc", "\ufff9", "\u206a", "\u202e", *WORDS[:30]]
+    escapes = ["\x1b[31m", "\x1b[0;1m", "\r\n", "\ufffc", "\ufff9", "\u206a", "\u202e"]
+    pieces = [*(chr(i) for i in range(0xA0)), *escapes, *WORDS[:30]]
     return "".join(draw.some(pieces, 20))
 
 
@@ -136,8 +148,8 @@ def empty(draw: Draw) -> str:
 
 
 KINDS = (
-    plain, cased, entities, emoji, quotes, wide, combining, mojibake, controls, spaces, surrogates, any_characters, one_block,
-    letters, ascii_noise, long, empty,
+    plain, cased, entities, emoji, quotes, wide, combining, mojibake, controls, spaces, surrogates, any_characters,
+    one_block, letters, ascii_noise, long, empty,
 )  # fmt: skip
 
 

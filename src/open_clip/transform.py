@@ -1,0 +1,324 @@
+"""Images -> float tensors [3, H, W]: the deterministic preprocessing of evaluation and the augmentations of training.
+
+A transform is a torchvision `Compose` of steps, each from PIL image to PIL image until one makes the tensor.
+Augmentations draw only from the global generators of Python's `random`, numpy and torch: whoever seeds these decides them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from .image_resize import (
+    CenterCropOrPad,
+    RandomResizedCrop,
+    ResizeCenterCrop,
+    ResizeExact,
+    ResizeKeepRatio,
+    center_crop_or_pad,
+    to_pair,
+    to_resizable,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "AugmentationCfg",
+    "CenterCropOrPad",
+    "MaybeConvertMode",
+    "MaybeToTensor",
+    "PreprocessCfg",
+    "ResizeKeepRatio",
+    "center_crop_or_pad",
+    "color_jitter",
+    "gray_scale",
+    "image_transform",
+    "image_transform_v2",
+    "merge_preprocess_dict",
+    "merge_preprocess_kwargs",
+]
+
+logger = logging.getLogger(__name__)
+
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
+
+
+@dataclass
+class PreprocessCfg:
+    """How a model wants its images.
+
+    size: side, or (height, width), in pixels. mode: PIL mode; RGB is the only one. mean, std: by channel, of values from
+    0 to 1. interpolation: `bicubic`, `bilinear`, or `random` (either, in timm's training augmentation; else bicubic).
+    resize_mode: `shortest` side to size and centre crop, `longest` side to size and pad, or `squash` to size.
+    fill_color: value of padding, 0 to 255.
+    """
+
+    size: int | tuple[int, int] = 224
+    mode: str = "RGB"
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = OPENAI_DATASET_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode != "RGB":
+            raise ValueError(f"mode={self.mode!r}: images are preprocessed as 'RGB' only")
+
+    @property
+    def num_channels(self) -> int:
+        return 3
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        return (self.num_channels, *to_pair(self.size))
+
+
+_PREPROCESS_KEYS = {f.name for f in fields(PreprocessCfg)}
+
+
+def merge_preprocess_dict(base: PreprocessCfg | dict, overlay: dict) -> dict[str, Any]:
+    """`base` with what `overlay` says; what it does not know, or says None of, stays as it is."""
+    merged = asdict(base) if isinstance(base, PreprocessCfg) else dict(base)
+    merged.update((key, value) for key, value in overlay.items() if key in _PREPROCESS_KEYS and value is not None)
+    return merged
+
+
+def merge_preprocess_kwargs(base: PreprocessCfg, **kwargs: Any) -> PreprocessCfg:
+    """`base` with the given fields; what is None, or not a field, is ignored."""
+    return PreprocessCfg(**merge_preprocess_dict(base, kwargs))
+
+
+@dataclass
+class AugmentationCfg:
+    """Augmentation of training images.
+
+    scale: range of a crop's share of the area. ratio: range of its aspect ratio (timm). color_jitter: strengths of
+    brightness, contrast, saturation and hue, or one for all (timm). color_jitter_prob, gray_scale_prob: how often each
+    is done (not with timm). re_prob, re_count: how often, and how many, rectangles are erased (timm). use_timm: build
+    it with timm's `create_transform`.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] | None = None
+    color_jitter: float | tuple[float, float, float] | tuple[float, float, float, float] | None = None
+    re_prob: float | None = None
+    re_count: int | None = None
+    use_timm: bool = False
+    color_jitter_prob: float | None = None
+    gray_scale_prob: float | None = None
+
+
+_ONLY_TIMM = ("ratio", "re_prob", "re_count")
+_NOT_TIMM = ("color_jitter_prob", "gray_scale_prob")
+
+
+def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> AugmentationCfg:
+    if isinstance(aug_cfg, AugmentationCfg):
+        return aug_cfg
+    known = [f.name for f in fields(AugmentationCfg)]
+    for key in aug_cfg or {}:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(f"aug_cfg has no {key!r}; {hint}It has {', '.join(known)}")
+    return AugmentationCfg(**(aug_cfg or {}))
+
+
+class MaybeConvertMode:
+    """To a PIL mode, 16 bits a pixel scaled; a tensor stays as it is."""
+
+    def __init__(self, mode: str = "RGB") -> None:
+        self.mode = mode
+
+    def __call__(self, pic: Image | torch.Tensor) -> Image | torch.Tensor:
+        if isinstance(pic, torch.Tensor) or pic.mode == self.mode:
+            return pic
+        pic = to_resizable(pic)
+        if pic.mode == "P" and isinstance(pic.info.get("transparency"), bytes):
+            pic = pic.convert("RGBA")  # the same colours; directly, Pillow warns of the alpha it drops
+        return pic.convert(self.mode)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mode={self.mode})"
+
+
+class MaybeToTensor:
+    """A PIL image to a float tensor [C, H, W] of values from 0 to 1; a tensor stays as it is."""
+
+    def __call__(self, pic: Image | torch.Tensor) -> torch.Tensor:
+        if isinstance(pic, torch.Tensor):
+            return pic
+        from torchvision.transforms import functional
+
+        return functional.to_tensor(pic)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class color_jitter:
+    """torchvision's ColorJitter with probability `p` (Python's `random`)."""
+
+    def __init__(
+        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0, p: float = 0.8
+    ) -> None:
+        from torchvision.transforms import ColorJitter
+
+        self.p = p
+        self.transf = ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+
+    def __call__(self, img: Image) -> Image:
+        return self.transf(img) if random.random() < self.p else img
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(p={self.p}, {self.transf})"
+
+
+class gray_scale:
+    """Gray, as three equal channels, with probability `p` (Python's `random`)."""
+
+    def __init__(self, p: float = 0.2) -> None:
+        from torchvision.transforms import Grayscale
+
+        self.p = p
+        self.transf = Grayscale(num_output_channels=3)
+
+    def __call__(self, img: Image) -> Image:
+        return self.transf(img) if random.random() < self.p else img
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(p={self.p})"
+
+
+def _to_channels(values: float | Sequence[float] | None, default: tuple[float, ...]) -> tuple[float, ...]:
+    """A value by channel, from one for all of them, several, or none for the default."""
+    if isinstance(values, (int, float)):
+        return (float(values),) * len(default)
+    return tuple(values) if values else default
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(choices)}")
+
+
+def _warn_unused(cfg: AugmentationCfg, names: Sequence[str], instead: str) -> None:
+    unused = [name for name in names if getattr(cfg, name) is not None]
+    if unused:
+        logger.warning("aug_cfg: %s %s no effect %s", ", ".join(unused), "have" if len(unused) > 1 else "has", instead)
+
+
+def _timm_train_steps(
+    cfg: AugmentationCfg, size: tuple[int, int], normalize: Any, interpolation: str
+) -> list[Callable]:
+    from timm.data import create_transform
+
+    _warn_unused(cfg, _NOT_TIMM, "with use_timm")
+    given: dict[str, Any] = {name: getattr(cfg, name) for name in _ONLY_TIMM if getattr(cfg, name) is not None}
+    transform = create_transform(
+        input_size=(3, *size),
+        is_training=True,
+        hflip=0.0,  # a mirrored image may belie its caption: left, right, text
+        mean=normalize.mean,
+        std=normalize.std,
+        re_mode="pixel",
+        interpolation=interpolation,
+        scale=cfg.scale,
+        **{"color_jitter": cfg.color_jitter, **given},
+    )
+    return [MaybeConvertMode(), *transform.transforms]
+
+
+def _train_steps(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any) -> list[Callable]:
+    _warn_unused(cfg, _ONLY_TIMM, "without use_timm")
+    steps: list[Callable] = [RandomResizedCrop(size, scale=cfg.scale), MaybeConvertMode()]
+    if cfg.color_jitter_prob:
+        strengths = cfg.color_jitter
+        if not isinstance(strengths, Sequence) or len(strengths) != 4:
+            raise ValueError(
+                f"color_jitter={strengths!r}: with color_jitter_prob, give four strengths (brightness, contrast, "
+                "saturation, hue)"
+            )
+        steps.append(color_jitter(*strengths, p=cfg.color_jitter_prob))
+    elif cfg.color_jitter is not None:
+        logger.warning("aug_cfg: color_jitter has no effect without color_jitter_prob or use_timm")
+    if cfg.gray_scale_prob:
+        steps.append(gray_scale(cfg.gray_scale_prob))
+    return [*steps, MaybeToTensor(), normalize]
+
+
+def image_transform(
+    image_size: int | tuple[int, int],
+    is_train: bool,
+    mean: float | tuple[float, ...] | None = None,
+    std: float | tuple[float, ...] | None = None,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    fill_color: int = 0,
+    aug_cfg: dict[str, Any] | AugmentationCfg | None = None,
+) -> Callable[[Image], torch.Tensor]:
+    """The transform (a torchvision Compose) from a PIL image of any mode to a normalised float tensor [3, H, W].
+
+    Args:
+        image_size: side, or (height, width), in pixels.
+        is_train: augment, as `aug_cfg` says, or preprocess for evaluation, as `resize_mode` says.
+        mean, std: by channel or for all, of values from 0 to 1; those of OpenAI's CLIP by default.
+        resize_mode: see `PreprocessCfg`; `shortest` by default.
+        interpolation: see `PreprocessCfg`; `bicubic` by default.
+        fill_color: value of padding, with `longest`.
+        aug_cfg: an `AugmentationCfg`, or a dict of its fields.
+
+    Raises:
+        ValueError: an argument, or a key of `aug_cfg`, is not known.
+    """
+    from torchvision.transforms import Compose, Normalize
+
+    size = to_pair(image_size)
+    interpolation = interpolation or "bicubic"
+    resize_mode = resize_mode or "shortest"
+    _check_choice("interpolation", interpolation, INTERPOLATIONS)
+    _check_choice("resize_mode", resize_mode, RESIZE_MODES)
+    normalize = Normalize(_to_channels(mean, OPENAI_DATASET_MEAN), _to_channels(std, OPENAI_DATASET_STD))
+    cfg = _to_augmentation_cfg(aug_cfg)
+    if is_train:
+        if cfg.use_timm:
+            return Compose(_timm_train_steps(cfg, size, normalize, interpolation))
+        return Compose(_train_steps(cfg, size, normalize))
+    fixed = "bilinear" if interpolation == "bilinear" else "bicubic"
+    resize: list[Callable]
+    if resize_mode == "squash":
+        resize = [ResizeExact(size, fixed)]
+    elif resize_mode == "longest":
+        resize = [ResizeKeepRatio(size, longest=1.0, interpolation=fixed), CenterCropOrPad(size, fill_color)]
+    elif size[0] == size[1]:
+        resize = [ResizeCenterCrop(size[0], fixed)]
+    else:
+        resize = [ResizeKeepRatio(size, interpolation=fixed), CenterCropOrPad(size, fill_color)]
+    return Compose([*resize, MaybeConvertMode(), MaybeToTensor(), normalize])
+
+
+def image_transform_v2(
+    cfg: PreprocessCfg, is_train: bool, aug_cfg: dict[str, Any] | AugmentationCfg | None = None
+) -> Callable[[Image], torch.Tensor]:
+    """`image_transform` of a `PreprocessCfg`."""
+    return image_transform(
+        cfg.size,
+        is_train,
+        mean=cfg.mean,
+        std=cfg.std,
+        resize_mode=cfg.resize_mode,
+        interpolation=cfg.interpolation,
+        fill_color=cfg.fill_color,
+        aug_cfg=aug_cfg,
+    )
