@@ -32,12 +32,13 @@ FLOORS = [
     ["training.flag_checks"],
     [
         "training.params", "training.distributed", "training.precision", "training.scheduler", "training.metrics",
-        "training.logger", "training.file_utils",
+        "training.logger", "training.file_utils", "training.rng",
     ],
     [
-        "training.train", "training.evaluate", "training.zero_shot", "training.checkpoint", "training.optim",
-        "training.data", "training.objective",
+        "training.evaluate", "training.zero_shot", "training.checkpoint", "training.optim", "training.data",
+        "training.objective", "training.build",
     ],
+    ["training.train"],
     ["training.main", "training.profiler", "training.doctor"],
     ["open_clip_train"],
 ]

@@ -1,0 +1,116 @@
+"""From sections of options to what is trained: model and transforms, teacher, DDP, schedule."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import open_clip
+from open_clip import device as devices
+from training import scheduler
+from training.distributed import World
+from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
+
+logger = logging.getLogger(__name__)
+
+# Where SigLIP starts from (arXiv:2303.15343, section 3.2): temperature 10, and a bias that calls almost all pairs negative.
+SIGLIP_INIT = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+
+Transform = Callable[[Any], torch.Tensor]
+
+
+def build_model(
+    cfg: ModelConfig, objective: ObjectiveConfig, precision: str, device: torch.device
+) -> tuple[nn.Module, Transform, Transform]:
+    """(model on `device`, in training mode and with dict outputs; transform for training; transform for validation).
+
+    The weights are in the dtype that `precision` stands for; towers are locked after their weights are loaded.
+    """
+    model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+        cfg.model,
+        cfg.pretrained,
+        precision=precision,
+        device=device,
+        force_quick_gelu=cfg.force_quick_gelu,
+        force_custom_text=cfg.force_custom_text,
+        force_patch_dropout=cfg.force_patch_dropout,
+        force_image_size=cfg.force_image_size,
+        force_context_length=cfg.force_context_length,
+        image_mean=cfg.image_mean,
+        image_std=cfg.image_std,
+        image_interpolation=cfg.image_interpolation,
+        image_resize_mode=cfg.image_resize_mode,
+        aug_cfg=cfg.aug_cfg,
+        pretrained_image=cfg.pretrained_image,
+        cache_dir=cfg.cache_dir,
+        output_dict=True,
+        **(SIGLIP_INIT if objective.siglip else {}),
+    )
+    if cfg.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=cfg.lock_image_unlocked_groups, freeze_bn_stats=cfg.lock_image_freeze_bn_stats
+        )
+    if cfg.lock_text:
+        model.lock_text_tower(unlocked_layers=cfg.lock_text_unlocked_layers, freeze_layer_norm=cfg.lock_text_freeze_layer_norm)
+    if cfg.grad_checkpointing:
+        model.set_grad_checkpointing()
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("%s: %.2f M parameters, %.2f M of them trained.", cfg.model, total / 1e6, trainable / 1e6)
+    logger.debug("%s", model)
+    return model, preprocess_train, preprocess_val
+
+
+def build_teacher(
+    cfg: ObjectiveConfig, precision: str, device: torch.device, cache_dir: str | None = None
+) -> nn.Module | None:
+    """The model that is distilled from, frozen and in evaluation mode; None where none is asked for."""
+    if cfg.distill_model is None:
+        return None
+    teacher = open_clip.create_model(
+        cfg.distill_model,
+        cfg.distill_pretrained,
+        precision=precision,
+        device=device,
+        cache_dir=cache_dir,
+        output_dict=True,
+        require_pretrained=True,
+    )
+    return teacher.eval().requires_grad_(False)
+
+
+def parallelise(model: nn.Module, cfg: DistributedConfig, world: World) -> nn.Module:
+    """The model as it is called in training: DDP's wrapper in a run of several processes, else itself."""
+    if not world.distributed:
+        return model
+    indexed = devices.row(world.device).indexed
+    return DistributedDataParallel(
+        model, device_ids=[world.device] if indexed else None, static_graph=cfg.ddp_static_graph
+    )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, cfg: ScheduleConfig, optim: OptimConfig, steps_per_epoch: int
+) -> scheduler.Scheduler | None:
+    """The learning rate as a function of the step, over all epochs; None with --skip-scheduler."""
+    if cfg.skip_scheduler:
+        return None
+    base_lr = optimizer.param_groups[0]["lr"] if optim.lr is None else optim.lr
+    steps = steps_per_epoch * cfg.epochs
+    if cfg.lr_scheduler == "cosine":
+        return scheduler.cosine_lr(optimizer, base_lr, cfg.warmup, steps)
+    if cfg.lr_scheduler == "const":
+        return scheduler.const_lr(optimizer, base_lr, cfg.warmup, steps)
+    if cfg.lr_scheduler == "const-cooldown":
+        assert cfg.epochs_cooldown is not None, "checked by training.params"
+        cooldown_steps = steps_per_epoch * cfg.epochs_cooldown
+        return scheduler.const_lr_cooldown(
+            optimizer, base_lr, cfg.warmup, steps, cooldown_steps, cfg.lr_cooldown_power, cfg.lr_cooldown_end
+        )
+    raise ValueError(f"Unknown --lr-scheduler {cfg.lr_scheduler!r}: cosine, const or const-cooldown.")

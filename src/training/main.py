@@ -1,0 +1,335 @@
+"""`python -m training.main`: trains and evaluates. This file only sequences; each part is in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import open_clip
+from open_clip import device as devices
+from training import distributed, file_utils, logger, precision, rng
+from training.build import build_model, build_scheduler, build_teacher, parallelise
+from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoint, natural_key, save_epoch
+from training.data import DataInfo, get_data
+from training.distributed import World
+from training.evaluate import evaluate
+from training.objective import create_objective
+from training.optim import create_optimizer
+from training.params import CheckpointConfig, EvalConfig, TrainConfig, parse_args, sections, warnings_for
+from training.rng import random_seed
+from training.train import Trainer, run_epoch
+
+__all__ = ["copy_codebase", "get_latest_checkpoint", "main", "natural_key", "random_seed"]
+
+log = logging.getLogger(__name__)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command with the given options (`sys.argv[1:]` where None).
+
+    Raises:
+        SystemExit: for options that cannot be.
+        FileExistsError: where the run's folder has another run already.
+        ValueError, FileNotFoundError, RuntimeError: what is wrong with data, weights, device..., with its mend.
+    """
+    options = parse_args(args)
+    logger.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
+    world = distributed.init(sections(options).distributed)
+    try:
+        _run(options, world)
+    except KeyboardInterrupt:
+        log.warning("Interrupted. `--resume latest` with this run's --name continues from the last checkpoint.")
+        raise
+    except Exception as error:
+        log.exception("The run ends: %s", error)
+        # Nothing collective any more, leaving the group included: the others may wait elsewhere. The launcher ends them.
+        if not world.distributed:
+            distributed.shutdown()
+        raise
+    distributed.shutdown()
+
+
+def _run(options: argparse.Namespace, world: World) -> None:
+    cfg = _complete(sections(options), world)
+    folder, resume_from = _prepare_folder(cfg.checkpoint, world)
+    _start_log(cfg, options, world, folder)
+    if cfg.logging.copy_codebase and folder is not None and world.is_master:
+        copy_codebase(options)
+    with _remote_copy(cfg.checkpoint, world, folder), _metrics_writer(cfg, options, world, folder, resume_from) as writer:
+        _train_and_evaluate(cfg, world, folder, resume_from, writer)
+
+
+# What is decided before anything is built
+
+
+def _complete(cfg: TrainConfig, world: World) -> TrainConfig:
+    """The sections with what was left open decided: the precision by the device, the run's name by its options."""
+    chosen = precision.resolve(cfg.model.precision, world.device)
+    name = cfg.checkpoint.name
+    if name is None:
+        parts = [
+            f"{datetime.now():%Y_%m_%d-%H_%M_%S}",
+            "model_" + cfg.model.model.replace("/", "-").replace(":", "-"),
+            f"lr_{cfg.optim.lr}",
+            f"b_{cfg.data.batch_size}",
+            f"j_{cfg.data.workers}",
+            f"p_{chosen}",
+        ]
+        name = distributed.broadcast_object(None, "-".join(parts))  # clocks differ
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, precision=chosen),
+        eval=dataclasses.replace(cfg.eval, precision=chosen),
+        checkpoint=dataclasses.replace(cfg.checkpoint, name=name),
+        logging=dataclasses.replace(cfg.logging, name=name),
+    )
+
+
+def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | None]:
+    """(LOGS/NAME with its sub-folders made, or None where nothing is written; the checkpoint to resume from, or None).
+
+    The master looks and tells the others: they may see the file system at another moment.
+    """
+    folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
+    found = (False, None)
+    if world.is_master:
+        taken = folder is not None and (folder / "out.log").exists()
+        found = (taken and cfg.resume is None, _find_checkpoint(cfg, folder))
+    taken, resume_from = distributed.broadcast_object(None, found)
+    if taken:
+        raise FileExistsError(
+            f"{folder} has a run already. Choose another --name, or continue that run with --resume latest."
+        )
+    if folder is not None:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return folder, resume_from
+
+
+def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:
+    if cfg.resume != "latest":
+        return cfg.resume
+    latest = None
+    if cfg.remote_sync is not None:
+        latest = get_latest_checkpoint(f"{cfg.remote_sync.rstrip('/')}/{cfg.name}/checkpoints", remote=True)
+    if latest is None and folder is not None:
+        latest = get_latest_checkpoint(folder / "checkpoints")
+    return latest
+
+
+def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, folder: Path | None) -> None:
+    """Text log to the screen and the run's folder, one for the run or one a machine, and the options to params.txt."""
+    local = cfg.logging.log_local
+    writes = world.is_local_master if local else world.is_master
+    level = logging.DEBUG if cfg.logging.debug else logging.INFO if writes else logging.WARNING
+    file = folder / (f"out-{world.rank}.log" if local and not world.is_master else "out.log") if folder and writes else None
+    logger.setup_logging(None if file is None else str(file), level, include_host=local)
+    if not world.is_master:
+        return
+    row = devices.row(world.device)
+    log.info("Run %s on %d x %s (%s), precision %s.", cfg.checkpoint.name, world.world_size, world.device.type,
+             row.name(world.device.index), cfg.model.precision)  # fmt: skip
+    for sentence in warnings_for(options, world.world_size):
+        log.warning("%s.", sentence)
+    if cfg.checkpoint.resume == "latest":
+        log.info("--resume latest looks in %s.", folder)
+    if folder is not None:
+        lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
+        (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def _decided(cfg: TrainConfig, world: World) -> dict[str, Any]:
+    """Options whose values were decided here, and this run's processes."""
+    return {
+        "name": cfg.checkpoint.name,
+        "precision": cfg.model.precision,
+        "device": str(world.device),
+        "dist_backend": world.backend,
+        "world_size": world.world_size,
+        "distributed": world.distributed,
+    }
+
+
+def copy_codebase(args: Any) -> str:
+    """Copies the packages that run to LOGS/NAME/code, in place of an earlier copy; the path."""
+    target = Path(args.logs) / args.name / "code"
+    for package in (open_clip, sys.modules["training"]):
+        source = Path(package.__file__ or "").parent
+        shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    log.info("Copied the source to %s", target)
+    return str(target)
+
+
+@contextlib.contextmanager
+def _remote_copy(cfg: CheckpointConfig, world: World, folder: Path | None) -> Iterator[None]:
+    """Keeps a remote copy of the run's folder up to date, by a process of its own, and completes it at the end."""
+    if cfg.remote_sync is None or folder is None or not world.is_master:
+        yield
+        return
+    remote = f"{cfg.remote_sync.rstrip('/')}/{cfg.name}"
+    if not file_utils.remote_sync(str(folder), remote, cfg.remote_sync_protocol):
+        raise RuntimeError(f"--remote-sync: the first copy to {remote} failed (the reason is logged above).")
+    process = file_utils.start_sync_process(cfg.remote_sync_frequency, str(folder), remote, cfg.remote_sync_protocol)
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
+        if not file_utils.remote_sync(str(folder), remote, cfg.remote_sync_protocol):
+            log.error("The last copy to %s failed: it may lack the newest files of %s.", remote, folder)
+
+
+def _metrics_writer(
+    cfg: TrainConfig, options: argparse.Namespace, world: World, folder: Path | None, resume_from: str | None
+) -> logger.MetricsWriter:
+    run_config = {**vars(options), **_decided(cfg, world)}
+    return logger.MetricsWriter(cfg.logging, folder, world.is_master, run_config, resume=resume_from is not None)
+
+
+# What is built, and what it does
+
+
+def _train_and_evaluate(
+    cfg: TrainConfig, world: World, folder: Path | None, resume_from: str | None, writer: logger.MetricsWriter
+) -> None:
+    """Builds everything once, in the order in which the parts need each other, and goes through the epochs."""
+    chosen = str(cfg.model.precision)
+    devices.row(world.device).set_fast_matmul(True)
+    random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
+    model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
+    random_seed(cfg.data.seed, world.rank)
+    tokenizer = open_clip.get_tokenizer(
+        cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
+    )
+    state = TrainState(model=model, device=world.device, name=str(cfg.checkpoint.name), seed=cfg.data.seed)
+    checkpoint = None if resume_from is None else load_checkpoint(resume_from)
+    data = get_data(
+        cfg.data,
+        (preprocess_train, preprocess_val),
+        epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
+        tokenizer=tokenizer,
+    )
+    if not data:
+        raise ValueError(
+            "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
+            "--imagenet-v2 or --zeroshot-data to evaluate."
+        )
+    trainer = _build_trainer(cfg, world, state, data["train"]) if "train" in data else None
+    _resume(state, checkpoint, resume_from, cfg.checkpoint)
+    del checkpoint
+    try:
+        if trainer is None:
+            # Whatever the frequencies say: this epoch counts as the last one.
+            _evaluate(state, data, dataclasses.replace(cfg.eval, epochs=state.epoch), tokenizer, writer)
+        else:
+            _train(cfg, state, trainer, data, tokenizer, folder, writer)
+    finally:
+        for info in data.values():
+            info.dataloader.close()
+
+
+def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: DataInfo) -> Trainer:
+    """Everything that moves the weights; completes `state` with what of it must be saved."""
+    model, chosen = state.model, str(cfg.model.precision)
+    loader = train.dataloader
+    state.steps_per_epoch = loader.num_batches // cfg.optim.accum_freq
+    state.samples_per_epoch = loader.num_samples
+    if state.steps_per_epoch == 0:
+        raise ValueError(
+            f"An epoch has {loader.num_batches} batches per process, fewer than --accum-freq {cfg.optim.accum_freq}: "
+            "give more data, a smaller --batch-size or a smaller --accum-freq."
+        )
+    if cfg.model.use_bn_sync and world.distributed:
+        state.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    teacher = build_teacher(cfg.objective, chosen, world.device, cfg.model.cache_dir)
+    objective = create_objective(cfg.objective, model, teacher)
+    state.optimizer = create_optimizer(model, cfg.optim, world.device)
+    state.scaler = precision.grad_scaler(chosen, world.device)
+    if cfg.model.torchcompile:
+        model.compile()  # in place: names in the checkpoint stay what they are
+    return Trainer(
+        model=parallelise(model, cfg.distributed, world),
+        objective=objective,
+        optimizer=state.optimizer,
+        device=world.device,
+        scaler=state.scaler,
+        scheduler=build_scheduler(state.optimizer, cfg.schedule, cfg.optim, state.steps_per_epoch),
+        autocast=precision.get_autocast(chosen, world.device.type),
+        input_dtype=open_clip.get_input_dtype(chosen),
+        accum_freq=cfg.optim.accum_freq,
+        grad_clip_norm=cfg.optim.grad_clip_norm,
+    )
+
+
+def _resume(state: TrainState, checkpoint: Mapping[str, Any] | None, path: str | None, cfg: CheckpointConfig) -> None:
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint)
+        log.info("Resumed from %s (epoch %d, step %d).", path, state.epoch, state.step)
+    elif cfg.resume is not None:
+        log.info("--resume latest: there is no checkpoint yet, so the run starts from the beginning.")
+
+
+def _train(
+    cfg: TrainConfig,
+    state: TrainState,
+    trainer: Trainer,
+    data: Mapping[str, DataInfo],
+    tokenizer: Any,
+    folder: Path | None,
+    writer: logger.MetricsWriter,
+) -> None:
+    epochs = cfg.schedule.epochs
+    if state.epoch >= epochs:
+        log.warning("The run has its %d epochs already: give more --epochs to train on.", state.epoch)
+    while state.epoch < epochs:
+        log.info("Start epoch %d", state.epoch)
+        run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer)
+        # Before the evaluation, which may fail, and with the random states that the next epoch begins with.
+        if folder is not None:
+            save_epoch(state, cfg.checkpoint, folder / "checkpoints", epochs)
+        _evaluate(state, data, cfg.eval, tokenizer, writer)
+
+
+def _evaluate(
+    state: TrainState,
+    data: Mapping[str, DataInfo],
+    cfg: EvalConfig,
+    tokenizer: Any,
+    writer: logger.MetricsWriter,
+) -> None:
+    """All ranks evaluate together; the master writes the numbers. Training's random numbers are left alone."""
+    start = time.perf_counter()
+    with rng.untouched(state.device):
+        metrics = evaluate(state.model, data, state.epoch, cfg, tokenizer=tokenizer)
+    if not metrics:
+        return
+    numbers = "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items())
+    log.info("Eval Epoch: %d %s\t(%.1f s)", state.epoch, numbers, time.perf_counter() - start)
+    writer.write(metrics, state.epoch, "val")
+    writer.write_results(metrics, state.epoch)
+
+
+def command() -> None:
+    """The command line: `main`, with the exit status that a shell expects."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:  # main has logged it
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command()

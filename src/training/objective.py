@@ -1,0 +1,202 @@
+"""What a model is trained for: objects that take a model and a batch and return named losses.
+
+`features` asks the model, `targets` whoever else knows something about the batch (a teacher), `losses` compares. They are
+apart because accumulation needs them so: features of many small batches, one loss over all of them.
+
+An output of the model belongs either to samples (its first dimension is the batch's) or to the whole model (`SHARED`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import open_clip.loss
+from training.distributed import world
+from training.params import ObjectiveConfig
+
+Outputs = dict[str, Tensor]
+
+# Outputs that are the same for every sample: scalars of the model.
+SHARED = frozenset({"logit_scale", "logit_bias", "dist_logit_scale"})
+_TUPLE_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
+
+
+def is_captioner(model: nn.Module) -> bool:
+    """Whether the model has a decoder that writes captions (CoCa, arXiv:2205.01917) beside its two towers."""
+    return isinstance(getattr(model, "text_decoder", None), nn.Module)
+
+
+def as_outputs(model_out: Mapping[str, Tensor] | Sequence[Tensor]) -> Outputs:
+    """A model's answer by name, whether it gave a dict or a tuple (image_features, text_features, logit_scale[, logit_bias])."""
+    if isinstance(model_out, Mapping):
+        return dict(model_out)
+    return dict(zip(_TUPLE_NAMES, model_out, strict=False))
+
+
+def concatenate(parts: Sequence[Outputs]) -> Outputs:
+    """The outputs for one large batch from those for its parts, in order."""
+    return {
+        name: value if name in SHARED else torch.cat([part[name] for part in parts]) for name, value in parts[-1].items()
+    }
+
+
+class Objective(ABC):
+    """Named losses of a model on a batch."""
+
+    def features(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+        """The model's outputs for a batch {"image": [B, 3, H, W], "text": int64 [B, L]}.
+
+        `model` may be wrapped (DDP, compiled): it is only called.
+        """
+        return as_outputs(model(image=batch["image"], text=batch["text"]))
+
+    def targets(self, batch: Mapping[str, Tensor]) -> Outputs:
+        """What the outputs are compared with beyond each other, without gradient; it joins the outputs."""
+        return {}
+
+    def losses(self, outputs: Outputs) -> Outputs:
+        """The losses by name, scalars, and their sum as "loss"."""
+        named = self.parts(outputs)
+        return {**named, "loss": torch.stack(list(named.values())).sum()}
+
+    @abstractmethod
+    def parts(self, outputs: Outputs) -> Outputs:
+        """The losses by name, each with its weight, without their sum."""
+
+
+class ContrastiveObjective(Objective):
+    """Each image's own caption against all other captions of the global batch, and the reverse (CLIP, arXiv:2103.00020)."""
+
+    def __init__(self, local_loss: bool = False, gather_with_grad: bool = False) -> None:
+        here = world()
+        self.loss = open_clip.loss.ClipLoss(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=True,
+            rank=here.rank,
+            world_size=here.world_size,
+        )
+
+    def parts(self, outputs: Outputs) -> Outputs:
+        return self.loss(**_pick(outputs, *_TUPLE_NAMES), output_dict=True)
+
+
+class SigmoidObjective(Objective):
+    """Each pair of the global batch is judged by itself: own caption or not (SigLIP, arXiv:2303.15343)."""
+
+    def __init__(self, dist_impl: str | None = None) -> None:
+        here = world()
+        self.loss = open_clip.loss.SigLipLoss(
+            cache_labels=True, rank=here.rank, world_size=here.world_size, dist_impl=dist_impl
+        )
+
+    def parts(self, outputs: Outputs) -> Outputs:
+        return self.loss(**_pick(outputs, *_TUPLE_NAMES), output_dict=True)
+
+
+class CaptioningObjective(Objective):
+    """The contrastive loss, and the next token of the caption given the image (CoCa, arXiv:2205.01917)."""
+
+    def __init__(self, cfg: ObjectiveConfig, pad_id: int = 0) -> None:
+        here = world()
+        self.loss = open_clip.loss.CoCaLoss(
+            caption_loss_weight=cfg.coca_caption_loss_weight,
+            clip_loss_weight=cfg.coca_contrastive_loss_weight,
+            pad_id=pad_id,
+            local_loss=cfg.local_loss,
+            gather_with_grad=cfg.gather_with_grad,
+            cache_labels=True,
+            rank=here.rank,
+            world_size=here.world_size,
+        )
+
+    def parts(self, outputs: Outputs) -> Outputs:
+        wanted = _pick(outputs, "image_features", "text_features", "logits", "labels", "logit_scale")
+        return self.loss(**wanted, output_dict=True)
+
+
+class DistillationObjective(Objective):
+    """The contrastive loss, and the similarities that a frozen teacher sees in the batch (knowledge distillation, arXiv:1503.02531)."""
+
+    def __init__(self, cfg: ObjectiveConfig, teacher: nn.Module) -> None:
+        here = world()
+        self.teacher = teacher
+        self.loss = open_clip.loss.DistillClipLoss(
+            local_loss=cfg.local_loss,
+            gather_with_grad=cfg.gather_with_grad,
+            cache_labels=True,
+            rank=here.rank,
+            world_size=here.world_size,
+        )
+
+    def targets(self, batch: Mapping[str, Tensor]) -> Outputs:
+        return _ask_teacher(self.teacher, batch)
+
+    def parts(self, outputs: Outputs) -> Outputs:
+        student = _pick(outputs, *_TUPLE_NAMES[:3])
+        teacher = _pick(outputs, *(f"dist_{name}" for name in _TUPLE_NAMES[:3]))
+        named = self.loss(**student, **teacher, output_dict=True)
+        bias = outputs.get("logit_bias")
+        if bias is not None:
+            # No softmax depends on it. It stays in the graph all the same: DDP waits for the gradient of every parameter.
+            named["contrastive_loss"] = named["contrastive_loss"] + 0 * bias.sum()
+        return named
+
+
+class LossModule(Objective):
+    """Any loss module with open_clip's signature (`open_clip.create_loss`) as an objective, with a teacher if it wants one."""
+
+    def __init__(self, loss: nn.Module, teacher: nn.Module | None = None) -> None:
+        self.loss = loss
+        self.teacher = teacher
+
+    def targets(self, batch: Mapping[str, Tensor]) -> Outputs:
+        return {} if self.teacher is None else _ask_teacher(self.teacher, batch)
+
+    def parts(self, outputs: Outputs) -> Outputs:
+        return self.loss(**outputs, output_dict=True)
+
+
+def create_objective(cfg: ObjectiveConfig, model: nn.Module, teacher: nn.Module | None = None) -> Objective:
+    """The objective that follows from the model's type and the options.
+
+    Args:
+        cfg: the loss's options.
+        model: the bare model (not wrapped by DDP).
+        teacher: frozen, in evaluation mode, with outputs like the model's.
+
+    Raises:
+        ValueError: for options that this model cannot serve.
+    """
+    if is_captioner(model):
+        if teacher is not None or cfg.siglip:
+            raise ValueError(
+                f"{type(model).__name__} is trained with captions: --distill-model and --siglip are for models of two "
+                "towers. Leave them out, or choose another --model."
+            )
+        return CaptioningObjective(cfg, pad_id=getattr(model, "pad_id", 0))
+    if teacher is not None:
+        if cfg.siglip:
+            raise ValueError("--siglip and --distill-model exclude each other: distillation has a softmax loss of its own.")
+        return DistillationObjective(cfg, teacher)
+    if cfg.siglip:
+        if getattr(model, "logit_bias", None) is None:
+            raise ValueError(
+                "--siglip needs a model with a logit_bias: create it with init_logit_bias=-10, init_logit_scale=ln(10)."
+            )
+        return SigmoidObjective(cfg.loss_dist_impl)
+    return ContrastiveObjective(cfg.local_loss, cfg.gather_with_grad)
+
+
+@torch.no_grad()
+def _ask_teacher(teacher: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+    answer = as_outputs(teacher(image=batch["image"], text=batch["text"]))
+    return {f"dist_{name}": value for name, value in _pick(answer, *_TUPLE_NAMES[:3]).items()}
+
+
+def _pick(outputs: Outputs, *names: str) -> Outputs:
+    return {name: outputs[name] for name in names if outputs.get(name) is not None}

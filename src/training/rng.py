@@ -1,0 +1,83 @@
+"""Random numbers of a process: seeding all generators, keeping and restoring their states."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from open_clip import device as devices
+
+
+def random_seed(seed: int = 42, rank: int = 0) -> None:
+    """Seeds Python's, NumPy's and torch's generators, those of all devices included, with seed + rank."""
+    torch.manual_seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    random.seed(seed + rank)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators of Python, NumPy, torch's CPU and `device`: tensors and plain values, which a checkpoint
+    can hold and `torch.load(weights_only=True)` reads."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": {"version": version, "words": _pack(np.array(words, dtype=np.uint32)), "gauss": gauss},
+        "numpy": {
+            "name": str(name),
+            "words": _pack(keys),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "device": {"type": device.type, "state": devices.row(device).rng_state()},
+    }
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restores what `rng_state` gave. A state of another kind of device is left alone: it means nothing on this one."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(_unpack(python["words"]).tolist()), python["gauss"]))
+    words = _unpack(numpy["words"])
+    np.random.set_state((numpy["name"], words, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["device"]["type"] == device.type:
+        devices.row(device).set_rng_state(state["device"]["state"].cpu())
+
+
+def _pack(words: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(words.astype(np.uint32).view(np.int32).copy())  # every torch handles int32
+
+
+def _unpack(words: torch.Tensor) -> np.ndarray:
+    return words.cpu().numpy().view(np.uint32)
+
+
+def torch_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of torch's generators alone, on the CPU and on `device`: what a model draws from. Waits for nothing."""
+    return torch.get_rng_state(), devices.row(device).rng_state()
+
+
+def set_torch_state(state: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> None:
+    """Restores what `torch_state` gave."""
+    torch.set_rng_state(state[0])
+    devices.row(device).set_rng_state(state[1])
+
+
+@contextlib.contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Whatever draws random numbers inside leaves every generator as it was.
+
+    Making a DataLoader's iterator draws a seed, once in a run with persistent workers: without this a resumed run, which
+    makes it again, would go on with other numbers than the unbroken one.
+    """
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
