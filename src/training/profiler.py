@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip import config, factory
 from open_clip import device as devices
+from open_clip.model import get_input_dtype
 from training import precision as precisions
 
 logger = logging.getLogger(__name__)
@@ -142,9 +143,12 @@ def _config(model_name: str) -> dict[str, Any]:
     return cfg
 
 
-def _build(model_name: str, device: str | torch.device) -> nn.Module:
+def _build(model_name: str, device: str | torch.device, precision: str = "fp32") -> nn.Module:
     """The model with its text tower under `text`, in evaluation mode, without pretrained weights."""
-    return factory.create_model(model_name, device=device, force_custom_text=True, load_weights=False).eval()
+    model = factory.create_model(
+        model_name, device=device, precision=precision, force_custom_text=True, load_weights=False
+    )
+    return model.eval()
 
 
 def _input_sizes(model: nn.Module) -> tuple[tuple[int, int, int], tuple[int]]:
@@ -172,9 +176,9 @@ def measure_model(
     row = devices.row(device)
     precision = precisions.resolve(precision, device)
     autocast = precisions.get_autocast(precision, device)
-    model = _build(model_name, device)
+    model = _build(model_name, device, precision)
     image_size, text_size = _input_sizes(model)
-    image = _example_image(model, image_size, batch_size)
+    image = _example_image(model, image_size, batch_size).to(get_input_dtype(precision) or torch.float32)
     text = _example_text(model, text_size, batch_size)
     row.reset_peak_memory(device.index)
     times = []
@@ -201,9 +205,8 @@ def measure_model(
 # The command
 
 
-def render_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text, names to the left and numbers to the right."""
-    columns = list(rows[0])
+def render_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """The columns of rows as aligned text, the first to the left and the others to the right."""
     cells = [columns, *(["-" if row[column] is None else str(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = []
@@ -265,41 +268,45 @@ def _profile(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status is 1 if a model that was named cannot be built yet; among `all` it is only left out."""
     options = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("open_clip.factory").setLevel(logging.ERROR)  # that weights are random does not matter here
     columns = COLUMNS + MEASURED_COLUMNS if options.measure else COLUMNS
     path = Path(options.results_file) if options.results_file else None
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_rows(path, columns, [], "w")
     rows: list[dict[str, Any]] = []
+    skipped = False
     for number, name in enumerate(options.names, 1):
         started = time.perf_counter()
         try:
             row = _profile(name, options)
         except NotImplementedError as error:
             logger.info("[%d/%d] %s skipped: %s", number, len(options.names), name, error)
+            skipped = True
             continue
         rows.append(row)
         if path:
             _write_rows(path, columns, [row], "a")
         seconds = time.perf_counter() - started
         logger.info("[%d/%d] %s: %s GFLOPs (%.1f s)", number, len(options.names), name, row["gflops"], seconds)
-    return _finish(rows, columns, path)
+    if rows:
+        _finish(rows, columns, path)
+    return 1 if skipped and options.model != "all" else 0
 
 
-def _finish(rows: list[dict[str, Any]], columns: Sequence[str], path: Path | None) -> int:
+def _finish(rows: list[dict[str, Any]], columns: Sequence[str], path: Path | None) -> None:
     """Prints the table from small to large models and leaves the file in that order, as published tables are."""
-    if not rows:
-        logger.error("No model could be profiled.")
-        return 1
     rows.sort(key=lambda row: (row["gflops"], row["mparams"], row["model"]))
-    print(render_table(rows))
+    print(render_table(rows, COLUMNS))
+    if len(columns) > len(COLUMNS):
+        print("\n" + render_table(rows, ("model", *MEASURED_COLUMNS)))
     if path:
         whole = path.with_name(path.name + ".tmp")
         _write_rows(whole, columns, rows, "w")
         os.replace(whole, path)
-    return 0
 
 
 if __name__ == "__main__":
