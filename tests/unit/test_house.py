@@ -10,20 +10,24 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 
 # Ground first. A file imports from floors below its own, never from its own or from above. `training.data` is one room:
-# what its files import from one another is only kept free of circles.
+# what its files import from one another is only kept free of circles. The lines of the pyramid in the design are split
+# where one of their rooms serves another.
 FLOORS = [
     ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version"],
-    ["open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript"],
+    ["open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript", "open_clip.image_resize"],
     [
         "open_clip.config", "open_clip.tokenizer", "open_clip.transform", "open_clip.pretrained", "open_clip.pos_embed",
         "open_clip.generation", "open_clip.zero_shot_classifier", "open_clip.zero_shot_metadata",
     ],
     ["open_clip.collectives"],
+    ["open_clip.pairwise"],
     ["open_clip.loss", "open_clip.layers"],
+    ["open_clip.blocks"],
+    ["open_clip.text_transformer"],
     ["open_clip.transformer", "open_clip.modified_resnet", "open_clip.timm_model", "open_clip.hf_model"],
     ["open_clip.model"],
     ["open_clip.coca_model", "open_clip.convert"],
-    ["open_clip.checkpoint"],
+    ["open_clip.checkpoint", "open_clip.recipe"],
     ["open_clip.factory", "open_clip.openai"],
     ["open_clip.push_to_hf_hub"],
     ["open_clip"],
@@ -35,10 +39,10 @@ FLOORS = [
         "training.logger", "training.file_utils", "training.rng",
     ],
     [
-        "training.evaluate", "training.zero_shot", "training.checkpoint", "training.optim", "training.data",
-        "training.objective", "training.build",
+        "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
+        "training.build",
     ],
-    ["training.train"],
+    ["training.train", "training.evaluate"],
     ["training.main", "training.profiler", "training.doctor"],
     ["open_clip_train"],
 ]
