@@ -18,14 +18,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .convert import convert_state_dict, is_text_key, to_custom_text_layout
+from .model import convert_weights_to_lp, get_input_dtype
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .torchscript import is_torchscript, read_torchscript
 
 logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16", "amp_bfloat16")
 
 # What OpenAI's archives register as buffers beside the weights: numbers of the architecture, and the causal mask.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -257,6 +261,47 @@ def check_nothing_on_meta(model: nn.Module, source: str) -> None:
     left = [name for name, value in named if value.is_meta]
     if left:
         raise RuntimeError(f"{source} has no {some(left)}, and the model was built without memory for them.")
+
+
+class no_initialisation(TorchFunctionMode):
+    """A context in which modules built on the meta device skip their initial values, which have nowhere to go.
+
+    Drawing and scaling numbers on that device is free, but for its first call: torch's meta kernels for it import the
+    compiler, which takes longer than all the rest of loading a model.
+    """
+
+    _DRAW = (torch.rand, torch.randn)
+    _CHANGE_VALUES_ONLY = (
+        *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_, torch.Tensor.clamp_, torch.Tensor.fill_),
+        *(torch.Tensor.zero_, torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.mul, torch.Tensor.__rmul__),
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._CHANGE_VALUES_ONLY or getattr(func, "__module__", "") == nn.init.__name__:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            if len(tensors) == 1 and tensors[0].is_meta:
+                return tensors[0]
+        return (torch.empty if func in self._DRAW else func)(*args, **kwargs)
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError for a precision that is not known."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"Precision {precision!r} is not known: choose from {', '.join(PRECISIONS)}.")
+
+
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Cast a model's weights in place; on the meta device, the types that weights will be given when they come.
+
+    "fp16" and "bf16" leave norms and embeddings in float32, "pure_*" leave nothing; the others are float32.
+    """
+    check_precision(precision)
+    dtype = get_input_dtype(precision)
+    if precision.startswith("pure_"):
+        model.to(dtype)
+    elif dtype is not None:
+        convert_weights_to_lp(model, dtype)
 
 
 def load_tower_checkpoint(
