@@ -376,3 +376,49 @@ def test_torch_npu_that_loads_is_the_best_device(tmp_path):
     result = run_with_torch_npu(tmp_path, body, program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["npu", "npu:1", "False"]
+
+
+# Rows of devices that few machines have
+
+
+def test_mps_row(monkeypatch):
+    calls = []
+    fake = SimpleNamespace(
+        current_allocated_memory=lambda: 1, driver_allocated_memory=lambda: 2, recommended_max_memory=lambda: 3,
+        manual_seed=calls.append, device_count=lambda: 1,
+    )
+    monkeypatch.setattr(torch, "mps", fake)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
+    row = devices.row("mps")
+    assert row.memory() == {"allocated": 1, "reserved": 2, "peak": 1, "total": 3}
+    row.manual_seed(5)
+    assert calls == [5]
+    assert devices.resolve("mps:0", local_rank=0) == torch.device("mps")
+    assert not row.supports(torch.bfloat16)
+    assert row.amp_dtype == torch.float16
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 5))
+    assert row.amp_dtype == torch.bfloat16
+    assert row.grad_scaler() is None
+
+
+@pytest.mark.parametrize(("kind", "version", "message"), [
+    ("cuda", None, "built without CUDA"), ("cuda", "12.6", "nvidia-smi"),
+    ("xpu", None, "built without XPU"), ("xpu", "20250000", "sycl-ls"),
+])
+def test_a_build_without_and_a_host_without_are_told_apart(monkeypatch, kind, version, message):
+    absent(monkeypatch, kind)
+    monkeypatch.setattr(torch.version, kind, version, raising=False)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    assert message in devices.row(kind).why_missing()
+
+
+def test_xpu_row_asks_its_module(monkeypatch):
+    fake = FakeNpu("Intel Data Center GPU Max 1550", count=1)
+    monkeypatch.setattr(torch, "xpu", fake)
+    row = devices.row("xpu")
+    assert (row.backend, row.default_precision, row.count()) == ("xccl", "amp", 1)
+    assert row.memory()["total"] == 64 << 30
+    assert row.peak_flops(torch.float16) is None
+    row.set_device(0)
+    assert fake.calls == [("set_device", 0)]
