@@ -131,6 +131,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
             raise ValueError(f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}")
     if args.lr is None and args.opt.lower() != "adamw" and trains(args) and not args.skip_scheduler:
         raise ValueError(f"--opt {args.opt} has no default learning rate here: give --lr")
+    if (args.beta1 is None) != (args.beta2 is None):
+        raise ValueError(f"--opt {args.opt} takes its betas as a pair: give both --beta1 and --beta2, or neither")
     if (args.distill_model is None) != (args.distill_pretrained is None):
         raise ValueError("distillation needs both --distill-model NAME and --distill-pretrained TAG|FILE")
     if args.siglip and args.distill_model is not None:

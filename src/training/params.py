@@ -190,7 +190,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     parser.set_defaults(**default_values())
     namespace = parser.parse_args(sys.argv[1:] if args is None else list(args))
-    if "timm/" not in namespace.opt:
+    if not namespace.opt.lower().startswith("timm/"):
         for name, value in get_default_params(namespace.model).items():
             if getattr(namespace, name) is None:
                 setattr(namespace, name, value)
