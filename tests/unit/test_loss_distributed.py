@@ -196,7 +196,7 @@ def test_materialised_logits_give_the_same_loss(ranks, world_size, local_loss, g
 
 
 def test_default_gather_gives_the_towers_a_part_of_the_global_gradient():
-    """Averaged over W ranks as DDP does, the default's gradient is 1/W of the global loss's, gather_with_grad's is the whole."""
+    """Of W ranks' average, as DDP takes it, gather_with_grad makes the global loss's gradient, the default 1/W of it."""
     world_size = 4
     plain = clip_by_definition(world_size, False, False)
     full = clip_by_definition(world_size, False, True)
