@@ -85,14 +85,15 @@ def build_teacher(
     return teacher.eval().requires_grad_(False)
 
 
-def parallelise(model: nn.Module, cfg: DistributedConfig, world: World) -> nn.Module:
+def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
     """The model as it is called in training: DDP's wrapper in a run of several processes, else itself."""
     if not world.distributed:
         return model
+    static_graph = cfg.ddp_static_graph and accum_freq == 1
+    if cfg.ddp_static_graph and not static_graph:
+        logger.warning("--ddp-static-graph has no effect: with --accum-freq not every pass of a step is like the others.")
     indexed = devices.row(world.device).indexed
-    return DistributedDataParallel(
-        model, device_ids=[world.device] if indexed else None, static_graph=cfg.ddp_static_graph
-    )
+    return DistributedDataParallel(model, device_ids=[world.device] if indexed else None, static_graph=static_graph)
 
 
 def build_scheduler(

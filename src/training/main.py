@@ -260,7 +260,7 @@ def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: Dat
     if cfg.model.torchcompile:
         model.compile()  # in place: names in the checkpoint stay what they are
     return Trainer(
-        model=parallelise(model, cfg.distributed, world),
+        model=parallelise(model, cfg.distributed, world, cfg.optim.accum_freq),
         objective=objective,
         optimizer=state.optimizer,
         device=world.device,

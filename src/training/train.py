@@ -59,6 +59,13 @@ class Trainer:
     accum_freq: int = 1
     grad_clip_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
+            raise ValueError(
+                "DDP with static_graph counts every backward pass from its second step on, and so would take the gradients of "
+                "a part of the batches: with accumulation make it without static_graph."
+            )
+
     def step(self, batches: list[Batch], number: int) -> Outputs:
         """Update `number` (from 0) of the weights, from `accum_freq` batches on the device; the losses, on the device."""
         if self.scheduler is not None:
@@ -92,17 +99,18 @@ class Trainer:
         k - 1 forward passes beyond those of one large batch. Random numbers are replayed, so that dropout drops the same the
         second time; a layer that counts what it sees (BatchNorm) counts it twice.
 
-        The gradients of the scalars (logit_scale) come whole from the one loss. They go in with the last backward pass, the
-        only one in which DDP averages over the ranks, since DDP then waits for every parameter. The graph kept from the first
-        phase cannot be that last pass: it was made where DDP was told not to synchronise.
+        The gradients of the scalars (logit_scale) come whole from the one loss and go in with the last backward pass. That is
+        the only pass through DDP's wrapper, which then averages over the ranks what all passes have added up, and waits for
+        every parameter. The others go past it, and the graph kept from the first phase is one of them: DDP would have to be
+        told at its forward that it comes last.
         """
+        bare = unwrap_model(self.model)
         states, parts = [], []
-        with self._no_sync():
-            for batch in batches[:-1]:
-                states.append(rng.torch_state(self.device))
-                with torch.no_grad():
-                    parts.append(self._features(batch))
-            kept = self._features(batches[-1])
+        for batch in batches[:-1]:
+            states.append(rng.torch_state(self.device))
+            with torch.no_grad():
+                parts.append(self._features(bare, batch))
+        kept = self._features(bare, batches[-1])
         after = rng.torch_state(self.device)
         parts.append({name: value.detach() for name, value in kept.items()})
 
@@ -112,21 +120,20 @@ class Trainer:
         losses = self._losses_of_all(leaves, batches)
         shared, gradients = _gradients(leaves, [len(batch["image"]) for batch in batches])
 
-        with self._no_sync():
-            _backward(kept, gradients.pop())
+        _backward(kept, gradients.pop())
         del kept, parts, leaves
-        for number, (batch, state, gradient) in enumerate(zip(batches[:-1], states, gradients, strict=True)):
-            is_last = number == len(states) - 1
+        for batch, state, gradient in zip(batches[:-2], states[:-1], gradients[:-1], strict=True):
             rng.set_torch_state(state, self.device)
-            with contextlib.nullcontext() if is_last else self._no_sync():
-                _backward(self._features(batch), {**gradient, **shared} if is_last else gradient)
+            _backward(self._features(bare, batch), gradient)
+        rng.set_torch_state(states[-1], self.device)
+        _backward(self._features(self.model, batches[-2]), {**gradients[-1], **shared})
         rng.set_torch_state(after, self.device)
         return losses
 
-    def _features(self, batch: Batch) -> Outputs:
+    def _features(self, model: nn.Module, batch: Batch) -> Outputs:
         # A context for each call: within one, autocast would reuse the casts of weights that it made without gradient.
         with self.autocast():
-            return self.objective.features(self.model, batch)
+            return self.objective.features(model, batch)
 
     def _losses_of_all(self, leaves: Outputs, batches: list[Batch]) -> Outputs:
         with self.autocast():
@@ -137,10 +144,6 @@ class Trainer:
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
-
-    def _no_sync(self) -> contextlib.AbstractContextManager:
-        is_ddp = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if is_ddp else contextlib.nullcontext()  # type: ignore[operator]
 
     def _update(self) -> None:
         if self.scaler is None:
