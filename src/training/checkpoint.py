@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--resume {str(path)!r}: there is no such file. (--resume latest finds the newest of a run.)")
     try:
         checkpoint = file_utils.pt_load(path, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"--resume {str(path)!r} cannot be read as a checkpoint (torch.save of tensors and plain containers): "
@@ -194,13 +195,13 @@ def natural_key(string_: str) -> list[Any]:
 
 
 def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
-    """The newest checkpoint (*.pt) in a folder, or on S3 with `remote`; None where there is none.
+    """The newest checkpoint (*.pt) in a folder, or at a URL with `remote`; None where there is none.
 
     Newest by the epoch in the name. epoch_latest.pt counts by the epoch that is in it, so that one left behind by an earlier
-    run without --save-most-recent is not taken for new; on S3, which copies do not put it on, it is not looked at.
+    run without --save-most-recent is not taken for new; the remote copy of a run never has it.
     """
     if remote:
-        names = [name for name in _list_s3(str(path)) if re.fullmatch(r"epoch_\d+\.pt", name)]
+        names = [name for name in _list_remote(str(path)) if re.fullmatch(r"epoch_\d+\.pt", name)]
         return f"{str(path).rstrip('/')}/{max(names, key=natural_key)}" if names else None
     folder = Path(path)
     numbered = sorted(folder.glob("epoch_[0-9]*.pt"), key=lambda file: natural_key(file.name))
@@ -218,13 +219,19 @@ def _epoch_of(path: Path) -> int:
     return int(checkpoint.get("epoch", 0))
 
 
-def _list_s3(url: str) -> list[str]:
-    try:
+def _list_remote(url: str) -> list[str]:
+    """Names of the files at a URL, none where there is no such folder; s3 by the command `aws` where it is installed."""
+    if url.startswith("s3://") and shutil.which("aws"):
         done = subprocess.run(["aws", "s3", "ls", url.rstrip("/") + "/"], capture_output=True, text=True, errors="replace")
+        # It fails, too, on a folder that does not exist yet, as that of a new run.
+        return [line.split()[-1] for line in done.stdout.splitlines() if line.strip()]
+    import fsspec.core
+
+    filesystem, root = fsspec.core.url_to_fs(url)
+    try:
+        return [name.rsplit("/", 1)[-1] for name in filesystem.ls(root, detail=False)]
     except FileNotFoundError:
-        raise RuntimeError("--resume latest with --remote-sync lists the checkpoints by the command `aws`: install it.") from None
-    # `aws s3 ls` fails on a folder that does not exist yet, as that of a new run.
-    return [line.split()[-1] for line in done.stdout.splitlines() if line.strip()]
+        return []
 
 
 def save_epoch(state: TrainState, cfg: CheckpointConfig, folder: Path, epochs: int) -> None:

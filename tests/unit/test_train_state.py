@@ -1,0 +1,269 @@
+"""The state of a run: saved whole, restored whole, also from and for open_clip_torch, and torn never."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gloo_ranks import run_ranks
+from torch import nn
+from training import checkpoint as checkpoints
+from training.checkpoint import (
+    TrainState,
+    bare_names,
+    get_latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    natural_key,
+    save_epoch,
+)
+from training.params import CheckpointConfig
+from training.rng import random_seed
+
+CPU = torch.device("cpu")
+
+
+class Scaler:
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def state_dict(self):
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state):
+        self.scale = state["scale"]
+
+
+def state_of(seed: int = 0, scaler: Scaler | None = None, **values) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    return TrainState(model=model, device=CPU, name="run", optimizer=optimizer, scaler=scaler, **values)
+
+
+def train(state: TrainState, steps: int) -> list[float]:
+    """Steps that use every random generator; their losses."""
+    losses = []
+    assert state.optimizer is not None
+    for _ in range(steps):
+        x = torch.randn(8, 3) * random.random() + float(np.random.rand())
+        loss = state.model(x).square().mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        state.step += 1
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
+    unbroken = state_of(scaler=Scaler(4.0), epoch=3, samples_seen=120)
+    train(unbroken, 3)
+    torch.save(unbroken.state_dict(), tmp_path / "c.pt")
+    expected = train(unbroken, 5)
+
+    restored = state_of(seed=9, scaler=Scaler())
+    random_seed(1)
+    restored.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True))
+    assert (restored.epoch, restored.step, restored.samples_seen, restored.scaler.scale) == (3, 3, 120, 4.0)
+    assert train(restored, 5) == expected
+    for ours, theirs in zip(restored.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_file_has_the_keys_of_open_clip_and_one_of_ours():
+    saved = state_of(scaler=Scaler(), epoch=2).state_dict()
+    assert set(saved) == {"epoch", "name", "state_dict", "optimizer", "scaler", "train_state"}
+    assert list(saved["state_dict"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert (saved["epoch"], saved["name"]) == (2, "run")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_of_open_clip_resumes(prefix):  # (a real one: tests/parity/test_training_checkpoint.py)
+    theirs = state_of()
+    train(theirs, 4)
+    saved = theirs.state_dict()
+    del saved["train_state"]
+    saved["epoch"] = 2
+    saved["state_dict"] = {prefix + name: value for name, value in saved["state_dict"].items()}
+    ours = state_of(seed=5, scaler=Scaler(7.0), steps_per_epoch=2, samples_per_epoch=16)
+    ours.load_state_dict(copy.deepcopy(saved))
+    assert (ours.epoch, ours.step, ours.samples_seen, ours.scaler.scale) == (2, 4, 32, 7.0)
+    random_seed(0)
+    expected = train(theirs, 2)
+    random_seed(0)
+    assert train(ours, 2) == expected
+
+
+def test_weights_alone_start_a_run():
+    theirs, ours = state_of(), state_of(seed=5, epoch=0)
+    ours.load_state_dict(theirs.model.state_dict())
+    assert torch.equal(ours.model[0].weight, theirs.model[0].weight)
+    assert ours.epoch == ours.step == 0
+    ours.load_state_dict({"state_dict": state_of(seed=3).model.state_dict()})
+    assert torch.equal(ours.model[0].weight, state_of(seed=3).model[0].weight)
+
+
+def test_only_prefixes_of_every_name_are_wrappers():
+    names = {"module.a": 1, "module.module.b": 2}
+    assert bare_names(names) == {"a": 1, "module.b": 2}
+    assert bare_names({"module.a": 1, "b": 2}) == {"module.a": 1, "b": 2}
+    assert bare_names({}) == {}
+
+
+def test_a_checkpoint_of_another_model_says_what_differs_and_changes_nothing():
+    model = nn.Linear(3, 4)
+    before = model.weight.clone()
+    other = {"weight": torch.zeros(4, 5), "extra": torch.zeros(1)}
+    with pytest.raises(ValueError, match="another model") as error:
+        load_weights(model, other)
+    for words in ("lacks bias", "unknown to the model, extra", "weight [4, 5] instead of [4, 3]", "--pretrained"):
+        assert words in str(error.value)
+    assert torch.equal(model.weight, before)
+
+
+def test_another_optimizers_state_says_so():
+    saved = state_of().state_dict()
+    ours = state_of()
+    ours.optimizer = torch.optim.AdamW([{"params": [p]} for p in ours.model.parameters()])
+    with pytest.raises(ValueError, match="--opt"):
+        ours.load_state_dict(saved)
+
+
+def test_evaluation_needs_no_optimizer():
+    saved = state_of(epoch=4).state_dict()
+    ours = TrainState(model=state_of(seed=2).model, device=CPU)
+    ours.load_state_dict(saved)
+    assert ours.epoch == 4
+    assert torch.equal(ours.model[0].weight, saved["state_dict"]["0.weight"])
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_not_run_and_damage_is_said(tmp_path):
+    bad = tmp_path / "bad.pt"
+    torch.save({"epoch": 1, "state_dict": Bomb(tmp_path / "made by the checkpoint")}, bad)
+    with pytest.raises(ValueError, match=r"bad\.pt.*holds code"):
+        load_checkpoint(bad)
+    assert not (tmp_path / "made by the checkpoint").exists()
+    torch.save(state_of().state_dict(), bad)
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(bad)
+    bad.write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(bad)
+    torch.save([1], bad)
+    with pytest.raises(ValueError, match="holds a list"):
+        load_checkpoint(bad)
+    with pytest.raises(FileNotFoundError, match="--resume latest"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def saved_names(folder: Path) -> list[str]:
+    return sorted((path.name for path in folder.iterdir()), key=natural_key)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "epoch_4.pt", "epoch_5.pt"]),
+        ({"save_frequency": 2}, ["epoch_2.pt", "epoch_4.pt", "epoch_5.pt"]),
+        ({"save_frequency": 0}, ["epoch_5.pt"]),
+        ({"save_frequency": 0, "save_most_recent": True}, ["epoch_5.pt", "epoch_latest.pt"]),
+        ({"delete_previous_checkpoint": True}, ["epoch_5.pt"]),
+        ({"save_frequency": 2, "delete_previous_checkpoint": True}, ["epoch_5.pt"]),
+    ],
+)
+def test_what_is_on_disk_after_five_epochs(tmp_path, options, expected):
+    state = state_of()
+    for state.epoch in range(1, 6):
+        save_epoch(state, CheckpointConfig(**options), tmp_path, epochs=5)
+    assert saved_names(tmp_path) == expected
+    assert torch.load(tmp_path / expected[-1], weights_only=True)["epoch"] == 5
+
+
+def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    cfg = CheckpointConfig(delete_previous_checkpoint=True)
+    state = state_of(epoch=1)
+    save_epoch(state, cfg, tmp_path, epochs=5)
+    state.epoch = 2
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints.file_utils, "pt_save", full)
+    with pytest.raises(OSError, match="space"):
+        save_epoch(state, cfg, tmp_path, epochs=5)
+    assert saved_names(tmp_path) == ["epoch_1.pt"]
+
+
+def touch(folder: Path, **epochs: int) -> None:
+    for name, epoch in epochs.items():
+        torch.save({"epoch": epoch, "state_dict": {}}, folder / f"{name}.pt")
+
+
+def test_the_latest_is_the_one_of_most_epochs(tmp_path):
+    assert get_latest_checkpoint(tmp_path / "none") is None
+    assert get_latest_checkpoint(tmp_path) is None
+    touch(tmp_path, epoch_9=9, epoch_10=10, tmp=99)
+    (tmp_path / ".epoch_11.pt.1234.tmp").write_bytes(b"half")
+    assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_10.pt")
+    touch(tmp_path, epoch_latest=4)  # left behind by an earlier run
+    assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_10.pt")
+    touch(tmp_path, epoch_latest=11)
+    assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_latest.pt")
+
+
+def test_the_latest_among_files_of_other_names(tmp_path):
+    touch(tmp_path, mine_2=1, mine_10=1)
+    assert get_latest_checkpoint(tmp_path) == str(tmp_path / "mine_10.pt")
+
+
+def test_the_latest_on_a_remote_store():
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    assert get_latest_checkpoint("memory://runs/none", remote=True) is None
+    for name in ("epoch_2.pt", "epoch_11.pt", "results.jsonl"):
+        store.pipe(f"/runs/a/{name}", b"x")
+    assert get_latest_checkpoint("memory://runs/a/", remote=True) == "memory://runs/a/epoch_11.pt"
+
+
+def test_natural_order():
+    names = ["epoch_10.pt", "Epoch_9.pt", "epoch_latest.pt", "9", "a"]
+    assert sorted(names, key=natural_key) == ["9", "a", "Epoch_9.pt", "epoch_10.pt", "epoch_latest.pt"]
+
+
+def ranks_save(rank: int, world_size: int) -> dict:
+    """Each rank draws from its own generators, saves, goes on, and restores; rank 0's file serves all."""
+    state = state_of(seed=100 + rank)
+    state.seed, state.step = 3, 5
+    saved = state.state_dict()
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    state.load_state_dict(saved)
+    again = torch.rand(2)
+    saved["train_state"]["rng"] = saved["train_state"]["rng"][:1]  # as if from a run of another number of ranks
+    state.load_state_dict(saved)
+    return {"expected": expected, "again": again, "other": torch.rand(2), "names": list(saved["state_dict"])}
+
+
+def test_each_rank_gets_its_own_random_state_back(tmp_path):
+    ranks = run_ranks(__file__, "ranks_save", (2,), tmp_path)[2]
+    for number, rank in enumerate(ranks):
+        assert torch.equal(rank["expected"], rank["again"])
+        fresh = torch.rand(2, generator=torch.Generator().manual_seed(3 + 5 + number))
+        assert torch.equal(rank["other"], fresh), "seed + step + rank"
+        assert rank["names"][0] == "module.0.weight", "as open_clip writes and reads it in a distributed run"
+    assert not torch.equal(ranks[0]["expected"], ranks[1]["expected"])
