@@ -89,7 +89,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         skipped_before = self.skipped.total()
         empty = True
-        for batch in super().__iter__():
+        for batch in self._batches():
             if batch is not None:  # None: every sample of it was bad
                 empty = False
                 yield batch
@@ -99,9 +99,23 @@ class Loader(DataLoader):
                 raise ValueError(f"{message} The log has the first names.")
             logger.error("%s This is this rank's part; the others may have more.", message)
 
+    def _batches(self) -> Iterator[dict[str, Any] | None]:
+        try:
+            yield from super().__iter__()
+        except GeneratorExit:  # the epoch is left early: the workers stay for the next
+            raise
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
-        """Ends the workers. The next pass would start new ones."""
-        self._iterator = None
+        """Ends the workers. The next pass would start new ones.
+
+        Left to the garbage collector, their queues may go before them, and each is waited for in vain for 5 seconds.
+        """
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _torch_version() -> tuple[int, int]:

@@ -1,0 +1,255 @@
+"""training.data on CSV files: what is read, what is refused, what is skipped and counted."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import pytest
+import torch
+from data_files import caption, data_args, epoch_numbers, jpeg, plain, tokenize, write_csv
+from PIL import Image
+
+from training.data import BadSample, CsvDataset, SkipCounter, get_data
+from training.data.skips import BAD_IN_A_ROW
+from training.data.strings import StringTable
+
+
+def read(path, sep="\t", **options):
+    return CsvDataset(path, options.pop("transforms", plain), "filepath", "title", sep=sep, **options)
+
+
+def val_data(path, **options):
+    return get_data(data_args(val_data=str(path), **options), (plain, plain), tokenizer=tokenize)["val"]
+
+
+def train_data(path, **options):
+    return get_data(data_args(train_data=str(path), **options), (plain, plain), tokenizer=tokenize)["train"]
+
+
+def test_samples_are_dicts_of_image_and_caption(tmp_path):
+    dataset = read(write_csv(tmp_path, 3))
+    assert len(dataset) == 3
+    sample = dataset[2]
+    assert sample["image"].shape == (3, 8, 8)
+    assert sample["text"] == caption(2)
+    tokenised = read(tmp_path / "pairs.csv", tokenizer=tokenize)[2]["text"]
+    assert tokenised.tolist() == [2, len(caption(2))]
+
+
+def test_without_a_transform_the_image_is_whole_after_its_file_is_closed(tmp_path):
+    image = read(write_csv(tmp_path, 1), transforms=None)[0]["image"]
+    assert isinstance(image, Image.Image)
+    assert image.resize((4, 4)).getpixel((0, 0)) is not None
+
+
+def test_relative_paths_are_relative_to_the_working_directory(tmp_path, monkeypatch):
+    write_csv(tmp_path, 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "rows.csv").write_text("filepath\ttitle\n0.jpg\tzero 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert read("elsewhere/rows.csv")[0]["image"].shape == (3, 8, 8)
+
+
+def test_captions_keep_quotes_commas_unicode_and_words_that_pandas_takes_for_nothing(tmp_path):
+    write_csv(tmp_path, 1)
+    wanted = ["None", "NA", 'a "quoted", comma', "Käse 🧀 奶酪", "two\nlines", "  spaces  "]
+    image = tmp_path / "0.jpg"
+    rows = "".join('"{}","{}"\n'.format(image, text.replace('"', '""')) for text in wanted)
+    path = tmp_path / "rows.csv"
+    path.write_text("\ufefffilepath,title\n" + rows, encoding="utf-8")  # with the byte-order mark of spreadsheets
+    dataset = read(path, sep=",")
+    assert [dataset[i]["text"] for i in range(len(dataset))] == wanted
+
+
+def test_a_tab_as_shells_hand_it_over_and_separators_of_several_characters(tmp_path):
+    path = write_csv(tmp_path, 2)
+    assert read(path, sep="\\t")[1]["text"] == caption(1)
+    path.write_text(path.read_text().replace("\t", "||"))
+    assert read(path, sep=r"\|\|")[1]["text"] == caption(1)
+
+
+def test_more_rows_than_are_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.csv_data._ROWS_AT_ONCE", 4)
+    dataset = read(write_csv(tmp_path, 11))
+    assert [dataset[i]["text"] for i in range(len(dataset))] == [caption(i) for i in range(11)]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv: no such CSV file"):
+        train_data(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "sep", "message"),
+    [
+        ("", "\t", "is empty: it needs a header with 'filepath' and 'title'"),
+        ("filepath\ttitle\n", "\t", "a header and no rows"),
+        ("filepath\tcaption\na\tb\n", "\t", "no column 'title'. Its columns: 'filepath', 'caption'"),
+        ("filepath,title\na,b\n", "\t", r"one column only, 'filepath,title'.*not '\\t'; ',' looks right"),
+        ("filepath\ttitle\na\tb\n", ",", r"'\\t' looks right: give --csv-separator"),
+        ("path;text\na;b\n", "\t", "';' looks right"),
+        ("filepath\na\n", "\t", "no column 'title': it has one column only.*see --csv-separator"),
+        ("filepath,title\na.jpg,one\nb.jpg,two, three\n", ",", "rows do not fit the header.*quoted"),
+        ("filepath,title\na.jpg,one, more\n", ",", "rows do not fit the header"),
+    ],
+)
+def test_unreadable_files_say_what_is_wrong(tmp_path, content, sep, message):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read(path, sep=sep)
+
+
+def test_other_encodings_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("filepath\ttitle\na.jpg\tKäse\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read(path)
+
+
+def test_fewer_samples_than_a_step_takes(tmp_path):
+    with pytest.raises(ValueError, match=r"has 5 samples, fewer than one step takes, 8\. Lower --batch-size"):
+        train_data(write_csv(tmp_path, 5), batch_size=8)
+
+
+def test_train_and_val_batches(tmp_path):
+    path = write_csv(tmp_path, 10)
+    train, val = train_data(path), val_data(path)
+    assert (train.dataloader.num_samples, train.dataloader.num_batches, len(train.dataloader)) == (10, 2, 2)
+    assert (val.dataloader.num_samples, val.dataloader.num_batches, len(val.dataloader)) == (10, 3, 3)
+    batches = list(train.dataloader)
+    assert [tuple(batch["image"].shape) for batch in batches] == [(4, 3, 8, 8)] * 2
+    assert batches[0]["image"].dtype == torch.float32
+    assert batches[0]["text"].dtype == torch.int64
+    assert epoch_numbers(val) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    # an image keeps its caption
+    for batch in batches:
+        assert batch["image"].mean((1, 2, 3)).round().tolist() == pytest.approx(batch["text"][:, 0].tolist(), abs=2)
+
+
+def spoil(path):
+    """Makes samples 1 to 6 of a CSV of 12 bad, each in its own way. Returns the counts by cause."""
+    folder = path.parent
+    (folder / "1.jpg").unlink()
+    (folder / "2.jpg").write_bytes(jpeg(2, size=64)[:600])
+    (folder / "3.jpg").write_bytes(b"")
+    rows = path.read_text().splitlines()
+    rows[1 + 4] = f"{folder / '4.jpg'}\t"
+    rows[1 + 5] = f"\t{caption(5)}"
+    Image.new("1", (200, 200)).save(folder / "6.jpg")
+    path.write_text("\n".join(rows) + "\n")
+    return {"missing_image": 1, "corrupt_image": 3, "no_image": 1, "no_caption": 1}
+
+
+@pytest.fixture
+def small_bombs(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 150)  # PIL itself only warns up to twice the limit
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_are_dropped_from_validation_and_counted(tmp_path, small_bombs, workers):
+    path = write_csv(tmp_path, 12)
+    expected = spoil(path)
+    val = val_data(path, workers=workers, batch_size=3)
+    # batch [3, 4, 5] has nothing left and is passed over
+    assert epoch_numbers(val) == [[0], [7, 8], [9, 10, 11]]
+    assert val.skipped.counts() == expected
+    assert val.skipped.total() == 6
+    val.dataloader.close()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_rows_are_replaced_in_training_alike_on_any_number_of_workers(tmp_path, small_bombs):
+    path = write_csv(tmp_path, 12)
+    spoil(path)
+    seen = []
+    for workers in (0, 2):
+        train = train_data(path, workers=workers)
+        seen.append(epoch_numbers(train, epoch=3))
+        assert train.skipped.total() >= 6
+        assert set(train.skipped.counts()) == {"missing_image", "corrupt_image", "no_image", "no_caption"}
+        train.dataloader.close()
+    assert seen[0] == seen[1]
+    assert [len(batch) for batch in seen[0]] == [4, 4, 4]
+    assert {number for batch in seen[0] for number in batch} == {0, *range(7, 12)}
+
+
+def test_the_first_few_of_a_cause_are_logged_with_their_names(tmp_path, caplog):
+    path = write_csv(tmp_path, 12)
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").unlink()
+    with caplog.at_level(logging.WARNING):
+        epoch_numbers(val_data(path))
+    assert [record.getMessage().count("missing_image") for record in caplog.records] == [1, 1, 1]
+    assert "0.jpg (row 1 of" in caplog.text
+    assert "only counted" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_usable_is_an_error_that_names_the_first_cause(tmp_path, workers):
+    path = write_csv(tmp_path, 6)
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").unlink()
+    with pytest.raises(ValueError, match=f"not one usable sample, and {BAD_IN_A_ROW} that are not.*missing_image"):
+        next(iter(train_data(path, workers=workers).dataloader))
+    with pytest.raises(ValueError, match="not one usable sample.*'missing_image': 6"):
+        list(val_data(path, workers=workers).dataloader)
+
+
+def test_a_long_useless_validation_set_stops_early(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("filepath\ttitle\n" + "gone.jpg\ta caption 1\n" * (BAD_IN_A_ROW + 50))
+    val = val_data(path)
+    with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} that are not"):
+        list(val.dataloader)
+    assert val.skipped.counts() == {"missing_image": BAD_IN_A_ROW}
+
+
+def test_a_transform_that_always_fails_is_named(tmp_path):
+    def broken(image):
+        raise TypeError("no such mode")
+
+    path = write_csv(tmp_path, 6)
+    with pytest.raises(ValueError, match="TypeError: no such mode"):
+        next(iter(get_data(data_args(train_data=str(path)), (broken, broken), tokenizer=tokenize)["train"].dataloader))
+
+
+def test_counters_reach_spawned_workers(tmp_path):
+    path = write_csv(tmp_path, 6)
+    (tmp_path / "1.jpg").unlink()
+    val = val_data(path, workers=1)
+    val.dataloader.multiprocessing_context = "spawn"
+    assert epoch_numbers(val) == [[0, 2, 3], [4, 5]]
+    assert val.skipped.counts() == {"missing_image": 1}
+    val.dataloader.close()
+
+
+def test_counter_of_this_process():
+    skipped = SkipCounter(workers=2)
+    assert (skipped.total(), skipped.counts()) == (0, {})
+    for _ in range(2):
+        skipped.add(BadSample("no_caption", "a.tar/1", "it has none"))
+    assert skipped.counts() == {"no_caption": 2}
+
+
+def test_bad_samples_survive_pickling():
+    bad = pickle.loads(pickle.dumps(BadSample("no_image", "a.tar/1", "it has none")))
+    assert (bad.cause, bad.name, bad.reason) == ("no_image", "a.tar/1", "it has none")
+
+
+def test_string_table():
+    strings = ["", "plain", "Käse 🧀", "\ud800 lone surrogate", ""]
+    table = StringTable(strings)
+    assert [table[i] for i in range(len(table))] == strings
+    with pytest.raises(IndexError, match="index 5 of 5"):
+        table[5]
+    both = StringTable.concatenate([table, StringTable([]), StringTable(["more"])])
+    assert [both[i] for i in range(len(both))] == [*strings, "more"]
+    assert len(StringTable.concatenate([])) == 0
+
+
+def test_string_tables_are_as_large_as_their_text():
+    table = StringTable(["x" * 90] * 1000)
+    assert len(pickle.dumps(table)) < 1000 * (90 + 8) + 2000

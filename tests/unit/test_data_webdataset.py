@@ -1,0 +1,474 @@
+"""training.data on webdataset shards: the format, its names, what is damaged, and how readers share the shards."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import tarfile
+from collections import Counter
+
+import pytest
+from data_files import (
+    caption,
+    data_args,
+    epoch_numbers,
+    fake_world,
+    jpeg,
+    pairs,
+    plain,
+    tokenize,
+    write_shards,
+    write_tar,
+)
+from PIL import Image
+
+from training.data import (
+    BadSample,
+    ResampledShards2,
+    SharedEpoch,
+    count_samples,
+    detshuffle2,
+    expand_urls,
+    filter_no_caption_or_no_image,
+    get_data,
+    get_dataset_size,
+    get_wds_dataset,
+    group_by_keys_nothrow,
+    log_and_continue,
+    pytorch_worker_seed,
+    tarfile_to_samples_nothrow,
+)
+from training.data.shards import read_shard
+from training.data.skips import BAD_IN_A_ROW
+
+
+def val_data(shards, **options):
+    args = data_args(val_data=str(shards), dataset_type="webdataset", **options)
+    return get_data(args, (plain, plain), tokenizer=tokenize)["val"]
+
+
+def train_data(shards, **options):
+    args = data_args(train_data=str(shards), dataset_type="webdataset", **options)
+    return get_data(args, (plain, plain), tokenizer=tokenize)["train"]
+
+
+def flat(batches):
+    return [number for batch in batches for number in batch]
+
+
+# --- names and sizes
+
+
+def test_expand_urls():
+    assert expand_urls("a{0..2}.tar") == (["a0.tar", "a1.tar", "a2.tar"], None)
+    assert expand_urls("a{0..1}.tar::b.tar") == (["a0.tar", "a1.tar", "b.tar"], None)
+    assert expand_urls("a{0..1}.tar::b.tar", "1::2.5") == (["a0.tar", "a1.tar", "b.tar"], [1.0, 1.0, 2.5])
+    assert expand_urls(["x.tar", "y.tar"]) == (["x.tar", "y.tar"], None)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [("1", "has 1 numbers .* for 2"), ("1::a", "should be numbers"), ("1::0", "above 0")]
+)
+def test_wrong_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        expand_urls("a{0..1}.tar::b.tar", weights)
+
+
+def test_dataset_size(tmp_path):
+    for folder in ("sizes", "total", "none"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "sizes" / "sizes.json").write_text(json.dumps({"0.tar": 3, "1.tar": 4, "2.tar": 50}))
+    (tmp_path / "total" / "__len__").write_text("100\n")
+    assert get_dataset_size(f"{tmp_path}/sizes/{{0..1}}.tar") == (7, 2)
+    assert get_dataset_size(f"{tmp_path}/total/{{0..4}}.tar") == (100, 5)
+    assert get_dataset_size(f"{tmp_path}/sizes/1.tar::{tmp_path}/total/0.tar") == (104, 2)
+    assert get_dataset_size([f"{tmp_path}/none/0.tar"]) == (None, 1)
+    assert get_dataset_size(f"{tmp_path}/sizes/{{2..3}}.tar") == (None, 2)  # 3.tar is not in the table
+    (tmp_path / "total" / "__len__").write_text("many")
+    with pytest.raises(ValueError, match="not a table of numbers or a number"):
+        get_dataset_size(f"{tmp_path}/total/0.tar")
+
+
+# --- the format
+
+
+def member(name, url="a.tar"):
+    return {"fname": name, "data": name.encode(), "__url__": url}
+
+
+def test_grouping():
+    names = ["a.jpg", "a.txt", "b.JPG", "b.txt", "b.jpg", "x/c.en.txt", "plain", ".hidden", "x/c.txt"]
+    grouped = list(group_by_keys_nothrow(map(member, names)))
+    assert [(sample["__key__"], [key for key in sample if key[0] != "_"]) for sample in grouped] == [
+        ("a", ["jpg", "txt"]),
+        ("b", ["jpg", "txt"]),
+        ("b", ["jpg"]),  # again: another sample, whose caption is not the first one's
+        ("x/c", ["en.txt", "txt"]),
+    ]
+    assert grouped[1]["jpg"] == b"b.JPG"
+    assert grouped[0]["__url__"] == "a.tar"
+
+
+def test_equal_names_in_neighbouring_shards_and_end_marks_part_samples():
+    two = [member("a.jpg"), member("a.txt", "b.tar")]
+    assert [sample["__url__"] for sample in group_by_keys_nothrow(two)] == ["a.tar", "b.tar"]
+    # webdataset 1.x ends a shard with an entry that has no name
+    marked = [member("a.jpg"), {"__url__": "a.tar"}, member("a.txt"), {}]
+    assert [set(sample) - {"__key__", "__url__"} for sample in group_by_keys_nothrow(marked)] == [{"jpg"}, {"txt"}]
+
+
+def test_grouping_options():
+    samples = list(group_by_keys_nothrow([member("a.JPG"), member("a.cls")], lcase=False, suffixes={"JPG"}))
+    assert samples == [{"__key__": "a", "__url__": "a.tar", "JPG": b"a.JPG"}]
+    by_first_letter = group_by_keys_nothrow([member("ab"), member("ac")], keys=lambda name: (name[0], name[1:]))
+    assert [sample["__key__"] for sample in by_first_letter] == ["a"]
+
+
+def test_names_are_split_as_webdataset_splits_them():
+    webdataset = pytest.importorskip("webdataset.tariterators")
+    from training.data.shards import _base_plus_ext
+
+    for name in ("a.jpg", "x.y/a.jpg", "./a.b.c", "noext", ".hidden", "d..e", "a.", "x.y/z", "a/b/c.tar.gz"):
+        assert _base_plus_ext(name) == webdataset.base_plus_ext(name), name
+
+
+def test_filter_and_handler(caplog):
+    assert filter_no_caption_or_no_image({"txt": b"", "webp": b""})
+    assert not filter_no_caption_or_no_image({"jpg": b""})
+    assert not filter_no_caption_or_no_image({"txt": b"", "cls": b""})
+    with caplog.at_level(logging.WARNING):
+        assert log_and_continue(ValueError("torn"))
+    assert "torn" in caplog.text
+
+
+def test_the_stage_reads_shards_and_asks_its_handler(tmp_path):
+    whole = write_tar(tmp_path / "a.tar", pairs([1, 2]))
+    shards = [{"url": str(tmp_path / "gone.tar")}, {"url": str(whole)}]
+    errors = []
+    samples = list(tarfile_to_samples_nothrow(shards, handler=lambda error: errors.append(error) or True))
+    assert [sample["txt"].decode() for sample in samples] == [caption(1), caption(2)]
+    assert [error.cause for error in errors] == ["missing_shard"]
+    assert list(tarfile_to_samples_nothrow(shards, handler=lambda error: False)) == []
+
+
+def test_stages_work_inside_a_webdataset_pipeline(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    write_shards(tmp_path, 2, 5)
+    urls = [str(tmp_path / "000.tar"), str(tmp_path / "001.tar")]
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList(urls), detshuffle2(10, 2, seed=1), tarfile_to_samples_nothrow, detshuffle2(4, 2, seed=1)
+    )
+    found = [int(sample["txt"].split()[-1]) for sample in pipeline]
+    assert sorted(found) == list(range(10))
+    assert found != list(range(10))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tif"])
+def test_kinds_of_images(tmp_path, kind):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(5))).save(buffer, {"tif": "TIFF"}.get(kind, kind))
+    shard = write_tar(tmp_path / "a.tar", [(f"1.{kind}", buffer.getvalue()), ("1.txt", b"picture 5")])
+    assert epoch_numbers(val_data(shard)) == [[5]]
+
+
+def test_folders_extra_files_and_notes_inside_a_shard(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, [("__about__/x.txt", b"no sample"), ("in/1.json", b"{}"), *((f"in/{n}", d) for n, d in pairs([7]))])
+    assert [sample["__key__"] for sample in read_shard(str(path))] == ["in/1", "in/0000"]
+    assert epoch_numbers(val_data(path)) == [[7]]
+
+
+def test_compressed_shards_and_pipes(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shards(tmp_path, 2, 3)
+    zipped = tmp_path / "z.tar.gz"
+    zipped.write_bytes(gzip.compress((tmp_path / "000.tar").read_bytes()))
+    assert flat(epoch_numbers(val_data(zipped))) == [0, 1, 2]
+    assert flat(epoch_numbers(val_data(f"pipe:cat {tmp_path}/{{000..001}}.tar"))) == list(range(6))
+
+
+def test_a_failing_pipe_is_counted(tmp_path, capfd):
+    pytest.importorskip("webdataset")
+    write_shards(tmp_path, 1, 3)
+    val = val_data(f"{tmp_path}/000.tar::pipe:cat {tmp_path}/gone.tar")
+    assert flat(epoch_numbers(val)) == [0, 1, 2]
+    assert val.skipped.counts() == {"missing_shard": 1}
+
+
+def test_an_epoch_that_ends_inside_a_pipe_closes_it(tmp_path):
+    pytest.importorskip("webdataset")
+    write_tar(tmp_path / "a.tar", pairs(range(1500)))  # more than the shuffle waits for, and than a pipe holds
+    train = train_data(f"pipe:cat {tmp_path}/a.tar", train_num_samples=8)
+    assert [len(batch) for batch in epoch_numbers(train)] == [4, 4]
+    assert train.skipped.total() == 0
+
+
+# --- damage
+
+
+def damaged(tmp_path, kind):
+    """A shard of 10 samples, damaged. Returns its path."""
+    path = write_tar(tmp_path / "bad.tar", pairs(range(10)))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        offsets = {member.name: member.offset for member in tar}
+    if kind == "truncated in a file":
+        data = data[: offsets["0004.jpg"] + 700]
+    elif kind == "truncated between files":
+        data = data[: offsets["0004.txt"]]
+    elif kind == "noise":
+        start = offsets["0004.txt"]
+        data[start : start + 512] = bytes(range(1, 129)) * 4
+    elif kind == "no tar":
+        data = bytearray(b"<html>no such bucket</html>" * 100)
+    elif kind == "zero bytes":
+        data = bytearray()
+    elif kind == "no files":
+        data = bytearray(10240)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "causes"),
+    [
+        ("truncated in a file", [0, 1, 2, 3], {"corrupt_shard": 1}),
+        ("truncated between files", [0, 1, 2, 3], {"corrupt_shard": 1, "no_caption": 1}),
+        ("noise", [0, 1, 2, 3, 5, 6, 7, 8, 9], {"corrupt_shard": 1, "no_caption": 1}),
+        ("no tar", [], {"corrupt_shard": 1}),
+        ("zero bytes", [], {"empty_shard": 1}),
+        ("no files", [], {"empty_shard": 1}),
+    ],
+)
+def test_damaged_shards_give_what_is_whole(tmp_path, kind, kept, causes):
+    write_tar(tmp_path / "good.tar", pairs([100, 101]))
+    val = val_data(f"{damaged(tmp_path, kind)}::{tmp_path}/good.tar")
+    batches = list(val.dataloader)
+    assert flat(batch["text"][:, 0].tolist() for batch in batches) == [*kept, 100, 101]
+    assert val.skipped.counts() == causes
+    for batch in batches:  # never an image with another one's caption
+        assert batch["image"].mean((1, 2, 3)).tolist() == pytest.approx(batch["text"][:, 0].tolist(), abs=4)
+
+
+def test_missing_shards(tmp_path):
+    write_shards(tmp_path, 2, 3)
+    val = val_data(f"{tmp_path}/{{000..002}}.tar")
+    assert flat(epoch_numbers(val)) == list(range(6))
+    assert val.skipped.counts() == {"missing_shard": 1}
+    with pytest.raises(FileNotFoundError, match=r"None of the 2 shards.*the first should be .*a0\.tar"):
+        val_data(f"{tmp_path}/a{{0..1}}.tar")
+
+
+def test_bad_samples_are_skipped_and_counted(tmp_path):
+    members = [
+        ("0.jpg", jpeg(0, 64)[:500]),
+        ("0.txt", b"picture 0"),
+        ("1.jpg", jpeg(1)),
+        ("1.txt", b"\xff\xfe 1"),
+        ("2.jpg", jpeg(2)),
+        ("2.txt", b" \n"),
+        ("3.txt", b"picture 3"),
+        ("4.jpg", jpeg(4)),
+        ("4.cls", b"4"),
+        ("5.jpg", jpeg(5)),
+        ("5.txt", b"picture 5"),
+    ]
+    val = val_data(write_tar(tmp_path / "a.tar", members))
+    assert epoch_numbers(val) == [[5]]
+    assert val.skipped.counts() == {"corrupt_image": 1, "corrupt_caption": 1, "no_caption": 2, "no_image": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_without_captions_are_an_error_that_says_what_there_is(tmp_path, workers):
+    members = [(f"{i}.{kind}", b"7") for i in range(BAD_IN_A_ROW) for kind in ("jpg", "cls")]
+    shard = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match=r"not one usable sample.*no caption.*the sample has: jpg, cls"):
+        next(iter(train_data(shard, train_num_samples=100, workers=workers).dataloader))
+    with pytest.raises(ValueError, match="not one usable sample"):
+        list(val_data(shard, workers=workers).dataloader)
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_few_useless_samples_do_not_hang_either(tmp_path, resampled):
+    shard = write_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.cls", b"1"), ("2.txt", b"picture 2")])
+    train = train_data(shard, train_num_samples=4, workers=2, dataset_resampled=resampled)
+    with pytest.raises(ValueError, match="not one usable sample.*1: no caption"):
+        next(iter(train.dataloader))
+
+
+def test_undecodable_images_only(tmp_path):
+    members = [(f"{i}.{kind}", b"picture 7") for i in range(5) for kind in ("jpg", "txt")]
+    train = train_data(write_tar(tmp_path / "a.tar", members), train_num_samples=4)
+    with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} that are not.*corrupt_image"):
+        next(iter(train.dataloader))
+
+
+def test_a_reader_whose_shard_is_empty_reads_another(tmp_path):
+    write_tar(tmp_path / "0.tar", pairs(range(12)))
+    (tmp_path / "1.tar").write_bytes(b"")
+    train = train_data(f"{tmp_path}/{{0..1}}.tar", train_num_samples=12, workers=2)
+    for epoch in range(2):
+        assert [len(batch) for batch in epoch_numbers(train, epoch)] == [4, 4, 4, 4]
+    assert train.skipped.counts()["empty_shard"] >= 2
+
+
+# --- epochs
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "workers", "world_size", "floor", "batches"),
+    [
+        (1000, 10, 1, 1, False, 100),
+        (1001, 10, 1, 1, False, 101),
+        (1001, 10, 1, 1, True, 100),
+        (1000, 10, 3, 1, False, 102),
+        (1000, 10, 3, 1, True, 99),
+        (1000, 10, 0, 4, False, 25),
+        (1000, 8, 4, 2, False, 64),
+    ],
+)
+def test_batches_of_an_epoch(tmp_path, monkeypatch, samples, batch_size, workers, world_size, floor, batches):
+    monkeypatch.setattr("training.distributed.world", lambda: fake_world(0, world_size))
+    shards = write_shards(tmp_path, 1, 1)
+    args = data_args(train_data=shards, train_num_samples=samples, batch_size=batch_size, workers=workers)
+    loader = get_wds_dataset(args, plain, True, floor=floor).dataloader
+    assert loader.num_batches == len(loader) == batches
+    assert loader.num_samples == batches * batch_size * world_size
+
+
+def test_sizes_beside_the_shards(tmp_path):
+    shards = write_shards(tmp_path, 2, 8)
+    with pytest.raises(ValueError, match=r"number of samples.*is unknown: give --train-num-samples"):
+        train_data(shards)
+    (tmp_path / "sizes.json").write_text(json.dumps({"000.tar": 8, "001.tar": 8}))
+    assert train_data(shards).dataloader.num_batches == 4
+    assert val_data(shards).dataloader.num_samples == 16
+
+
+def test_too_few_samples(tmp_path):
+    shards = write_shards(tmp_path, 2, 3)
+    with pytest.raises(ValueError, match=r"has 6 samples, fewer than one step takes, 8"):
+        train_data(shards, train_num_samples=6, batch_size=8)
+    args = data_args(train_data=shards, train_num_samples=6, workers=2)
+    with pytest.raises(ValueError, match="1 batches an epoch for 2 workers: lower --workers"):
+        get_wds_dataset(args, plain, True, floor=True)
+
+
+@pytest.mark.parametrize(("shards", "per_shard", "workers"), [(4, 6, 2), (2, 12, 0), (2, 12, 3)])
+def test_an_epoch_of_training_has_every_sample_once(tmp_path, shards, per_shard, workers):
+    train = train_data(write_shards(tmp_path, shards, per_shard), train_num_samples=24, workers=workers)
+    epochs = [flat(epoch_numbers(train, epoch)) for epoch in (0, 1, 0)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
+    assert epochs[0] == epochs[2]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != sorted(epochs[0])
+    train.dataloader.close()
+
+
+@pytest.mark.parametrize(("shards", "per_shard"), [(8, 3), (2, 12), (3, 8)])
+def test_ranks_and_workers_share_training_data(tmp_path, monkeypatch, shards, per_shard):
+    path = write_shards(tmp_path, shards, per_shard)
+    seen, lengths = Counter(), set()
+    for rank in range(2):
+        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        batches = epoch_numbers(train_data(path, train_num_samples=24, batch_size=3, workers=2))
+        lengths.add(len(batches))
+        seen.update(flat(batches))
+    assert lengths == {4}
+    if shards != 3:  # three shards are shared by four readers sample by sample, eight shards two by two
+        assert seen == Counter(range(24))
+    assert set(seen) == set(range(24))
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(5, 0), (5, 2), (1, 2), (2, 1)])
+def test_validation_has_every_sample_once_over_ranks_and_workers(tmp_path, monkeypatch, shards, workers):
+    path = write_shards(tmp_path, shards, 7)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    seen, skipped = [], Counter()
+    for rank in range(2):
+        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        val = val_data(f"{path}::{tmp_path}/empty.tar", workers=workers)
+        for _ in range(2):  # again, by the same workers
+            seen += flat(epoch_numbers(val))
+        skipped.update(val.skipped.counts())
+        val.dataloader.close()
+    assert Counter(seen) == Counter({number: 2 for number in range(7 * shards)})
+    assert skipped == {"empty_shard": 2}
+
+
+def test_count_samples(tmp_path):
+    assert count_samples(val_data(write_shards(tmp_path, 2, 5)).dataloader) == (10, 3)
+
+
+# --- shuffling and resampling
+
+
+def test_detshuffle2_is_a_permutation_of_seed_and_epoch():
+    epoch = SharedEpoch(3)
+    first = list(detshuffle2(20, 5, seed=1, epoch=epoch).run(range(100)))
+    assert sorted(first) == list(range(100))
+    assert first != list(range(100))
+    assert list(detshuffle2(20, 5, seed=1, epoch=epoch).run(range(100))) == first
+    assert list(detshuffle2(20, 5, seed=2, epoch=epoch).run(range(100))) != first
+    epoch.set_value(4)
+    assert list(detshuffle2(20, 5, seed=1, epoch=epoch).run(range(100))) != first
+    # what comes first comes from what the buffer held
+    assert set(first[:10]) <= set(range(30))
+
+
+def test_detshuffle2_counts_its_own_runs():
+    stage = detshuffle2(20, 5, seed=1)
+    runs = [list(stage.run(range(30))) for _ in range(2)]
+    assert runs[0] != runs[1]
+    assert runs[1] == list(detshuffle2(20, 5, seed=1, epoch=0).run(range(30)))
+    assert sorted(detshuffle2(20, 5, seed=-1).run(range(9))) == list(range(9))
+
+
+def test_resampled_shards():
+    draws = [shard["url"] for shard in ResampledShards2("{0..3}.tar", nshards=4000, deterministic=True, epoch=5)]
+    again = [shard["url"] for shard in ResampledShards2("{0..3}.tar", nshards=4000, deterministic=True, epoch=5)]
+    other = [shard["url"] for shard in ResampledShards2("{0..3}.tar", nshards=4000, deterministic=True, epoch=6)]
+    assert draws == again != other
+    assert all(800 < count < 1200 for count in Counter(draws).values())
+    assert len(Counter(draws)) == 4
+    weighted = ResampledShards2("{0..1}.tar::2.tar", "1::2", nshards=4000, deterministic=True)
+    counts = Counter(shard["url"] for shard in weighted)
+    assert counts["2.tar"] / counts["0.tar"] == pytest.approx(2, rel=0.15)
+    with pytest.raises(ValueError, match="1 weights for 2 shards"):
+        ResampledShards2(["0.tar", "1.tar"], [1.0])
+
+
+def test_resampled_draws_differ_from_run_to_run_unless_deterministic():
+    runs = [[shard["url"] for shard in ResampledShards2("{0..9}.tar", nshards=40)] for _ in range(2)]
+    assert runs[0] != runs[1]
+
+
+def test_worker_seed_outside_of_workers_is_the_ranks(monkeypatch):
+    assert pytorch_worker_seed(3) == 3
+    monkeypatch.setattr("training.distributed.world", lambda: fake_world(2, 4))
+    assert pytorch_worker_seed(3) == 5
+
+
+def test_resampled_training_follows_the_factors(tmp_path):
+    write_tar(tmp_path / "a.tar", pairs(range(10)))
+    write_tar(tmp_path / "b.tar", pairs(range(100, 110)))
+    options = {"dataset_resampled": True, "train_num_samples": 600, "batch_size": 100}
+    train = train_data(f"{tmp_path}/a.tar::{tmp_path}/b.tar", train_data_upsampling_factors="1::3", **options)
+    epochs = [flat(epoch_numbers(train, epoch)) for epoch in (0, 1, 0)]
+    assert len(epochs[0]) == 600
+    assert epochs[0] == epochs[2] != epochs[1]
+    share = sum(number >= 100 for number in epochs[0]) / 600
+    assert share == pytest.approx(0.75, abs=0.06)
+
+
+def test_factors_need_resampling(tmp_path):
+    with pytest.raises(ValueError, match="needs --dataset-resampled"):
+        train_data(write_shards(tmp_path, 1, 4), train_num_samples=4, train_data_upsampling_factors="2")
+
+
+def test_the_error_of_a_shard_is_typed(tmp_path):
+    with pytest.raises(BadSample) as raised:
+        list(read_shard(str(tmp_path / "gone.tar")))
+    assert raised.value.cause == "missing_shard"
