@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -243,17 +244,21 @@ print(json.dumps(result))
 """
 
 
-def free_port(start: int) -> int:
-    for port in range(start, start + 200):
+def free_port() -> int:
+    """A port that the rule for SLURM can give (20000 + job id), not even lingering from an earlier use."""
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
     raise RuntimeError("no free port")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "SLURM"])
 def test_two_processes(launcher):
-    port = free_port(23000 + os.getpid() % 5000)
+    port = free_port()
     if launcher == "torchrun":
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     else:
@@ -267,7 +272,11 @@ def test_two_processes(launcher):
             [sys.executable, "-c", TWO_PROCESSES], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ))
-    answers = [process.communicate(timeout=120) for process in processes]
+    try:
+        answers = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for rank, (out, err) in enumerate(answers):
         assert processes[rank].returncode == 0, err
         assert json.loads(out.splitlines()[-1]) == [rank, rank, 2, "gloo", {"from": 1}, [1, 1000], rank == 0, "2"]
