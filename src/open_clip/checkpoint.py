@@ -133,7 +133,7 @@ def _read_pickle(path: str | os.PathLike, kind: str, weights_only: bool) -> Any:
 
 
 def _refusal(path: str | os.PathLike, message: str) -> str:
-    name = re.search(r"(?:GLOBAL|global|function|class) ([\w.]*\.[\w.]+)", message)
+    name = re.search(r"GLOBAL ([\w.]+)", message)
     if not name:
         return f"{path} is refused: it is damaged, or holds more than weights ({message.splitlines()[0]})"
     return (

@@ -184,7 +184,7 @@ def create_model(
     else:
         use_tower_defaults(recipe.model_cfg, pretrained_image and load_weights, pretrained_text and load_weights)
     model = _build(recipe, precision, output_dict, target, weights_only)
-    if recipe.fetch_weights is None:
+    if recipe.fetch_weights is None and target.type != "meta":
         logger.warning("%s has no pretrained weights: it is initialised at random.", model_name)
     for tower, path in (("visual", pretrained_image_path), ("text", pretrained_text_path)):
         if path:

@@ -1,0 +1,433 @@
+"""Files become state dicts, and state dicts go into models, or an error says why not."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny_clip
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from open_clip.checkpoint import (
+    check_nothing_on_meta,
+    file_format,
+    load_checkpoint,
+    load_state_dict,
+    load_tower_checkpoint,
+    no_initialisation,
+    put_weights,
+    set_precision,
+    strip_prefixes,
+)
+from open_clip.model import CLIP, CustomTextCLIP
+
+
+def clip(seed: int = 0, model_class: type[nn.Module] = CLIP, **changes) -> nn.Module:
+    torch.manual_seed(seed)
+    return model_class(**tiny_clip.config(**changes))
+
+
+def meta_clip(model_class: type[nn.Module] = CLIP, **changes) -> nn.Module:
+    with torch.device("meta"), no_initialisation():
+        return clip(0, model_class, **changes)
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    weights, others = a.state_dict(), b.state_dict()
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        assert torch.equal(value, others[key]), key
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- files
+
+
+def save_bare(weights, path):
+    torch.save(weights, path)
+
+
+def save_legacy(weights, path):
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+
+
+def save_training(weights, path):
+    weights = {f"module.{key}": value for key, value in weights.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    torch.save({"epoch": 3, "name": "run", "state_dict": weights, "optimizer": optimizer, "scaler": {}}, path)
+
+
+def save_compiled(weights, path):
+    torch.save({"state_dict": {f"_orig_mod.module.{key}": value for key, value in weights.items()}}, path)
+
+
+def save_safetensors(weights, path):
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin"])
+@pytest.mark.parametrize("save", [save_bare, save_legacy, save_training, save_compiled, save_safetensors])
+def test_formats_are_known_by_content(tmp_path, save, suffix):
+    weights = clip().state_dict()
+    save(weights, tmp_path / f"file{suffix}")
+    found = load_state_dict(tmp_path / f"file{suffix}")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+def test_prefixes():
+    value = torch.ones(1)
+    assert list(strip_prefixes({"module._orig_mod.a.b": value})) == ["a.b"]
+    assert list(strip_prefixes({"visual._orig_mod.proj": value, "module.a": value})) == ["visual.proj", "module.a"]
+
+
+@pytest.mark.parametrize("save", [save_bare, save_safetensors])
+def test_files_are_mapped_and_never_written(tmp_path, save):
+    path = tmp_path / "file"
+    save(clip().state_dict(), path)
+    before = digest(path)
+    weights = load_state_dict(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    for value in weights.values():
+        value.add_(1)
+    assert digest(path) == before
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.marker),))
+
+
+@pytest.mark.parametrize("save", [save_bare, save_legacy])
+def test_a_pickle_with_code_is_refused(tmp_path, save):
+    marker = tmp_path / "ran"
+    save({"state_dict": {"weight": torch.ones(1)}, "note": Evil(marker)}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"refused: to read it, posix.mkdir would have to be called"):
+        load_state_dict(tmp_path / "evil.pt")
+    assert not marker.exists()
+
+
+def test_weights_only_false_is_the_callers_own_risk(tmp_path, caplog):
+    torch.save({"state_dict": {"weight": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="weights_only=False reads it"):
+        load_state_dict(tmp_path / "mine.pt")
+    assert list(load_state_dict(tmp_path / "mine.pt", weights_only=False)) == ["weight"]
+    assert "whatever code is in" in caplog.text
+
+
+def test_a_whole_module_gives_its_weights(tmp_path):
+    torch.save(nn.Linear(2, 3), tmp_path / "module.pt")
+    assert list(load_state_dict(tmp_path / "module.pt", weights_only=False)) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "web page"),
+        (b"x" * 100, "starts with b'xxxxxxxx'"),
+        (b"PK\x03\x04" + b"\0" * 100, "cut off"),
+        (b"\x80\x02}q\x00.", "not readable|no weights|refused"),
+        (pickle.dumps([1, 2]), "not readable|refused"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, content, message):
+    (tmp_path / "file.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_state_dict(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("save", [save_bare, save_legacy, save_safetensors])
+def test_a_file_that_is_cut_off(tmp_path, save):
+    path = tmp_path / "file"
+    save(clip().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"interrupted\?|damaged"):
+        load_state_dict(path)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load_state_dict(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_state_dict(tmp_path / "nothing.pt")
+
+
+def test_big_vision_is_for_later(tmp_path):
+    with zipfile.ZipFile(tmp_path / "weights.npz", "w") as archive:
+        archive.writestr("params/t.npy", b"")
+    with pytest.raises(ValueError, match="big_vision"):
+        file_format(tmp_path / "weights.npz")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [({"epoch": 3}, "no weights by name, but epoch"), ([torch.ones(1)], "a list")]
+)
+def test_files_without_weights(tmp_path, content, message):
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=message):
+        load_state_dict(tmp_path / "file.pt")
+
+
+def test_what_is_no_tensor_is_left_out_aloud(tmp_path, caplog):
+    torch.save({"weight": torch.ones(1), "note": "hello"}, tmp_path / "file.pt")
+    assert list(load_state_dict(tmp_path / "file.pt")) == ["weight"]
+    assert "left out: note" in caplog.text
+
+
+# --- models
+
+
+@pytest.mark.parametrize("from_class", [CLIP, CustomTextCLIP])
+@pytest.mark.parametrize("to_class", [CLIP, CustomTextCLIP])
+def test_layouts_of_the_text_tower(tmp_path, from_class, to_class):
+    torch.save(clip(0, from_class).state_dict(), tmp_path / "file.pt")
+    model, expected = clip(1, to_class), clip(0, to_class)
+    assert load_checkpoint(model, tmp_path / "file.pt") == ([], [])
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("text", [{"embed_cls": True, "pool_type": "last"}, {"proj_type": "none"}])
+def test_layouts_with_every_text_parameter(text):
+    text = {**text, "width": 16} if "proj_type" in text else text
+    plain, custom = clip(0, text=text), clip(1, CustomTextCLIP, text=text)
+    put_weights(custom, plain.state_dict())
+    put_weights(other := clip(2, text=text), custom.state_dict())
+    assert_same_weights(plain, other)
+
+
+def test_strict_says_what_does_not_fit_and_changes_nothing(tmp_path):
+    weights = clip(1).state_dict()
+    weights["surplus"] = weights.pop("ln_final.bias")
+    torch.save(weights, tmp_path / "file.pt")
+    model = clip(0)
+    with pytest.raises(
+        RuntimeError, match=r"file.pt does not fit CLIP: 1 missing: ln_final.bias. 1 unexpected: surplus."
+    ):
+        load_checkpoint(model, tmp_path / "file.pt")
+    assert_same_weights(model, clip(0))
+
+
+def test_not_strict_loads_the_rest_and_returns_the_keys(tmp_path, caplog):
+    weights = clip(1).state_dict()
+    weights["surplus"] = weights.pop("ln_final.bias")
+    torch.save(weights, tmp_path / "file.pt")
+    model = clip(0)
+    incompatible = load_checkpoint(model, tmp_path / "file.pt", strict=False)
+    assert (incompatible.missing_keys, incompatible.unexpected_keys) == (["ln_final.bias"], ["surplus"])
+    assert torch.equal(model.visual.proj, weights["visual.proj"])
+    assert "in part: 1 missing: ln_final.bias. 1 unexpected: surplus." in caplog.text
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrong_shape_is_always_an_error(strict):
+    model = clip(0)
+    with pytest.raises(RuntimeError, match=r"visual.proj is \[32, 8\] instead of \[32, 16\]"):
+        put_weights(model, clip(1, embed_dim=8).state_dict(), strict=strict)
+    assert_same_weights(model, clip(0))
+
+
+def test_many_names_are_shortened():
+    with pytest.raises(RuntimeError, match=r"\d+ missing: .* and \d+ more\.") as error:
+        put_weights(clip(0), {"vision_model.embeddings.class_embedding": torch.ones(3)})
+    assert "names of transformers' CLIP" in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_logit_bias():
+    """One that the file lacks is zero, the value that changes nothing; one that the model lacks is said."""
+    with_bias = clip(0, init_logit_bias=-10.0)
+    put_weights(with_bias, clip(1).state_dict())
+    assert with_bias.logit_bias.item() == 0
+    with pytest.raises(RuntimeError, match="init_logit_bias=-10"):
+        put_weights(clip(1), with_bias.state_dict())
+
+
+@pytest.mark.parametrize("nonscalar", [True, False])
+def test_scalars_of_both_shapes(nonscalar):
+    model = clip(0, nonscalar_logit_scale=nonscalar, init_logit_bias=-10.0)
+    source = clip(0, nonscalar_logit_scale=not nonscalar, init_logit_bias=-5.0, init_logit_scale=1.5)
+    put_weights(model, source.state_dict())
+    assert (model.logit_scale.item(), model.logit_bias.item()) == (1.5, -5.0)
+    assert model.logit_scale.ndim == int(nonscalar)
+
+
+def test_position_embeddings_are_resized():
+    model = clip(0, vision={"image_size": 48}, text={"context_length": 20})
+    weights = clip(1).state_dict()
+    put_weights(model, weights)
+    assert model.visual.positional_embedding.shape == (37, 32)
+    assert torch.equal(model.visual.positional_embedding[0], weights["visual.positional_embedding"][0])
+    assert model.positional_embedding.shape == (20, 32)
+    assert weights["positional_embedding"].shape == (12, 32), "the caller's state dict is its own"
+
+
+# --- models on the meta device
+
+
+@pytest.mark.parametrize("model_class", [CLIP, CustomTextCLIP])
+def test_a_model_on_meta_takes_the_files_tensors(tmp_path, model_class):
+    source = clip(1, init_logit_bias=-3.0)
+    torch.save(source.state_dict(), tmp_path / "file.pt")
+    model = meta_clip(model_class, init_logit_bias=-10.0)
+    assert all(value.is_meta for value in model.state_dict().values())
+    assert load_checkpoint(model, tmp_path / "file.pt") == ([], [])
+    check_nothing_on_meta(model, "file.pt")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    images, texts = tiny_clip.inputs()
+    for a, b in zip(model(images, texts), source(images, texts), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_such_a_model_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "file.pt"
+    torch.save(clip(1).state_dict(), path)
+    before = digest(path)
+    model = meta_clip()
+    load_checkpoint(model, path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, texts = tiny_clip.inputs()
+    image_features, text_features, scale = model(images, texts)
+    (image_features.sum(0) @ text_features.sum(0) * scale).backward()
+    optimizer.step()
+    assert not torch.equal(model.visual.proj, clip(1).visual.proj)
+    assert digest(path) == before
+
+
+def test_what_was_frozen_stays_frozen(tmp_path):
+    torch.save(clip(1, vision={"pos_embed_type": "sin_cos_2d"}).state_dict(), tmp_path / "file.pt")
+    model = meta_clip(vision={"pos_embed_type": "sin_cos_2d"})
+    model.visual.requires_grad_(False)
+    load_checkpoint(model, tmp_path / "file.pt")
+    assert not any(parameter.requires_grad for parameter in model.visual.parameters())
+    assert model.text_projection.requires_grad
+
+
+def test_an_absent_bias_is_filled_on_meta_too():
+    model = meta_clip(init_logit_bias=-10.0)
+    put_weights(model, clip(1).state_dict())
+    assert model.logit_bias.item() == 0
+    assert isinstance(model.logit_bias, nn.Parameter)
+
+
+def test_nothing_may_remain_on_meta():
+    weights = clip(1).state_dict()
+    del weights["ln_final.bias"]
+    with pytest.raises(RuntimeError, match=r"the state dict has no ln_final.bias"):
+        put_weights(meta_clip(), weights, strict=False)
+
+
+def test_types_are_the_models_own():
+    """The model decides on its precision, whatever the file's is; what it keeps in float32 stays so."""
+    half = {key: value.half() for key, value in clip(1).state_dict().items()}
+    model = meta_clip()
+    put_weights(model, half)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model = meta_clip()
+    set_precision(model, "bf16")
+    put_weights(model, clip(1).state_dict())
+    assert model.visual.proj.dtype == torch.bfloat16
+    assert model.visual.ln_post.weight.dtype == torch.float32
+    reference = clip(1)
+    set_precision(reference, "bf16")
+    assert_same_weights(model, reference)
+
+
+@pytest.mark.parametrize(
+    ("precision", "proj", "norm"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("amp", torch.float32, torch.float32),
+        ("amp_bfloat16", torch.float32, torch.float32),
+        ("fp16", torch.float16, torch.float32),
+        ("pure_bf16", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_precisions(precision, proj, norm):
+    model = clip()
+    set_precision(model, precision)
+    assert (model.visual.proj.dtype, model.visual.ln_post.weight.dtype) == (proj, norm)
+
+
+def test_an_unknown_precision():
+    with pytest.raises(ValueError, match="'fp8' is not known: choose from fp32"):
+        set_precision(clip(), "fp8")
+
+
+def test_no_initialisation_draws_nothing_and_touches_real_tensors_as_ever():
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    with no_initialisation(), torch.device("meta"):
+        nn.Embedding(4, 4)
+        scaled = 0.5 * torch.randn(4)
+    assert scaled.is_meta
+    assert scaled.shape == (4,)
+    assert torch.equal(torch.randn(3), expected), "the generator moved"
+    with no_initialisation():
+        assert torch.equal(torch.ones(2).mul_(3) * 2, torch.full((2,), 6.0))
+        assert torch.equal(nn.init.constant_(torch.empty(2), 5.0), torch.full((2,), 5.0))
+
+
+# --- towers
+
+
+@pytest.mark.parametrize("to_class", [CLIP, CustomTextCLIP])
+@pytest.mark.parametrize("source", ["tower", "plain", "custom"])
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_one_tower(tmp_path, tower, source, to_class):
+    """From a file of the tower or of a whole model, into either layout; the other tower is left alone."""
+    custom = clip(1, CustomTextCLIP)
+    weights = {"tower": getattr(custom, tower), "plain": clip(1), "custom": custom}[source].state_dict()
+    torch.save(weights, tmp_path / "file.pt")
+    model = clip(0, to_class)
+    assert load_tower_checkpoint(model, tower, tmp_path / "file.pt") == ([], [])
+    from_file, before = clip(1, to_class).state_dict(), clip(0, to_class).state_dict()
+    for key, value in model.state_dict().items():
+        of_visual = key.startswith("visual.")
+        changed = key != "logit_scale" and of_visual == (tower == "visual")
+        assert torch.equal(value, (from_file if changed else before)[key]), key
+
+
+def test_a_tower_in_part_is_said(tmp_path, caplog):
+    weights = clip(1).visual.state_dict()
+    weights["surplus"] = weights.pop("proj")
+    torch.save(weights, tmp_path / "file.pt")
+    incompatible = load_tower_checkpoint(clip(0), "visual", tmp_path / "file.pt")
+    assert (incompatible.missing_keys, incompatible.unexpected_keys) == (["visual.proj"], ["visual.surplus"])
+    assert "in part: 1 missing: visual.proj." in caplog.text
+
+
+def test_a_tower_of_another_model(tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "file.pt")
+    with pytest.raises(RuntimeError, match="no weights of this text tower"):
+        load_tower_checkpoint(clip(0), "text", tmp_path / "file.pt")
+    torch.save(clip(1, embed_dim=8).state_dict(), tmp_path / "file.pt")
+    with pytest.raises(RuntimeError, match=r"visual.proj is \[32, 8\]"):
+        load_tower_checkpoint(clip(0), "visual", tmp_path / "file.pt")
+
+
+def test_a_towers_position_embedding_is_resized(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    torch.save(clip(1).visual.state_dict(), tmp_path / "file.pt")
+    model = clip(0, vision={"image_size": 48})
+    load_tower_checkpoint(model, "visual", tmp_path / "file.pt")
+    assert torch.equal(model.visual.proj, clip(1).visual.proj)
+    assert "resized from 4x4 to 6x6" in caplog.text
