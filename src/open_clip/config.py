@@ -158,7 +158,7 @@ def _natural_key(name: str) -> list[Any]:
 
 
 def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
-    """The configurations in one JSON file or in all those of a folder, by name; files that are no model are left out."""
+    """The configurations in one JSON file or in all those of a folder, by name; others are left out."""
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     found = {}
     for file in files:

@@ -1,14 +1,13 @@
-"""Blocks of the native towers: norms, activations, attention, residual blocks, poolers.
+"""Layers of the native towers: norms, activations, attention, poolers.
 
 Attention always goes through `scaled_dot_product_attention` on 4-D [batch, heads, tokens, head_dim] tensors, with no
-mask, a bool mask (True: may be attended to) or `is_causal`: what accelerators have a fused kernel for. An additive float
-mask is accepted too, and slower there. Parameter names are those of nn.MultiheadAttention, which the checkpoints have.
+mask, a bool mask (True: may be attended to) or `is_causal`: what accelerators have a fused kernel for. An additive
+float mask is accepted too, and slower there. Parameter names are nn.MultiheadAttention's, which the checkpoints have.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -116,7 +115,9 @@ def _merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _project_qkv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_heads: int) -> list[torch.Tensor]:
+def _project_qkv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_heads: int
+) -> list[torch.Tensor]:
     """One product for queries, keys and values of self-attention, each [batch, heads, tokens, head_dim]."""
     return [_split_heads(part, num_heads) for part in F.linear(x, weight, bias).chunk(3, dim=-1)]
 
@@ -198,7 +199,8 @@ class MultiheadAttention(nn.Module):
             is_causal: each token sees itself and those before it; excludes `attn_mask`.
         """
         if not self.batch_first:
-            query, key, value = (None if x is None else x.transpose(0, 1) for x in (query, key, value))
+            query = query.transpose(0, 1)
+            key, value = (None if x is None else x.transpose(0, 1) for x in (key, value))
         if key is None and self.in_proj_weight is not None:
             q, k, v = _project_qkv(query, self.in_proj_weight, self.in_proj_bias, self.num_heads)
         else:
@@ -217,7 +219,7 @@ class MultiheadAttention(nn.Module):
 
 def _check_heads(width: int, num_heads: int) -> None:
     if num_heads < 1 or width % num_heads:
-        raise ValueError(f"the width must be a multiple of the number of heads, got width {width} and {num_heads} heads")
+        raise ValueError(f"a width of {width} cannot be divided into {num_heads} heads")
 
 
 class Attention(nn.Module):
@@ -330,137 +332,3 @@ class AttentionalPooler(nn.Module):
         """[batch, tokens, context_dim] -> [batch, n_queries, d_model]"""
         query = self.ln_q(self.query.to(x.dtype)).unsqueeze(0)
         return self.attn(query, self.ln_k(x))
-
-
-def _mlp(
-    width: int, mlp_ratio: float, act_layer: ModuleFactory, inner_norm: ModuleFactory | None = None
-) -> nn.Sequential:
-    """The feed-forward half of a block; `inner_norm` makes the norm between its two layers."""
-    hidden = int(width * mlp_ratio)
-    layers: list[tuple[str, nn.Module]] = [("c_fc", nn.Linear(width, hidden))]
-    if inner_norm is not None:
-        layers.append(("ln", inner_norm(hidden)))
-    layers += [("gelu", act_layer()), ("c_proj", nn.Linear(hidden, width))]
-    return nn.Sequential(OrderedDict(layers))
-
-
-def _layer_scale(width: int, init_value: float | None) -> nn.Module:
-    return nn.Identity() if init_value is None else LayerScale(width, init_value)
-
-
-class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block, optionally attending to another sequence.
-
-    Args:
-        d_model: width.
-        n_head: a divisor of `d_model`.
-        mlp_ratio: hidden width of the feed-forward half over `d_model`.
-        ls_init_value: start of the layer scales; None leaves them out.
-        act_layer, norm_layer: called without arguments, and with the width.
-        is_cross_attention: keys and values come from another sequence, with a norm of its own.
-        batch_first: sequences are [batch, tokens, width], otherwise [tokens, batch, width].
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_head: int,
-        mlp_ratio: float = 4.0,
-        ls_init_value: float | None = None,
-        act_layer: ModuleFactory = GELU,
-        norm_layer: ModuleFactory = LayerNorm,
-        is_cross_attention: bool = False,
-        batch_first: bool = True,
-    ) -> None:
-        super().__init__()
-        self.ln_1 = norm_layer(d_model)
-        self.attn = MultiheadAttention(d_model, n_head, batch_first=batch_first)
-        self.ls_1 = _layer_scale(d_model, ls_init_value)
-        if is_cross_attention:
-            self.ln_1_kv = norm_layer(d_model)
-        self.ln_2 = norm_layer(d_model)
-        self.mlp = _mlp(d_model, mlp_ratio, act_layer)
-        self.ls_2 = _layer_scale(d_model, ls_init_value)
-
-    def get_weight_dtype(self) -> torch.dtype:
-        return self.mlp.c_fc.weight.dtype
-
-    def attention(
-        self,
-        q_x: torch.Tensor,
-        k_x: torch.Tensor | None = None,
-        v_x: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Attention without norms and residual; to itself where `k_x` is None. Masks as in MultiheadAttention."""
-        return self.attn(q_x, k_x, v_x, attn_mask=attn_mask, is_causal=is_causal)
-
-    def forward(
-        self,
-        q_x: torch.Tensor,
-        k_x: torch.Tensor | None = None,
-        v_x: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
-        """[batch, tokens, d_model] -> the same; `k_x` and `v_x` are for blocks with cross-attention."""
-        if hasattr(self, "ln_1_kv"):
-            k_x = None if k_x is None else self.ln_1_kv(k_x)
-            v_x = None if v_x is None else self.ln_1_kv(v_x)
-        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), k_x, v_x, attn_mask, is_causal))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
-
-
-class CustomResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block around `Attention`, with its options and two more.
-
-    Args:
-        scale_attn: layer norm of the attention's output.
-        scale_fc: layer norm between the feed-forward layers.
-        others: as in ResidualAttentionBlock and Attention.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_head: int,
-        mlp_ratio: float = 4.0,
-        ls_init_value: float | None = None,
-        act_layer: ModuleFactory = GELU,
-        norm_layer: ModuleFactory = LayerNorm,
-        qk_norm: bool = False,
-        scale_cosine_attn: bool = False,
-        scale_heads: bool = False,
-        scale_attn_inner: bool = False,
-        scale_attn: bool = False,
-        scale_fc: bool = False,
-        batch_first: bool = True,
-    ) -> None:
-        super().__init__()
-        if not batch_first:
-            raise ValueError("custom blocks take [batch, tokens, width] only: leave batch_first=True")
-        self.ln_1 = norm_layer(d_model)
-        self.attn = Attention(
-            d_model,
-            n_head,
-            qk_norm=qk_norm,
-            scaled_cosine=scale_cosine_attn,
-            scale_heads=scale_heads,
-            inner_norm=scale_attn_inner,
-            norm_layer=norm_layer,
-        )
-        self.ln_attn = norm_layer(d_model) if scale_attn else nn.Identity()
-        self.ls_1 = _layer_scale(d_model, ls_init_value)
-        self.ln_2 = norm_layer(d_model)
-        self.mlp = _mlp(d_model, mlp_ratio, act_layer, inner_norm=norm_layer if scale_fc else None)
-        self.ls_2 = _layer_scale(d_model, ls_init_value)
-
-    def get_weight_dtype(self) -> torch.dtype:
-        return self.mlp.c_fc.weight.dtype
-
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """[batch, tokens, d_model] -> the same; masks as in MultiheadAttention."""
-        attended = self.attn(self.ln_1(x), attn_mask=attn_mask, is_causal=is_causal)
-        x = x + self.ls_1(self.ln_attn(attended))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))

@@ -7,10 +7,11 @@ under `text`. They differ in nothing else.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import nn
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
 from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
-from .transformer import TextEncoder, TextTransformer, VisionTransformer
+from .text_transformer import TextEncoder, TextTransformer
+from .transformer import VisionTransformer
 from .utils import to_2tuple
 
 __all__ = [
@@ -74,51 +76,10 @@ def _layer_types(
     return {"act_layer": act_layer, "norm_layer": norm_layer}
 
 
-_BLOCK_OPTIONS = (
-    "block_type",
-    "qk_norm",
-    "scaled_cosine_attn",
-    "scale_heads",
-    "scale_attn_inner",
-    "scale_attn",
-    "scale_fc",
-)
-_VISION_OPTIONS = (
-    "image_size",
-    "patch_size",
-    "width",
-    "layers",
-    "mlp_ratio",
-    "ls_init_value",
-    "attentional_pool",
-    "attn_pooler_queries",
-    "attn_pooler_heads",
-    "patch_dropout",
-    "no_ln_pre",
-    "pos_embed_type",
-    "pool_type",
-    "final_ln_after_pool",
-    "output_tokens",
-    *_BLOCK_OPTIONS,
-)
-_TEXT_OPTIONS = (
-    "context_length",
-    "vocab_size",
-    "width",
-    "heads",
-    "layers",
-    "mlp_ratio",
-    "ls_init_value",
-    "embed_cls",
-    "no_causal_mask",
-    "pad_id",
-    "eos_id",
-    "pool_type",
-    "proj_type",
-    "proj_bias",
-    "output_tokens",
-    *_BLOCK_OPTIONS,
-)
+def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, *without: str) -> dict[str, Any]:
+    """The fields of `cfg` that native towers take under the same name: all but those that begin as named."""
+    names = [field.name for field in dataclasses.fields(cfg)]
+    return {name: getattr(cfg, name) for name in names if not name.startswith((*without, "act_kwargs", "norm_kwargs"))}
 
 
 def _build_vision_tower(
@@ -126,18 +87,14 @@ def _build_vision_tower(
     vision_cfg: CLIPVisionCfg | Mapping[str, Any],
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
-) -> nn.Module:
+) -> VisionTransformer:
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
         raise NotImplementedError(f"image towers of timm ({cfg.timm_model_name!r}) are not built yet: native ViTs are")
     if isinstance(cfg.layers, (tuple, list)):
         raise NotImplementedError(f"ModifiedResNet image towers (layers={cfg.layers}) are not built yet: ViTs are")
-    return VisionTransformer(
-        heads=cfg.width // cfg.head_width,
-        output_dim=embed_dim,
-        **{name: getattr(cfg, name) for name in _VISION_OPTIONS},
-        **_layer_types(cfg, quick_gelu, cast_dtype),
-    )
+    options = _tower_options(cfg, "timm_", "head_width") | _layer_types(cfg, quick_gelu, cast_dtype)
+    return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
 
 
 def _build_text_tower(
@@ -148,24 +105,29 @@ def _build_text_tower(
 ) -> TextTransformer:
     cfg = as_config(CLIPTextCfg, text_cfg)
     if cfg.hf_model_name:
-        raise NotImplementedError(f"Hugging Face text towers ({cfg.hf_model_name!r}) are not built yet: native ones are")
-    return TextTransformer(
-        output_dim=embed_dim,
-        **{name: getattr(cfg, name) for name in _TEXT_OPTIONS},
-        **_layer_types(cfg, quick_gelu, cast_dtype),
-    )
+        raise NotImplementedError(f"text towers of Hugging Face ({cfg.hf_model_name!r}) are not built yet: native are")
+    options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
+    return TextTransformer(output_dim=embed_dim, **(options | _layer_types(cfg, quick_gelu, cast_dtype)))
 
 
 # ---- two towers ----
 
 
-def _pooled(features: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The features of a tower that may give (features, tokens)."""
+Features = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # of a tower; with output_tokens, (features, tokens)
+
+
+def _pooled(features: Features) -> torch.Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
+def _unit_length(features: Features) -> Features:
+    if isinstance(features, tuple):
+        return F.normalize(features[0], dim=-1), *features[1:]
+    return F.normalize(features, dim=-1)
+
+
 class TwoTowers(nn.Module):
-    """What CLIP and CustomTextCLIP share.
+    """What CLIP and CustomTextCLIP share; the methods that raise NotImplementedError are where they differ.
 
     Args:
         embed_dim: of the space where images and texts meet.
@@ -201,12 +163,10 @@ class TwoTowers(nn.Module):
         self.logit_scale = nn.Parameter(torch.full(shape, float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full(shape, float(init_logit_bias)))
 
-    # how the two classes differ
-
     def _place_text_tower(self, text: TextTransformer) -> None:
         raise NotImplementedError
 
-    def _text_tower(self, text: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _text_tower(self, text: torch.Tensor) -> Features:
         raise NotImplementedError
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -224,8 +184,6 @@ class TwoTowers(nn.Module):
         """Names of parameters that weight decay should leave alone, beside norms, biases and scalars."""
         raise NotImplementedError
 
-    # what they share
-
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the image tower but for its last groups, as VisionTransformer.lock does."""
         self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
@@ -233,15 +191,15 @@ class TwoTowers(nn.Module):
     def _visual_no_weight_decay(self) -> set[str]:
         return {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
-    def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+    def encode_image(self, image: torch.Tensor, normalize: bool = False) -> Features:
         """Images [batch, 3, height, width] -> features [batch, embed_dim], of unit length if `normalize`."""
-        features = _pooled(self.visual(image))
-        return F.normalize(features, dim=-1) if normalize else features
+        features = self.visual(image)
+        return _unit_length(features) if normalize else features
 
-    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> Features:
         """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
-        features = _pooled(self._text_tower(text))
-        return F.normalize(features, dim=-1) if normalize else features
+        features = self._text_tower(text)
+        return _unit_length(features) if normalize else features
 
     def _logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         image_logits = self.logit_scale.exp() * image_features @ text_features.T
@@ -251,7 +209,9 @@ class TwoTowers(nn.Module):
 
     def get_logits(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled similarities of all images [I, 3, height, width] and texts [T, tokens]: [I, T] and its transpose."""
-        return self._logits(self.encode_image(image, normalize=True), self.encode_text(text, normalize=True))
+        image_features = _pooled(self.encode_image(image, normalize=True))
+        text_features = _pooled(self.encode_text(text, normalize=True))
+        return self._logits(image_features, text_features)
 
     def forward(
         self, image: torch.Tensor | None = None, text: torch.Tensor | None = None
@@ -266,8 +226,8 @@ class TwoTowers(nn.Module):
             (image_features, text_features, exp(logit_scale)[, logit_bias]), features None where there was no input; or
             with `output_dict` a dictionary: "image_features", "text_features", "logit_scale"[, "logit_bias"].
         """
-        image_features = None if image is None else self.encode_image(image, normalize=True)
-        text_features = None if text is None else self.encode_text(text, normalize=True)
+        image_features = None if image is None else _pooled(self.encode_image(image, normalize=True))
+        text_features = None if text is None else _pooled(self.encode_text(text, normalize=True))
         output = {
             "image_features": image_features,
             "text_features": text_features,
@@ -376,6 +336,8 @@ class CLIP(TextEncoder, TwoTowers):
         return self._encode_text(text)[0]
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        # the text's features are those of all blocks here, as in open_clip, and not so in CustomTextCLIP
+        kwargs["stop_early"] &= kwargs["intermediates_only"]
         return self._text_intermediates(text, **kwargs)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
@@ -386,7 +348,7 @@ class CLIP(TextEncoder, TwoTowers):
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding"} | self._visual_no_weight_decay()
+        return self._text_no_weight_decay() | self._visual_no_weight_decay()
 
 
 class CustomTextCLIP(TwoTowers):
@@ -395,7 +357,7 @@ class CustomTextCLIP(TwoTowers):
     def _place_text_tower(self, text: TextTransformer) -> None:
         self.text = text
 
-    def _text_tower(self, text: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _text_tower(self, text: torch.Tensor) -> Features:
         return self.text(text)
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -415,26 +377,29 @@ class CustomTextCLIP(TwoTowers):
 # ---- weights ----
 
 
-def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Cast in place what multiplies: convolutions, linear layers, attention and the final projections.
-
-    Norms, embeddings, layer scales and the logits' scale keep their dtype.
-    """
+def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections."""
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-            own = ["weight", "bias"]
+            names = ["weight", "bias"]
         elif isinstance(module, (MultiheadAttention, Attention)):
-            own = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
+            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
         elif isinstance(module, TextEncoder):
-            own = ["text_projection"]
+            names = ["text_projection"]
         elif isinstance(module, VisionTransformer):
-            own = ["proj"]
+            names = ["proj"]
         else:
             continue
-        for name in own:
+        for name in names:
             parameter = getattr(module, name, None)
             if isinstance(parameter, nn.Parameter):
-                parameter.data = parameter.data.to(dtype)
+                yield parameter
+
+
+def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype."""
+    for parameter in _low_precision_parameters(model):
+        parameter.data = parameter.data.to(dtype)
 
 
 convert_weights_to_fp16 = convert_weights_to_lp
@@ -493,17 +458,15 @@ def build_model_from_openai_state_dict(
             quick_gelu=quick_gelu,
             cast_dtype=cast_dtype,
         )
-    model.load_state_dict({k: v.float() for k, v in state_dict.items()}, assign=True)
+    model.load_state_dict(state_dict, assign=True)
+    # one parameter at a time, so that never the whole model is there twice
+    low_precision = {id(parameter) for parameter in _low_precision_parameters(model)} if cast_dtype else set()
     for parameter in model.parameters():
-        parameter.requires_grad = True
-    if cast_dtype is not None:
-        convert_weights_to_lp(model, cast_dtype)
+        parameter.data = parameter.data.to(cast_dtype if id(parameter) in low_precision else torch.float32)
     return model.eval()
 
 
-def trace_model(
-    model: nn.Module, batch_size: int = 256, device: torch.device | str = torch.device("cpu")
-) -> torch.jit.ScriptModule:
+def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
     """`model` traced by TorchScript for one batch size, with the methods forward, encode_image and encode_text."""
     model.eval()
     height, width = to_2tuple(model.visual.image_size)
@@ -543,7 +506,7 @@ def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -
 
 
 def get_model_tokenize_cfg(model: nn.Module) -> dict[str, int]:
-    """"context_length" and "vocab_size" of the text tower, where they are known."""
+    """What tokens the text tower takes: "context_length" and "vocab_size", where they are known."""
     text = getattr(model, "text", model)
     cfg = {}
     for key in ("context_length", "vocab_size"):

@@ -6,7 +6,27 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def expect(name: str, value: Any, known: Collection[Any]) -> None:
+    """Raise a ValueError where the option `name` has a value that is not among the `known`."""
+    if value not in known:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: bool) -> None:
+    """Let all parameters of a (nested) group of modules and parameters be trained, or not."""
+    if group is None:
+        return
+    if isinstance(group, torch.Tensor):
+        group.requires_grad = trainable
+    elif isinstance(group, nn.Module):
+        group.requires_grad_(trainable)
+    else:
+        for member in group:
+            set_trainable(member, trainable)
 
 
 def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = (), name: str = "") -> nn.Module:
@@ -77,7 +97,7 @@ def replace_linear(
     """
     for name, child in model.named_children():
         if isinstance(child, nn.Linear) and name in include_modules:
-            new = linear_replacement(child.in_features, child.out_features, child.bias is not None)
+            new: Any = linear_replacement(child.in_features, child.out_features, child.bias is not None)
             if copy_weights:
                 new.weight.data.copy_(child.weight.data)
                 if child.bias is not None:
@@ -117,7 +137,7 @@ def feature_take_indices(
         take = list(range(num_features))
     elif isinstance(indices, int):
         if not 0 < indices <= num_features:
-            raise ValueError(f"the last {indices} blocks were asked for, where there are {num_features}: give 1 to that")
+            raise ValueError(f"the last {indices} blocks were asked for, and there are {num_features}")
         take = list(range(num_features - indices, num_features))
     else:
         take = [index + num_features if index < 0 else index for index in indices]

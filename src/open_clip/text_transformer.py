@@ -1,0 +1,361 @@
+"""The native text tower, and what it shares with CLIP, which holds the same parameters at its top level."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .blocks import Transformer
+from .layers import GELU, LayerNorm, ModuleFactory
+from .utils import expect, set_trainable
+
+
+def text_global_pool(
+    x: torch.Tensor,
+    text: torch.Tensor | None = None,
+    pool_type: str = "argmax",
+    eos_token_id: int | None = None,
+) -> torch.Tensor:
+    """The token that stands for the text, of [batch, tokens, width] -> [batch, width].
+
+    Args:
+        text: ids, [batch, tokens], for the types that look at them.
+        pool_type: "first"; "last"; "argmax": the highest id, which in CLIP's vocabulary is the end of text;
+            "eos": the first `eos_token_id`; anything else: all tokens.
+    """
+    if pool_type == "first":
+        return x[:, 0]
+    if pool_type == "last":
+        return x[:, -1]
+    if pool_type not in ("argmax", "eos"):
+        return x
+    if text is None:
+        raise ValueError(f"pool_type {pool_type!r} looks at the text's ids: give text")
+    if pool_type == "eos":
+        if eos_token_id is None:
+            raise ValueError("pool_type 'eos' looks for the end of text: give eos_token_id")
+        text = text.eq(eos_token_id).int()
+    position = text.argmax(dim=-1)
+    return x[torch.arange(x.shape[0], device=x.device), position]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """How a text tower embeds, masks and pools."""
+
+    pool_type: str = "argmax"
+    pad_id: int = 0
+    eos_id: int = 2
+    causal: bool = True
+    use_pad_mask: bool = False
+    correct_cls_mask: bool = False
+    output_tokens: bool = False
+
+
+class TextEncoder:
+    """What a text tower does, for the module that holds its parameters: TextTransformer itself, or CLIP at its top.
+
+    The holder has the attributes below, under these names, which are those of the checkpoints.
+    """
+
+    text_options: TextOptions
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter  # [context_length (+ 1 for the class token), width]
+    cls_emb: nn.Parameter | None  # [width]
+    transformer: Transformer
+    ln_final: nn.Module
+    text_projection: nn.Parameter | nn.Linear | None
+
+    def _embed_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+        """Ids [batch, tokens] -> [batch, tokens (+ 1), width], the mask, and whether it is plainly causal."""
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(text).to(dtype)
+        if self.cls_emb is not None:
+            x = torch.cat([x, self.cls_emb.to(dtype).expand(x.shape[0], 1, -1)], dim=1)
+        num_tokens, num_positions = x.shape[1], self.positional_embedding.shape[0]
+        if num_tokens > num_positions:
+            raise ValueError(f"the text has {num_tokens} tokens and this model {num_positions} positions: truncate it")
+        x = x + self.positional_embedding[:num_tokens].to(dtype)
+        mask = self._text_mask(text, num_tokens)
+        return x, mask, mask is None and self.text_options.causal
+
+    def _text_mask(self, text: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
+        """Bool, [batch, 1, tokens, tokens], True where a token may look; None where no padding is hidden."""
+        options = self.text_options
+        if self.cls_emb is not None:
+            # Checkpoints of CoCa learned with this mask one column late: the class token sees one padding and not
+            # itself, unless the text fills the context.
+            seen = F.pad(text != options.pad_id, (0, 1) if options.correct_cls_mask else (1, 0), value=True)
+        elif options.use_pad_mask:
+            seen = text != options.pad_id
+        else:
+            return None
+        mask = seen[:, None, None, :]
+        if options.causal:
+            mask = mask & torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=text.device).tril()
+        return mask.expand(-1, -1, num_tokens, -1)  # not every fused kernel takes one row for all
+
+    def _pool_text(self, x: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens of the last block -> features [batch, dim], and the tokens where they are an output."""
+        options = self.text_options
+        tokens = None
+        if self.cls_emb is not None:
+            pooled, tokens = self.ln_final(x[:, -1]), x[:, :-1]
+        elif options.output_tokens:
+            tokens = self.ln_final(x)
+            pooled = text_global_pool(tokens, text, options.pool_type, options.eos_id)
+        else:  # the norm acts on each token alone, so it can wait until there is one
+            pooled = self.ln_final(text_global_pool(x, text, options.pool_type, options.eos_id))
+        if isinstance(self.text_projection, nn.Linear):
+            pooled = self.text_projection(pooled)
+        elif self.text_projection is not None:
+            pooled = pooled @ self.text_projection
+        return pooled, tokens
+
+    def _encode_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, mask, is_causal = self._embed_text(text)
+        return self._pool_text(self.transformer(x, attn_mask=mask, is_causal=is_causal), text)
+
+    def _text_intermediates(
+        self,
+        text: torch.Tensor,
+        indices: int | list[int] | None,
+        stop_early: bool,
+        normalize_intermediates: bool,
+        intermediates_only: bool,
+        output_fmt: str,
+        output_extra_tokens: bool,
+    ) -> dict[str, Any]:
+        expect("output_fmt of texts", output_fmt, ("NLC",))
+        x, mask, is_causal = self._embed_text(text)
+        x, intermediates = self.transformer.forward_intermediates(
+            x, attn_mask=mask, indices=indices, stop_early=stop_early, is_causal=is_causal
+        )
+        if normalize_intermediates:
+            intermediates = [self.ln_final(tokens) for tokens in intermediates]
+        output: dict[str, Any] = {}
+        if self.cls_emb is not None:
+            if output_extra_tokens:
+                output["text_intermediates_suffix"] = [tokens[:, -1:] for tokens in intermediates]
+            intermediates = [tokens[:, :-1] for tokens in intermediates]
+        output["text_intermediates"] = intermediates
+        if not intermediates_only:
+            output["text_features"] = self._pool_text(x, text)[0]
+        return output
+
+    def _lock_text(self, unlocked_layers: int, freeze_layer_norm: bool) -> None:
+        *blocks, last_block = self.transformer.resblocks
+        embedding = [self.token_embedding, self.positional_embedding, self.cls_emb]
+        groups: list[Any] = [embedding, *blocks, [last_block, self.ln_final]]
+        if self.text_projection is not None:
+            groups.append(self.text_projection)
+        set_trainable(groups, False)
+        if unlocked_layers:
+            set_trainable(groups[-unlocked_layers:], True)
+        if not freeze_layer_norm:
+            norms = [module for module in self.transformer.modules() if isinstance(module, nn.LayerNorm)]
+            set_trainable([*norms, self.ln_final], True)
+
+    def _text_no_weight_decay(self) -> set[str]:
+        names = {"positional_embedding"}
+        return names if self.cls_emb is None else names | {"cls_emb"}
+
+
+class TextTransformer(TextEncoder, nn.Module):
+    """Text transformer of CLIP (https://arxiv.org/abs/2103.00020).
+
+    Args:
+        context_length: the most tokens in a text, without the class token.
+        width, heads, layers, mlp_ratio, ls_init_value: of the blocks.
+        output_dim: of the features; falsy for no projection.
+        embed_cls: a learned class token behind the text, which the features are pooled from (CoCa).
+        no_causal_mask: each token sees all others.
+        use_pad_mask: padding is not looked at; only where there is no causal mask.
+        correct_cls_mask: the class token looks at the text and itself, not one column beside as CoCa's checkpoints do.
+        pad_id, eos_id: ids of padding and, for pool_type "eos", of the end of text.
+        pool_type: as in text_global_pool.
+        proj_type: "linear" or "none"; `proj_bias` gives the projection a bias.
+        act_layer, norm_layer: called without arguments, and with a width.
+        output_tokens: return (pooled features, tokens).
+        others: as in Transformer.
+    """
+
+    def __init__(
+        self,
+        context_length: int = 77,
+        vocab_size: int = 49408,
+        width: int = 512,
+        heads: int = 8,
+        layers: int = 12,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = None,
+        output_dim: int | None = 512,
+        embed_cls: bool = False,
+        no_causal_mask: bool = False,
+        use_pad_mask: bool = False,
+        correct_cls_mask: bool = False,
+        pad_id: int = 0,
+        eos_id: int = 2,
+        pool_type: str = "argmax",
+        proj_type: str = "linear",
+        proj_bias: bool = False,
+        act_layer: ModuleFactory = GELU,
+        norm_layer: ModuleFactory = LayerNorm,
+        output_tokens: bool = False,
+        block_type: str | None = None,
+        qk_norm: bool = False,
+        scaled_cosine_attn: bool = False,
+        scale_heads: bool = False,
+        scale_attn_inner: bool = False,
+        scale_attn: bool = False,
+        scale_fc: bool = False,
+    ) -> None:
+        super().__init__()
+        expect("pool_type", pool_type, ("first", "last", "argmax", "eos", "none"))
+        expect("proj_type", proj_type, ("linear", "none"))
+        self.text_options = TextOptions(
+            pool_type=pool_type,
+            pad_id=pad_id,
+            eos_id=eos_id,
+            causal=not no_causal_mask,
+            use_pad_mask=use_pad_mask and no_causal_mask,
+            correct_cls_mask=correct_cls_mask,
+            output_tokens=output_tokens,
+        )
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.width = width
+        self.heads = heads
+        self.output_dim = output_dim
+        self.num_pos = context_length + (1 if embed_cls else 0)
+
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.cls_emb = nn.Parameter(torch.empty(width)) if embed_cls else None
+        self.positional_embedding = nn.Parameter(torch.empty(self.num_pos, width))
+        self.transformer = Transformer(
+            width,
+            layers,
+            heads,
+            mlp_ratio,
+            ls_init_value=ls_init_value,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            block_type=block_type,
+            qk_norm=qk_norm,
+            scaled_cosine_attn=scaled_cosine_attn,
+            scale_heads=scale_heads,
+            scale_attn_inner=scale_attn_inner,
+            scale_attn=scale_attn,
+            scale_fc=scale_fc,
+        )
+        self.ln_final = norm_layer(width)
+        self.text_projection: nn.Parameter | nn.Linear | None = None
+        if proj_type == "linear" and output_dim:
+            if proj_bias:
+                self.text_projection = nn.Linear(width, output_dim)
+            else:
+                self.text_projection = nn.Parameter(torch.empty(width, output_dim))
+        self.init_parameters()
+
+    @property
+    def pool_type(self) -> str:
+        return self.text_options.pool_type
+
+    @property
+    def pad_id(self) -> int:
+        return self.text_options.pad_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.text_options.eos_id
+
+    @property
+    def output_tokens(self) -> bool:
+        return self.text_options.output_tokens
+
+    def init_parameters(self) -> None:
+        """Normal distributions with the deviations of CLIP (https://arxiv.org/abs/2103.00020, from GPT-2)."""
+        if self.positional_embedding.is_meta:
+            return
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        if self.cls_emb is not None:
+            nn.init.normal_(self.cls_emb, std=0.01)
+        width, layers = self.transformer.width, self.transformer.layers
+        proj_std = width**-0.5 * (2 * layers) ** -0.5
+        block: Any
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=proj_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=proj_std)
+        if isinstance(self.text_projection, nn.Linear):
+            nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+            nn.init.zeros_(self.text_projection.bias)
+        elif self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass in place of keeping its activations."""
+        self.transformer.grad_checkpointing = enable
+
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze the tower but for its last groups: the projection; the last block with the final norm; the other
+        blocks from the back, one a group; the embeddings.
+
+        Args:
+            freeze_layer_norm: False lets all layer norms be trained.
+        """
+        self._lock_text(unlocked_layers, freeze_layer_norm)
+
+    def no_weight_decay(self) -> set[str]:
+        return self._text_no_weight_decay()
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Ids [batch, tokens] -> features [batch, output_dim], or (features, tokens)."""
+        pooled, tokens = self._encode_text(text)
+        return (pooled, tokens) if self.text_options.output_tokens and tokens is not None else pooled
+
+    def forward_intermediates(
+        self,
+        text: torch.Tensor,
+        indices: int | list[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NLC",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Features of the blocks between; arguments as in VisionTransformer.forward_intermediates.
+
+        Returns:
+            "text_intermediates": list of [batch, tokens, width];
+            "text_intermediates_suffix": list of [batch, 1, width], the class token, where it exists and was asked for;
+            "text_features": [batch, output_dim], unless left out.
+        """
+        return self._text_intermediates(
+            text, indices, stop_early, normalize_intermediates, intermediates_only, output_fmt, output_extra_tokens
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates` with these indices does not need; returns the indices wanted."""
+        take = self.transformer.prune_intermediate_layers(indices)
+        if prune_norm:
+            self.ln_final = nn.Identity()
+        if prune_head:
+            self.text_projection = None
+        return take
+
+
+def lock_text_tower(model: Any, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+    """Freeze the text tower of a CLIP or CustomTextCLIP; arguments as in TextTransformer.lock."""
+    if hasattr(model, "text"):
+        model.text.lock(unlocked_layers, freeze_layer_norm)
+    else:
+        model._lock_text(unlocked_layers, freeze_layer_norm)
