@@ -38,7 +38,7 @@ def plain(image: Any) -> torch.Tensor:
 
 def noisy(image: Any) -> torch.Tensor:
     """`plain` with a number of each generator that a random transform may use in its first three elements."""
-    pixels = plain(image)
+    pixels = plain(image).contiguous()
     pixels.view(-1)[:3] = torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))])
     return pixels
 

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from data_files import caption, data_args, epoch_numbers, jpeg, plain, tokenize, write_csv
 from PIL import Image
 
+from data_files import caption, data_args, epoch_numbers, jpeg, plain, tokenize, write_csv
 from training.data import BadSample, CsvDataset, SkipCounter, get_data
 from training.data.skips import BAD_IN_A_ROW
 from training.data.strings import StringTable
@@ -194,7 +194,7 @@ def test_nothing_usable_is_an_error_that_names_the_first_cause(tmp_path, workers
         (tmp_path / f"{number}.jpg").unlink()
     with pytest.raises(ValueError, match=f"not one usable sample, and {BAD_IN_A_ROW} that are not.*missing_image"):
         next(iter(train_data(path, workers=workers).dataloader))
-    with pytest.raises(ValueError, match="not one usable sample.*'missing_image': 6"):
+    with pytest.raises(ValueError, match=r"not one usable sample.*'missing_image': 6"):
         list(val_data(path, workers=workers).dataloader)
 
 

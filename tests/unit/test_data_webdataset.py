@@ -10,6 +10,8 @@ import tarfile
 from collections import Counter
 
 import pytest
+from PIL import Image
+
 from data_files import (
     caption,
     data_args,
@@ -22,8 +24,6 @@ from data_files import (
     write_shards,
     write_tar,
 )
-from PIL import Image
-
 from training.data import (
     BadSample,
     ResampledShards2,
@@ -294,7 +294,7 @@ def test_shards_without_captions_are_an_error_that_says_what_there_is(tmp_path, 
 def test_few_useless_samples_do_not_hang_either(tmp_path, resampled):
     shard = write_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.cls", b"1"), ("2.txt", b"picture 2")])
     train = train_data(shard, train_num_samples=4, workers=2, dataset_resampled=resampled)
-    with pytest.raises(ValueError, match="not one usable sample.*1: no caption"):
+    with pytest.raises(ValueError, match=r"not one usable sample.*1: no caption"):
         next(iter(train.dataloader))
 
 
@@ -394,7 +394,7 @@ def test_validation_has_every_sample_once_over_ranks_and_workers(tmp_path, monke
             seen += flat(epoch_numbers(val))
         skipped.update(val.skipped.counts())
         val.dataloader.close()
-    assert Counter(seen) == Counter({number: 2 for number in range(7 * shards)})
+    assert Counter(seen) == Counter(dict.fromkeys(range(7 * shards), 2))
     assert skipped == {"empty_shard": 2}
 
 

@@ -94,7 +94,7 @@ class Streak:
         self.bad += 1
         self.first = self.first or bad
         if self.bad >= self.limit:
-            raise self.error()
+            raise self.error() from self.first
 
     def error(self) -> ValueError:
         if self.first is None:

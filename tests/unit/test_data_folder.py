@@ -1,0 +1,180 @@
+"""training.data on folders of classes: labels, captions, ImageNet's forms, and which data get_data makes of what."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+
+from data_files import data_args, fake_world, jpeg, plain
+from training.data import (
+    ImageFolder,
+    get_csv_dataset,
+    get_data,
+    get_dataset_fn,
+    get_imagefolder_dataset,
+    get_imagenet,
+    get_synthetic_dataset,
+    get_wds_dataset,
+)
+
+
+def write_classes(root, classes, per_class=3):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(per_class):
+            (root / name / f"{number}.jpg").write_bytes(jpeg(10 * label + number))
+    return root
+
+
+def labels(data):
+    return torch.cat([batch["label"] for batch in data.dataloader]).tolist()
+
+
+def test_labels_follow_the_sorted_class_names(tmp_path):
+    root = write_classes(tmp_path, ["cat", "ant", "bee"])
+    (root / "bee" / "deep").mkdir()
+    (root / "bee" / "deep" / "x.PNG").write_bytes(jpeg(200))
+    (root / "bee" / "notes.txt").write_text("no image")
+    (root / "loose.jpg").write_bytes(jpeg(1))
+    folder = ImageFolder(root, plain)
+    assert folder.classes == ["ant", "bee", "cat"]
+    assert folder.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 3
+    sample = folder[6]
+    assert sample["label"] == 1
+    assert sample["image"].mean() == pytest.approx(200, abs=3)
+
+
+def test_the_same_files_and_labels_as_torchvision(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    root = write_classes(tmp_path, ["b", "a", "B", "10", "9"])
+    (root / "b" / "sub").mkdir()
+    (root / "b" / "sub" / "0.webp").write_bytes(jpeg(1))
+    ours, theirs = ImageFolder(root), datasets.ImageFolder(root)
+    assert ours.classes == theirs.classes
+    pairs = [(ours.paths[i], int(ours.labels[i])) for i in range(len(ours))]
+    assert pairs == theirs.samples
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder \(looked for /"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no folders: it needs one a class"):
+        ImageFolder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in its class folders"):
+        ImageFolder(tmp_path)
+
+
+def test_an_empty_class_keeps_its_label_and_is_told(tmp_path, caplog):
+    write_classes(tmp_path, ["a", "c"])
+    (tmp_path / "b").mkdir()
+    with caplog.at_level(logging.WARNING):
+        folder = ImageFolder(tmp_path)
+    assert folder.labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert "1 class folders have no images, first 'b'" in caplog.text
+
+
+def test_numbers_as_class_names_are_sorted_as_text_and_told(tmp_path, caplog):
+    write_classes(tmp_path, ["2", "10"])
+    with caplog.at_level(logging.WARNING):
+        assert ImageFolder(tmp_path).classes == ["10", "2"]
+    assert "sorted as text" in caplog.text
+
+
+def test_classified_images_for_evaluation(tmp_path):
+    root = write_classes(tmp_path, ["a", "b"])
+    (root / "a" / "1.jpg").write_bytes(b"none")
+    data = get_data(data_args(imagenet_val=str(root), zeroshot_data=str(root)), (None, plain))
+    assert list(data) == ["imagenet-val", "zeroshot"]
+    for each in data.values():
+        batch = next(iter(each.dataloader))
+        assert batch["image"].shape == (3, 3, 8, 8)  # of four, one is bad
+        assert batch["label"].dtype == torch.int64
+        assert labels(each) == [0, 0, 1, 1, 1]
+        assert each.skipped.counts() == {"corrupt_image": 2}  # in each of two passes
+        assert each.dataloader.classes == ["a", "b"]
+        assert each.dataloader.num_samples == 6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_evaluation_has_every_image_once_over_the_ranks(tmp_path, monkeypatch, world_size):
+    root = write_classes(tmp_path, ["a", "b", "c"], per_class=5)
+    means = []
+    for rank in range(world_size):
+        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, world_size))
+        data = get_data(data_args(zeroshot_data=str(root), batch_size=2), (None, plain))["zeroshot"]
+        assert len(list(data.dataloader)) == data.dataloader.num_batches
+        for batch in data.dataloader:
+            means += [round(float(mean)) for mean in batch["image"].mean((1, 2, 3))]
+    expected = [round(float(sample["image"].mean())) for sample in map(ImageFolder(root, plain).__getitem__, range(15))]
+    assert Counter(means) == Counter(expected)
+
+
+def test_imagenet_v2_labels_are_the_folders_names(tmp_path):
+    root = tmp_path / "ImageNetV2-matched-frequency"
+    write_classes(root, ["0", "2", "10"], per_class=1)
+    for location in (tmp_path, root):
+        data = get_imagenet(data_args(imagenet_v2=str(location)), (None, plain), "v2")
+        assert labels(data) == [0, 2, 10]
+    (root / "eleven").mkdir()
+    with pytest.raises(ValueError, match=r"named 0, 1, 2, \.\.\., there is 'eleven'"):
+        get_imagenet(data_args(imagenet_v2=str(root)), (None, plain), "v2")
+
+
+def test_imagenet_splits(tmp_path):
+    args = data_args()
+    args.imagenet_train = str(write_classes(tmp_path, ["n01", "n02"]))
+    assert labels(get_imagenet(args, (None, plain), "train")) == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="split 'test': there are"):
+        get_imagenet(args, (None, plain), "test")
+    with pytest.raises(ValueError, match="imagenet_val"):
+        get_imagenet(args, (None, plain), "val")
+
+
+def test_training_on_a_folder_captions_its_classes(tmp_path):
+    root = write_classes(tmp_path, ["grey_cat", "dog"])
+    args = data_args(train_data=str(root), val_data=str(root), dataset_type="imagefolder")
+    data = get_data(args, (plain, plain))
+    (batch,) = data["train"].dataloader
+    texts = {"a photo of a grey cat.", "a photo of a dog."}
+    assert len(batch["text"]) == 4
+    assert set(batch["text"]) <= texts
+    assert Counter(text for batch in data["val"].dataloader for text in batch["text"]) == dict.fromkeys(texts, 3)
+    assert get_data(args, (plain, plain), tokenizer=lambda texts: torch.ones(len(texts), 5))["train"] is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "dataset_type", "expected"),
+    [
+        ("pairs.csv", "auto", get_csv_dataset),
+        ("pairs.TSV", "auto", get_csv_dataset),
+        ("pairs.txt", "csv", get_csv_dataset),
+        ("{00..10}.tar", "auto", get_wds_dataset),
+        ("a.tar", "auto", get_wds_dataset),
+        ("a.tar.gz", "auto", get_wds_dataset),
+        ("pipe:aws s3 cp s3://bucket/a.tar -", "auto", get_wds_dataset),
+        ("s3://bucket/{00..10}.tar::b.tar", "auto", get_wds_dataset),
+        ("{00..10}.csv", "webdataset", get_wds_dataset),
+        (None, "synthetic", get_synthetic_dataset),
+    ],
+)
+def test_the_form_of_the_data(path, dataset_type, expected):
+    assert get_dataset_fn(path, dataset_type) is expected
+
+
+def test_a_folder_is_a_folder_of_classes(tmp_path):
+    assert get_dataset_fn(str(tmp_path), "auto") is get_imagefolder_dataset
+
+
+def test_unknown_forms_name_the_choices():
+    with pytest.raises(ValueError, match=r"'pairs.parquet'.*webdataset, csv, imagefolder, synthetic, auto"):
+        get_dataset_fn("pairs.parquet", "auto")
+    with pytest.raises(ValueError, match="Unknown --dataset-type 'tfds': choose one of webdataset"):
+        get_dataset_fn("pairs.csv", "tfds")
+
+
+def test_nothing_configured_is_no_data():
+    assert get_data(data_args(), (plain, plain)) == {}
