@@ -208,7 +208,8 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     if training:
         counted = reads_shards or args.dataset_type == "synthetic"
         yield counted, ("train_num_samples",), "a CSV file says itself how many samples it has"
-    yield validating and reads_shards, ("val_num_samples",), "it only serves --val-data in webdataset shards"
+    counts = args.dataset_type == "synthetic" or (validating and reads_shards)
+    yield counts, ("val_num_samples",), "it only serves --val-data in webdataset shards, and synthetic data"
     yield validating, ("val_frequency",), "there is no --val-data"
     yield args.val_frequency > 0, ("val_data",), "--val-frequency is 0"
     classified = bool(args.imagenet_val or args.imagenet_v2 or args.zeroshot_data)
@@ -255,11 +256,12 @@ def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
 
 def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
     writes = not writes_nothing(args.logs)
-    saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase", "report_to")
+    saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase")
     yield writes, saving, "--output-dir is None"
     if writes and args.save_frequency == 0:
         yield False, ("delete_previous_checkpoint",), "--save-frequency 0 saves only once, after the last epoch"
     to_wandb = bool({"wandb", "all"} & set(reporters(args.report_to)))
+    yield writes or to_wandb, ("report_to",), "--output-dir is None"
     yield to_wandb, ("wandb_notes", "wandb_project_name"), "--report-to has no wandb"
     yield args.remote_sync is not None, ("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync"
     yield world_size > 1, ("log_local",), "there is one process"

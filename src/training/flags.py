@@ -93,7 +93,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add("--val-data", metavar="PATH", help="validation data, in the same forms: gives the loss and retrieval metrics")
     add("--train-num-samples", type=int, metavar="N", help="samples of one epoch over all processes, for webdataset "
         "and synthetic data. Default: read from the shards' `sizes.json` or `__len__`; needed where these are missing. "
-        "With --dataset-resampled it may be any number: it is how often one evaluates and saves")
+        "Synthetic: 100. With --dataset-resampled it may be any number: it is how often one evaluates and saves")
     add("--val-num-samples", type=int, metavar="N", help="the same of the validation data, for the progress that is "
         "shown: every sample is evaluated in any case")
     add("--dataset-type", choices=DATASET_TYPES, help="form of the data; auto goes by the file's ending; synthetic "

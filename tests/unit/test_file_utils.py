@@ -140,8 +140,10 @@ def test_code_in_a_file_does_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        pt_load(tmp_path / "evil.pt")
+    pt_save({"state_dict": Evil()}, "memory://bucket/evil.pt")
+    for path in (tmp_path / "evil.pt", "memory://bucket/evil.pt"):
+        with pytest.raises(pickle.UnpicklingError):
+            pt_load(path)
     assert not (tmp_path / "ran").exists()
 
 
