@@ -1,0 +1,126 @@
+"""One evaluation of a model on everything it is to be evaluated on: validation loss, retrieval, zero-shot accuracy.
+
+It is spread over the ranks. Inside the loops over batches no rank waits for another, so they may have different numbers
+of batches, or none; what they found is put together after each loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import open_clip
+from open_clip import collectives
+from training import precision as precisions
+from training.distributed import world
+from training.metrics import AverageMeter, retrieval_metrics
+from training.objective import as_outputs
+from training.zero_shot import LOG_SECONDS, is_due, zero_shot_eval
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Mapping[str, Any],
+    epoch: int,
+    args: Any,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+) -> dict[str, float]:
+    """Metrics of what is due at `epoch`, under open_clip's names; {} if nothing is.
+
+    model: not wrapped by DDP; it is left in the mode (training or not) that it came in, module by module.
+    data: "val", "imagenet-val", "imagenet-v2", "zeroshot", as far as they are there, each with a `.dataloader`.
+    epoch: number of epochs that are done. args: params.EvalConfig or a flat namespace with the same names.
+    Every rank calls this, and each gets the metrics over all ranks.
+    """
+    with _evaluating(model), torch.no_grad():
+        metrics = zero_shot_eval(model, data, epoch, args, tokenizer)
+        if "val" in data and is_due(args.val_frequency, epoch, args):
+            metrics |= _validate(model, data["val"].dataloader, epoch, args)
+    return metrics
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[str, float]:
+    """clip_val_loss, retrieval metrics, val_generative_loss of a captioner, num_samples and epoch.
+
+    clip_val_loss is the contrastive loss within each batch, averaged over the samples: it depends on the batch size.
+    """
+    here, device = world(), next(model.parameters()).device
+    precision = args.precision or precisions.resolve(None, device)
+    autocast, input_dtype = precisions.get_autocast(precision, device.type), open_clip.get_input_dtype(precision)
+    contrastive = open_clip.ClipLoss()
+    losses = {"clip_val_loss": AverageMeter(), "val_generative_loss": AverageMeter()}
+    image_features, text_features = [], []
+    logged = time.monotonic()
+    for batch in dataloader:
+        images = batch["image"].to(device, input_dtype, non_blocking=True)
+        texts = batch["text"].to(device, non_blocking=True)
+        with autocast():
+            outputs = as_outputs(model(images, texts))
+        image, text = outputs["image_features"].float(), outputs["text_features"].float()
+        loss = contrastive(image, text, outputs["logit_scale"].float())
+        losses["clip_val_loss"].update(loss.item(), len(image))
+        generative = maybe_compute_generative_loss(outputs)
+        if generative is not None:
+            losses["val_generative_loss"].update(generative.item(), len(image))
+        # On the host, where there is room for many.
+        image_features.append(image.cpu())
+        text_features.append(text.cpu())
+        if time.monotonic() - logged > LOG_SECONDS and here.is_master:
+            logged = time.monotonic()
+            _log_progress(losses["clip_val_loss"], dataloader, epoch, here.world_size)
+    averages, num_samples = _over_ranks(losses, device, here.distributed)
+    if not num_samples:
+        raise ValueError(f"{getattr(dataloader, 'source', 'The validation data')}: there is not one usable sample.")
+    none = torch.zeros(0, 0)
+    metrics = retrieval_metrics(
+        torch.cat(image_features) if image_features else none,
+        torch.cat(text_features) if text_features else none,
+        device,
+        here.distributed,
+    )
+    return metrics | averages | {"epoch": epoch, "num_samples": num_samples}
+
+
+def maybe_compute_generative_loss(model_out: Mapping[str, Tensor]) -> Tensor | None:
+    """The captioner's cross entropy, of logits [B, L, vocabulary] and labels [B, L]; None for a model without one."""
+    if "logits" not in model_out or "labels" not in model_out:
+        return None
+    return F.cross_entropy(model_out["logits"].float().transpose(1, 2), model_out["labels"])
+
+
+def _log_progress(loss: AverageMeter, dataloader: Any, epoch: int, world_size: int) -> None:
+    total = getattr(dataloader, "num_samples", "?")
+    logger.info("Eval Epoch: %d [%d / %s]\tClip Loss: %.6f", epoch, loss.count * world_size, total, loss.avg)
+
+
+def _over_ranks(
+    losses: Mapping[str, AverageMeter], device: torch.device, distributed: bool
+) -> tuple[dict[str, float], int]:
+    """The averages over all ranks' samples, of the losses that there are, and the number of samples."""
+    sums = torch.tensor([meter.sum for meter in losses.values()], dtype=torch.float32, device=device)
+    counts = torch.tensor([int(meter.count) for meter in losses.values()], dtype=torch.int64, device=device)
+    if distributed:
+        sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
+    pairs = zip(losses, sums.tolist(), counts.tolist(), strict=True)
+    averages = {name: total / count for name, total, count in pairs if count}
+    return averages, int(counts.max())

@@ -1,0 +1,229 @@
+"""Zero-shot classification: ImageNet, ImageNet-V2, and any folder of classes, spread over the ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import open_clip
+from open_clip import collectives
+from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+from training import precision as precisions
+from training.distributed import world
+from training.metrics import accuracy
+
+logger = logging.getLogger(__name__)
+
+TOP_K = 5
+LOG_SECONDS = 30.0  # between lines of progress
+CLASSES_PER_BATCH = 10
+FEWEST_CLASSES_TO_SPLIT = 4  # a rank; with fewer, each rank builds the whole classifier
+
+
+def is_due(frequency: int, epoch: int, args: Any) -> bool:
+    """Whether something that is done every `frequency` epochs (0: never), and after the last one, is to be done now."""
+    return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
+
+
+def zero_shot_eval(
+    model: nn.Module,
+    data: Mapping[str, Any],
+    epoch: int,
+    args: Any,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy on what `data` has of "imagenet-val", "imagenet-v2" and "zeroshot"; {} when it is not due.
+
+    args: params.EvalConfig or a flat namespace (epochs, precision, zeroshot_frequency, zeroshot_classnames,
+    zeroshot_templates; `model`, a name, if there is no tokenizer). Every rank calls this and gets the accuracies over
+    all.
+    """
+    if not any(name in data for name in ("imagenet-val", "imagenet-v2", "zeroshot")):
+        return {}
+    if not is_due(args.zeroshot_frequency, epoch, args):
+        return {}
+    check(data, args)
+    tokenizer = tokenizer or open_clip.get_tokenizer(args.model)
+    metrics: dict[str, float] = {}
+    imagenet = [(key, prefix) for key, prefix in _IMAGENET.items() if key in data]
+    if imagenet:
+        classifier = _classifier(model, tokenizer, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, args)
+        for key, prefix in imagenet:
+            metrics |= _named(prefix, run(model, classifier, data[key].dataloader, args), classifier)
+    if "zeroshot" in data:
+        classnames = read_classnames(args.zeroshot_classnames, data["zeroshot"].dataloader.classes)
+        classifier = _classifier(model, tokenizer, classnames, read_templates(args.zeroshot_templates), args)
+        metrics |= _named("zeroshot", run(model, classifier, data["zeroshot"].dataloader, args), classifier)
+    return metrics
+
+
+_IMAGENET = {"imagenet-val": "imagenet-zeroshot-val", "imagenet-v2": "imagenetv2-zeroshot-val"}
+
+
+def _named(prefix: str, accuracies: tuple[float, float], classifier: Tensor) -> dict[str, float]:
+    top1, top5 = accuracies
+    return {f"{prefix}-top1": top1} | ({f"{prefix}-top5": top5} if classifier.shape[1] >= TOP_K else {})
+
+
+def check(data: Mapping[str, Any], args: Any) -> None:
+    """Reads the class names and templates, so that what is wrong with them can be said before an epoch of training.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    for key in _IMAGENET:
+        classes = getattr(data[key].dataloader, "classes", None) if key in data else None
+        if classes is not None and len(classes) != len(IMAGENET_CLASSNAMES):
+            _check_imagenet(key, len(classes))
+    if "zeroshot" in data:
+        read_classnames(args.zeroshot_classnames, data["zeroshot"].dataloader.classes)
+        read_templates(args.zeroshot_templates)
+
+
+def _check_imagenet(key: str, folders: int) -> None:
+    expected = len(IMAGENET_CLASSNAMES)
+    advice = "For other classes use --zeroshot-data with --zeroshot-classnames."
+    if folders > expected:
+        raise ValueError(f"--{key} has {folders} class folders, and ImageNet {expected} classes. {advice}")
+    logger.warning(
+        "--%s has %d class folders, and ImageNet %d classes: the folders are taken for its first %d, in sorted order. %s",
+        key, folders, expected, folders, advice,
+    )  # fmt: skip
+
+
+def run(model: nn.Module, classifier: Tensor, dataloader: Any, args: Any) -> tuple[float, float]:
+    """(top-1, top-5) accuracy over all ranks of images in batches {"image": [B, 3, H, W], "label": [B]}.
+
+    classifier: [embed_dim, classes]; with fewer than 5 of them, the top 5 are all.
+    """
+    device, classifier = classifier.device, classifier.float()
+    autocast, input_dtype = _precision(args, device)
+    counts = torch.zeros(3, dtype=torch.int64)  # correct at the top, among the top 5, all
+    encode_image: Any = model.encode_image
+    logged = time.monotonic()
+    with torch.no_grad():
+        for batch in dataloader:
+            images = batch["image"].to(device, input_dtype, non_blocking=True)
+            labels = batch["label"].to(device, non_blocking=True)
+            with autocast():
+                features = encode_image(images, normalize=True)
+            scores = features.float() @ classifier
+            correct = accuracy(scores, labels, (1, TOP_K))
+            counts += torch.tensor([*map(int, correct), len(labels)])
+            if time.monotonic() - logged > LOG_SECONDS and world().is_master:
+                logged = time.monotonic()
+                logger.info(
+                    "Zero-shot [%d / %s]", counts[2] * world().world_size, getattr(dataloader, "num_samples", "?")
+                )
+    if world().distributed:
+        counts = collectives.all_reduce(counts.to(device)).cpu()
+    top1, top5, total = counts.tolist()
+    if not total:
+        raise ValueError(f"{getattr(dataloader, 'source', 'The evaluation data')}: there is no image to classify.")
+    return top1 / total, top5 / total
+
+
+def _precision(args: Any, device: torch.device) -> tuple[Callable, torch.dtype | None]:
+    """(autocast, dtype of images or None to leave theirs)."""
+    precision = args.precision or precisions.resolve(None, device)
+    return precisions.get_autocast(precision, device.type), open_clip.get_input_dtype(precision)
+
+
+def _classifier(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Template],
+    args: Any,
+) -> Tensor:
+    """[embed_dim, classes] on the model's device; each rank makes a part of the classes, and all get the whole."""
+    start = time.monotonic()
+    here, device = world(), next(model.parameters()).device
+    split = here.distributed and len(classnames) >= FEWEST_CLASSES_TO_SPLIT * here.world_size
+    if split:
+        count = len(classnames)
+        classnames = classnames[count * here.rank // here.world_size : count * (here.rank + 1) // here.world_size]
+    autocast, _ = _precision(args, device)
+    with autocast():
+        classifier = build_zero_shot_classifier(model, tokenizer, classnames, templates, CLASSES_PER_BATCH, device)
+    if split:
+        classifier = collectives.gather_rows(classifier.T.contiguous()).T
+    if here.is_master:
+        logger.info(
+            "Built the zero-shot classifier of %d classes in %.1f s", classifier.shape[1], time.monotonic() - start
+        )
+    return classifier
+
+
+def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
+    """The names of the classes whose folders, sorted, are `folders`.
+
+    path: a text file with one name a line in the folders' order, or .json with a list of names, or with an object
+    {folder: name} that may have more folders than there are. None: the folders' names, with blanks for underscores.
+    """
+    if path is None:
+        return [folder.replace("_", " ") for folder in folders]
+    if path.lower().endswith(".json"):
+        names = _read_json(path)
+        if isinstance(names, dict):
+            missing = [folder for folder in folders if folder not in names]
+            if missing:
+                raise ValueError(
+                    f"{path} has no name for {len(missing)} of {len(folders)} class folders: {missing[:5]}"
+                )
+            names = [names[folder] for folder in folders]
+    else:
+        names = _read(path, "--zeroshot-classnames").rstrip().split("\n")
+    if len(names) != len(folders):
+        raise ValueError(
+            f"{path} has {len(names)} class names and --zeroshot-data {len(folders)} class folders. "
+            f"It must have one name a line for each folder, in sorted order: {', '.join(folders[:3])}..."
+        )
+    unusable = [number for number, name in enumerate(names, start=1) if not isinstance(name, str) or not name.strip()]
+    if unusable:
+        raise ValueError(f"{path}: class name {unusable[0]} of {len(names)} is empty, or no text.")
+    return [name.strip() for name in names]
+
+
+def _read_json(path: str) -> list | dict:
+    try:
+        names = json.loads(_read(path, "--zeroshot-classnames"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(names, (list, dict)):
+        raise ValueError(f"{path} must be a JSON list of class names, or an object {{folder: name}}.")
+    return names
+
+
+def read_templates(name: str | None) -> Sequence[Template]:
+    """Captions of a class's name: "openai" (as None), "simple", or those of a file, one a line with {} for the name."""
+    if name in (None, "openai"):
+        return OPENAI_IMAGENET_TEMPLATES
+    if name == "simple":
+        return SIMPLE_IMAGENET_TEMPLATES
+    assert name is not None
+    lines = [line.strip() for line in _read(name, "--zeroshot-templates").splitlines()]
+    for number, line in enumerate(lines, start=1):
+        if line and "{}" not in line:
+            raise ValueError(f"{name}, line {number}: no {{}} for the class's name in {line!r}.")
+    if not any(lines):
+        raise ValueError(f"{name} has no template. It needs one a line, such as: a photo of a {{}}.")
+    # Only {} is special, so that a template may have other braces.
+    return [functools.partial(line.replace, "{}") for line in lines if line]
+
+
+def _read(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{flag} {path}: there is no such file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path} is not UTF-8 text: {error}") from None
