@@ -260,8 +260,8 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     add("--imagenet-val", metavar="DIR", help="ImageNet's validation images, one folder a class: zero-shot accuracy")
     add("--imagenet-v2", metavar="DIR", help="ImageNet-V2's images: the same")
     add("--zeroshot-data", metavar="DIR", help="zero-shot accuracy on any images, one folder a class")
-    add("--zeroshot-classnames", metavar="FILE", help="names of --zeroshot-data's classes, one a line in the sorted order "
-        "of the folders, or .json: a list, or {folder: name}. Default: the folders' names, blanks for underscores")
+    add("--zeroshot-classnames", metavar="FILE", help="names of --zeroshot-data's classes, one a line in the "
+        "folders' sorted order, or .json: a list, or {folder: name}. Default: the folders' names, with blanks for _")
     add("--zeroshot-templates", metavar="FILE|openai|simple", help="captions made of --zeroshot-data's class names: a "
         "file with one a line, {} for the name; or OpenAI's 80 for ImageNet, or their 7 simple ones. Default: openai")
 
