@@ -1,4 +1,4 @@
-"""A CLIP of some 10,000 parameters, as a folder that `local-dir:` names: no test needs to add to the global registry."""
+"""A CLIP of some 10,000 parameters, as a folder for `local-dir:`: no test needs to add to the global registry."""
 
 from __future__ import annotations
 

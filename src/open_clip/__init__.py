@@ -43,11 +43,16 @@ from .pretrained import (
 from .tokenizer import SimpleTokenizer, decode, tokenize
 from .transform import AugmentationCfg, image_transform
 from .version import __version__
+from .zero_shot_classifier import build_zero_shot_classifier, build_zero_shot_classifier_legacy
+from .zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
 __all__ = [
     "CLIP",
+    "IMAGENET_CLASSNAMES",
     "OPENAI_DATASET_MEAN",
     "OPENAI_DATASET_STD",
+    "OPENAI_IMAGENET_TEMPLATES",
+    "SIMPLE_IMAGENET_TEMPLATES",
     "AugmentationCfg",
     "CLIPTextCfg",
     "CLIPVisionCfg",
@@ -59,6 +64,8 @@ __all__ = [
     "SimpleTokenizer",
     "__version__",
     "add_model_config",
+    "build_zero_shot_classifier",
+    "build_zero_shot_classifier_legacy",
     "convert_weights_to_fp16",
     "convert_weights_to_lp",
     "create_loss",

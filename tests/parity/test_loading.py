@@ -1,4 +1,4 @@
-"""Checkpoints that open_clip_torch 3.3.0 wrote load here with its features, and it loads ours; recorded by record/loading.py."""
+"""Checkpoints of open_clip_torch 3.3.0 load here with its features, and it loads ours: recorded by record/loading.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_clip
 import torch
 
 import open_clip
+import tiny_clip
 from training.checkpoint import TrainState
 
 FIXTURES = Path(__file__).parent / "fixtures"

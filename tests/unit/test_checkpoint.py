@@ -11,11 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tiny_clip
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import tiny_clip
 from open_clip.checkpoint import (
     check_nothing_on_meta,
     file_format,

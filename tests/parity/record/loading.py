@@ -19,9 +19,10 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 import open_clip
 import tiny_clip
-import torch
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "tests/parity/fixtures"
@@ -65,7 +66,8 @@ def write_ours(name: str) -> None:
 def features(name: str, path: Path, **kwargs: object) -> dict:
     model = open_clip.create_model(name, **kwargs).eval()
     incompatible = open_clip.load_checkpoint(model, str(path), strict=True)
-    assert not incompatible.missing_keys and not incompatible.unexpected_keys
+    assert not incompatible.missing_keys
+    assert not incompatible.unexpected_keys
     images, texts = tiny_clip.inputs(
         *(int(kwargs.get(key, default)) for key, default in (("force_image_size", 32), ("force_context_length", 12)))
     )

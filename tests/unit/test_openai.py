@@ -1,0 +1,104 @@
+"""OpenAI's archives become models of this package. The archive here is a small one, traced as theirs were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import open_clip
+import tiny_clip
+from open_clip import openai
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore::torch.jit.TracerWarning")
+
+WIDE = {"width": 64}  # OpenAI's heads are 64 wide, and their number is not in the archive
+
+
+def source() -> torch.nn.Module:
+    torch.manual_seed(0)
+    cfg = tiny_clip.config({**WIDE, "head_width": 64}, {**WIDE, "heads": 1}, quick_gelu=True)
+    return open_clip.CLIP(**cfg).eval()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    model = source()
+    for name, number in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 64)):
+        model.__dict__.pop(name, None)
+        model.register_buffer(name, torch.tensor(number))
+    images, texts = tiny_clip.inputs()
+    inputs = {"forward": (images, texts), "encode_image": images, "encode_text": texts}
+    path = tmp_path_factory.mktemp("openai") / "archive.pt"
+    torch.jit.save(torch.jit.trace_module(model, inputs, check_trace=False), str(path))
+    return path
+
+
+def test_features_are_the_archives(archive):
+    model = open_clip.load_openai_model(str(archive), device="cpu")
+    assert type(model) is open_clip.CLIP
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for found, expected in zip(model(*tiny_clip.inputs()), source()(*tiny_clip.inputs()), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_how_its_images_are_prepared(archive):
+    cfg = open_clip.get_model_preprocess_cfg(openai.load_openai_model(str(archive), device="cpu"))
+    assert tuple(cfg["size"]) == (32, 32)
+    assert (cfg["mean"], cfg["std"]) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    assert (cfg["interpolation"], cfg["resize_mode"]) == ("bicubic", "shortest")
+
+
+@pytest.mark.parametrize(
+    ("precision", "proj", "norm"),
+    [
+        (None, torch.float32, torch.float32),
+        ("amp", torch.float32, torch.float32),
+        ("fp16", torch.float16, torch.float32),
+        ("bf16", torch.bfloat16, torch.float32),
+        ("pure_bf16", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_precisions(archive, precision, proj, norm):
+    """On the CPU the default is fp32."""
+    model = open_clip.load_openai_model(str(archive), precision=precision, device="cpu")
+    assert (model.visual.proj.dtype, model.visual.ln_post.weight.dtype) == (proj, norm)
+
+
+def test_an_archive_in_create_model(archive, tmp_path):
+    """Its name does not tell, but all of OpenAI's weights are QuickGELU's."""
+    name = tiny_clip.folder(tmp_path, vision={**WIDE, "head_width": 64}, text={**WIDE, "heads": 1})
+    with pytest.warns(UserWarning, match=r"QuickGELU mismatch.*force_quick_gelu=True"):
+        open_clip.create_model(name, pretrained=str(archive))
+    model = open_clip.create_model(name, pretrained=str(archive), force_quick_gelu=True).eval()
+    with torch.no_grad():
+        for found, expected in zip(model(*tiny_clip.inputs()), source()(*tiny_clip.inputs()), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B/32", "ViT-B-32-quickgelu"])
+def test_a_name_is_downloaded(archive, tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(openai, "download_pretrained_from_url", lambda *args: asked.append(args) or str(archive))
+    open_clip.load_openai_model(name, device="cpu", cache_dir=str(tmp_path))
+    [(url, cache_dir)] = asked
+    assert url.endswith("/ViT-B-32.pt")
+    assert cache_dir == str(tmp_path)
+
+
+def test_a_name_that_is_not_known():
+    with pytest.raises(RuntimeError, match=r"'ViT-X' is neither a model of OpenAI's nor a file.* ViT-L-14-336,"):
+        open_clip.load_openai_model("ViT-X", device="cpu")
+
+
+def test_an_unknown_precision(archive):
+    with pytest.raises(ValueError, match="'fp8' is not known"):
+        open_clip.load_openai_model(str(archive), precision="fp8", device="cpu")
+
+
+def test_a_device_that_is_not_there(archive):
+    with pytest.raises(RuntimeError, match="asked for and is not there"):
+        open_clip.load_openai_model(str(archive), device="xpu")
