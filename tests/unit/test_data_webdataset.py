@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import logging
+import multiprocessing
 import tarfile
 from collections import Counter
 
@@ -284,8 +285,11 @@ def test_bad_samples_are_skipped_and_counted(tmp_path):
 def test_shards_without_captions_are_an_error_that_says_what_there_is(tmp_path, workers):
     members = [(f"{i}.{kind}", b"7") for i in range(BAD_IN_A_ROW) for kind in ("jpg", "cls")]
     shard = write_tar(tmp_path / "a.tar", members)
+    train = train_data(shard, train_num_samples=100, workers=workers)
+    others = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match=r"not one usable sample.*no caption.*the sample has: jpg, cls"):
-        next(iter(train_data(shard, train_num_samples=100, workers=workers).dataloader))
+        next(iter(train.dataloader))
+    assert set(multiprocessing.active_children()) <= others  # a loader that failed leaves no workers behind
     with pytest.raises(ValueError, match="not one usable sample"):
         list(val_data(shard, workers=workers).dataloader)
 
