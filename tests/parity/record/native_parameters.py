@@ -7,8 +7,9 @@ Its FLOPs are not recorded: its counter misses fused attention.
 import json
 from pathlib import Path
 
-import open_clip
 import torch
+
+import open_clip
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/native_parameters.json"
 
