@@ -30,6 +30,7 @@ from training.optim import create_optimizer
 from training.params import CheckpointConfig, EvalConfig, TrainConfig, parse_args, sections, warnings_for
 from training.rng import random_seed
 from training.train import Trainer, run_epoch
+from training.zero_shot import check
 
 __all__ = ["copy_codebase", "get_latest_checkpoint", "main", "natural_key", "random_seed"]
 
@@ -226,6 +227,7 @@ def _train_and_evaluate(
             "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
             "--imagenet-v2 or --zeroshot-data to evaluate."
         )
+    check(data, cfg.eval)  # now, and not after an epoch
     trainer = _build_trainer(cfg, world, state, data["train"]) if "train" in data else None
     _resume(state, checkpoint, resume_from, cfg.checkpoint)
     del checkpoint
@@ -315,8 +317,8 @@ def _evaluate(
         metrics = evaluate(state.model, data, state.epoch, cfg, tokenizer=tokenizer)
     if not metrics:
         return
-    numbers = "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items())
-    log.info("Eval Epoch: %d %s\t(%.1f s)", state.epoch, numbers, time.perf_counter() - start)
+    numbers = "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items() if name != "epoch")
+    log.info("Eval Epoch: %d %s\ttook %.1f s", state.epoch, numbers, time.perf_counter() - start)
     writer.write(metrics, state.epoch, "val")
     writer.write_results(metrics, state.epoch)
 

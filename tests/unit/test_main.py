@@ -1,0 +1,329 @@
+"""The training command in this process: what it builds from its options, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import pytest
+import torch
+from train_runs import results, scalars, weights, write_csv, write_model, write_shards
+from training import distributed, file_utils, main
+from training.checkpoint import natural_key
+from training.params import parse_args
+
+
+class Inputs(NamedTuple):
+    model: str
+    csv: Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("main")
+    return Inputs(write_model(folder / "model"), write_csv(folder / "csv", 12))
+
+
+@pytest.fixture(autouse=True)
+def quiet_afterwards():
+    """The command sets up the process's logging; others here want it as it was."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    for handler in root.handlers:
+        if handler not in before[0]:
+            handler.close()
+    root.handlers[:], root.level = before[0], before[1]
+    distributed.shutdown()
+
+
+def options(inputs: Inputs, logs: Path, *more: object) -> list[str]:
+    """2 epochs of 3 steps of 4 samples."""
+    common = [
+        "--model", inputs.model, "--batch-size", 4, "--epochs", 2, "--warmup", 1, "--workers", 0, "--device", "cpu",
+        "--log-every-n-steps", 1, "--report-to", "tensorboard", "--output-dir", logs, "--name", "run",
+    ]  # fmt: skip
+    return list(map(str, [*common, *more]))
+
+
+def train(inputs: Inputs, logs: Path, *more: object) -> Path:
+    main.main(options(inputs, logs, "--train-data", inputs.csv, *more))
+    return logs / "run"
+
+
+def losses(folder: Path) -> list[float]:
+    found = scalars(folder)["train/loss"]
+    assert sorted(found) == list(range(6))
+    return [found[step] for step in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def plain(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    folder = train(inputs, tmp_path_factory.mktemp("plain"))
+    root.handlers[:], root.level = before[0], before[1]
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--grad-checkpointing"],
+        ["--accum-freq", "1", "--fused-optimizer", "off"],
+        ["--grad-clip-norm", "1e6"],
+        ["--force-custom-text"],
+    ],
+    ids=" ".join,
+)
+def test_what_changes_only_how_it_is_computed(inputs, plain, tmp_path, flags):
+    assert losses(train(inputs, tmp_path, *flags)) == pytest.approx(losses(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "amp"],
+        ["--precision", "amp_bf16"],
+        ["--precision", "bf16"],
+        ["--precision", "pure_bf16"],
+        ["--siglip"],
+        ["--grad-clip-norm", "0.01"],
+        ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"],
+        ["--skip-scheduler"],
+        ["--force-patch-dropout", "0.5"],
+        ["--seed", "1"],
+    ],
+    ids=" ".join,
+)
+def test_what_changes_the_numbers(inputs, plain, tmp_path, flags):
+    folder = train(inputs, tmp_path, *flags)
+    found = losses(folder)
+    assert all(torch.isfinite(torch.tensor(found)))
+    assert found != losses(plain)
+    checkpoint = torch.load(folder / "checkpoints/epoch_2.pt", weights_only=True)
+    dtype = checkpoint["state_dict"]["visual.conv1.weight"].dtype
+    halves = {"bf16", "pure_bf16"} & set(flags)
+    assert dtype == (torch.bfloat16 if halves else torch.float32)
+    assert ("logit_bias" in checkpoint["state_dict"]) == ("--siglip" in flags)
+
+
+def test_a_locked_tower_does_not_move_and_the_other_one_does(inputs, plain, tmp_path):
+    torch.manual_seed(0)
+    start = plain / "checkpoints/epoch_1.pt"
+    folder = train(inputs, tmp_path, "--lock-image", "--pretrained", start)
+    before, after = weights(plain, "epoch_1.pt"), weights(folder, "epoch_2.pt")
+    assert torch.equal(after["visual.conv1.weight"], before["visual.conv1.weight"])
+    assert not torch.equal(after["transformer.resblocks.0.mlp.c_fc.weight"], before["transformer.resblocks.0.mlp.c_fc.weight"])
+
+
+def test_a_teacher_is_distilled_from(inputs, plain, tmp_path):
+    teacher = plain / "checkpoints/epoch_2.pt"
+    folder = train(inputs, tmp_path, "--distill-model", inputs.model, "--distill-pretrained", teacher, "--accum-freq", "1")
+    numbers = scalars(folder)
+    total = [numbers["train/contrastive_loss"][i] + numbers["train/distill_loss"][i] for i in range(6)]
+    assert [numbers["train/loss"][i] for i in range(6)] == pytest.approx(total, rel=1e-5)
+
+
+def test_compiling_leaves_the_names_in_the_checkpoint(inputs, plain, tmp_path, monkeypatch):
+    original, compiled = torch.nn.Module.compile, []
+
+    def without_a_compiler(self, *args, **kwargs):
+        compiled.append(type(self).__name__)
+        return original(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
+    folder = train(inputs, tmp_path, "--torchcompile", "--epochs", "2")
+    assert compiled == ["CLIP"]
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
+    assert weights(folder, "epoch_2.pt").keys() == weights(plain, "epoch_2.pt").keys()
+
+
+def test_accumulation_counts_its_steps_as_open_clip_does(inputs, tmp_path):
+    folder = train(inputs, tmp_path, "--batch-size", 2, "--accum-freq", 2, "--save-frequency", 0)
+    assert len(losses(folder)) == 6
+    checkpoint = torch.load(folder / "checkpoints/epoch_2.pt", weights_only=True)
+    assert checkpoint["train_state"]["step"] == 6
+    assert checkpoint["train_state"]["samples_seen"] == 24
+
+
+def test_the_latest_checkpoint_continues_the_run_in_its_folder(inputs, plain, tmp_path):
+    folder = train(inputs, tmp_path, "--resume", "latest")  # there is none yet: from the beginning
+    (folder / "checkpoints/epoch_2.pt").unlink()
+    train(inputs, tmp_path, "--resume", "latest")
+    assert "Resumed from" in (folder / "out.log").read_text()
+    assert losses(folder) == losses(plain)
+    for key, value in weights(plain, "epoch_2.pt").items():
+        assert torch.equal(weights(folder, "epoch_2.pt")[key], value), key
+    train(inputs, tmp_path, "--resume", "latest")
+    assert "has its 2 epochs already" in (folder / "out.log").read_text()
+
+
+def test_a_run_without_a_name_has_that_of_open_clip(inputs, tmp_path):
+    arguments = options(inputs, tmp_path, "--dataset-type", "synthetic", "--train-num-samples", 8, "--epochs", 1)
+    position = arguments.index("--name")
+    main.main(arguments[:position] + arguments[position + 2 :])
+    (folder,) = tmp_path.iterdir()
+    date, rest = folder.name.split("-model_")
+    assert len(date) == len("2026_01_31-23_59_59")
+    assert rest.startswith("local-dir--")
+    assert rest.endswith("-lr_0.0005-b_4-j_0-p_fp32")
+    assert (folder / "checkpoints/epoch_1.pt").exists()
+
+
+def test_a_run_that_writes_nothing(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main.main(options(inputs, Path("none"), "--dataset-type", "synthetic", "--train-num-samples", 8, "--epochs", 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_is_copied(inputs, tmp_path):
+    folder = train(inputs, tmp_path, "--copy-codebase", "--epochs", 0)
+    for name in ("training/main.py", "training/data/__init__.py", "open_clip/factory.py"):
+        assert (folder / "code" / name).read_text() == (Path(main.__file__).parents[1] / name).read_text()
+    args = parse_args(["--output-dir", str(tmp_path), "--name", "other", "--dataset-type", "synthetic"])
+    assert (Path(main.copy_codebase(args)) / "training/main.py").exists()
+
+
+class NoProcess:
+    started = ended = 0
+
+    def start(self):
+        NoProcess.started += 1
+
+    def terminate(self):
+        NoProcess.ended += 1
+
+    def join(self):
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_folder_is_copied_elsewhere_and_at_the_end_completely(inputs, tmp_path, monkeypatch, fails):
+    pytest.importorskip("fsspec")
+    NoProcess.started = NoProcess.ended = 0
+    monkeypatch.setattr(file_utils, "start_sync_process", lambda *_: NoProcess())
+    remote = tmp_path / "remote"
+    sync = ["--remote-sync", f"file://{remote}", "--remote-sync-protocol", "fsspec"]
+    if fails:
+        with pytest.raises(FileNotFoundError):
+            train(inputs, tmp_path, *sync, "--resume", "none.pt")
+    else:
+        train(inputs, tmp_path, *sync)
+        assert (remote / "run/checkpoints/epoch_2.pt").exists()
+    assert "params.txt" in {path.name for path in (remote / "run").iterdir()}
+    assert NoProcess.started == NoProcess.ended == 1
+
+
+def broken_csv(folder: Path, text: str) -> Path:
+    path = folder / "broken.csv"
+    path.write_text(text)
+    return path
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def pickle_with_code(folder: Path) -> Path:
+    torch.save({"epoch": 1, "state_dict": Code()}, folder / "code.pt")
+    return folder / "code.pt"
+
+
+def other_checkpoint(folder: Path) -> Path:
+    torch.save({"epoch": 1, "state_dict": torch.nn.Linear(2, 2).state_dict()}, folder / "other.pt")
+    return folder / "other.pt"
+
+
+REFUSED = {
+    "no data": (lambda i, t: [], ValueError, "--val-data"),
+    "a missing CSV": (lambda i, t: ["--train-data", "nowhere.csv"], FileNotFoundError, "nowhere.csv"),
+    "a missing column": (lambda i, t: ["--train-data", i.csv, "--csv-caption-key", "words"], ValueError, "title"),
+    "a wrong separator": (lambda i, t: ["--train-data", i.csv, "--csv-separator", ";"], ValueError, "separator"),
+    "images that are not there": (
+        lambda i, t: ["--train-data", broken_csv(t, "filepath\ttitle\n" + "no.png\tx\n" * 8)],
+        ValueError, "no.png|missing_image",
+    ),
+    "fewer samples than a batch": (lambda i, t: ["--train-data", i.csv, "--batch-size", 64], ValueError, "12"),
+    "fewer batches than a step": (lambda i, t: ["--train-data", i.csv, "--accum-freq", 4], ValueError, "--accum-freq 4"),
+    "shards without captions": (
+        lambda i, t: ["--train-data", write_shards(t / "s", 2, 8, captions=False)], ValueError, "no_caption",
+    ),
+    "an unknown model": (lambda i, t: ["--train-data", i.csv, "--model", "ViT-B-23"], RuntimeError, "ViT-B-32"),
+    "a device that is not there": (
+        lambda i, t: ["--train-data", i.csv, "--device", "npu"], RuntimeError, "torch_npu|NPU",
+    ),
+    "no checkpoint": (lambda i, t: ["--train-data", i.csv, "--resume", "none.pt"], FileNotFoundError, "none.pt"),
+    "another model's checkpoint": (
+        lambda i, t: ["--train-data", i.csv, "--resume", other_checkpoint(t)], ValueError, "another model",
+    ),
+    "a pickle with code": (
+        lambda i, t: ["--train-data", i.csv, "--resume", pickle_with_code(t)], ValueError, "holds code",
+    ),
+    "classes without names": (
+        lambda i, t: ["--train-data", i.csv, "--zeroshot-data", t], (ValueError, FileNotFoundError), "class",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_ends_with_a_sentence(inputs, tmp_path, name, capfd):
+    more, error, words = REFUSED[name]
+    arguments = options(inputs, tmp_path / "logs", *more(inputs, tmp_path))
+    with pytest.raises(error, match=words) as caught:
+        main.main(arguments)
+    printed = capfd.readouterr()
+    assert "this ran" not in printed.out
+    if name != "a device that is not there":  # that is before the log
+        assert str(caught.value) in (tmp_path / "logs/run/out.log").read_text()
+
+
+def test_the_exit_status_tells_errors_from_success(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main", *options(inputs, tmp_path, "--train-data", "nowhere.csv")])
+    with pytest.raises(SystemExit) as ended:
+        main.command()
+    assert ended.value.code == 1
+    monkeypatch.setattr("sys.argv", ["main", "--no-such-option"])
+    with pytest.raises(SystemExit) as ended:
+        main.command()
+    assert ended.value.code == 2
+
+
+def test_a_taken_name_is_refused_and_nothing_is_overwritten(inputs, plain):
+    before = (plain / "out.log").read_text()
+    with pytest.raises(FileExistsError, match="--resume latest"):
+        main.main(options(inputs, plain.parent, "--train-data", inputs.csv))
+    assert (plain / "out.log").read_text() == before
+
+
+def test_an_evaluation_failing_after_an_epoch_loses_no_weights(inputs, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(main, "evaluate", fails)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(inputs, tmp_path, "--val-data", inputs.csv)
+    assert (tmp_path / "run/checkpoints/epoch_1.pt").exists()
+
+
+def test_evaluation_draws_leave_training_alone(inputs, plain, tmp_path, monkeypatch):
+    def draws(*_, **__):
+        torch.rand(100)
+        return {"number": 1.0}
+
+    monkeypatch.setattr(main, "evaluate", draws)
+    folder = train(inputs, tmp_path, "--force-patch-dropout", 0.5)
+    monkeypatch.setattr(main, "evaluate", lambda *_, **__: {})
+    assert losses(folder) == losses(train(inputs, tmp_path / "quiet", "--force-patch-dropout", 0.5))
+    assert results(folder) == [{"number": 1.0, "epoch": 1}, {"number": 1.0, "epoch": 2}]
+
+
+def test_names_that_scripts_import():
+    assert main.natural_key is natural_key
+    assert main.get_latest_checkpoint("/nowhere") is None
+    main.random_seed(3, 1)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(4))
+    assert open_clip.get_input_dtype("fp32") is None
