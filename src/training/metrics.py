@@ -109,7 +109,7 @@ def _ranks(image_features: Tensor, text_features: Tensor, device: torch.device, 
 
 
 def _block_sizes(rows: int) -> tuple[int, int]:
-    """Sizes of the blocks of candidates and of queries, for at most `rows` pairs a rank; the second divides the first."""
+    """Sizes of the blocks of candidates and of queries, for at most `rows` pairs a rank; one divides the other."""
     blocks = max(1, math.ceil(rows / GALLERY_ROWS))
     size = max(1, math.ceil(rows / blocks))
     unit = min(QUERY_ROWS, math.ceil(size / 64) * 64)  # whole tiles of a matrix product, whatever its kernel

@@ -41,7 +41,7 @@ def zero_shot_eval(
     args: Any,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy on what `data` has of "imagenet-val", "imagenet-v2" and "zeroshot"; {} when it is not due.
+    """Top-1 and top-5 accuracy on `data`'s "imagenet-val", "imagenet-v2" and "zeroshot", where there; {} when not due.
 
     args: params.EvalConfig or a flat namespace (epochs, precision, zeroshot_frequency, zeroshot_classnames,
     zeroshot_templates; `model`, a name, if there is no tokenizer). Every rank calls this and gets the accuracies over
@@ -94,7 +94,8 @@ def _check_imagenet(key: str, folders: int) -> None:
     if folders > expected:
         raise ValueError(f"--{key} has {folders} class folders, and ImageNet {expected} classes. {advice}")
     logger.warning(
-        "--%s has %d class folders, and ImageNet %d classes: the folders are taken for its first %d, in sorted order. %s",
+        "--%s has %d class folders, and ImageNet %d classes: labels go by position, so the folders count as its first "
+        "%d, in sorted order. %s",
         key, folders, expected, folders, advice,
     )  # fmt: skip
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gloo_ranks import run_ranks
 
+from gloo_ranks import run_ranks
 from open_clip import collectives
 
 WORLD_SIZES = (2, 3)

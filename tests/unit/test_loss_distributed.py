@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from gloo_ranks import run_ranks
 
+from gloo_ranks import run_ranks
 from open_clip import loss, pairwise
 
 WORLD_SIZES = (2, 3, 4)
@@ -196,7 +196,7 @@ def test_materialised_logits_give_the_same_loss(ranks, world_size, local_loss, g
 
 
 def test_default_gather_gives_the_towers_a_part_of_the_global_gradient():
-    """Of W ranks' average, as DDP takes it, gather_with_grad makes the global loss's gradient, the default 1/W of it."""
+    """Averaged over W ranks, as by DDP: gather_with_grad makes the global loss's gradient, the default 1/W of it."""
     world_size = 4
     plain = clip_by_definition(world_size, False, False)
     full = clip_by_definition(world_size, False, True)

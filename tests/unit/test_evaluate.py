@@ -1,0 +1,172 @@
+"""Evaluation in one process and over ranks with uneven parts: values, names, and when it is due."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gloo_ranks import run_ranks
+from training import zero_shot
+from training.evaluate import evaluate, maybe_compute_generative_loss
+from training.metrics import retrieval_metrics
+
+CLASSES = [f"class {letter}" for letter in "abcdefghi"]
+WIDTH = len(CLASSES)
+# Sizes of the batches of each rank.
+PARTS = {1: [[5, 3, 4]], 2: [[5, 3], [4]], 3: [[5], [3, 4], []]}
+
+
+class Model(nn.Module):
+    def __init__(self, captioner: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(WIDTH))
+        self.dropout = nn.Dropout(0.5)
+        self.captioner = captioner
+        self.modes: list[tuple[bool, bool]] = []
+
+    def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        return F.normalize(self.dropout(image.flatten(1)) @ self.weight, dim=-1)
+
+    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        return F.normalize(self.dropout(text.float()) @ self.weight, dim=-1)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        features = (self.encode_image(image), self.encode_text(text), torch.tensor(10.0))
+        if not self.captioner:
+            return features
+        outputs = dict(zip(("image_features", "text_features", "logit_scale"), features, strict=True))
+        return outputs | {"logits": text[:, :4, None] * torch.ones(5), "labels": text[:, :4].long() % 5}
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for size in PARTS[1][0]:
+        image = torch.randn(size, 1, 3, 3, generator=generator)
+        text = (image.flatten(1) * 9).round() + torch.randint(-9, 9, (size, WIDTH), generator=generator)
+        made.append({"image": image, "text": text, "label": text.argmax(1)})
+    return made
+
+
+def data_of(rank: int, world_size: int) -> dict:
+    """This rank's consecutive batches of the same three, as validation and as zero-shot data."""
+    parts = PARTS[world_size]
+    first = sum(len(part) for part in parts[:rank])
+    loader = Loader(batches()[first : first + len(parts[rank])])
+    return {"val": SimpleNamespace(dataloader=loader), "zeroshot": SimpleNamespace(dataloader=loader)}
+
+
+class Loader(list):
+    num_samples = sum(PARTS[1][0])
+    classes = CLASSES
+
+
+def tokenizer(captions: list[str]) -> torch.Tensor:
+    return torch.tensor([[float(f"class {letter}" in caption) for letter in "abcdefghi"] for caption in captions])
+
+
+def args(**changes) -> SimpleNamespace:
+    defaults = {"val_frequency": 1, "zeroshot_frequency": 1, "epochs": 3, "precision": "fp32"}
+    return SimpleNamespace(**(defaults | {"zeroshot_classnames": None, "zeroshot_templates": "simple"} | changes))
+
+
+def cases(rank: int, world_size: int) -> dict:
+    """Everything, with a classifier that is split over the ranks and with one that is not."""
+    results = {}
+    for fewest in (1, 100):
+        zero_shot.FEWEST_CLASSES_TO_SPLIT = fewest
+        data = data_of(rank, world_size)
+        results[str(fewest)] = evaluate(Model(captioner=True), data, 1, args(), tokenizer)
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, float]:
+    return evaluate(Model(captioner=True), data_of(0, 1), 1, args(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(__file__, "cases", (2, 3), tmp_path_factory.mktemp("ranks"))
+
+
+def test_values_are_those_of_the_definition(alone):
+    model, whole = Model().eval(), batches()
+    losses = []
+    for batch in whole:
+        logits = 10 * model.encode_image(batch["image"]) @ model.encode_text(batch["text"]).T
+        labels = torch.arange(len(logits))
+        losses.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
+    sizes = [len(batch["image"]) for batch in whole]
+    mean = sum(loss.item() * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    image, text = (torch.cat([batch[key] for batch in whole]) for key in ("image", "text"))
+    expected = retrieval_metrics(model.encode_image(image).detach(), model.encode_text(text).detach())
+    # A caption of class c is the c-th unit vector, so the class of an image is its largest element.
+    guesses = image.flatten(1).topk(5).indices
+    right = guesses == torch.cat([batch["label"] for batch in whole])[:, None]
+    generative = [maybe_compute_generative_loss(Model(True)(batch["image"], batch["text"])).item() for batch in whole]
+    expected |= {
+        "clip_val_loss": mean,
+        "val_generative_loss": sum(value * size for value, size in zip(generative, sizes, strict=True)) / sum(sizes),
+        "zeroshot-top1": right[:, 0].float().mean().item(),
+        "zeroshot-top5": right.any(1).float().mean().item(),
+        "epoch": 1,
+        "num_samples": 12,
+    }
+    assert 0 < expected["zeroshot-top1"] < expected["zeroshot-top5"]
+    assert alone == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("classifier", ["1", "100"], ids=["split classifier", "whole classifier"])
+def test_ranks_with_uneven_parts_get_the_metrics_of_the_whole(ranks, alone, world_size, classifier):
+    for result in ranks[world_size]:
+        assert result[classifier] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("val", "zeroshot", "epoch", "loss", "accuracy"),
+    [
+        (1, 2, 1, True, False),
+        (2, 1, 1, False, True),
+        (2, 2, 2, True, True),
+        (2, 2, 3, True, True),
+        (0, 0, 3, False, False),
+    ],
+)
+def test_what_is_due(val, zeroshot, epoch, loss, accuracy):
+    found = evaluate(Model(), data_of(0, 1), epoch, args(val_frequency=val, zeroshot_frequency=zeroshot), tokenizer)
+    assert ("clip_val_loss" in found, "zeroshot-top1" in found) == (loss, accuracy)
+    assert "val_generative_loss" not in found
+    assert found.get("epoch", epoch) == epoch
+
+
+def test_the_model_is_left_as_it_was():
+    model = Model().train()
+    model.dropout.eval()
+    first = evaluate(model, data_of(0, 1), 1, args(), tokenizer)
+    assert (model.training, model.dropout.training) == (True, False)
+    assert model.modes == [(False, False)] * 3
+    assert first == evaluate(model, data_of(0, 1), 1, args(), tokenizer)
+
+
+def test_the_mode_comes_back_after_a_failure_and_nothing_to_evaluate_is_one():
+    model = Model().train()
+    with pytest.raises(ValueError, match="not one usable sample"):
+        evaluate(model, {"val": SimpleNamespace(dataloader=Loader())}, 1, args(), tokenizer)
+    assert model.training
+
+
+def test_amp_changes_little(alone):
+    found = evaluate(Model(captioner=True), data_of(0, 1), 1, args(precision="amp_bf16"), tokenizer)
+    assert found["clip_val_loss"] != alone["clip_val_loss"]
+    assert found["clip_val_loss"] == pytest.approx(alone["clip_val_loss"], rel=0.05)
+
+
+def test_no_caption_no_generative_loss():
+    assert maybe_compute_generative_loss({"image_features": torch.ones(1)}) is None

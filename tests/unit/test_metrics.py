@@ -1,0 +1,129 @@
+"""Averages, accuracy, and retrieval against a stable sort of all similarities."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gloo_ranks import run_ranks
+from training import metrics
+
+# Pairs on each rank: uneven, and none at all. The blocks below are smaller than what some ranks have.
+COUNTS = {2: (150, 7), 3: (70, 0, 133)}
+
+
+def by_definition(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
+    """Metrics from all similarities, sorted, with ties in the order of the pairs."""
+    found = {}
+    similarities = (image.double() @ text.double().T).numpy()
+    for name, matrix in (("image_to_text", similarities), ("text_to_image", similarities.T)):
+        order = np.argsort(-matrix, axis=1, kind="stable")
+        ranks = (order == np.arange(len(matrix))[:, None]).argmax(1)
+        found[f"{name}_mean_rank"] = ranks.mean() + 1
+        found[f"{name}_median_rank"] = np.floor(np.median(ranks)) + 1
+        for k in (1, 5, 10):
+            found[f"{name}_R@{k}"] = (ranks < k).mean()
+    return found
+
+
+def features(count: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    if kind == "ties":  # small whole numbers: similarities are exact, and many are equal
+        image, text = torch.randint(-2, 3, (2, count, 4), generator=generator).float()
+    else:
+        image, text = torch.nn.functional.normalize(torch.randn(2, count, 16, generator=generator), dim=-1)
+        text = image + 0.3 * text
+    return image, text
+
+
+def cases(rank: int, world_size: int) -> dict:
+    metrics.GALLERY_ROWS, metrics.QUERY_ROWS = 128, 64
+    counts = COUNTS[world_size]
+    first = sum(counts[:rank])
+    results = {}
+    for kind in ("ties", "noise"):
+        image, text = (part[first : first + counts[rank]] for part in features(sum(counts), kind))
+        if not counts[rank]:
+            image = text = torch.zeros(0, 0)  # what a rank has that saw no batch
+        results[kind] = metrics.retrieval_metrics(image, text, distributed=True)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(__file__, "cases", tuple(COUNTS), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("kind", ["ties", "noise"])
+@pytest.mark.parametrize("world_size", COUNTS)
+def test_every_rank_gets_the_retrieval_metrics_of_all_pairs(ranks, world_size, kind):
+    expected = by_definition(*features(sum(COUNTS[world_size]), kind))
+    for result in ranks[world_size]:
+        assert result[kind] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["ties", "noise"])
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("rows", [(8192, 512), (128, 64)], ids=["one block", "blocks"])
+def test_retrieval_metrics(kind, count, rows, monkeypatch):
+    monkeypatch.setattr(metrics, "GALLERY_ROWS", rows[0])
+    monkeypatch.setattr(metrics, "QUERY_ROWS", rows[1])
+    image, text = features(count, kind)
+    assert metrics.retrieval_metrics(image, text) == pytest.approx(by_definition(image, text))
+
+
+def test_equal_candidates_rank_by_position_wherever_they_are(monkeypatch):
+    """Ten texts, repeated: their similarities are equal to the bit in every block, so the ranks are exact."""
+    monkeypatch.setattr(metrics, "GALLERY_ROWS", 128)
+    monkeypatch.setattr(metrics, "QUERY_ROWS", 64)
+    texts = torch.nn.functional.normalize(torch.randn(10, 48, generator=torch.Generator().manual_seed(0)), dim=-1)
+    text = texts.repeat(35, 1)
+    found = metrics.retrieval_metrics(text, text)
+    # The right one is behind its equals that come before it: 0, 1, ... 34 of them.
+    assert found["image_to_text_mean_rank"] == pytest.approx(18)
+    assert found["image_to_text_median_rank"] == 18
+    assert found["text_to_image_R@1"] == pytest.approx(1 / 35)
+
+
+def test_features_that_are_all_alike_give_chance():
+    found = metrics.retrieval_metrics(torch.ones(20, 3), torch.ones(20, 3))
+    assert (found["image_to_text_R@1"], found["text_to_image_R@5"]) == (0.05, 0.25)
+
+
+def test_half_precision_features_are_compared_in_fp32():
+    image, text = (part.bfloat16() for part in features(50, "noise"))
+    assert metrics.retrieval_metrics(image, text) == pytest.approx(by_definition(image.float(), text.float()))
+
+
+def test_no_pairs_and_unequal_numbers_are_errors():
+    with pytest.raises(ValueError, match="no pair"):
+        metrics.retrieval_metrics(torch.zeros(0, 3), torch.zeros(0, 3))
+    with pytest.raises(ValueError, match=r"\[2, 3\].*\[4, 3\]"):
+        metrics.retrieval_metrics(torch.zeros(2, 3), torch.zeros(4, 3))
+
+
+def test_blocks_hold_everything_and_waste_little():
+    for rows in (1, 63, 64, 65, 511, 513, 8192, 8193, 50_000):
+        gallery, queries = metrics._block_sizes(rows)
+        assert gallery % queries == 0
+        assert gallery <= metrics.GALLERY_ROWS
+        blocks = -(-rows // gallery)
+        assert blocks * gallery - rows < blocks * queries
+
+
+def test_accuracy_counts_the_right_ones():
+    output = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]])
+    target = torch.tensor([2, 1, 0])
+    assert metrics.accuracy(output, target) == [1.0]
+    assert metrics.accuracy(output, target, topk=(1, 2, 5)) == [1.0, 2.0, 3.0]
+
+
+def test_average_meter():
+    meter = metrics.AverageMeter()
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (0, 0, 0, 0)
+    meter.update(2.0, 3)
+    meter.update(6.0)
+    assert (meter.val, meter.avg, meter.sum, meter.count) == (6.0, 3.0, 12.0, 4)
+    meter.reset()
+    assert meter.count == 0
