@@ -91,7 +91,9 @@ def environment() -> dict[str, str]:
 
 def run(*options: object, ranks: int = 1, status: int = 0) -> str:
     """Runs the command in processes of its own, checks its exit status, and returns what it printed."""
-    done = subprocess.run(command(*options, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command(*options, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=240
+    )
     printed = done.stdout + done.stderr
     assert done.returncode == status, printed
     return printed

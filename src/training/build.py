@@ -19,8 +19,9 @@ from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, Opt
 
 logger = logging.getLogger(__name__)
 
-# Where SigLIP starts from (arXiv:2303.15343, section 3.2): temperature 10, and a bias that calls almost all pairs negative.
-SIGLIP_INIT = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+# Where SigLIP starts from (arXiv:2303.15343, section 3.2): temperature 10, and a bias that calls almost all pairs
+# negative.
+SIGLIP_INIT: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
 Transform = Callable[[Any], torch.Tensor]
 
@@ -32,6 +33,7 @@ def build_model(
 
     The weights are in the dtype that `precision` stands for; towers are locked after their weights are loaded.
     """
+    model: Any  # a CLIP by its methods, whatever its class
     model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
         cfg.model,
         cfg.pretrained,
@@ -57,7 +59,9 @@ def build_model(
             unlocked_groups=cfg.lock_image_unlocked_groups, freeze_bn_stats=cfg.lock_image_freeze_bn_stats
         )
     if cfg.lock_text:
-        model.lock_text_tower(unlocked_layers=cfg.lock_text_unlocked_layers, freeze_layer_norm=cfg.lock_text_freeze_layer_norm)
+        model.lock_text_tower(
+            unlocked_layers=cfg.lock_text_unlocked_layers, freeze_layer_norm=cfg.lock_text_freeze_layer_norm
+        )
     if cfg.grad_checkpointing:
         model.set_grad_checkpointing()
     total = sum(p.numel() for p in model.parameters())
@@ -91,7 +95,7 @@ def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
         return model
     static_graph = cfg.ddp_static_graph and accum_freq == 1
     if cfg.ddp_static_graph and not static_graph:
-        logger.warning("--ddp-static-graph has no effect: with --accum-freq not every pass of a step is like the others.")
+        logger.warning("--ddp-static-graph has no effect: with --accum-freq the passes of a step are not alike.")
     indexed = devices.row(world.device).indexed
     return DistributedDataParallel(model, device_ids=[world.device] if indexed else None, static_graph=static_graph)
 

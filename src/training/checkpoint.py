@@ -1,8 +1,9 @@
 """What a run is made of, and its checkpoints: one state, saved whole and restored whole.
 
 A checkpoint is open_clip's: {"epoch", "name", "state_dict", "optimizer"[, "scaler"]}, with one key of our own,
-"train_state", for what open_clip does not keep: the step, the samples seen, and the state of every random generator of every
-rank. So each side's checkpoints resume on the other. Tensors and plain values only: `torch.load(weights_only=True)` reads it.
+"train_state", for what open_clip does not keep: the step, the samples seen, and the state of every random generator of
+every rank. So each side's checkpoints resume on the other. Tensors and plain values only, which
+`torch.load(weights_only=True)` reads.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class TrainState:
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
             except (ValueError, KeyError) as error:
                 raise ValueError(
-                    f"The checkpoint's optimizer state does not fit this run's optimizer ({error}): give the same --opt and "
-                    "the same --lock-* options, or start from the weights alone with --pretrained."
+                    f"The checkpoint's optimizer state does not fit this run's ({error}): give the same --opt "
+                    "and the same --lock-* options, or start from the weights alone with --pretrained."
                 ) from error
         if self.scaler is not None:
             if "scaler" in checkpoint:
@@ -118,7 +119,7 @@ class TrainState:
             return
         rng.random_seed(self.seed + self.step, here.rank)
         logger.info(
-            "The checkpoint is from %d process(es) and this run has %d: random generators start from --seed and the step.",
+            "The checkpoint is from %d process(es) and this run has %d: random generators start from seed and step.",
             len(states),
             here.world_size,
         )
@@ -174,15 +175,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: for a file that is no checkpoint, or holds code.
     """
     if not file_utils.check_exists(path):
-        raise FileNotFoundError(f"--resume {str(path)!r}: there is no such file. (--resume latest finds the newest of a run.)")
+        raise FileNotFoundError(
+            f"--resume {str(path)!r}: there is no such file. (--resume latest finds the newest one of a run.)"
+        )
     try:
         checkpoint = file_utils.pt_load(path, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"--resume {str(path)!r} cannot be read as a checkpoint (torch.save of tensors and plain containers): "
-            f"{reason[0] if reason else type(error).__name__}. It is damaged, of another format, or holds code, which is "
-            "not run. To start from weights in other formats use --pretrained."
+            f"{reason[0] if reason else type(error).__name__}. It is damaged, of another format, or holds code, which "
+            "is not run. To start from weights in other formats use --pretrained."
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"--resume {str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint.")
@@ -191,14 +194,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def natural_key(string_: str) -> list[Any]:
     """A sort key by which epoch_10 comes after epoch_9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", string_.lower()) if part]
+    parts = filter(None, re.split(r"(\d+)", string_.lower()))
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
     """The newest checkpoint (*.pt) in a folder, or at a URL with `remote`; None where there is none.
 
-    Newest by the epoch in the name. epoch_latest.pt counts by the epoch that is in it, so that one left behind by an earlier
-    run without --save-most-recent is not taken for new; the remote copy of a run never has it.
+    Newest by the epoch in the name. epoch_latest.pt counts by the epoch that is in it, so that one left behind by an
+    earlier run without --save-most-recent is not taken for new; the remote copy of a run never has it.
     """
     if remote:
         names = [name for name in _list_remote(str(path)) if re.fullmatch(r"epoch_\d+\.pt", name)]
@@ -220,9 +224,10 @@ def _epoch_of(path: Path) -> int:
 
 
 def _list_remote(url: str) -> list[str]:
-    """Names of the files at a URL, none where there is no such folder; s3 by the command `aws` where it is installed."""
+    """Names of the files at a URL, none where there is no such folder; s3 by the command `aws` where it is there."""
     if url.startswith("s3://") and shutil.which("aws"):
-        done = subprocess.run(["aws", "s3", "ls", url.rstrip("/") + "/"], capture_output=True, text=True, errors="replace")
+        ls = ["aws", "s3", "ls", url.rstrip("/") + "/"]
+        done = subprocess.run(ls, capture_output=True, text=True, errors="replace")
         # It fails, too, on a folder that does not exist yet, as that of a new run.
         return [line.split()[-1] for line in done.stdout.splitlines() if line.strip()]
     import fsspec.core
@@ -235,7 +240,7 @@ def _list_remote(url: str) -> list[str]:
 
 
 def save_epoch(state: TrainState, cfg: CheckpointConfig, folder: Path, epochs: int) -> None:
-    """Writes what the options ask for after a completed epoch. Collective; the master writes, the others do not wait."""
+    """Writes what the options ask for after an epoch. Collective; the master writes, and the others do not wait."""
     last = state.epoch == epochs
     due = last or (cfg.save_frequency > 0 and state.epoch % cfg.save_frequency == 0)
     if not (due or cfg.save_most_recent):

@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import open_clip
@@ -55,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
         raise
     except Exception as error:
         log.exception("The run ends: %s", error)
-        # Nothing collective any more, leaving the group included: the others may wait elsewhere. The launcher ends them.
+        # Nothing collective any more, leaving the group included: the others wait elsewhere. The launcher ends them.
         if not world.distributed:
             distributed.shutdown()
         raise
@@ -68,7 +67,8 @@ def _run(options: argparse.Namespace, world: World) -> None:
     _start_log(cfg, options, world, folder)
     if cfg.logging.copy_codebase and folder is not None and world.is_master:
         copy_codebase(options)
-    with _remote_copy(cfg.checkpoint, world, folder), _metrics_writer(cfg, options, world, folder, resume_from) as writer:
+    metrics_writer = _metrics_writer(cfg, options, world, folder, resume_from)
+    with metrics_writer as writer, _remote_copy(cfg.checkpoint, world, folder):
         _train_and_evaluate(cfg, world, folder, resume_from, writer)
 
 
@@ -104,7 +104,7 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
     The master looks and tells the others: they may see the file system at another moment.
     """
     folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
-    found = (False, None)
+    found: tuple[bool, str | None] = (False, None)
     if world.is_master:
         taken = folder is not None and (folder / "out.log").exists()
         found = (taken and cfg.resume is None, _find_checkpoint(cfg, folder))
@@ -134,8 +134,8 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     local = cfg.logging.log_local
     writes = world.is_local_master if local else world.is_master
     level = logging.DEBUG if cfg.logging.debug else logging.INFO if writes else logging.WARNING
-    file = folder / (f"out-{world.rank}.log" if local and not world.is_master else "out.log") if folder and writes else None
-    logger.setup_logging(None if file is None else str(file), level, include_host=local)
+    file = "out.log" if world.is_master else f"out-{world.rank}.log"
+    logger.setup_logging(str(folder / file) if folder is not None and writes else None, level, include_host=local)
     if not world.is_master:
         return
     row = devices.row(world.device)
@@ -143,8 +143,6 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
              row.name(world.device.index), cfg.model.precision)  # fmt: skip
     for sentence in warnings_for(options, world.world_size):
         log.warning("%s.", sentence)
-    if cfg.checkpoint.resume == "latest":
-        log.info("--resume latest looks in %s.", folder)
     if folder is not None:
         lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
         (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
@@ -224,8 +222,8 @@ def _train_and_evaluate(
     )
     if not data:
         raise ValueError(
-            "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
-            "--imagenet-v2 or --zeroshot-data to evaluate."
+            "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, "
+            "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
         )
     check(data, cfg.eval)  # now, and not after an epoch
     trainer = _build_trainer(cfg, world, state, data["train"]) if "train" in data else None
@@ -239,13 +237,13 @@ def _train_and_evaluate(
             _train(cfg, state, trainer, data, tokenizer, folder, writer)
     finally:
         for info in data.values():
-            info.dataloader.close()
+            info.dataloader.close()  # type: ignore[attr-defined]  # training.data's own loaders have it
 
 
 def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: DataInfo) -> Trainer:
     """Everything that moves the weights; completes `state` with what of it must be saved."""
     model, chosen = state.model, str(cfg.model.precision)
-    loader = train.dataloader
+    loader: Any = train.dataloader
     state.steps_per_epoch = loader.num_batches // cfg.optim.accum_freq
     state.samples_per_epoch = loader.num_samples
     if state.steps_per_epoch == 0:

@@ -1,7 +1,7 @@
 """What a model is trained for: objects that take a model and a batch and return named losses.
 
-`features` asks the model, `targets` whoever else knows something about the batch (a teacher), `losses` compares. They are
-apart because accumulation needs them so: features of many small batches, one loss over all of them.
+`features` asks the model, `targets` whoever else knows something about the batch (a teacher), `losses` compares. They
+are apart because accumulation needs them so: features of many small batches, one loss over all of them.
 
 An output of the model belongs either to samples (its first dimension is the batch's) or to the whole model (`SHARED`).
 """
@@ -31,7 +31,7 @@ def is_captioner(model: nn.Module) -> bool:
 
 
 def as_outputs(model_out: Mapping[str, Tensor] | Sequence[Tensor]) -> Outputs:
-    """A model's answer by name, whether it gave a dict or a tuple (image_features, text_features, logit_scale[, logit_bias])."""
+    """A model's answer by name: it is a dict already, or (image_features, text_features, logit_scale[, logit_bias])."""
     if isinstance(model_out, Mapping):
         return dict(model_out)
     return dict(zip(_TUPLE_NAMES, model_out, strict=False))
@@ -40,7 +40,8 @@ def as_outputs(model_out: Mapping[str, Tensor] | Sequence[Tensor]) -> Outputs:
 def concatenate(parts: Sequence[Outputs]) -> Outputs:
     """The outputs for one large batch from those for its parts, in order."""
     return {
-        name: value if name in SHARED else torch.cat([part[name] for part in parts]) for name, value in parts[-1].items()
+        name: value if name in SHARED else torch.cat([part[name] for part in parts])
+        for name, value in parts[-1].items()
     }
 
 
@@ -69,7 +70,7 @@ class Objective(ABC):
 
 
 class ContrastiveObjective(Objective):
-    """Each image's own caption against all other captions of the global batch, and the reverse (CLIP, arXiv:2103.00020)."""
+    """Each image's caption against all others of the global batch, and the reverse (CLIP, arXiv:2103.00020)."""
 
     def __init__(self, local_loss: bool = False, gather_with_grad: bool = False) -> None:
         here = world()
@@ -120,7 +121,7 @@ class CaptioningObjective(Objective):
 
 
 class DistillationObjective(Objective):
-    """The contrastive loss, and the similarities that a frozen teacher sees in the batch (knowledge distillation, arXiv:1503.02531)."""
+    """The contrastive loss, and the similarities that a frozen teacher sees (distillation, arXiv:1503.02531)."""
 
     def __init__(self, cfg: ObjectiveConfig, teacher: nn.Module) -> None:
         here = world()
@@ -142,13 +143,13 @@ class DistillationObjective(Objective):
         named = self.loss(**student, **teacher, output_dict=True)
         bias = outputs.get("logit_bias")
         if bias is not None:
-            # No softmax depends on it. It stays in the graph all the same: DDP waits for the gradient of every parameter.
+            # No softmax depends on it. It stays in the graph all the same: DDP waits for every parameter's gradient.
             named["contrastive_loss"] = named["contrastive_loss"] + 0 * bias.sum()
         return named
 
 
 class LossModule(Objective):
-    """Any loss module with open_clip's signature (`open_clip.create_loss`) as an objective, with a teacher if it wants one."""
+    """Any loss module with open_clip's signature (`open_clip.create_loss`), with a teacher if it wants one."""
 
     def __init__(self, loss: nn.Module, teacher: nn.Module | None = None) -> None:
         self.loss = loss
@@ -181,7 +182,7 @@ def create_objective(cfg: ObjectiveConfig, model: nn.Module, teacher: nn.Module 
         return CaptioningObjective(cfg, pad_id=getattr(model, "pad_id", 0))
     if teacher is not None:
         if cfg.siglip:
-            raise ValueError("--siglip and --distill-model exclude each other: distillation has a softmax loss of its own.")
+            raise ValueError("--siglip and --distill-model exclude each other: distillation has a softmax of its own.")
         return DistillationObjective(cfg, teacher)
     if cfg.siglip:
         if getattr(model, "logit_bias", None) is None:

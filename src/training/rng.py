@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     """States of the generators of Python, NumPy, torch's CPU and `device`: tensors and plain values, which a checkpoint
     can hold and `torch.load(weights_only=True)` reads."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = cast(
+        "tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True)
+    )
     return {
         "python": {"version": version, "words": _pack(np.array(words, dtype=np.uint32)), "gauss": gauss},
         "numpy": {
@@ -73,8 +75,8 @@ def set_torch_state(state: tuple[torch.Tensor, torch.Tensor], device: torch.devi
 def untouched(device: torch.device) -> Iterator[None]:
     """Whatever draws random numbers inside leaves every generator as it was.
 
-    Making a DataLoader's iterator draws a seed, once in a run with persistent workers: without this a resumed run, which
-    makes it again, would go on with other numbers than the unbroken one.
+    So an evaluation between two epochs changes nothing of the training, and a run resumed after it goes on like the
+    unbroken one.
     """
     state = rng_state(device)
     try:

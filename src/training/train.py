@@ -62,12 +62,12 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
             raise ValueError(
-                "DDP with static_graph counts every backward pass from its second step on, and so would take the gradients of "
-                "a part of the batches: with accumulation make it without static_graph."
+                "DDP with static_graph counts every backward pass from its second step on, and so would take the "
+                "gradients of a part of the batches: with accumulation make it without static_graph."
             )
 
     def step(self, batches: list[Batch], number: int) -> Outputs:
-        """Update `number` (from 0) of the weights, from `accum_freq` batches on the device; the losses, on the device."""
+        """Update `number` (from 0) of the weights, from `accum_freq` batches on the device; the losses, there too."""
         if self.scheduler is not None:
             self.scheduler(number)
         self.optimizer.zero_grad()  # to None or to zero, as the optimizer prefers
@@ -94,15 +94,15 @@ class Trainer:
     def _accumulate(self, batches: list[Batch]) -> Outputs:
         """One loss over the samples of k batches, each other's negatives, in the memory of one (arXiv:2101.06983).
 
-        All batches but the last go forward without keeping activations. The loss is taken once, on the features of all, and
-        gives the features' gradients. Then each batch goes forward again, and backward with its part of them. The cost is
-        k - 1 forward passes beyond those of one large batch. Random numbers are replayed, so that dropout drops the same the
-        second time; a layer that counts what it sees (BatchNorm) counts it twice.
+        All batches but the last go forward without keeping activations. The loss is taken once, on the features of all,
+        and gives the features' gradients. Then each batch goes forward again, and backward with its part of them. The
+        cost is k - 1 forward passes beyond those of one large batch. Random numbers are replayed, so that dropout drops
+        the same the second time; a layer that counts what it sees (BatchNorm) counts it twice.
 
-        The gradients of the scalars (logit_scale) come whole from the one loss and go in with the last backward pass. That is
-        the only pass through DDP's wrapper, which then averages over the ranks what all passes have added up, and waits for
-        every parameter. The others go past it, and the graph kept from the first phase is one of them: DDP would have to be
-        told at its forward that it comes last.
+        The gradients of the scalars (logit_scale) come whole from the one loss and go in with the last backward pass.
+        That is the only pass through DDP's wrapper, which then averages over the ranks what all passes have added up,
+        and waits for every parameter. The others go past it, and the graph kept from the first phase is one of them:
+        DDP would have to be told at its forward that it comes last.
         """
         bare = unwrap_model(self.model)
         states, parts = [], []
@@ -162,7 +162,7 @@ class Trainer:
 
 
 def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs]]:
-    """Gradients of what all samples share, and for each batch those of its rows. Zero for what the loss does not use."""
+    """Gradients of what all samples share, and for each batch those of its rows. 0 for what the loss does not use."""
     whole = {
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         for name, leaf in leaves.items()
@@ -181,8 +181,10 @@ def _backward(outputs: Outputs, gradients: Outputs) -> None:
 
 @dataclass
 class Progress:
-    """What an epoch has come to: its losses, summed on the device, and its pace. Numbers are of the steps since the last
-    `report`, averages of the epoch."""
+    """What an epoch has come to: its losses, summed on the device, and its pace.
+
+    Numbers are of the steps since the last `report`, averages of the epoch.
+    """
 
     objective_losses: dict[str, AverageMeter] = field(default_factory=dict)
     sums: Outputs = field(default_factory=dict)
@@ -252,8 +254,8 @@ def run_epoch(trainer: Trainer, data: Any, state: TrainState, log_every_n_steps:
                 writer.write(numbers, state.step - 1, "train")
     if done == 0:
         raise RuntimeError(
-            f"The training data gave no batch of the {trainer.accum_freq} that one step takes: use a smaller --batch-size, "
-            "fewer processes, or a smaller --accum-freq."
+            f"The training data gave fewer batches than the {trainer.accum_freq} that one step takes: use a smaller "
+            "--batch-size, fewer processes, or a smaller --accum-freq."
         )
     state.epoch += 1
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from train_runs import (
     command,
     environment,
@@ -99,8 +100,11 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(inputs, unbroken, workers
 
 
 def test_two_processes_with_accumulation_train_like_one_with_the_same_global_batch(inputs):
-    """1 x 8 samples, and 2 processes x 2 batches x 2. Without patch dropout, which draws on each process for itself; with a
-    large eps, as AdamW makes the rounding errors of gradients that are 0 (those of the keys' biases) as large as any."""
+    """1 x 8 samples, and 2 processes x 2 batches x 2.
+
+    Without patch dropout, which draws on each process for itself; with a large eps, as AdamW makes the rounding errors
+    of gradients that are 0 (those of the keys' biases) as large as any.
+    """
     shared = ["--train-data", inputs.csv, "--workers", 0, "--force-patch-dropout", 0.0, "--eps", 1e-3, "--epochs", 2]
     run(*options(inputs, "one", *shared, "--batch-size", 8))
     linked = ["--local-loss", "--gather-with-grad", "--dist-backend", "gloo", "--val-data", inputs.csv]

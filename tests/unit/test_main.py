@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import pytest
 import torch
+
+import open_clip
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
 from training import distributed, file_utils, main
 from training.checkpoint import natural_key
@@ -116,12 +117,16 @@ def test_a_locked_tower_does_not_move_and_the_other_one_does(inputs, plain, tmp_
     folder = train(inputs, tmp_path, "--lock-image", "--pretrained", start)
     before, after = weights(plain, "epoch_1.pt"), weights(folder, "epoch_2.pt")
     assert torch.equal(after["visual.conv1.weight"], before["visual.conv1.weight"])
-    assert not torch.equal(after["transformer.resblocks.0.mlp.c_fc.weight"], before["transformer.resblocks.0.mlp.c_fc.weight"])
+    assert not torch.equal(
+        after["transformer.resblocks.0.mlp.c_fc.weight"], before["transformer.resblocks.0.mlp.c_fc.weight"]
+    )
 
 
 def test_a_teacher_is_distilled_from(inputs, plain, tmp_path):
     teacher = plain / "checkpoints/epoch_2.pt"
-    folder = train(inputs, tmp_path, "--distill-model", inputs.model, "--distill-pretrained", teacher, "--accum-freq", "1")
+    folder = train(
+        inputs, tmp_path, "--distill-model", inputs.model, "--distill-pretrained", teacher, "--accum-freq", "1"
+    )
     numbers = scalars(folder)
     total = [numbers["train/contrastive_loss"][i] + numbers["train/distill_loss"][i] for i in range(6)]
     assert [numbers["train/loss"][i] for i in range(6)] == pytest.approx(total, rel=1e-5)
@@ -248,7 +253,7 @@ REFUSED = {
         ValueError, "no.png|missing_image",
     ),
     "fewer samples than a batch": (lambda i, t: ["--train-data", i.csv, "--batch-size", 64], ValueError, "12"),
-    "fewer batches than a step": (lambda i, t: ["--train-data", i.csv, "--accum-freq", 4], ValueError, "--accum-freq 4"),
+    "fewer batches than a step": (lambda i, t: ["--train-data", i.csv, "--accum-freq", 4], ValueError, "accum-freq 4"),
     "shards without captions": (
         lambda i, t: ["--train-data", write_shards(t / "s", 2, 8, captions=False)], ValueError, "no_caption",
     ),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from training.objective import (
     CaptioningObjective,
     ContrastiveObjective,

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from gloo_ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gloo_ranks import run_ranks
 from training import rng
 from training.checkpoint import TrainState
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective
@@ -83,7 +84,9 @@ def assert_equal(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert value.abs().max() > 0, f"{name} proves nothing"
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, key=name: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("siglip", [False, True])
@@ -328,9 +331,8 @@ def test_the_host_waits_for_the_device_only_when_it_reports(monkeypatch):
 
 def test_ones_own_script_calls_it_as_in_open_clip():
     model, data = Towers(), data_of(3)
-    data.dataloader[:] = [(batch["image"], batch["text"]) for batch in data.dataloader]
     model.float()
-    data.dataloader[:] = [(image.float(), text.float()) for image, text in data.dataloader]
+    data.dataloader[:] = [(batch["image"].float(), batch["text"].float()) for batch in data.dataloader]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model.visual[0].weight.clone()
     scalars = []
@@ -338,8 +340,8 @@ def test_ones_own_script_calls_it_as_in_open_clip():
         device="cpu", precision="fp32", accum_freq=1, grad_clip_norm=None, log_every_n_steps=1, skip_scheduler=False
     )
     train_one_epoch(
-        model, {"train": data}, ContrastiveObjective().loss, 1, optimizer, None, lambda step: scalars.append(step), None,
-        args, tb_writer=SimpleNamespace(add_scalar=lambda name, value, step: scalars.append((name, step))),
+        model, {"train": data}, ContrastiveObjective().loss, 1, optimizer, None, scalars.append, None, args,
+        tb_writer=SimpleNamespace(add_scalar=lambda name, value, step: scalars.append((name, step))),
     )  # fmt: skip
     assert not torch.equal(before, model.visual[0].weight)
     assert [entry for entry in scalars if isinstance(entry, int)] == [3, 4, 5]

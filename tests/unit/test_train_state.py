@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gloo_ranks import run_ranks
 from torch import nn
+
+from gloo_ranks import run_ranks
 from training import checkpoint as checkpoints
 from training.checkpoint import (
     TrainState,
