@@ -153,7 +153,7 @@ class _Archive:
             : -len("constants.pkl")
         ]
         self.entries = {info.filename: info for info in archive.infolist()}
-        self.mapped = torch.UntypedStorage.from_file(self.path, shared=False, nbytes=self.size)
+        self.mapped = torch.UntypedStorage.from_file(self.path, False, self.size)  # private pages
         self.storages: dict[str, torch.UntypedStorage] = {}
         self.sources: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""Checkpoints of open_clip_torch 3.3.0 load here with its features, and it loads ours: recorded by record/loading.py."""
+"""Checkpoints of open_clip_torch 3.3.0 load here with its features, and it loads ours; see record/loading.py."""
 
 from __future__ import annotations
 

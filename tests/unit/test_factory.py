@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +91,18 @@ def test_nothing_is_initialised_twice(name, weights, monkeypatch):
     assert torch.equal(torch.rand(1), expected)
     monkeypatch.setattr(torch.Tensor, "copy_", None)  # nor is a weight copied
     open_clip.create_model(name, pretrained=weights)
+
+
+def test_torchs_compiler_is_not_imported_for_it(name, weights):
+    """Its import takes longer than all of loading; torch's meta kernels of random functions would ask for it."""
+    code = (
+        "import sys, torch, open_clip; before = set(sys.modules)\n"
+        f"open_clip.create_model({name!r}, pretrained={weights!r})\n"
+        "print(sorted(m for m in set(sys.modules) - before if m in ('sympy', 'torch._dynamo')))"
+    )
+    environment = {"PYTHONPATH": str(Path(open_clip.__file__).parents[1]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("tag", ["plain", "PLAIN"])
