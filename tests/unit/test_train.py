@@ -275,13 +275,13 @@ def test_an_epoch_counts_schedules_and_reports(caplog):
     reference = trainer_of(copy.deepcopy(model))
     expected = [reference.step([batch], i)["loss"].item() for i, batch in enumerate(data.dataloader)]
     with caplog.at_level(logging.INFO):
-        run_epoch(trainer, data, state, log_every_n_steps=2, writer=writer)
+        run_epoch(trainer, data, state, log_every_n_steps=3, writer=writer)
     assert data.epochs == [2]
     assert steps == [10, 11, 12, 13, 14]
     assert (state.epoch, state.step, state.samples_seen) == (3, 15, 60)
-    # The first step, then every second; the last one of the epoch in any case.
-    assert [step for step, _, _ in writer] == [10, 12, 14]
-    means = [expected[0], sum(expected[1:3]) / 2, sum(expected[3:]) / 2]
+    # The first step, then every third; the last one of the epoch in any case.
+    assert [step for step, _, _ in writer] == [10, 13, 14]
+    means = [expected[0], sum(expected[1:4]) / 3, expected[4]]
     assert [numbers["loss"] for _, _, numbers in writer] == pytest.approx(means, rel=1e-6)
     names = {"loss", "contrastive_loss", "data_time", "batch_time", "samples_per_second", "samples_per_second_per_gpu"}
     assert {*names, "scale", "lr"} == set(writer[0][2])
