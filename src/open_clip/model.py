@@ -262,7 +262,7 @@ class TwoTowers(nn.Module):
             stop_early: leave out the blocks after the last one wanted.
             normalize: scale image_features and text_features to unit length.
             normalize_intermediates: apply the tower's final layer norm to each block's output.
-            intermediates_only: leave out features, logits, scale and bias.
+            intermediates_only: leave out features and logits.
             image_output_fmt: "NCHW" or "NLC"; text_output_fmt: "NLC".
             image_output_extra_tokens, text_output_extra_tokens: also the class tokens, in lists of their own.
             output_logits: "image_logits" and "text_logits", which need both inputs.
@@ -272,8 +272,7 @@ class TwoTowers(nn.Module):
             "image_intermediates", "image_features", "text_intermediates", "text_features" and what was asked for; the
             towers' forward_intermediates say the shapes.
         """
-        if intermediates_only:
-            output_logits = output_logit_scale_bias = False
+        output_logits = output_logits and not intermediates_only
         if output_logits and (image is None or text is None):
             raise ValueError("logits are of images and texts: give both, or output_logits=False")
         common = {
