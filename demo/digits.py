@@ -147,7 +147,7 @@ def train(output: Path, args: argparse.Namespace) -> None:
         "--batch-size", "64",
         "--lr", "1e-3",
         "--wd", "0.1",
-        "--warmup", "50",
+        "--warmup", "20",
         "--workers", "1",
         "--seed", str(args.seed),
         "--device", args.device,
@@ -226,7 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything that is made")
     parser.add_argument("--data", choices=["csv", "shards"], default="csv", help="the form of the data to train on")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the digits (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="as in training.main: the best one present, unless named")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

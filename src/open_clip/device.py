@@ -25,9 +25,8 @@ def _import_torch() -> tuple[ModuleType | None, str | None]:
     """Imports torch, then torch_npu where it is installed: (torch_npu or None, why it could not load or None)."""
     if importlib.util.find_spec("torch_npu") is None:
         return None, None
-    chosen_by_user = _AUTOLOAD in os.environ
-    if not chosen_by_user:
-        os.environ[_AUTOLOAD] = "0"
+    before = os.environ.get(_AUTOLOAD)  # "1" is what torch_npu leaves to the processes started from its own
+    os.environ[_AUTOLOAD] = "0"
     import torch  # noqa: F401  first without the backend, so that a broken one cannot take torch down with it
 
     try:
@@ -37,8 +36,10 @@ def _import_torch() -> tuple[ModuleType | None, str | None]:
         reason = f"{type(error).__name__}: {error}"
         logger.warning("torch_npu is installed but cannot load (%s), so the NPU is not used. %s", reason, _NPU_CURE)
         return None, reason
-    if not chosen_by_user:
+    if before is None:
         del os.environ[_AUTOLOAD]
+    else:
+        os.environ[_AUTOLOAD] = before
     return torch_npu, None
 
 

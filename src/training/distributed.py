@@ -16,11 +16,9 @@ import torch
 import torch.distributed as dist
 
 from open_clip import device as devices
+from training.params import DistributedConfig
 
 logger = logging.getLogger(__name__)
-
-# How long a rank waits for the others: long enough for a download or the slowest shard of a data set.
-TIMEOUT = datetime.timedelta(minutes=30)
 
 # Variables by launcher: rank, world size, rank within the node. One launcher's are never mixed with another's. MPI
 # comes before SLURM: under `mpirun` inside a SLURM job, SLURM's variables describe the job and not the process.
@@ -58,11 +56,11 @@ class World:
 _world: World | None = None
 
 
-def init(cfg: Any) -> World:
+def init(cfg: DistributedConfig) -> World:
     """Joins the run that the launcher's variables describe and makes this process's device current.
 
-    cfg: device, dist_url, dist_backend, no_set_device_rank (params.DistributedConfig). Raises RuntimeError for a device
-    or a rendezvous that is not there, ValueError for a backend that cannot move the device's tensors.
+    Raises RuntimeError for a device or a rendezvous that is not there, ValueError for a backend that cannot move the
+    device's tensors.
     """
     global _world
     local_rank, rank, world_size = world_info_from_env()
@@ -77,7 +75,8 @@ def init(cfg: Any) -> World:
                 device,
             )
         backend = _check_backend(cfg.dist_backend or devices.row(device).backend, device)
-        _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size)
+        timeout = datetime.timedelta(seconds=cfg.dist_timeout)
+        _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size, timeout)
     elif cfg.dist_backend:
         logger.info("--dist-backend %s has no effect: this run has one process.", cfg.dist_backend)
     _world = World(rank, local_rank, world_size, device, backend)
@@ -156,7 +155,15 @@ def _check_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: int, world_size: int) -> None:
+def _join(
+    backend: str,
+    url: str,
+    device: torch.device,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    timeout: datetime.timedelta,
+) -> None:
     if url.startswith("env://"):
         _set_rendezvous()
     # Libraries that split data by worker (webdataset) read these, whoever the launcher was.
@@ -164,7 +171,7 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
     for name, value in devices.row(device).collective_env.items():
         os.environ.setdefault(name, value)
     # No device_id: with one, a later mesh asks the backend to split a group, which HCCL cannot.
-    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _set_rendezvous() -> None:
@@ -251,14 +258,6 @@ def init_distributed_device(args: Any) -> torch.device:
     return torch.device(args.device)
 
 
-@dataclass(frozen=True)
-class _Request:
-    device: str
-    dist_backend: str | None
-    dist_url: str | None
-    no_set_device_rank: bool
-
-
 def init_distributed_device_so(
     device: str = "auto",
     dist_backend: str | None = None,
@@ -269,7 +268,11 @@ def init_distributed_device_so(
     """`init` with keywords; {"device", "global_rank", "local_rank", "world_size", "distributed"}."""
     if horovod:
         raise ValueError("--horovod is not served: start the processes with torchrun.")
-    here = init(_Request(device, dist_backend, dist_url, no_set_device_rank))
+    here = init(
+        DistributedConfig(
+            device=device, dist_backend=dist_backend, dist_url=dist_url, no_set_device_rank=no_set_device_rank
+        )
+    )
     return {
         "device": str(here.device),
         "global_rank": here.rank,

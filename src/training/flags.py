@@ -12,7 +12,7 @@ import textwrap
 from typing import Any
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
-DATASET_TYPES = ("webdataset", "csv", "synthetic", "auto")
+DATASET_TYPES = ("webdataset", "csv", "imagefolder", "synthetic", "auto")
 LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
 FUSED_OPTIMIZERS = ("auto", "torch", "off")
 LOSS_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -96,8 +96,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "Synthetic: 100. With --dataset-resampled it may be any number: it is how often one evaluates and saves")
     add("--val-num-samples", type=int, metavar="N", help="the same of the validation data, for the progress that is "
         "shown: every sample is evaluated in any case")
-    add("--dataset-type", choices=DATASET_TYPES, help="form of the data; auto goes by the file's ending; synthetic "
-        "needs no files and measures the speed of the rest")
+    add("--dataset-type", choices=DATASET_TYPES, help="form of the data; auto goes by the file's ending; "
+        "imagefolder: a folder of images a class, with captions made of their names; synthetic needs no files and "
+        "measures the speed of the rest")
     add("--dataset-resampled", action="store_true", help="webdataset: draw shards with replacement, for ever, instead "
         "of passing over each once an epoch. For very large collections and for several weighted sources")
     add("--csv-separator", metavar="CHAR", help="between a CSV file's columns (a comma needs `--csv-separator ,`)")

@@ -15,6 +15,7 @@ import torch
 
 from open_clip import device as devices
 from training import distributed
+from training.params import DistributedConfig
 
 SOURCE = Path(__file__).parents[2] / "src"
 ALL_VARIABLES = [
@@ -35,10 +36,8 @@ def set_env(monkeypatch, **variables):
         monkeypatch.setenv(name, str(value))
 
 
-def config(device="cpu", dist_url=None, dist_backend=None, no_set_device_rank=False):
-    return SimpleNamespace(
-        device=device, dist_url=dist_url, dist_backend=dist_backend, no_set_device_rank=no_set_device_rank
-    )
+def config(device="cpu", **options):
+    return DistributedConfig(device=device, **options)
 
 
 # Who this process is
@@ -144,7 +143,7 @@ def test_the_backend_is_the_devices_and_the_device_is_current_before_joining(mon
     assert two_ranks["backend"] == "nccl"
     assert (two_ranks["rank"], two_ranks["world_size"]) == (1, 2)
     assert two_ranks["init_method"] == "env://"
-    assert two_ranks["timeout"] == distributed.TIMEOUT
+    assert two_ranks["timeout"].total_seconds() == 1800
     assert "device_id" not in two_ranks  # HCCL cannot split groups
 
 
@@ -161,8 +160,9 @@ def test_a_device_with_an_index_for_every_rank_is_warned_about(monkeypatch, two_
 
 def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
     fake_cuda(monkeypatch, [])
-    distributed.init(config(device="cuda", dist_backend="gloo", dist_url="tcp://h:1"))
+    distributed.init(config(device="cuda", dist_backend="gloo", dist_url="tcp://h:1", dist_timeout=90))
     assert (two_ranks["backend"], two_ranks["init_method"]) == ("gloo", "tcp://h:1")
+    assert two_ranks["timeout"].total_seconds() == 90
 
 
 def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypatch, two_ranks):
@@ -230,9 +230,9 @@ def test_is_device_available(monkeypatch):
 TWO_PROCESSES = """
 import json, torch
 import open_clip.device
-from types import SimpleNamespace
 from training import distributed as d
-world = d.init(SimpleNamespace(device="cpu", dist_url=None, dist_backend="gloo", no_set_device_rank=False))
+from training.params import DistributedConfig
+world = d.init(DistributedConfig(device="cpu", dist_backend="gloo"))
 told = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
 gathered = d.all_gather_object(None, "x" * (1 + 999 * world.rank))
 d.barrier()

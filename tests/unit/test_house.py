@@ -34,9 +34,10 @@ FLOORS = [
     ["training"],
     ["training.flags"],
     ["training.flag_checks"],
+    ["training.params"],
     [
-        "training.params", "training.distributed", "training.precision", "training.scheduler", "training.metrics",
-        "training.logger", "training.file_utils", "training.rng",
+        "training.distributed", "training.precision", "training.scheduler", "training.metrics", "training.logger",
+        "training.file_utils", "training.rng",
     ],
     [
         "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
