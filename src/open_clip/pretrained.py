@@ -314,11 +314,11 @@ def download_pretrained_from_hf(
         try:
             return hf_hub_download(model_id, candidate, revision=revision, cache_dir=cache_dir)
         except OSError as error:  # so are all of the hub's: not there, no access, offline, no connection
-            failures.append(f"{candidate}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+            failures.append((str(error).strip() or type(error).__name__).splitlines()[0])
             last = error
     at = f"{model_id}@{revision}" if revision else model_id
     raise FileNotFoundError(
-        f"No {' or '.join(candidates)} of {at} in the local cache or on Hugging Face's hub ({'; '.join(failures)}). "
+        f"No {' or '.join(candidates)} of {at} in the local cache or on Hugging Face's hub ({'; '.join(dict.fromkeys(failures))}). "
         "A mirror is used with HF_ENDPOINT=https://..., and a file downloaded elsewhere is loaded by its path."
     ) from last
 

@@ -192,8 +192,9 @@ def check_quick_gelu(recipe: Recipe) -> None:
         mend = f"Use {' or '.join([*names, 'force_quick_gelu=True'])}."
     else:
         mend = "Leave out force_quick_gelu, and use the model whose name has no -quickgelu."
-    warnings.warn(
+    message = (
         f"QuickGELU mismatch: {recipe.weights_name} were trained with quick_gelu={recipe.quick_gelu}, and "
-        f"{recipe.name} is built with quick_gelu={built_with}. Its features will be wrong. {mend}",
-        stacklevel=3,
+        f"{recipe.name} is built with quick_gelu={built_with}. Its features will be wrong. {mend}"
     )
+    logger.warning(message)  # for the log of a run
+    warnings.warn(message, stacklevel=3)  # as open_clip does: programs filter it, or make it an error

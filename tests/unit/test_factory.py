@@ -196,8 +196,9 @@ def test_one_towers_weights(name, weights, tower):
         ("Tiny-1", "quick_one", {"load_weights": False}, None),
     ],
 )
-def test_quick_gelu_mismatch(tiny_tags, recwarn, model, tag, kwargs, mend):
+def test_quick_gelu_mismatch(tiny_tags, recwarn, caplog, model, tag, kwargs, mend):
     open_clip.create_model(model, pretrained=tag, **kwargs)
+    assert ("QuickGELU mismatch" in caplog.text) == (mend is not None)
     found = [str(warning.message) for warning in recwarn if "QuickGELU" in str(warning.message)]
     assert len(found) == (mend is not None)
     assert mend is None or mend in found[0]
