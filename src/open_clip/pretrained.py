@@ -316,9 +316,9 @@ def download_pretrained_from_hf(
         except OSError as error:  # so are all of the hub's: not there, no access, offline, no connection
             failures.append((str(error).strip() or type(error).__name__).splitlines()[0])
             last = error
-    at = f"{model_id}@{revision}" if revision else model_id
+    at, reasons = f"{model_id}@{revision}" if revision else model_id, "; ".join(dict.fromkeys(failures))
     raise FileNotFoundError(
-        f"No {' or '.join(candidates)} of {at} in the local cache or on Hugging Face's hub ({'; '.join(dict.fromkeys(failures))}). "
+        f"No {' or '.join(candidates)} of {at} in the local cache or on Hugging Face's hub ({reasons}). "
         "A mirror is used with HF_ENDPOINT=https://..., and a file downloaded elsewhere is loaded by its path."
     ) from last
 
