@@ -1,7 +1,7 @@
 """Byte-level byte-pair encoding over the merges file of OpenAI's CLIP (Radford et al. 2021, arXiv:2103.00020).
 
 A token is spelled in bytes, its last byte marked as a word's end (`</w>`), and the adjacent pair that was learnt first
-is joined until no pair is left that was learnt (Sennrich et al. 2016, arXiv:1508.07909). Ids are laid out so: 256 bytes,
+is joined until no pair is left that was learnt (Sennrich et al. 2016, arXiv:1508.07909). Ids in order: 256 bytes,
 the 256 bytes that end a word, the merges in the order they were learnt, special tokens. A merge's id is therefore its
 rank, and the merge loop works on ids alone: `after[left].get(right)` is the rank to compare and the symbol to write.
 """

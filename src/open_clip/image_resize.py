@@ -40,11 +40,31 @@ def to_interpolation(interpolation: Any) -> str:
 
 @lru_cache
 def _torch_resizes_bytes() -> bool:
-    """Whether torch's antialiased resize of uint8 is its vectorised one.
-
-    That one is 4 to 6 times faster than Pillow, and never more than one level of 255 off; without AVX2 it is slower.
-    """
+    """Whether torch's resize of uint8 is its vectorised one, 4 to 6 times as fast as Pillow's; others are slower."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def _vertical_first(image: Image, size: tuple[int, int]) -> bool:
+    """Whether Pillow 13 resizes columns before rows. What lies between is rounded, so the order shows in the result.
+
+    In torch, and in Pillow before 13, rows always come first.
+    """
+    return image.height - size[0] > 2 * max(image.width - size[1], 0)
+
+
+def _torch_agrees(image: Image, size: tuple[int, int]) -> bool:
+    """Whether torch's resize of uint8 is fast here, and gives Pillow's pixels within one level of 255.
+
+    torch has fewer bits for its weights. What it rounds otherwise between the two passes stays within one level where
+    no single weight is large, that is, where the image shrinks: at ratios from 1.6 on, of 500 million values none was
+    two off.
+    """
+    return (
+        image.mode in ("RGB", "L")
+        and min(image.height / size[0], image.width / size[1]) >= 1.6
+        and not _vertical_first(image, size)
+        and _torch_resizes_bytes()
+    )
 
 
 def to_resizable(image: Image) -> Image:
@@ -64,7 +84,7 @@ def _resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
     height, width = size
     if image.size == (width, height):
         return image
-    if image.mode in ("RGB", "L") and interpolation != "nearest" and _torch_resizes_bytes():
+    if interpolation != "nearest" and _torch_agrees(image, size):
         pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
         pixels = nn.functional.interpolate(pixels[None], (height, width), mode=interpolation, antialias=True)[0]
         return fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
@@ -105,15 +125,27 @@ class ResizeCenterCrop:
             return resized[..., top : top + side, left : left + side]  # type: ignore[index]
         image = to_resizable(image)
         crop = (left, top, left + side, top + side)
-        wasteful = max(new_height, new_width) > 2 * side or not _torch_resizes_bytes() or image.mode not in ("RGB", "L")
-        # Pillow takes nearest pixels (its only way with these modes) at other places when it is given a box.
-        if wasteful and image.mode not in ("P", "1") and (new_height, new_width) != (height, width):
-            from PIL.Image import Resampling
+        if not self._box_pays(image, (new_height, new_width)):
+            return _resize(image, (new_height, new_width), self.interpolation).crop(crop)
+        from PIL.Image import Resampling
 
-            scale_x, scale_y = width / new_width, height / new_height
-            box = (crop[0] * scale_x, crop[1] * scale_y, min(crop[2] * scale_x, width), min(crop[3] * scale_y, height))
-            return image.resize((side, side), Resampling[self.interpolation.upper()], box)
-        return _resize(image, (new_height, new_width), self.interpolation).crop(crop)
+        scale_x, scale_y = width / new_width, height / new_height
+        box = (crop[0] * scale_x, crop[1] * scale_y, min(crop[2] * scale_x, width), min(crop[3] * scale_y, height))
+        return image.resize((side, side), Resampling[self.interpolation.upper()], box)
+
+    def _box_pays(self, image: Image, resized: tuple[int, int]) -> bool:
+        """Whether Pillow shall compute the square alone: the same pixels within one level, and faster than `_resize`.
+
+        Not with palettes and 1 bit, where it picks other pixels, nor with alpha, which magnifies a last bit, nor where
+        it would take the passes in another order.
+        """
+        cropped = (self.size, self.size)
+        return (
+            image.mode in ("RGB", "L", "CMYK", "YCbCr")
+            and (image.height, image.width) != resized
+            and _vertical_first(image, cropped) == _vertical_first(image, resized)
+            and (max(resized) > 4 * self.size or not _torch_agrees(image, resized))
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size}, interpolation={self.interpolation})"
@@ -218,7 +250,7 @@ def center_crop_or_pad(
         kept = img[..., max(top, 0) : bottom, max(left, 0) : right]
         around = (max(-left, 0), max(right - source[1], 0), max(-top, 0), max(bottom - source[0], 0))
         return nn.functional.pad(kept, around, value=fill) if any(around) else kept  # type: ignore[arg-type]
-    if top >= 0 and left >= 0:
+    if source[0] >= target[0] and source[1] >= target[1]:
         return img.crop((left, top, right, bottom))
     from PIL.Image import new
 

@@ -47,7 +47,7 @@ def _fix_text(text: str) -> str:
     its mended characters are composed and not bad either, the mending is all there is, character by character.
     """
     if text.isascii():
-        if _needs_ftfy_ascii(text) is None:
+        if (text.isprintable() and "&" not in text) or _needs_ftfy_ascii(text) is None:
             return text
     elif _needs_ftfy(text) is None:
         from ftfy.badness import is_bad
@@ -102,21 +102,38 @@ def canonicalize_text(
 
 
 def _clean_lower(text: str) -> str:
-    return whitespace_clean(basic_clean(text)).lower()
+    return " ".join(_words_lower(text))
 
 
 def _clean_whitespace(text: str) -> str:
-    return whitespace_clean(basic_clean(text))
+    return " ".join(_words_whitespace(text))
 
 
 def _clean_canonicalize(text: str) -> str:
-    return canonicalize_text(basic_clean(text))
+    return " ".join(_words_canonicalize(text))
+
+
+def _words_lower(text: str) -> list[str]:
+    return basic_clean(text).lower().split()
+
+
+def _words_whitespace(text: str) -> list[str]:
+    return basic_clean(text).split()
+
+
+def _words_canonicalize(text: str) -> list[str]:
+    return canonicalize_text(basic_clean(text)).split()
 
 
 _CLEAN_FNS: dict[str, Callable[[str], str]] = {
     "canonicalize": _clean_canonicalize,
     "lower": _clean_lower,
     "whitespace": _clean_whitespace,
+}
+_WORDS_FNS: dict[Callable[[str], str], Callable[[str], list[str]]] = {
+    _clean_canonicalize: _words_canonicalize,
+    _clean_lower: _words_lower,
+    _clean_whitespace: _words_whitespace,
 }
 
 
@@ -129,3 +146,8 @@ def get_clean_fn(type: str) -> Callable[[str], str]:
     if type not in _CLEAN_FNS:
         raise ValueError(f"clean={type!r} is not a way of cleaning text; choose from {', '.join(sorted(_CLEAN_FNS))}")
     return _CLEAN_FNS[type]
+
+
+def get_words_fn(clean_fn: Callable[[str], str]) -> Callable[[str], list[str]]:
+    """The words of a text that `clean_fn` has cleaned; where the cleaning is ours, it does not join them first."""
+    return _WORDS_FNS.get(clean_fn) or (lambda text: clean_fn(text).split())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, get_pairs, load_merges
-from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn, whitespace_clean
+from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn, get_words_fn, whitespace_clean
 
 __all__ = [
     "DEFAULT_CONTEXT_LENGTH",
@@ -149,9 +150,9 @@ class SimpleTokenizer:
         return self.all_special_ids[1]
 
     @cached_property
-    def _dtype(self) -> np.dtype:
-        """Of ids in packed bytes: the narrowest that the vocabulary fits."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+    def _typecode(self) -> str:
+        """Of ids in packed bytes, for array and numpy: the narrowest unsigned type that holds the vocabulary."""
+        return "H" if self.vocab_size <= 1 << 16 else "I"
 
     @cached_property
     def _specials_are_words(self) -> bool:
@@ -180,14 +181,10 @@ class SimpleTokenizer:
         return len(self.special_tokens) == len(DEFAULT_SPECIAL_TOKENS)
 
     def _word_to_ids(self, word: str) -> list[int]:
-        if not word.isascii():
-            tokens = self._find_any(word)
-        elif word.isalpha() and self._letters_are_a_token:
-            tokens = [word]
-        else:
-            tokens = self._find_ascii(word)
+        if self._letters_are_a_token and word.isalpha() and word.isascii():
+            return self._table.encode(word)
         ids: list[int] = []
-        for token in tokens:
+        for token in self._find_ascii(word) if word.isascii() else self._find_any(word):
             special = self._special_ids.get(token)
             if special is not None:
                 ids.append(special)
@@ -196,21 +193,20 @@ class SimpleTokenizer:
         return ids
 
     def _pack(self, ids: list[int]) -> bytes:
-        return np.array(ids, self._dtype).tobytes()
+        return array(self._typecode, ids).tobytes()
 
     @cached_property
     def _word_ids(self) -> _WordIds:
         return _WordIds(lambda word: self._pack(self._word_to_ids(word)))
 
     def _encode_packed(self, text: str) -> bytes:
-        text = self.clean_fn(text)
         if self._specials_are_words:
-            return b"".join(map(self._word_ids.__getitem__, text.split()))
-        return self._pack(self._word_to_ids(text))
+            return b"".join(map(self._word_ids.__getitem__, get_words_fn(self.clean_fn)(text)))
+        return self._pack(self._word_to_ids(self.clean_fn(text)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a caption, cleaned, without start and end of text."""
-        return np.frombuffer(self._encode_packed(text), self._dtype).tolist()
+        return np.frombuffer(self._encode_packed(text), self._typecode).tolist()
 
     def bpe(self, token: str) -> str:
         """The symbols of a token, between spaces. The token is spelled in the characters of `bytes_to_unicode`."""
@@ -269,7 +265,7 @@ class SimpleTokenizer:
         # (start + ids)[:-1 column] + end, zeros up to the row's end; in a row of one column only the end is left.
         room, encode = row_bytes - len(end), self._encode_packed
         rows = [((start + encode(text))[:room] + end).ljust(row_bytes, b"\0") for text in texts]
-        return _to_tensor(np.frombuffer(b"".join(rows), self._dtype), context_length)
+        return _to_tensor(np.frombuffer(b"".join(rows), self._typecode), context_length)
 
 
 def _check_context_length(context_length: int | None) -> int:
@@ -334,8 +330,7 @@ def random_mask_tokenize(
 def syntax_mask_tokenize(
     texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
 ) -> torch.LongTensor:
-    """Captions keep `context_length - 2` words, in order: nouns rather than adjectives, verbs, and others; then tokens up
-    to the length.
+    """Captions keep `context_length - 2` words, nouns rather than adjectives, verbs, and others; then as many tokens.
 
     Raises:
         RuntimeError: nltk or its data, which say what kind of word each is, are missing.

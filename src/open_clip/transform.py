@@ -1,7 +1,7 @@
 """Images -> float tensors [3, H, W]: the deterministic preprocessing of evaluation and the augmentations of training.
 
 A transform is a torchvision `Compose` of steps, each from PIL image to PIL image until one makes the tensor.
-Augmentations draw only from the global generators of Python's `random`, numpy and torch: whoever seeds these decides them.
+Augmentations draw only from the global generators of Python's `random`, numpy and torch: to seed these decides them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ RESIZE_MODES = ("shortest", "longest", "squash")
 class PreprocessCfg:
     """How a model wants its images.
 
-    size: side, or (height, width), in pixels. mode: PIL mode; RGB is the only one. mean, std: by channel, of values from
-    0 to 1. interpolation: `bicubic`, `bilinear`, or `random` (either, in timm's training augmentation; else bicubic).
+    size: side, or (height, width), in pixels. mode: PIL mode; only RGB. mean, std: by channel, of values from 0 to 1.
+    interpolation: `bicubic`, `bilinear`, or `random` (either, in timm's training augmentation; else bicubic).
     resize_mode: `shortest` side to size and centre crop, `longest` side to size and pad, or `squash` to size.
     fill_color: value of padding, 0 to 255.
     """

@@ -17,17 +17,18 @@ def split(text: str) -> list[str]:
 
 
 WORDS = split(
-    "a photo of the dog sitting on beach near water summer vintage red blue leather handbag women's men's t-shirt "
-    "it's we'll I'd they've you're wooden kitchen table with flowers, close-up portrait (stock photo) 2019 1080p 50% off! "
-    "$19.99 #sunset New York City map Österreich café naïve façade Übermensch coöperate Ünïcödé I'M DON'T Straße İstanbul ΣΊΣΥΦΟΣ "
-    "Москва 日本語 한국어 中文字幕 العربية עברית हिन्दी ไทย ქართული Ελλάδα antidisestablishmentarianism supercalifragilistic "
-    "foo_bar foo-bar foo/bar foo.bar user@example.com https://example.com/a?b=c&d=e <b>bold</b> {} [x] "
-    "'quoted' \"quoted\" <start_of_text> <end_of_text> <START_OF_TEXT> x<end_of_text>y 'ſ 'S 'LL 'Re K's ſtrange"
+    "a photo of the dog sitting on beach near water summer vintage red blue leather handbag women's men's "
+    "t-shirt it's we'll I'd they've you're wooden kitchen table with flowers, close-up portrait (stock photo) "
+    "2019 1080p 50% off! $19.99 #sunset New York City map Österreich café naïve façade Übermensch coöperate "
+    "Ünïcödé I'M DON'T Straße İstanbul ΣΊΣΥΦΟΣ Москва 日本語 한국어 中文字幕 العربية עברית हिन्दी ไทย ქართული Ελλάδα "
+    "antidisestablishmentarianism supercalifragilistic foo_bar foo-bar foo/bar foo.bar user@example.com "
+    "https://example.com/a?b=c&d=e <b>bold</b> {} [x] 'quoted' \"quoted\" <start_of_text> <end_of_text> "
+    "<START_OF_TEXT> x<end_of_text>y 'ſ 'S 'LL 'Re K's ſtrange"
 )
 ENTITIES = split(
-    "&amp; &amp;amp; &lt;b&gt; &quot; &#39; &#x27; &nbsp; &eacute; &EACUTE; &hearts; &copy &notit; &#8217; &#0; "
-    "&#128; &#133; &#xD83D; &#1114112; &unknown; & &; &&amp;; &amp &ampamp; &#; &#x; &frac12; &NotEqualTilde; ＆amp; &ａmp; "
-    "&amp;#39; &lt;3"
+    "&amp; &amp;amp; &lt;b&gt; &quot; &#39; &#x27; &nbsp; &eacute; &EACUTE; &hearts; &copy &notit; &#8217; "
+    "&#0; &#128; &#133; &#xD83D; &#1114112; &unknown; & &; &&amp;; &amp &ampamp; &#; &#x; &frac12; "
+    "&NotEqualTilde; ＆amp; &ａmp; &amp;#39; &lt;3"
 )
 EMOJI = split("😀 😂 ❤️ ❤ 👍🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 1️⃣ ☺ ☕️ 🐶 🌊 🧑🏿‍🚀 ✔ ★ ♥ ™ © ➡️ 🫠")
 QUOTES = split("‘ ’ “ ” ‚ „ ‛ ‟ « » ‹ › ′ ″ ` ´ ʼ – — ― … •")

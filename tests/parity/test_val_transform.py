@@ -1,0 +1,55 @@
+"""Evaluation transforms give open_clip_torch 3.3.0's levels within one (recorded by record/record_transform.py)."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+
+from open_clip import image_resize
+from open_clip.transform import image_transform
+from parity.odd_images import MODES, SETTINGS, SHAPES, UNIT, odd_image, to_levels
+
+FIXTURE = Path(__file__).parent / "fixtures" / "val_transform.npz"
+# Pillow 13 resizes tall images columns first; before, its own answers differ from those recorded by more than a level.
+COMPARABLE = [shape for shape in SHAPES if shape != "tall" or int(PIL.__version__.split(".")[0]) >= 13]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(FIXTURE) as file:
+        names = [name.split("/") for name in file["names"].tolist()]
+        answers = {}
+        for setting in SETTINGS:
+            of_setting = [tuple(name) for name in names if name[0] == setting]
+            answers.update(zip(of_setting, file[setting], strict=True))
+    return answers
+
+
+@pytest.mark.parametrize("with_torch", [True, False], ids=["torch", "pillow"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_levels_within_one_of_the_recorded(recorded, monkeypatch, setting, with_torch):
+    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: with_torch)
+    transform = image_transform(is_train=False, **UNIT, **SETTINGS[setting])
+    compared = 0
+    for mode in MODES:
+        for shape in COMPARABLE:
+            ours = to_levels(transform(odd_image(mode, shape)))
+            if (setting, mode, shape) not in recorded:
+                assert (shape, SETTINGS[setting].get("resize_mode")) == ("line", "longest")
+                continue
+            theirs = recorded[setting, mode, shape]
+            assert ours.shape == theirs.shape
+            off = np.abs(ours.astype(int) - theirs).max()
+            assert off <= 1, f"{mode} {shape}: {off} levels off"
+            compared += 1
+    assert compared >= len(MODES) * (len(COMPARABLE) - 1)
+
+
+def test_both_ways_of_resizing_are_taken(monkeypatch):
+    """What the tests above compare: the vectorised resize is used where it may be, and only there."""
+    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: True)
+    assert image_resize._torch_agrees(odd_image("RGB", "photo"), (16, 24))
+    assert not image_resize._torch_agrees(odd_image("RGB", "photo"), (50, 75))
+    assert not image_resize._torch_agrees(odd_image("RGBA", "photo"), (16, 24))
+    assert not image_resize._torch_agrees(odd_image("RGB", "tall"), (16, 16))
