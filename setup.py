@@ -1,4 +1,4 @@
-"""Packaging of open_clip for Ascend. The distribution is called `open_clip_torch`, so that what depends on it is satisfied."""
+"""Packaging. The distribution is called `open_clip_torch`, so that what depends on that is satisfied."""
 import re
 from pathlib import Path
 
@@ -15,7 +15,8 @@ def read_version() -> str:
 
 def requirements(*names: str) -> list[str]:
     """Lines of requirements*.txt for the given packages, so that a version bound is written in one place."""
-    lines = [line for path in sorted(ROOT.glob("requirements*.txt")) for line in path.read_text(encoding="utf-8").splitlines()]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("requirements*.txt"))]
+    lines = "\n".join(texts).splitlines()
     by_name = {re.split(r"[<>=!~ ]", line)[0]: line for line in lines if line and not line.startswith("#")}
     return [by_name[name] for name in names]
 

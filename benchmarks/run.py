@@ -43,7 +43,7 @@ def measure(workload: str, package: Path, scratch: Path, threads: int) -> dict[s
     }
     done = subprocess.run(
         [sys.executable, str(HERE / "workloads" / f"{workload}.py")],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+        env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{workload} over {package} failed:\n{done.stderr[-3000:]}")
@@ -62,11 +62,14 @@ def compare(workload: str, peer: Path, scratch: Path, repeats: int, threads: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], help=f"of {', '.join(WORKLOADS)}; default: all")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of each run (default: %(default)s)")
     parser.add_argument("--peer", type=Path, default=HERE / ".peer", help=f"folder for {PEER} (default: %(default)s)")
     args = parser.parse_args()
+    unknown = set(args.workloads) - set(WORKLOADS)
+    if unknown:
+        parser.error(f"there is no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")
     peer = install_peer(args.peer.resolve())
     scratch = HERE / ".scratch"
     scratch.mkdir(exist_ok=True)

@@ -129,13 +129,14 @@ def train(output: Path, args: argparse.Namespace) -> None:
     """Trains with the command that any user would type, in a process of its own."""
     data = output / "data"
     if args.data == "shards":
-        source = ["--train-data", f"{data}/shards/train-{{000000..{len(list((data / 'shards').glob('*.tar'))) - 1:06d}}}.tar"]
+        last = len(list((data / "shards").glob("*.tar"))) - 1
+        source = f"{data}/shards/train-{{000000..{last:06d}}}.tar"
     else:
-        source = ["--train-data", f"{data}/train.csv"]
+        source = f"{data}/train.csv"
     command = [
         sys.executable, "-m", "training.main",
         "--model", f"local-dir:{output}/model",
-        *source,
+        "--train-data", source,
         "--val-data", f"{data}/val.csv",
         "--zeroshot-data", f"{data}/test",
         "--zeroshot-classnames", f"{data}/classnames.txt",
@@ -160,15 +161,17 @@ def train(output: Path, args: argparse.Namespace) -> None:
 
 def recognise(output: Path, device_name: str) -> list[tuple[Path, int, int]]:
     """(image, its digit, the digit whose captions are nearest) for each held-out image, by the last checkpoint."""
-    import open_clip
     import torch
-    from open_clip import device
     from PIL import Image
 
+    import open_clip
+    from open_clip import device
+
     place = device.resolve(device_name)
-    checkpoints = sorted((output / "logs" / RUN_NAME / "checkpoints").glob("epoch_*.pt"), key=lambda path: path.stat().st_mtime)
+    checkpoints = output / "logs" / RUN_NAME / "checkpoints"
+    last = max(checkpoints.glob("epoch_*.pt"), key=lambda path: int(path.stem.removeprefix("epoch_")))
     model, _, preprocess = open_clip.create_model_and_transforms(
-        f"local-dir:{output}/model", pretrained=str(checkpoints[-1]), device=place
+        f"local-dir:{output}/model", pretrained=str(last), device=place
     )
     model.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{output}/model")
@@ -241,8 +244,9 @@ def main(argv: list[str] | None = None) -> None:
     answers = recognise(output, args.device)
     picture = draw(output, answers)
     right = sum(digit == answer for _, digit, answer in answers)
+    accuracy, chance = 100 * right / len(answers), 100 / len(DIGITS)
     logger.info("")
-    logger.info("Zero-shot accuracy on %d digits it never saw: %.1f %% (chance: %.1f %%)", len(answers), 100 * right / len(answers), 100 / len(DIGITS))
+    logger.info("Zero-shot accuracy on %d digits it never saw: %.1f %% (chance: %.1f)", len(answers), accuracy, chance)
     logger.info("Picture:      %s", picture)
     logger.info("Checkpoints:  %s", output / "logs" / RUN_NAME / "checkpoints")
     logger.info("TensorBoard:  tensorboard --logdir %s", output / "logs")

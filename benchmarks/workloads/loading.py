@@ -6,8 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import open_clip
 import torch
+
+import open_clip
 
 MODEL = "ViT-L-14"
 

@@ -88,8 +88,8 @@ def load_state_dict(
     Args:
         checkpoint_path: written by `torch.save`, safetensors, or OpenAI's TorchScript archive (which is never run).
         device: where the tensors are put; on the CPU they stay in the memory-mapped file until they are touched.
-        weights_only: whether a pickle is refused that holds anything but tensors, numbers and containers. `False`
-            runs what is in it: for files of your own making only.
+        weights_only: kept for scripts written for open_clip. A pickle that holds anything but tensors, numbers and
+            containers is refused in any case.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -99,7 +99,9 @@ def load_state_dict(
     if kind == "safetensors":
         checkpoint = _read_safetensors(checkpoint_path)
     else:
-        checkpoint = _read_pickle(checkpoint_path, kind, weights_only)
+        if not weights_only:
+            logger.warning("weights_only=False has no effect: whatever code is in %s is not run.", checkpoint_path)
+        checkpoint = _read_pickle(checkpoint_path, kind)
     state_dict = strip_prefixes(_weights_of(checkpoint, checkpoint_path))
     return {key: value.to(device) for key, value in state_dict.items()}
 
@@ -116,14 +118,12 @@ def _read_safetensors(path: str | os.PathLike) -> Mapping[str, Any]:
         ) from error
 
 
-def _read_pickle(path: str | os.PathLike, kind: str, weights_only: bool) -> Any:
-    if not weights_only:
-        logger.warning("weights_only=False: whatever code is in %s is run.", path)
+def _read_pickle(path: str | os.PathLike, kind: str) -> Any:
     try:
         if kind == "torchscript":
             state_dict = read_torchscript(path)
             return {key: value for key, value in state_dict.items() if key not in _OPENAI_EXTRAS}
-        return torch.load(os.fspath(path), map_location="cpu", mmap=kind == "torch", weights_only=weights_only)
+        return torch.load(os.fspath(path), map_location="cpu", mmap=kind == "torch", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, str(error))) from error
     except (RuntimeError, EOFError) as error:
@@ -139,14 +139,12 @@ def _refusal(path: str | os.PathLike, message: str) -> str:
     return (
         f"{path} is refused: to read it, {name[1]} would have to be called, and a file can make such a call do "
         "anything. Weights need no code: ask its maker for a file of tensors only (safetensors). If you made it "
-        "yourself, weights_only=False reads it."
+        f"yourself and trust {name[1]}, torch.serialization.add_safe_globals([{name[1]}]) lets it in."
     )
 
 
 def _weights_of(checkpoint: Any, path: str | os.PathLike) -> StateDict:
     """The flat state dict in what a file held."""
-    if isinstance(checkpoint, nn.Module):  # a whole pickled module, which only weights_only=False lets through
-        return checkpoint.state_dict()
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, and weights by name were expected.")
     state_dict = checkpoint.get("state_dict", checkpoint)

@@ -147,7 +147,7 @@ def create_model(
         cache_dir: where downloads go; the hub's and `~/.cache/clip` by default.
         output_dict: whether the model's forward returns a dictionary.
         require_pretrained: whether a model without weights is an error.
-        weights_only: False to read pickles that run code, of your own making only.
+        weights_only: kept for scripts written for open_clip; nothing in a file is run in any case.
         model_kwargs: replace top-level keys of the configuration: `init_logit_bias=-10`.
 
     Raises:

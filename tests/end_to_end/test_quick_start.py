@@ -4,20 +4,22 @@ Where it says NPU, the test takes the best device present. The two-process form 
 """
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from open_clip import device
 from PIL import Image
+
+import open_clip
+from open_clip import device
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("n01440764", "n01443537")
-SINGLE_CARD = """
+SINGLE_CARD = shlex.split("""
     --model ViT-B-32
     --save-frequency 1
     --zeroshot-frequency 1
@@ -33,7 +35,7 @@ SINGLE_CARD = """
     --epochs=1
     --workers=2
     --seed 0
-""".split()
+""")
 INFERENCE = """
 import torch
 from PIL import Image
@@ -135,7 +137,8 @@ def test_inference(folder: Path) -> None:
 
 
 def test_profiler(folder: Path) -> None:
-    run([sys.executable, "-m", "training.profiler", "--model", "ViT-L-14", "--results-file", "./logs/profiler_results.csv"], folder)
+    options = ["--model", "ViT-L-14", "--results-file", "./logs/profiler_results.csv"]
+    run([sys.executable, "-m", "training.profiler", *options], folder)
     assert (folder / "logs/profiler_results.csv").read_text().splitlines() == [
         "model,image_size,image_width,text_width,embed_dim,mparams,image_mparams,text_mparams,gflops,image_gflops,text_gflops",
         "ViT-L-14,224,1024,768,768,427.62,303.97,123.65,175.33,162.03,13.3",

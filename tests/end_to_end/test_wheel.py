@@ -32,8 +32,8 @@ def installed(tmp_path_factory) -> Path:
     # A copy, so that building leaves nothing in the tree.
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "requirements.txt", "requirements-npu.txt", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
+    for path in (path for path in ROOT.iterdir() if path.is_file()):
+        shutil.copy(path, source)
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     subprocess.run(
         [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source], check=True
