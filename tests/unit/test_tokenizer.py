@@ -123,7 +123,7 @@ def test_cleaning_equals_ftfy_on_every_character_of_the_common_blocks():
     [
         "fish & chips", "AT&T", "&amp;lt;", "＆amp;", "&ａmp;", "l’été “fin”", "sÃ³lo", "ﬁne ＷＩＤＥ", "e\u0301", "Å",
         "a\r\nb\u2028c", "\x1b[31mred\x1b[0m", "\ud83d\ude00", "\ud83d", "a\x85b", "\ufeffbom", "&#x80; & é",
-        "<b>&eacute;", "é\nÃ©", "’Ã©", "",
+        "<b>&eacute;", "é\nÃ©", "’Ã©", "Ã￡", "",
     ],
 )  # fmt: skip
 def test_cleaning_equals_ftfy(text):
