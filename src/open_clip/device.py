@@ -13,8 +13,11 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
+
+from . import chips
 
 logger = logging.getLogger(__name__)
 
@@ -53,61 +56,6 @@ import torch  # noqa: E402  must come after the guard above
 import torch.nn.functional as F  # noqa: E402
 
 
-class Peak(NamedTuple):
-    """Dense matrix-multiplication peak of a chip in TFLOP/s, products accumulated in fp32; None: not in hardware."""
-
-    pattern: str  # regular expression searched in the name that the driver gives
-    fp16: float | None
-    bf16: float | None
-    fp32: float | None
-
-
-# The first pattern that matches counts. Sources: the data sheet of each product at nvidia.com ("with sparsity" halved);
-# for GeForce and RTX the tensor-core column with fp32 accumulation in the white papers of GA102, AD102 and GB202.
-NVIDIA_PEAKS = (
-    Peak(r"\bGB200\b", 2500, 2500, 80),
-    Peak(r"\bB200\b", 2250, 2250, 75),
-    Peak(r"\bH100 PCIe\b", 756, 756, 51),
-    Peak(r"\bH100 NVL\b|\bH200 NVL\b", 835, 835, 60),
-    Peak(r"\b(GH200|H200|H100|H800)\b", 989, 989, 67),
-    Peak(r"\bH20\b", 148, 148, 44),
-    Peak(r"\b(A100|A800)\b", 312, 312, 19.5),
-    Peak(r"\bA40\b", 149.7, 149.7, 37.4),
-    Peak(r"\bA30\b", 165, 165, 10.3),
-    Peak(r"\bA10G?\b", 125, 125, 31.2),
-    Peak(r"\bL40S\b", 362, 362, 91.6),
-    Peak(r"\bL40\b", 181, 181, 90.5),
-    Peak(r"\bL20\b", 119.5, 119.5, 59.8),
-    Peak(r"\bL4\b", 121, 121, 30.3),
-    Peak(r"\bV100-PCIE", 112, None, 14),
-    Peak(r"\bV100-", 125, None, 15.7),
-    Peak(r"\bT4\b", 65, None, 8.1),
-    Peak(r"\bRTX 5090\b", 209.5, 209.5, 104.8),
-    Peak(r"\bRTX 4090\b", 165.2, 165.2, 82.6),
-    Peak(r"\bRTX 3090 Ti\b", 80, 80, 40),
-    Peak(r"\bRTX 3090\b", 71, 71, 35.6),
-    Peak(r"\bRTX 6000 Ada\b", 364.2, 364.2, 91.1),
-    Peak(r"\bRTX A6000\b", 154.8, 154.8, 38.7),
-)
-
-def _cube(cores: int, ghz: float) -> float:
-    """TFLOP/s of `cores` cube units, each doing 16 x 16 x 16 multiply-adds a cycle in fp16 or bf16."""
-    return cores * 16**3 * 2 * ghz / 1000
-
-
-# cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini. The larger figures of
-# Huawei's product pages (400, 376, 313, 280) add the vector units, which multiply no matrices. The first 910: the 256
-# of its announcement (Hot Chips 31, 2019). 910_93xx is one die of an A3 package, which torch sees as a device.
-ASCEND_PEAKS = (
-    Peak(r"910B1", _cube(24, 1.85), _cube(24, 1.85), None),
-    Peak(r"910B2", _cube(24, 1.80), _cube(24, 1.80), None),
-    Peak(r"910B3", _cube(20, 1.80), _cube(20, 1.80), None),
-    Peak(r"910B4", _cube(20, 1.50), _cube(20, 1.50), None),
-    Peak(r"910_93\d\d", _cube(24, 1.80), _cube(24, 1.80), None),
-    Peak(r"910(A|B|ProA|ProB|PremiumA)?$", 256, None, None),
-)
-
-
 class DeviceRow:
     """One kind of device. The base is an accelerator whose functions are in the module `torch.<type>`."""
 
@@ -118,7 +66,7 @@ class DeviceRow:
     pin_memory: ClassVar[bool] = True  # host memory pinned for it makes copies asynchronous
     fused_adamw: ClassVar[bool] = True  # torch.optim.AdamW(fused=True) is the best choice on it
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
-    peaks: ClassVar[tuple[Peak, ...]] = ()
+    peaks: ClassVar[tuple[chips.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
 
     def __repr__(self) -> str:
@@ -208,13 +156,32 @@ class DeviceRow:
 
     # Speed
 
+    def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
+        """AdamW that works together with this row's `grad_scaler`.
+
+        Args:
+            groups: parameters or their groups, on the device.
+            form: "auto": what is best here; "torch": torch's one kernel; "off": torch's several; "npu": torch_npu's
+                (see training.combined_adamw on what it takes).
+            options: lr, betas, eps, weight_decay.
+
+        Raises:
+            ValueError: the device does not have this form.
+        """
+        if form == "npu":
+            raise ValueError(
+                f"torch_npu's fused AdamW runs on an NPU only, and this is {self.type}: --fused-optimizer torch or auto."
+            )
+        fused = form == "torch" or (form == "auto" and self.fused_adamw)
+        # fused=None leaves the choice between foreach and a loop to torch.
+        return torch.optim.AdamW(groups, fused=fused or None, **options)
+
     def peak_flops(self, dtype: torch.dtype, index: int | None = None) -> float | None:
         """Dense matrix-multiplication peak in FLOP/s; None where the table has no such chip or no unit for `dtype`."""
         if not self.peaks or not self.is_available():
             return None
-        name = self.name(index)
         field = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
-        peak = next((peak for peak in self.peaks if re.search(peak.pattern, name)), None)
+        peak = chips.find(self.peaks, self.name(index))
         tera = getattr(peak, field) if peak and field else None
         return tera * 1e12 if tera else None
 
@@ -299,7 +266,7 @@ class CpuRow(DeviceRow):
 class CudaRow(DeviceRow):
     type = "cuda"
     backend = "nccl"
-    peaks = NVIDIA_PEAKS
+    peaks = chips.NVIDIA_PEAKS
     variables = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME")
 
     def why_missing(self) -> str | None:
@@ -325,7 +292,7 @@ class NpuRow(DeviceRow):
     # Seconds (120 by default): the first collective may wait for a rank that downloads weights.
     collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
     fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
-    peaks = ASCEND_PEAKS
+    peaks = chips.ASCEND_PEAKS
     variables = (
         "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF",
         "HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT",
@@ -374,6 +341,15 @@ class NpuRow(DeviceRow):
     def grad_scaler(self, **kwargs: Any) -> Any:
         # torch.amp.GradScaler("npu") has been reported to fail in update() on some stacks; torch_npu's own is at home.
         return self.module.amp.GradScaler(**kwargs)
+
+    def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
+        if form == "npu":
+            return self.library.optim.NpuFusedAdamW(groups, **options)
+        optimizer = super().adamw(groups, form, **options)
+        # torch_npu's scaler hands itself to the step() of an optimizer that says it can unscale, as AdamW(fused=True)
+        # does; but that takes no such argument. So it says no, and the scaler unscales before the step.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer
 
     def set_fast_matmul(self, enabled: bool) -> None:
         # Out of the box the two differ: convolutions in HF32, products in full fp32.
@@ -515,14 +491,64 @@ def resolve(name: str | torch.device | None = "auto", local_rank: int | None = N
     return torch.device(kind, index)
 
 
+# Fused operators, for every device at once
+
+_FUSED_OPS = "OPEN_CLIP_FUSED_OPS"
+_fused_ops = os.environ.get(_FUSED_OPS, "1") != "0"
+
+
+def use_fused_ops(enabled: bool) -> None:
+    """Whether activations and attention go through the devices' fused operators, or are made of elementary ones.
+
+    For comparing the two, and for a fused operator that fails. OPEN_CLIP_FUSED_OPS=0 switches them off from the start.
+    """
+    global _fused_ops
+    _fused_ops = enabled
+
+
+def _row_of(x: torch.Tensor) -> DeviceRow:
+    return ROWS.get(x.device.type, _PLAIN) if _fused_ops else _PLAIN
+
+
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(1.702 x), OpenAI CLIP's activation (Hendrycks and Gimpel, arXiv:1606.08415), any shape and device."""
-    return ROWS.get(x.device.type, _PLAIN).quick_gelu(x)
+    return _row_of(x).quick_gelu(x)
 
 
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """GELU, exact (erf) or approximate="tanh", as asked on every device."""
-    return ROWS.get(x.device.type, _PLAIN).gelu(x, approximate)
+    if not _fused_ops and approximate == "none":
+        return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))  # F.gelu is not this everywhere
+    return _row_of(x).gelu(x, approximate)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention on [batch, heads, tokens, head_dim], which has a fused kernel on most devices.
+
+    Args:
+        attn_mask: broadcastable to [batch, heads, query tokens, key tokens], True where a query may look. An additive
+            float mask is accepted, too, and has no fused kernel on NPU. Excludes `is_causal`.
+        dropout_p: of the weights.
+        scale: of the scores; 1 / sqrt(head_dim) where None.
+    """
+    if _fused_ops:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
 
 
 def is_out_of_memory(error: BaseException) -> bool:

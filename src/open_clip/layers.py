@@ -1,6 +1,6 @@
 """Layers of the native towers: norms, activations, attention, poolers.
 
-Attention always goes through `scaled_dot_product_attention` on 4-D [batch, heads, tokens, head_dim] tensors, with no
+Attention always goes through `device.attention` on 4-D [batch, heads, tokens, head_dim] tensors, with no
 mask, a bool mask (True: may be attended to) or `is_causal`: what accelerators have a fused kernel for. An additive
 float mask is accepted too, and slower there. Parameter names are nn.MultiheadAttention's, which the checkpoints have.
 """
@@ -209,7 +209,7 @@ class MultiheadAttention(nn.Module):
             weights_and_biases = zip(inputs, self._weights(), self.in_proj_bias.chunk(3), strict=True)
             q, k, v = (_split_heads(F.linear(x, w, b), self.num_heads) for x, w, b in weights_and_biases)
             q = q.expand(k.shape[0], -1, -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for(q, attn_mask), is_causal=is_causal)
+        out = device.attention(q, k, v, attn_mask=_mask_for(q, attn_mask), is_causal=is_causal)
         out = self.out_proj(_merge_heads(out))
         return out if self.batch_first else out.transpose(0, 1)
 
@@ -290,7 +290,7 @@ class Attention(nn.Module):
             q, k, scale = F.normalize(q, dim=-1) * temperature.to(q.dtype), F.normalize(k, dim=-1), 1.0
         else:
             q, k = self.ln_q(q), self.ln_k(k)
-        out = F.scaled_dot_product_attention(
+        out = device.attention(
             q,
             k,
             v,

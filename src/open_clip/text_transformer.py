@@ -70,6 +70,18 @@ class TextEncoder:
     ln_final: nn.Module
     text_projection: nn.Parameter | nn.Linear | None
 
+    def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
+        """Ids [batch, tokens] without columns that no text of the batch reaches, as many as change no embedding.
+
+        Under a causal mask nothing behind the pooled position is seen from it. A multiple of 16 columns is left, so that
+        devices which compile by shape meet few. Waits for `text`, so give it on the CPU.
+        """
+        options = self.text_options
+        if not options.causal or options.pool_type != "argmax" or self.cls_emb is not None or options.output_tokens:
+            return text
+        longest = int(text.argmax(dim=-1).max()) + 1
+        return text[:, : -(-longest // 16) * 16]
+
     def _embed_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """Ids [batch, tokens] -> [batch, tokens (+ 1), width], the mask, and whether it is plainly causal."""
         dtype = self.transformer.get_cast_dtype()

@@ -80,6 +80,10 @@ def _class_weights(
         for name in classnames
         for template in templates
     ]
-    embeddings = model.encode_text(tokenizer(captions).to(device), normalize=True)
+    tokens = tokenizer(captions)
+    trim_padding = getattr(getattr(model, "text", model), "trim_padding", None)  # native text towers have one
+    if trim_padding is not None:
+        tokens = trim_padding(tokens)
+    embeddings = model.encode_text(tokens.to(device), normalize=True)
     means = embeddings.view(len(classnames), len(templates), -1).mean(dim=1)
     return F.normalize(means, dim=-1).T

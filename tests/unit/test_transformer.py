@@ -347,3 +347,25 @@ def test_initial_deviations_of_the_text_tower() -> None:
     for parameter, std in expected.items():
         tolerance = 0.03 if parameter.numel() > 1000 else 0.3
         assert float(parameter.detach().std()) == pytest.approx(std, rel=tolerance)
+
+
+@pytest.mark.parametrize("length", [3, 16, 17, 40])
+def test_trimmed_padding_changes_no_embedding(length):
+    torch.manual_seed(0)
+    tower = TextTransformer(context_length=40, vocab_size=50, width=16, heads=2, layers=2, output_dim=8).eval()
+    text = torch.zeros(4, 40, dtype=torch.long)
+    for row, end in zip(text, (length, 2, 1, length), strict=True):
+        row[: end - 1] = torch.randint(1, 49, (end - 1,))
+        row[end - 1] = 49  # the end of text has the highest id
+    trimmed = tower.trim_padding(text)
+    assert trimmed.shape == (4, min(40, -(-length // 16) * 16))
+    with torch.no_grad():
+        torch.testing.assert_close(tower(trimmed), tower(text))
+
+
+@pytest.mark.parametrize("options", [{"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}])
+def test_padding_stays_where_it_is_seen(options):
+    tower = TextTransformer(context_length=40, vocab_size=50, width=16, heads=2, layers=1, output_dim=8, **options)
+    text = torch.zeros(2, 40, dtype=torch.long)
+    text[:, 0] = 49
+    assert tower.trim_padding(text).shape == (2, 40)

@@ -87,3 +87,25 @@ def test_imagenet_names_and_templates():
     assert SIMPLE_IMAGENET_TEMPLATES[0]("{0}") == "itap of a {0}."
     assert len({template("newt") for template in OPENAI_IMAGENET_TEMPLATES}) == 80
     assert pickle.loads(pickle.dumps(OPENAI_IMAGENET_TEMPLATES))[1]("newt") == "a photo of many newt."
+
+
+def test_a_native_models_captions_are_encoded_without_their_padding(monkeypatch):
+    import open_clip
+    from tiny_clip import config
+
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config(text={"context_length": 77})).eval()
+    lengths = []
+
+    def short(captions: list[str]) -> torch.Tensor:
+        tokens = torch.zeros(len(captions), 77, dtype=torch.long)
+        tokens[:, :5] = torch.arange(1, 6) + torch.arange(len(captions))[:, None]
+        return tokens
+
+    whole = build_zero_shot_classifier(model, short, NAMES, TEMPLATES)
+    encode = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda t, normalize: lengths.append(t.shape[1]) or encode(t, normalize))
+    build_zero_shot_classifier(model, short, NAMES, TEMPLATES)
+    assert lengths == [16]
+    monkeypatch.setattr(model, "trim_padding", lambda text: text)
+    torch.testing.assert_close(whole, build_zero_shot_classifier(model, short, NAMES, TEMPLATES))
