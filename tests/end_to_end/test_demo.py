@@ -1,4 +1,5 @@
 """`make demo`, shortened: a few epochs already tell digits apart that the model never saw."""
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ def test_demo_learns_digits(data: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     command = [sys.executable, ROOT / "demo/digits.py", "--output", tmp_path, "--data", data, "--epochs", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     (accuracy,) = re.findall(r"Zero-shot accuracy on 360 digits it never saw: ([\d.]+) %", done.stderr)
     assert float(accuracy) > 50  # chance is 10
