@@ -10,8 +10,12 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 DEMO_OUTPUT ?= demo_output
+# The NPU tests have an environment of their own: torch's CPU build and the torch_npu of the same version.
+NPU_VENV ?= .venv-npu
+NPU_RUN := $(NPU_VENV)/bin/python
+NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-npu lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +35,20 @@ demo: install  ## train a small CLIP on handwritten digits and look at what it l
 test: install  ## run the tests (under 15 minutes on 2 cores, no network)
 	$(RUN) -m pytest -m "not npu"
 
+test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emulated (under 12 minutes on 2 cores)
+	$(NPU_RUN) tests/npu/emulator/build.py
+	$(NPU_RUN) -m pytest -m npu tests/npu
+
+$(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt tests/npu/constraints.txt
+	$(PYTHON) tests/npu/emulator/build.py --check
+	test -x $(NPU_RUN) || $(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_INSTALL) torch torch_npu
+	$(NPU_INSTALL) --no-deps torchvision timm
+	$(NPU_INSTALL) --requirement tests/npu/requirements.txt
+	$(NPU_INSTALL) --no-deps --no-build-isolation --editable .
+	cp tests/npu/shim/sitecustomize.py "$$($(NPU_RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	touch $@
+
 lint: install  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -39,5 +57,5 @@ bench: install  ## measure against open_clip_torch, which is installed in a fold
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .installed build dist demo_output src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NPU_VENV) .installed build dist demo_output src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""Processes that use the emulated NPU: their environment, and what they print."""
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """The environment of a process that uses the emulated NPU, with the emulator's settings (README) in lower case."""
+    emulator = {f"CANN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests", "tests/npu"))
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **emulator}
+
+
+def printed(out: str) -> list[str]:
+    """The lines of a process's output, less the one with which torch_npu greets where CANN's folder is not set."""
+    return [line for line in out.splitlines() if "ASCEND_HOME_PATH" not in line]
+
+
+def run_script(script: str, **settings: object) -> list[str]:
+    """Runs Python source in a process of its own, which the settings need: they are read when torch_npu loads."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment(**settings), capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return printed(done.stdout)
+
+
+def start_ranks(script: str, count: int, **settings: object) -> list[subprocess.Popen[str]]:
+    """Starts `count` processes of Python source, with the variables that torchrun would set and an NPU for each."""
+    port = free_port()
+    ranks = []
+    for rank in range(count):
+        variables = environment(**{"devices": count, **settings}) | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        }  # fmt: skip
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True))
+    return ranks
+
+
+def finish_ranks(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of each rank."""
+    finished = []
+    for process in ranks:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for other in ranks:
+                other.kill()
+            raise
+        finished.append((process.returncode, out, err))
+    return finished
+
+
+def run_ranks(script: str, count: int, **settings: object) -> list[list[str]]:
+    """The lines that each rank printed; fails where one failed."""
+    finished = finish_ranks(start_ranks(script, count, **settings))
+    for status, out, err in finished:
+        assert status == 0, out + err
+    return [printed(out) for _, out, _ in finished]

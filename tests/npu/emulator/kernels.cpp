@@ -1,0 +1,432 @@
+// libopapi.so of the emulated CANN, first half: arithmetic.
+//
+// Every aten operator that torch_npu registers for the NPU and that the CPU can run is registered again with one boxed
+// kernel, runOnCpu: it views the memory of its NPU arguments as CPU tensors, runs the operator there, and hands the
+// results back as NPU tensors. The library is loaded by aclInit, so after torch_npu, and wins.
+//
+//   CANN_EMULATOR_STRICT=1  refuses what a real NPU refuses or runs slowly: float64 and complex arithmetic on more than
+//                           a scalar, and attention masks that are added (see checkStrictly)
+//   CANN_EMULATOR_DELAY_COPIES=1  non-blocking copies between host and device land late: see pending.h
+//   CANN_EMULATOR_TRACE=1   says how many operators were replaced
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <unordered_set>
+
+#include "pending.h"
+
+namespace {
+
+using c10::DispatchKey;
+using torch::jit::Stack;
+constexpr auto kNpu = c10::DeviceType::PrivateUse1;
+
+bool onNpu(const at::Tensor& tensor) { return tensor.defined() && tensor.device().type() == kNpu; }
+
+std::string shortName(const c10::OperatorName& name) {
+  const std::string base = name.name.substr(name.name.find("::") + 2);
+  return name.overload_name.empty() ? base : base + "." + name.overload_name;
+}
+
+// torch_npu's own stay: they need nothing but the runtime.
+const std::unordered_set<std::string> kKeptFromTorchNpu = {
+    "empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_with_format",
+    "unsafe_empty_with_format", "as_strided", "as_strided_", "view", "_reshape_alias", "set_", "set_.source_Storage",
+    "set_.source_Storage_storage_offset", "set_.source_Tensor", "resize_", "resize_as_", "record_stream", "is_pinned",
+    "_pin_memory", "pin_memory", "_local_scalar_dense", "is_set_to", "get_npu_format", "npu_format_cast",
+    "npu_format_cast_", "get_storage_size", "copy_memory_", "npu_change_data_ptr", "is_coalesced",
+    "_has_compatible_shallow_copy_type"};
+
+// In these, tensors of several devices may meet.
+bool mixesDevices(const std::string& name) {
+  static const std::unordered_set<std::string> names = {
+      "copy_", "_copy_from", "_copy_from_and_resize", "index.Tensor", "index.Tensor_out", "index_put_", "index_put",
+      "_index_put_impl_", "_fused_adamw_", "_fused_adam_", "_fused_sgd_"};
+  return names.count(name) || name.rfind("_foreach", 0) == 0;
+}
+
+// ---- the NPU's tensors as CPU tensors, and back
+
+class Call {
+ public:
+  c10::optional<c10::Device> device;  // of the results
+
+  // A CPU tensor over the same memory; the same one for the same tensor, the same storage for the same storage.
+  at::Tensor toCpu(const at::Tensor& tensor) {
+    if (!onNpu(tensor)) return tensor;
+    if (!device) device = tensor.device();
+    c10::Storage storage;
+    for (const auto& [npu, cpu] : seen_) {
+      if (npu.is_same(tensor)) return cpu;
+      if (npu.storage().unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl()) storage = cpu.storage();
+    }
+    if (!storage) storage = aliasOf(tensor.storage());
+    auto alias = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(DispatchKey::CPU),
+                                                          tensor.dtype());
+    auto* impl = alias.unsafeGetTensorImpl();
+    impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+    if (tensor.is_conj()) alias._set_conj(true);
+    if (tensor.is_neg()) alias._set_neg(true);
+    seen_.emplace_back(tensor, alias);
+    return alias;
+  }
+
+  // Where the CPU operator resized an out= argument, the NPU's tensor follows.
+  void followResizes() {
+    for (auto& [npu, cpu] : seen_) {
+      const bool moved = cpu.storage().data() != npu.storage().data();
+      if (moved) {
+        npu.resize_(cpu.sizes());
+        const auto dense = cpu.contiguous();
+        memcpy(npu.storage().mutable_data(), dense.const_data_ptr(), dense.nbytes());
+      } else if (npu.sizes() != cpu.sizes() || npu.strides() != cpu.strides()) {
+        npu.unsafeGetTensorImpl()->set_sizes_and_strides(cpu.sizes(), cpu.strides(), cpu.storage_offset());
+      }
+    }
+  }
+
+  // A result of the CPU operator on the NPU: the argument it is, a view of the argument it is one of, or a copy.
+  at::Tensor toNpu(const at::Tensor& result) const {
+    if (!result.defined() || result.device().type() != c10::kCPU) return result;
+    for (const auto& [npu, cpu] : seen_)
+      if (cpu.is_same(result)) return npu;
+    for (const auto& [npu, cpu] : seen_)
+      if (result.has_storage() && cpu.storage().unsafeGetStorageImpl() == result.storage().unsafeGetStorageImpl() &&
+          npu.scalar_type() == result.scalar_type())
+        return at::as_strided(npu, result.sizes(), result.strides(), result.storage_offset());
+    const auto dense = result.is_non_overlapping_and_dense() ? result : result.contiguous();
+    auto copy = at::empty_strided(dense.sizes(), dense.strides(), dense.options().device(*device));
+    if (dense.numel()) memcpy(copy.mutable_data_ptr(), dense.const_data_ptr(), dense.numel() * dense.element_size());
+    return copy;
+  }
+
+ private:
+  static c10::Storage aliasOf(const c10::Storage& storage) {
+    auto* keepAlive = new c10::Storage(storage);
+    at::DataPtr data(storage.mutable_data(), keepAlive, [](void* kept) { delete static_cast<c10::Storage*>(kept); },
+                     c10::Device(c10::kCPU));
+    return {c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), c10::GetCPUAllocator(), true};
+  }
+
+  std::vector<std::pair<at::Tensor, at::Tensor>> seen_;  // (on the NPU, its alias)
+};
+
+template <class Use>
+void forEachTensor(const c10::IValue& value, Use use) {
+  if (value.isTensor()) {
+    use(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const at::Tensor& tensor : value.toTensorVector()) use(tensor);
+  } else if (value.isList()) {
+    for (const c10::IValue& element : value.toListRef())
+      if (element.isTensor()) use(element.toTensor());
+  }
+}
+
+// ---- checks that the real device would make
+
+void checkDevices(const c10::OperatorHandle& op, const std::string& name, const c10::IValue* arguments, size_t count,
+                  Call& call) {
+  at::Tensor onHost;
+  for (size_t i = 0; i < count; i++)
+    forEachTensor(arguments[i], [&](const at::Tensor& tensor) {
+      if (!tensor.defined()) return;
+      const bool isScalar = tensor.dim() == 0 && tensor.device().type() == c10::kCPU;
+      if (!onNpu(tensor)) {
+        if (!isScalar) onHost = tensor;
+        return;
+      }
+      if (!call.device) call.device = tensor.device();
+      TORCH_CHECK(*call.device == tensor.device() || mixesDevices(name),
+                  "Expected all tensors to be on the same device, but found at least two devices, ", *call.device, " and ",
+                  tensor.device(), "! (", op.operator_name(), ")");
+    });
+  TORCH_CHECK(!onHost.defined() || !call.device || mixesDevices(name),
+              "Expected all tensors to be on the same device, but found at least two devices, ", *call.device, " and ",
+              onHost.device(), "! (", op.operator_name(), ")");
+}
+
+bool isStrict() {
+  static const bool chosen = [] {
+    const char* value = getenv("CANN_EMULATOR_STRICT");
+    return value && *value && *value != '0';
+  }();
+  return chosen;
+}
+
+// Moving, viewing, making and reading tensors of any type is no arithmetic.
+bool isArithmetic(const c10::OperatorHandle& op, const std::string& name) {
+  static const std::unordered_set<std::string> none = {
+      "copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "clone", "contiguous", "fill_.Scalar", "fill_.Tensor",
+      "zero_", "cat", "stack", "equal", "is_nonzero", "_local_scalar_dense", "item"};
+  if (none.count(name)) return false;
+  const auto& arguments = op.schema().arguments();
+  const bool isView = !arguments.empty() && arguments[0].alias_info() && !arguments[0].alias_info()->isWrite();
+  return !isView;
+}
+
+void checkStrictly(const c10::OperatorHandle& op, const std::string& name, const c10::IValue* arguments, size_t count) {
+  if (!isStrict()) return;
+  if (name == "scaled_dot_product_attention" && count > 3 && arguments[3].isTensor()) {
+    const auto mask = arguments[3].toTensor();
+    TORCH_CHECK(!mask.defined() || mask.scalar_type() == at::kBool,
+                "emulated NPU, strict: an attention mask that is added (", mask.scalar_type(),
+                ") takes the slow path; pass is_causal=True or a bool mask");
+  }
+  if (!isArithmetic(op, name)) return;
+  for (size_t i = 0; i < count; i++)
+    forEachTensor(arguments[i], [&](const at::Tensor& tensor) {
+      if (!onNpu(tensor) || tensor.numel() <= 1) return;
+      TORCH_CHECK(tensor.scalar_type() != at::kDouble && !tensor.is_complex(), "emulated NPU, strict: ", name, " of ",
+                  tensor.numel(), " elements in ", tensor.scalar_type(), ": the NPU has no unit for it");
+    });
+}
+
+// ---- delayed copies
+
+emulator::StreamKey currentStream(c10::Device device) {
+  const c10::impl::VirtualGuardImpl npu(kNpu);
+  return {device.index(), npu.getStream(device).id()};
+}
+
+bool crossesHost(const at::Tensor& to, const at::Tensor& from) {
+  return to.defined() && from.defined() && onNpu(to) != onNpu(from);
+}
+
+// Takes over a copy between host and device that need not be done at once: copy_(self, src, non_blocking) and
+// _to_copy(self, dtype, layout, device, pin_memory, non_blocking, memory_format). False: do it as any other operator.
+bool deferCopy(const std::string& name, Stack* stack, size_t base) {
+  if (!emulator::delaysCopies()) return false;
+  at::Tensor to, from;
+  if (name == "copy_" && (*stack)[base + 2].toBool()) {
+    to = (*stack)[base].toTensor();
+    from = (*stack)[base + 1].toTensor();
+    if (!crossesHost(to, from)) return false;
+  } else if (name == "_to_copy" && (*stack)[base + 5].toBool()) {
+    from = (*stack)[base].toTensor();
+    const auto &type = (*stack)[base + 1], &target = (*stack)[base + 3];
+    if (!target.isDevice() || (target.toDevice().type() == kNpu) == onNpu(from)) return false;
+    auto options = from.options().device(target.toDevice()).pinned_memory(false);
+    if (type.isInt()) options = options.dtype(static_cast<at::ScalarType>(type.toInt()));
+    to = at::empty(from.sizes(), options);
+    memset(to.mutable_data_ptr(), 0xAB, to.nbytes());  // what is read by who does not wait
+  } else {
+    return false;
+  }
+  const c10::Device device = onNpu(to) ? to.device() : from.device();
+  emulator::defer(currentStream(device), [to, from] {
+    const at::NoGradGuard noGrad;
+    Call call;
+    const c10::impl::ExcludeDispatchKeyGuard plain(c10::autograd_dispatch_keyset);
+    call.toCpu(to).copy_(call.toCpu(from));
+  });
+  stack->resize(base);
+  stack->emplace_back(to);
+  return true;
+}
+
+// ---- random numbers
+
+// The NPU generator's (seed, offset) picks the CPU's random stream, and the offset moves on: so torch.npu.manual_seed,
+// get_rng_state and set_rng_state mean what they should. The mixing is that of SplitMix64.
+uint64_t nextSeed(at::Generator generator) {
+  std::lock_guard<std::mutex> guard(generator.mutex());
+  const uint64_t offset = generator.get_offset();
+  generator.set_offset(offset + 4);  // torch counts offsets in fours
+  uint64_t bits = generator.current_seed() + 0x9E3779B97F4A7C15ull * (offset / 4 + 1);
+  bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9ull;
+  bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
+  return bits ^ (bits >> 31);
+}
+
+bool isGeneratorArgument(const c10::Argument& argument) {
+  return argument.type()->str().find("Generator") != std::string::npos;
+}
+
+// While it lives, an operator that draws random numbers draws those of the NPU's generator.
+class RandomStream {
+ public:
+  RandomStream(const c10::OperatorHandle& op, c10::IValue* arguments, c10::Device device) {
+    const auto& declared = op.schema().arguments();
+    bool takesGenerator = false;
+    at::Generator generator;
+    for (size_t i = 0; i < declared.size(); i++)
+      if (isGeneratorArgument(declared[i])) {
+        takesGenerator = true;
+        if (arguments[i].isGenerator() && arguments[i].toGenerator().device().type() == kNpu)
+          generator = arguments[i].toGenerator();
+      }
+    if (!takesGenerator && !op.hasTag(at::Tag::nondeterministic_seeded)) return;
+    if (!generator.defined()) generator = at::globalContext().defaultGenerator(device);
+    const uint64_t seed = nextSeed(generator);
+    if (takesGenerator) {
+      for (size_t i = 0; i < declared.size(); i++)
+        if (isGeneratorArgument(declared[i])) arguments[i] = at::detail::createCPUGenerator(seed);
+      return;
+    }
+    host_ = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> guard(host_->mutex());
+    hostState_ = host_->get_state();
+    host_->set_current_seed(seed);
+  }
+  ~RandomStream() {
+    if (!host_) return;
+    std::lock_guard<std::mutex> guard(host_->mutex());
+    host_->set_state(hostState_);
+  }
+
+ private:
+  c10::optional<at::Generator> host_;  // the CPU's own generator, lent for the call
+  at::Tensor hostState_;
+};
+
+// ---- the kernel
+
+// Replaces NPU tensors among the arguments by CPU aliases and an NPU device argument by the CPU. Returns whether the
+// results stay on the host (`.cpu()`), because the device that was asked for is the host.
+bool moveArguments(const c10::OperatorHandle& op, c10::IValue* arguments, size_t count, Call& call) {
+  bool staysOnHost = false;
+  c10::optional<c10::Device> wanted;
+  for (size_t i = 0; i < count; i++) {
+    auto& value = arguments[i];
+    const auto type = op.schema().arguments()[i].type()->str();
+    if (value.isTensor()) {
+      value = call.toCpu(value.toTensor());
+    } else if (value.isTensorList()) {
+      auto list = value.toTensorVector();
+      for (auto& tensor : list) tensor = call.toCpu(tensor);
+      value = list;
+    } else if (value.isList() && type.find("Tensor") != std::string::npos) {
+      c10::List<c10::optional<at::Tensor>> list;
+      for (const c10::IValue& element : value.toListRef())
+        list.push_back(element.isTensor() ? c10::optional<at::Tensor>(call.toCpu(element.toTensor())) : c10::nullopt);
+      value = list;
+    } else if (value.isDevice()) {
+      if (value.toDevice().type() == kNpu) {
+        wanted = value.toDevice();
+        value = c10::Device(c10::kCPU);
+      } else {
+        staysOnHost = true;
+      }
+    }
+  }
+  if (wanted) call.device = wanted;
+  if (!call.device || !call.device->has_index()) call.device = c10::impl::VirtualGuardImpl(kNpu).getDevice();
+  return staysOnHost;
+}
+
+void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
+  const size_t count = op.schema().arguments().size(), base = stack->size() - count;
+  const std::string name = shortName(op.operator_name());
+  if (deferCopy(name, stack, base)) return;
+  c10::IValue* arguments = stack->data() + base;
+  Call call;
+  checkDevices(op, name, arguments, count, call);
+  checkStrictly(op, name, arguments, count);
+  const bool staysOnHost = moveArguments(op, arguments, count, call);
+  if (staysOnHost)
+    emulator::finishAll();  // a copy to the host that blocks is a synchronisation
+  else
+    emulator::finish(currentStream(*call.device));
+  {
+    const RandomStream random(op, arguments, *call.device);
+    op.callBoxed(stack);
+  }
+  call.followResizes();
+  if (staysOnHost) return;
+  for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); i++) {
+    auto& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = call.toNpu(value.toTensor());
+    } else if (value.isTensorList()) {
+      auto list = value.toTensorVector();
+      for (auto& tensor : list) tensor = call.toNpu(tensor);
+      value = list;
+    }
+  }
+}
+
+// torch_npu's derivatives of aten operators call kernels that are not here; torch's own call operators that are.
+void torchsDecomposition(const c10::OperatorHandle& op, Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  checkStrictly(op, shortName(op.operator_name()), stack->data() + stack->size() - count, count);
+  op.callBoxedForDispatchKey(DispatchKey::CompositeImplicitAutograd, *stack);
+}
+void torchsDerivative(const c10::OperatorHandle& op, Stack* stack) {
+  op.callBoxedForDispatchKey(DispatchKey::Autograd, *stack);
+}
+
+// ---- registration
+
+class Registration {
+ public:
+  Registration() {
+    registerAten();
+    registerNpu();
+  }
+
+ private:
+  torch::Library& library(const char* space, DispatchKey key) {
+    libraries_.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, space, key, __FILE__, __LINE__));
+    return *libraries_.back();
+  }
+
+  template <class Use>
+  static void forEachOperator(const std::string& space, Use use) {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    for (const auto& name : dispatcher.getAllOpNames()) {
+      if (name.name.rfind(space + "::", 0) != 0) continue;
+      const auto op = dispatcher.findOp(name);
+      if (op && op->hasSchema()) use(*op, shortName(name));
+    }
+  }
+
+  void registerAten() {
+    auto& kernels = library("aten", DispatchKey::PrivateUse1);
+    auto& derivatives = library("aten", DispatchKey::AutogradPrivateUse1);
+    int replaced = 0, derived = 0, left = 0;
+    forEachOperator("aten", [&](const c10::OperatorHandle& op, const std::string& name) {
+      if (kKeptFromTorchNpu.count(name)) return;
+      const bool composite = op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
+      const bool cpuCan = composite || op.hasKernelForDispatchKey(DispatchKey::CPU) ||
+                          op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd) ||
+                          op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutogradNonFunctional);
+      if (op.hasKernelForDispatchKey(DispatchKey::PrivateUse1)) {
+        if (cpuCan) kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&runOnCpu>());
+        (cpuCan ? replaced : left)++;
+      }
+      if (!op.hasKernelForDispatchKey(DispatchKey::AutogradPrivateUse1) || !cpuCan) return;
+      if (composite)
+        derivatives.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&torchsDecomposition>());
+      else if (op.hasKernelForDispatchKey(DispatchKey::Autograd))
+        derivatives.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&torchsDerivative>());
+      else
+        return;
+      derived++;
+    });
+    if (getenv("CANN_EMULATOR_TRACE"))
+      fprintf(stderr, "[emulated CANN] aten: %d kernels and %d derivatives replaced, %d kernels left as they are\n",
+              replaced, derived, left);
+  }
+
+  // Operators of torch_npu's own: those for which npu_ops.cpp has a CPU formula.
+  void registerNpu() {
+    auto& kernels = library("npu", DispatchKey::PrivateUse1);
+    forEachOperator("npu", [&](const c10::OperatorHandle& op, const std::string& name) {
+      if (op.hasKernelForDispatchKey(DispatchKey::CPU))
+        kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&runOnCpu>());
+    });
+  }
+
+  std::vector<std::unique_ptr<torch::Library>> libraries_;
+};
+
+}  // namespace
+
+// Called by aclInit. Never destroyed: the registrations outlive us.
+extern "C" void emulatorInstallKernels() { static auto* registration = new Registration; (void)registration; }

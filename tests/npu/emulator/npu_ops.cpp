@@ -1,0 +1,282 @@
+// libopapi.so of the emulated CANN, second half: what aten does not have.
+//
+// (1) The few aclnn kernels that torch_npu calls without the dispatcher.
+// (2) CPU formulas for torch_npu's own operators (npu::...), which kernels.cpp then serves on the NPU. An operator that
+//     has none here fails with 207000 (feature unsupported): add it where the project uses it, and its test beside it.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/library.h>
+
+#include <functional>
+
+#include "cann.h"
+
+// ---- (1) aclnn: a call that plans (…GetWorkspaceSize), then one that executes
+
+namespace {
+at::ScalarType scalarType(aclDataType type) {
+  switch (type) {
+    case ACL_FLOAT:
+      return at::kFloat;
+    case ACL_FLOAT16:
+      return at::kHalf;
+    case ACL_BF16:
+      return at::kBFloat16;
+    case ACL_DOUBLE:
+      return at::kDouble;
+    case ACL_INT8:
+      return at::kChar;
+    case ACL_UINT8:
+      return at::kByte;
+    case ACL_INT16:
+      return at::kShort;
+    case ACL_INT32:
+      return at::kInt;
+    case ACL_INT64:
+      return at::kLong;
+    case ACL_BOOL:
+      return at::kBool;
+    case ACL_COMPLEX64:
+      return at::kComplexFloat;
+    case ACL_COMPLEX128:
+      return at::kComplexDouble;
+    default:
+      TORCH_CHECK(false, "emulated aclnn: there is no acl dtype ", static_cast<int>(type));
+  }
+}
+}  // namespace
+
+struct aclTensor {
+  at::Tensor value;
+};
+struct aclScalar {
+  at::Scalar value;
+};
+struct aclIntArray {
+  std::vector<int64_t> values;
+};
+struct aclBoolArray {
+  std::vector<bool> values;
+};
+struct aclFloatArray {
+  std::vector<float> values;
+};
+struct aclTensorList {
+  std::vector<const aclTensor*> values;
+};
+struct aclOpExecutor {
+  std::function<void()> run;
+};
+
+namespace {
+int plan(uint64_t* workspace, aclOpExecutor** executor, std::function<void()> run) {
+  *workspace = 0;
+  *executor = new aclOpExecutor{std::move(run)};
+  return ACL_SUCCESS;
+}
+int execute(const char* name, aclOpExecutor* executor) {
+  const std::unique_ptr<aclOpExecutor> owned(executor);
+  const at::NoGradGuard noGrad;
+  try {
+    owned->run();
+  } catch (const std::exception& error) {
+    fprintf(stderr, "[emulated CANN] %s: %s\n", name, error.what());
+    return ACL_ERROR_KERNEL_FAILED;
+  }
+  return ACL_SUCCESS;
+}
+}  // namespace
+
+#define EXECUTE(name) \
+  int name(void*, uint64_t, aclOpExecutor* executor, void*) { return execute(#name, executor); }
+
+extern "C" {
+aclTensor* aclCreateTensor(const int64_t* sizes, uint64_t dimensions, aclDataType type, const int64_t* strides,
+                           int64_t offset, aclFormat, const int64_t*, uint64_t, void* data) {
+  const auto dtype = scalarType(type);
+  char* first = static_cast<char*>(data) + offset * static_cast<int64_t>(c10::elementSize(dtype));
+  return new aclTensor{at::from_blob(first, {sizes, dimensions}, {strides, dimensions}, at::TensorOptions(dtype))};
+}
+aclScalar* aclCreateScalar(void* data, aclDataType type) {
+  return new aclScalar{at::from_blob(data, {}, at::TensorOptions(scalarType(type))).item()};
+}
+aclIntArray* aclCreateIntArray(const int64_t* values, uint64_t size) {
+  return new aclIntArray{std::vector<int64_t>(values, values + size)};
+}
+aclBoolArray* aclCreateBoolArray(const bool* values, uint64_t size) {
+  return new aclBoolArray{std::vector<bool>(values, values + size)};
+}
+aclFloatArray* aclCreateFloatArray(const float* values, uint64_t size) {
+  return new aclFloatArray{std::vector<float>(values, values + size)};
+}
+aclTensorList* aclCreateTensorList(const aclTensor* const* values, uint64_t size) {
+  return new aclTensorList{std::vector<const aclTensor*>(values, values + size)};
+}
+int aclDestroyTensor(const aclTensor* tensor) { return delete tensor, ACL_SUCCESS; }
+int aclDestroyScalar(const aclScalar* scalar) { return delete scalar, ACL_SUCCESS; }
+int aclDestroyIntArray(const aclIntArray* array) { return delete array, ACL_SUCCESS; }
+int aclDestroyBoolArray(const aclBoolArray* array) { return delete array, ACL_SUCCESS; }
+int aclDestroyFloatArray(const aclFloatArray* array) { return delete array, ACL_SUCCESS; }
+int aclDestroyTensorList(const aclTensorList* list) {
+  for (const auto* tensor : list->values) delete tensor;
+  return delete list, ACL_SUCCESS;
+}
+int aclDestroyAclOpExecutor(aclOpExecutor* executor) { return delete executor, ACL_SUCCESS; }
+
+int aclnnConstantPadNdGetWorkspaceSize(const aclTensor* self, const aclIntArray* pad, const aclScalar* value,
+                                       aclTensor* out, uint64_t* workspace, aclOpExecutor** executor) {
+  return plan(workspace, executor,
+              [=] { out->value.copy_(at::constant_pad_nd(self->value, pad->values, value->value)); });
+}
+EXECUTE(aclnnConstantPadNd)
+int aclnnInplaceCopyGetWorkspaceSize(aclTensor* self, const aclTensor* source, uint64_t* workspace,
+                                     aclOpExecutor** executor) {
+  return plan(workspace, executor, [=] { self->value.copy_(source->value); });
+}
+EXECUTE(aclnnInplaceCopy)
+int aclnnCastGetWorkspaceSize(const aclTensor* self, aclDataType, aclTensor* out, uint64_t* workspace,
+                              aclOpExecutor** executor) {
+  return plan(workspace, executor, [=] { out->value.copy_(self->value); });
+}
+EXECUTE(aclnnCast)
+int aclnnInplaceZeroGetWorkspaceSize(aclTensor* self, uint64_t* workspace, aclOpExecutor** executor) {
+  return plan(workspace, executor, [=] { self->value.zero_(); });
+}
+EXECUTE(aclnnInplaceZero)
+int aclnnInplaceFillScalarGetWorkspaceSize(aclTensor* self, const aclScalar* value, uint64_t* workspace,
+                                           aclOpExecutor** executor) {
+  return plan(workspace, executor, [=] { self->value.fill_(value->value); });
+}
+EXECUTE(aclnnInplaceFillScalar)
+}  // extern "C"
+
+// ---- (2) npu::
+
+namespace {
+using at::Tensor;
+using MaybeTensor = const std::optional<Tensor>&;
+
+bool isGiven(MaybeTensor tensor) { return tensor && tensor->defined(); }
+
+// Casts
+Tensor cast(const Tensor& x, int64_t type, std::optional<int64_t>) {
+  return x.to(static_cast<at::ScalarType>(type), false, true);
+}
+Tensor castTo(const Tensor& x, at::ScalarType type) { return x.to(type, false, true); }
+Tensor castBackward(const Tensor& grad, at::ScalarType type, std::optional<int64_t>, std::optional<int64_t>) {
+  return grad.to(type, false, true);
+}
+
+// npu_fast_gelu: x sigmoid(1.702 x), in fp32
+constexpr double kFastGelu = 1.702;
+Tensor fastGelu(const Tensor& input) {
+  const auto x = input.to(at::kFloat);
+  return (x * at::sigmoid(kFastGelu * x)).to(input.scalar_type());
+}
+Tensor fastGeluBackward(const Tensor& grad, const Tensor& input) {
+  const auto x = input.to(at::kFloat), s = at::sigmoid(kFastGelu * x);
+  return (grad.to(at::kFloat) * (s + kFastGelu * x * s * (1 - s))).to(input.scalar_type());
+}
+
+// npu_gelu: the form that is asked for, "none" (erf) or "tanh"
+Tensor gelu(const Tensor& input, c10::string_view approximate) {
+  return at::gelu(input.to(at::kFloat), approximate).to(input.scalar_type());
+}
+Tensor geluBackward(const Tensor& grad, const Tensor& input, c10::string_view approximate) {
+  return at::gelu_backward(grad.to(at::kFloat), input.to(at::kFloat), approximate).to(input.scalar_type());
+}
+
+// npu_fusion_attention. Its mask is the opposite of PyTorch's: True is masked out. sparse_mode 2 is causal with the
+// diagonal from the upper left corner, 3 from the lower right; both ignore the values of the mask that is passed.
+enum { kSparseCausalUpperLeft = 2, kSparseCausalLowerRight = 3 };
+
+struct AttentionArguments {
+  int64_t heads;
+  c10::string_view layout;  // BNSD, BSND, BSH, SBH
+  double scale;
+  int64_t sparseMode;
+};
+
+Tensor toBnsd(const Tensor& x, int64_t heads, c10::string_view layout) {
+  if (layout == "BNSD") return x;
+  if (layout == "BSND") return x.transpose(1, 2);
+  if (layout == "BSH") return x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2);
+  if (layout == "SBH") return x.view({x.size(0), x.size(1), heads, -1}).permute({1, 2, 0, 3});
+  TORCH_CHECK(false, "emulated npu_fusion_attention: no layout ", layout);
+}
+Tensor fromBnsd(const Tensor& x, c10::string_view layout) {
+  if (layout == "BNSD") return x.contiguous();
+  if (layout == "BSND") return x.transpose(1, 2).contiguous();
+  if (layout == "BSH") return x.transpose(1, 2).flatten(2).contiguous();
+  return x.permute({2, 0, 1, 3}).flatten(2).contiguous();
+}
+int64_t keyHeads(const Tensor& key, int64_t headDim, c10::string_view layout) {
+  if (layout == "BNSD") return key.size(1);
+  if (layout == "BSND") return key.size(2);
+  return key.size(2) / headDim;
+}
+
+// (output, row maxima, row sums), the two last expanded to 8 as the kernel returns them
+std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
+                                          const AttentionArguments& arguments) {
+  const auto [heads, layout, scale, sparseMode] = arguments;
+  const auto q = toBnsd(query, heads, layout).to(at::kFloat);
+  const int64_t groups = keyHeads(key, q.size(3), layout);
+  auto k = toBnsd(key, groups, layout).to(at::kFloat), v = toBnsd(value, groups, layout).to(at::kFloat);
+  if (groups != heads) {
+    k = k.repeat_interleave(heads / groups, 1);
+    v = v.repeat_interleave(heads / groups, 1);
+  }
+  auto scores = at::matmul(q, k.transpose(-1, -2)) * scale;
+  const int64_t rows = q.size(2), columns = k.size(2);
+  if (sparseMode == kSparseCausalUpperLeft || sparseMode == kSparseCausalLowerRight) {
+    const int64_t diagonal = sparseMode == kSparseCausalUpperLeft ? 1 : columns - rows + 1;
+    scores = scores.masked_fill(at::ones({rows, columns}, at::kBool).triu(diagonal), -INFINITY);
+  } else if (isGiven(mask)) {
+    scores = scores.masked_fill(mask->to(at::kBool), -INFINITY);
+  }
+  const auto maximum = std::get<0>(scores.max(-1, true)), weights = (scores - maximum).exp(), sum = weights.sum(-1, true);
+  return {fromBnsd(at::matmul(weights / sum, v), layout).to(query.scalar_type()),
+          maximum.expand({-1, -1, -1, 8}).contiguous(), sum.expand({-1, -1, -1, 8}).contiguous()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t> fusionAttention(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
+    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t,
+    at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
+    c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
+  TORCH_CHECK(keepProbability == 1.0 && !isGiven(pse), "emulated npu_fusion_attention: there is no dropout and no pse");
+  auto [output, maximum, sum] = attend(query, key, value, mask, {heads, layout, scale, sparseMode});
+  return {output, maximum, sum, at::empty({0}, query.options()), 0, 0, 0};
+}
+
+// The forward once more, under the CPU's autograd: right by construction, and slow.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGrad(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
+    c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
+    MaybeTensor, double scale, double, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, at::OptionalIntArrayRef,
+    at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool, c10::string_view, MaybeTensor) {
+  const at::AutoGradMode recorded(true);
+  const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
+  const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
+  const auto output = std::get<0>(attend(q, k, v, mask, {heads, layout, scale, sparseMode}));
+  const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
+  const auto none = at::empty({0}, query.options());
+  return {grads[0], grads[1], grads[2], none, none};
+}
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu, CPU, library) {
+  library.impl("npu_dtype_cast", cast);
+  library.impl("_npu_dtype_cast", castTo);
+  library.impl("npu_dtype_cast_backward", castBackward);
+  library.impl("_npu_dtype_cast_backward", castTo);
+  library.impl("npu_fast_gelu", fastGelu);
+  library.impl("fast_gelu", fastGelu);
+  library.impl("npu_fast_gelu_backward", fastGeluBackward);
+  library.impl("npu_gelu", gelu);
+  library.impl("npu_gelu_backward", geluBackward);
+  library.impl("npu_fusion_attention", fusionAttention);
+  library.impl("npu_fusion_attention_grad", fusionAttentionGrad);
+}
