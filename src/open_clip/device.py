@@ -170,7 +170,7 @@ class DeviceRow:
         """
         if form == "npu":
             raise ValueError(
-                f"torch_npu's fused AdamW runs on an NPU only, and this is {self.type}: --fused-optimizer torch or auto."
+                f"torch_npu's fused AdamW runs on an NPU only, and this is {self.type}: use --fused-optimizer auto."
             )
         fused = form == "torch" or (form == "auto" and self.fused_adamw)
         # fused=None leaves the choice between foreach and a loop to torch.

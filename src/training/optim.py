@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from open_clip.device import row
+from training import combined_adamw
 from training.params import OptimConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
         device: where the model is; decides on `fused_optimizer="auto"`.
 
     Raises:
-        ValueError: for an unknown optimizer, or a model without trainable parameters.
+        ValueError: for an unknown optimizer, one that the device or the parameters' dtype cannot have, or a model
+            without trainable parameters.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter: unlock a part of it (see --lock-image, --lock-text).")
@@ -58,9 +60,11 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
         {"params": [p for name, p in named if has_no_decay(name, p)], "weight_decay": 0.0},
         {"params": [p for name, p in named if not has_no_decay(name, p)], "weight_decay": cfg.wd},
     ]
-    fused = cfg.fused_optimizer == "torch" or (cfg.fused_optimizer == "auto" and row(device).fused_adamw)
-    # fused=None leaves the choice between foreach and a loop to torch.
-    return torch.optim.AdamW(groups, fused=fused or None, **_given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps))
+    options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps)
+    optimizer = row(device).adamw(groups, cfg.fused_optimizer, **options)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        combined_adamw.guard(optimizer)
+    return optimizer
 
 
 def _timm(model: nn.Module, cfg: OptimConfig, name: str) -> torch.optim.Optimizer:
