@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from training.flags import FUSED_OPTIMIZERS, LOSS_DIST_IMPLS, LR_SCHEDULERS, PRECISIONS
+from training.flags import FP32_MATMULS, FUSED_OPTIMIZERS, LOSS_DIST_IMPLS, LR_SCHEDULERS, PRECISIONS
 
 REPORTERS = ("tensorboard", "wandb", "all")
 
@@ -33,6 +33,7 @@ _POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
 _BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout")
 _CHOICES = {
     "precision": PRECISIONS,
+    "fp32_matmul": FP32_MATMULS,
     "lr_scheduler": LR_SCHEDULERS,
     "loss_dist_impl": LOSS_DIST_IMPLS,
     "fused_optimizer": FUSED_OPTIMIZERS,
@@ -111,11 +112,21 @@ def _check_names(args: argparse.Namespace) -> None:
     unknown = [word for word in reporters(args.report_to) if word not in REPORTERS]
     if unknown:
         raise ValueError(f"--report-to knows {', '.join(REPORTERS)}; got {', '.join(map(repr, unknown))}")
+    if args.profile_steps is not None:
+        step_range(args.profile_steps)
     opt = args.opt.lower()
     if opt != "adamw" and not (opt.startswith("timm/") and len(opt) > len("timm/")):
         raise ValueError(
             f"--opt {args.opt!r} is not known: adamw, or timm/NAME (for example timm/{args.opt.strip('/')})"
         )
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """'10:13' -> (10, 13), of --profile-steps: the steps 10, 11, 12."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ValueError(f"--profile-steps takes A:B, for the steps A to B-1 counted from 0, as in 10:13; got {text!r}")
+    return int(first), int(end)
 
 
 def reporters(report_to: str) -> list[str]:
@@ -250,13 +261,13 @@ def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
         cools = args.lr_scheduler == "const-cooldown"
         cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
         yield cools, cooldown, "it belongs to --lr-scheduler const-cooldown"
-    training_only = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer")
-    yield trains(args), training_only, "there is no --train-data"
+    update = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer")
+    yield trains(args), (*update, "profile_steps"), "there is no --train-data"
 
 
 def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
     writes = not writes_nothing(args.logs)
-    saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase")
+    saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase", "profile_steps")
     yield writes, saving, "--output-dir is None"
     if writes and args.save_frequency == 0:
         yield False, ("delete_previous_checkpoint",), "--save-frequency 0 saves only once, after the last epoch"

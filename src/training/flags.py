@@ -14,7 +14,8 @@ from typing import Any
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 DATASET_TYPES = ("webdataset", "csv", "imagefolder", "synthetic", "auto")
 LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
-FUSED_OPTIMIZERS = ("auto", "torch", "off")
+FUSED_OPTIMIZERS = ("auto", "torch", "npu", "off")
+FP32_MATMULS = ("high", "highest")
 LOSS_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
@@ -125,6 +126,9 @@ def _model(parser: argparse.ArgumentParser) -> None:
         "with a gradient scaler (on the CPU: bf16 without one); amp_bf16 (amp_bfloat16): bf16, no scaler; bf16, fp16: "
         "weights too, but normalisation in fp32; pure_*: everything. Default: amp on an accelerator, fp32 on the CPU. "
         "Use amp_bf16 where the device has it and training with amp diverges")
+    add("--fp32-matmul", choices=FP32_MATMULS, help="what remains in fp32 (all of it with --precision fp32). high: "
+        "matrix products and convolutions in TF32 (CUDA) or HF32 (Ascend), several times faster and good to about 3 "
+        "digits; highest: in full fp32. No difference on the CPU")
     add("--force-context-length", type=int, metavar="TOKENS", help="another length of the text than the "
         "architecture's; position embeddings are resized")
     add("--force-image-size", type=int, nargs="+", metavar="PIXELS", help="another image size: one number, or height "
@@ -203,8 +207,9 @@ def _optim(parser: argparse.ArgumentParser) -> None:
     add("--accum-freq", type=int, metavar="N", help="N batches a step. Their features are computed first without "
         "gradients, so that all N x batch samples are each other's negatives: memory of one batch, about 1.3x the time "
         "of a large one")
-    add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="AdamW in one kernel: auto where the device has it, torch "
-        "always, off never. Same numbers within rounding, states interchangeable")
+    add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="AdamW in one kernel: auto where that is known to be best; "
+        "torch: torch's; npu: the NPU library's (weights in fp32 or fp16, all moved into one tensor); off: never. Same "
+        "numbers within rounding, states interchangeable")
 
 
 def _schedule(parser: argparse.ArgumentParser) -> None:
@@ -272,6 +277,9 @@ def _logging(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--report-to", metavar="NAMES", help="tensorboard, wandb, both with a comma between, or all")
     add("--log-every-n-steps", type=int, metavar="N", help="a line of the log is the mean over so many steps")
+    add("--profile-steps", metavar="A:B", help="trace the steps A to B-1 of the run (from 0) on the first process into "
+        "LOGS/NAME/profile: by the NPU's own profiler there (MindStudio Insight shows it), by torch.profiler elsewhere "
+        "(TensorBoard, Perfetto). A few steps after the first ten are enough, and large enough")
     add("--log-local", action="store_true", help="one log per machine, not only the first process's")
     add("--wandb-project-name", metavar="NAME", help="wandb: the project")
     add("--wandb-notes", metavar="TEXT", help="wandb: notes to the run")

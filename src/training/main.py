@@ -9,7 +9,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,21 @@ from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoi
 from training.data import DataInfo, get_data
 from training.distributed import World
 from training.evaluate import evaluate
+from training.flag_checks import step_range
+from training.flops import pairs_at_peak
 from training.objective import create_objective
 from training.optim import create_optimizer
-from training.params import CheckpointConfig, EvalConfig, TrainConfig, parse_args, sections, warnings_for
+from training.params import (
+    CheckpointConfig,
+    EvalConfig,
+    LoggingConfig,
+    TrainConfig,
+    parse_args,
+    sections,
+    warnings_for,
+)
 from training.rng import random_seed
+from training.trace import StepTrace
 from training.train import Trainer, run_epoch
 from training.zero_shot import check
 
@@ -205,7 +216,7 @@ def _train_and_evaluate(
 ) -> None:
     """Builds everything once, in the order in which the parts need each other, and goes through the epochs."""
     chosen = str(cfg.model.precision)
-    devices.row(world.device).set_fast_matmul(True)
+    devices.row(world.device).set_fast_matmul(cfg.model.fp32_matmul == "high")
     random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
     model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
     random_seed(cfg.data.seed, world.rank)
@@ -234,7 +245,8 @@ def _train_and_evaluate(
             # Whatever the frequencies say: this epoch counts as the last one.
             _evaluate(state, data, dataclasses.replace(cfg.eval, epochs=state.epoch), tokenizer, writer)
         else:
-            _train(cfg, state, trainer, data, tokenizer, folder, writer)
+            with _tracing(cfg.logging, world, folder) as around_step:
+                _train(cfg, state, trainer, data, tokenizer, folder, writer, around_step)
     finally:
         for info in data.values():
             info.dataloader.close()  # type: ignore[attr-defined]  # training.data's own loaders have it
@@ -257,6 +269,7 @@ def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: Dat
     objective = create_objective(cfg.objective, model, teacher)
     state.optimizer = create_optimizer(model, cfg.optim, world.device)
     state.scaler = precision.grad_scaler(chosen, world.device)
+    at_peak = pairs_at_peak(model, teacher, chosen, cfg.model.fp32_matmul, world.device)
     if cfg.model.torchcompile:
         model.compile()  # in place: names in the checkpoint stay what they are
     return Trainer(
@@ -270,7 +283,20 @@ def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: Dat
         input_dtype=open_clip.get_input_dtype(chosen),
         accum_freq=cfg.optim.accum_freq,
         grad_clip_norm=cfg.optim.grad_clip_norm,
+        pairs_at_peak=at_peak,
     )
+
+
+@contextlib.contextmanager
+def _tracing(
+    cfg: LoggingConfig, world: World, folder: Path | None
+) -> Iterator[Callable[[int], contextlib.AbstractContextManager]]:
+    """What goes around each step: the master's trace of --profile-steps, or nothing."""
+    if cfg.profile_steps is None or folder is None or not world.is_master:
+        yield contextlib.nullcontext
+        return
+    with StepTrace(world.device, folder / "profile", *step_range(cfg.profile_steps)) as trace:
+        yield trace.step
 
 
 def _resume(state: TrainState, checkpoint: Mapping[str, Any] | None, path: str | None, cfg: CheckpointConfig) -> None:
@@ -289,13 +315,14 @@ def _train(
     tokenizer: Any,
     folder: Path | None,
     writer: logger.MetricsWriter,
+    around_step: Callable[[int], contextlib.AbstractContextManager],
 ) -> None:
     epochs = cfg.schedule.epochs
     if state.epoch >= epochs:
         log.warning("The run has its %d epochs already: give more --epochs to train on.", state.epoch)
     while state.epoch < epochs:
         log.info("Start epoch %d", state.epoch)
-        run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer)
+        run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer, around_step)
         # Before the evaluation, which may fail, and with the random states that the next epoch begins with.
         if folder is not None:
             save_epoch(state, cfg.checkpoint, folder / "checkpoints", epochs)

@@ -50,6 +50,7 @@ class ModelConfig:
     pretrained_image: bool = False
     cache_dir: str | None = None
     precision: str | None = None  # None: the device's default (training.precision.resolve)
+    fp32_matmul: str = "high"
     force_context_length: int | None = None
     force_image_size: int | tuple[int, int] | None = None
     force_quick_gelu: bool = False
@@ -152,6 +153,7 @@ class LoggingConfig:
     wandb_notes: str = ""
     wandb_project_name: str = "open-clip"
     log_every_n_steps: int = 100
+    profile_steps: str | None = None
     log_local: bool = False
     debug: bool = False
     copy_codebase: bool = False

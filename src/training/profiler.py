@@ -14,20 +14,27 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # the FLOP counter would import it inside the first count, which it does not belong to
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip import config, factory
 from open_clip import device as devices
 from open_clip.model import get_input_dtype
 from training import precision as precisions
+from training.flops import (
+    count_params,
+    example_image,
+    example_text,
+    input_sizes,
+    profile_torch,
+    profile_torch_image,
+    profile_torch_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,48 +51,6 @@ MEASURED_RUNS = 5
 
 
 # Counting
-
-
-def count_params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _count_flops(run: Callable[[], Any]) -> int:
-    # The fused attention kernels are one operator each, which the counter does not know for every device; the plain
-    # form is made of matrix products, which it does.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def profile_torch_image(model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1) -> float:
-    """FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
-    image = _example_image(model, image_input_size, batch_size)
-    return _count_flops(lambda: model.encode_image(image)) / batch_size  # type: ignore[operator]
-
-
-def profile_torch_text(model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1) -> float:
-    """FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
-    text = _example_text(model, text_input_size, batch_size)
-    return _count_flops(lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
-
-
-def profile_torch(
-    model: nn.Module, text_input_size: Sequence[int], image_input_size: Sequence[int], batch_size: int = 1
-) -> float:
-    """FLOPs of the whole model, decoder included where there is one, for one image and one text."""
-    image = _example_image(model, image_input_size, batch_size)
-    text = _example_text(model, text_input_size, batch_size)
-    return _count_flops(lambda: model(image, text)) / batch_size
-
-
-def _example_image(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
-    parameter = next(model.parameters())
-    return torch.ones((batch_size, *size), device=parameter.device, dtype=parameter.dtype)
-
-
-def _example_text(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
-    return torch.ones((batch_size, *size), device=next(model.parameters()).device, dtype=torch.int64)
 
 
 def profile_model(
@@ -106,7 +71,7 @@ def profile_model(
     _check_profiler(profiler)
     cfg = _config(model_name)
     model = _build(model_name, device)
-    image_size, text_size = _input_sizes(model)
+    image_size, text_size = input_sizes(model)
     image_flops = profile_torch_image(model, image_size, batch_size)
     text_flops = profile_torch_text(model, text_size, batch_size)
     if {name for name, _ in model.named_children()} == {"visual", "text"}:
@@ -152,13 +117,6 @@ def _build(model_name: str, device: str | torch.device, precision: str = "fp32")
     return model.eval()
 
 
-def _input_sizes(model: nn.Module) -> tuple[tuple[int, int, int], tuple[int]]:
-    """(3, height, width) in pixels, and (tokens,)."""
-    size = model.visual.image_size  # type: ignore[union-attr]
-    height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
-    return (3, height, width), (int(model.context_length),)  # type: ignore[arg-type]
-
-
 # Measuring
 
 
@@ -178,9 +136,9 @@ def measure_model(
     precision = precisions.resolve(precision, device)
     autocast = precisions.get_autocast(precision, device)
     model = _build(model_name, device, precision)
-    image_size, text_size = _input_sizes(model)
-    image = _example_image(model, image_size, batch_size).to(get_input_dtype(precision) or torch.float32)
-    text = _example_text(model, text_size, batch_size)
+    image_size, text_size = input_sizes(model)
+    image = example_image(model, image_size, batch_size).to(get_input_dtype(precision) or torch.float32)
+    text = example_text(model, text_size, batch_size)
     row.reset_peak_memory(device.index)
     times = []
     for _ in range(WARMUP_RUNS + MEASURED_RUNS):

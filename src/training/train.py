@@ -46,6 +46,7 @@ class Trainer:
     scheduler: sets the learning rate for a step; None leaves it as it is.
     autocast: makes the context for forward passes and losses. input_dtype: of images; None as they come.
     accum_freq: batches of one step, see `_accumulate`. grad_clip_norm: bound of the gradient's global 2-norm.
+    pairs_at_peak: what a device could do in a second, for the log's MFU; None where that is not known.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Trainer:
     input_dtype: torch.dtype | None = None
     accum_freq: int = 1
     grad_clip_norm: float | None = None
+    pairs_at_peak: float | None = None
 
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
@@ -224,12 +226,19 @@ class Progress:
         return numbers
 
 
-def run_epoch(trainer: Trainer, data: Any, state: TrainState, log_every_n_steps: int = 100, writer: Any = None) -> None:
+def run_epoch(
+    trainer: Trainer,
+    data: Any,
+    state: TrainState,
+    log_every_n_steps: int = 100,
+    writer: Any = None,
+    around_step: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> None:
     """Trains epoch number `state.epoch` on `data` (training.data.DataInfo), and keeps `state` up to date.
 
     Batches are dicts {"image": float [B, 3, H, W], "text": int64 [B, L]}. A step takes `trainer.accum_freq` of them; an
     incomplete last one is left out, so an epoch has `state.steps_per_epoch` steps, those of a resumed run included.
-    `writer`: training.logger.MetricsWriter.
+    `writer`: training.logger.MetricsWriter. `around_step`: makes a context for the step of a number.
 
     Raises:
         RuntimeError: where the data give not a single step.
@@ -239,7 +248,8 @@ def run_epoch(trainer: Trainer, data: Any, state: TrainState, log_every_n_steps:
     first_step, world_size = state.epoch * state.steps_per_epoch, world().world_size
     progress, samples_done, done = Progress(), 0, 0
     for batches, data_seconds in _steps(data.dataloader, trainer):
-        losses = trainer.step(batches, first_step + done)
+        with around_step(first_step + done):
+            losses = trainer.step(batches, first_step + done)
         samples = sum(len(batch["image"]) for batch in batches) * world_size
         done += 1
         samples_done += samples
@@ -248,6 +258,8 @@ def run_epoch(trainer: Trainer, data: Any, state: TrainState, log_every_n_steps:
         progress.add(losses, samples, data_seconds)
         if (done - 1) % log_every_n_steps == 0 or done == state.steps_per_epoch:
             numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None))
+            if trainer.pairs_at_peak is not None:
+                numbers["mfu"] = numbers["samples_per_second_per_gpu"] / trainer.pairs_at_peak
             numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]
             logger.info(_line(numbers, progress, state, samples_done, done, trainer.device, data))
             if writer is not None:
@@ -302,6 +314,8 @@ def _line(
         f"{numbers['samples_per_second']:.6g}/s, {numbers['samples_per_second_per_gpu']:.6g}/s/device",
         f"LR: {numbers['lr']:.6g}",
     ]
+    if "mfu" in numbers:
+        parts.append(f"MFU: {numbers['mfu']:.1%}")
     if "scale" in numbers:
         parts.append(f"Logit Scale: {numbers['scale']:.3f}")
     for name, meter in progress.objective_losses.items():

@@ -22,6 +22,8 @@ OURS = {
     "zeroshot_templates": None,
     "fused_optimizer": "auto",
     "dist_timeout": 1800.0,
+    "fp32_matmul": "high",
+    "profile_steps": None,
 }
 
 

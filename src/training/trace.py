@@ -1,0 +1,51 @@
+"""A trace of some steps of a run, by the device's profiler."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_clip import device as devices
+
+logger = logging.getLogger(__name__)
+
+
+class StepTrace(contextlib.AbstractContextManager):
+    """Traces the steps `first` to `end` - 1 of a run into `folder`; the run is done inside it as a context."""
+
+    def __init__(self, device: torch.device, folder: Path, first: int, end: int) -> None:
+        self._device, self._folder = device, folder
+        self._first, self._end = first, end
+        self._profiler: Any = None
+        self._traced = 0
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around step `number`. The profiler warms up in the step before the first, if the run has it."""
+        if self._profiler is None and self._first - 1 <= number < self._end:
+            warmup = max(self._first - number, 0)
+            active = self._end - number - warmup
+            self._profiler = devices.row(self._device).profiler(str(self._folder), wait=0, warmup=warmup, active=active)
+            self._profiler.start()
+        yield
+        if self._profiler is not None:
+            self._traced += self._first <= number
+            self._profiler.step()  # after the last one this writes
+            if number + 1 >= self._end:
+                self._stop()
+
+    def _stop(self) -> None:
+        self._profiler.stop()
+        self._profiler = None
+        logger.info("Traced %d step(s) into %s", self._traced, self._folder)
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._profiler is not None:
+            self._stop()
+        if not self._traced:
+            logger.warning("--profile-steps %d:%d: the run had none of these steps.", self._first, self._end)
