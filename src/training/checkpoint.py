@@ -108,7 +108,8 @@ class TrainState:
                 ) from error
         if self.scaler is not None:
             if "scaler" in checkpoint:
-                self.scaler.load_state_dict(checkpoint["scaler"])
+                # torch_npu's has an entry more than torch's.
+                self.scaler.load_state_dict({**self.scaler.state_dict(), **checkpoint["scaler"]})
             else:
                 logger.info("The checkpoint has no gradient scaler (another --precision): a new one begins.")
 
