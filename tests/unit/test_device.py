@@ -265,6 +265,81 @@ def test_npu_activations_are_fused(npu):
     assert torch.is_tensor(row.quick_gelu(x.double()))  # the fused kernel has no double
 
 
+@pytest.fixture
+def elementary():
+    devices.use_fused_ops(False)
+    yield
+    devices.use_fused_ops(True)
+
+
+def test_fused_operators_can_be_switched_off(npu, elementary, monkeypatch):
+    monkeypatch.setattr(devices, "_PLAIN", devices.ROWS["npu"])  # whose operators would be taken now
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    torch.testing.assert_close(devices.gelu(x), torch.nn.functional.gelu(x))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("fused"))
+    devices.attention(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+
+
+def test_switched_off_means_the_plain_row(monkeypatch):
+    rows = {**devices.ROWS, "cpu": SimpleNamespace(quick_gelu=lambda x: "fused", gelu=lambda x, approximate: "fused")}
+    monkeypatch.setattr(devices, "ROWS", rows)
+    assert devices.quick_gelu(torch.ones(1)) == devices.gelu(torch.ones(1)) == "fused"
+    devices.use_fused_ops(False)
+    try:
+        assert torch.is_tensor(devices.quick_gelu(torch.ones(1)))
+        assert torch.is_tensor(devices.gelu(torch.ones(1), "tanh"))
+    finally:
+        devices.use_fused_ops(True)
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_fused_operators_by_the_environment(value):
+    program = "from open_clip import device; print(device._fused_ops)"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPEN_CLIP_FUSED_OPS": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(value == "1")], done.stderr
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "bool", "additive", "scale"])
+def test_attention_of_elementary_operators_is_the_fused_one_s(case, request):
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, 4, 8, requires_grad=True)
+    key, value = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    seen = torch.rand(2, 1, 4, 4) > 0.4
+    seen[..., 0] = True
+    options = {
+        "plain": {}, "causal": {"is_causal": True}, "bool": {"attn_mask": seen},
+        "additive": {"attn_mask": torch.randn(4, 4)}, "scale": {"scale": 0.7},
+    }[case]  # fmt: skip
+    expected = devices.attention(query, key, value, **options)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), query)
+    request.getfixturevalue("elementary")
+    found = devices.attention(query, key, value, **options)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), query)[0], gradient)
+
+
+# Optimizers
+
+
+def test_torch_npu_s_fused_adamw_is_for_an_npu(npu):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    for kind in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"runs on an NPU only, and this is {kind}"):
+            devices.row(kind).adamw(groups, "npu")
+    devices._torch_npu.optim = SimpleNamespace(NpuFusedAdamW=lambda groups, **options: (groups, options))
+    assert devices.row("npu").adamw(groups, "npu", lr=0.5) == (groups, {"lr": 0.5})
+
+
+@pytest.mark.parametrize(("form", "fused"), [("auto", None), ("torch", True), ("off", None)])
+def test_npu_scaler_unscales_for_adamw(npu, form, fused):
+    """torch_npu's scaler passes itself to the step of an optimizer that says it unscales; AdamW's step has no such
+    argument."""
+    optimizer = devices.row("npu").adamw([torch.nn.Parameter(torch.ones(2))], form)
+    assert optimizer.param_groups[0]["fused"] is fused
+    assert not optimizer._step_supports_amp_scaling
+
+
 # The CPU's row, for real
 
 

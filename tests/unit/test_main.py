@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import open_clip
+from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
 from training import distributed, file_utils, main
 from training.checkpoint import natural_key
@@ -144,6 +145,22 @@ def test_compiling_leaves_the_names_in_the_checkpoint(inputs, plain, tmp_path, m
     assert compiled == ["CLIP"]
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
     assert weights(folder, "epoch_2.pt").keys() == weights(plain, "epoch_2.pt").keys()
+
+
+def test_steps_are_traced_into_the_run_s_folder(inputs, plain, tmp_path):
+    folder = train(inputs, tmp_path, "--profile-steps", "1:5")  # over the end of an epoch, too
+    assert len(list((folder / "profile").glob("*.json"))) == 1
+    assert "Traced 4 step(s)" in (folder / "out.log").read_text()
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-6)
+    assert not (plain / "profile").exists()
+
+
+@pytest.mark.parametrize(("flags", "fast"), [([], True), (["--fp32-matmul", "highest"], False)])
+def test_fp32_products_are_fast_unless_told_otherwise(inputs, tmp_path, monkeypatch, flags, fast):
+    asked = []
+    monkeypatch.setattr(devices.CpuRow, "set_fast_matmul", lambda self, enabled: asked.append(enabled))
+    train(inputs, tmp_path, "--epochs", 1, *flags)
+    assert asked == [fast]
 
 
 def test_accumulation_counts_its_steps_as_open_clip_does(inputs, tmp_path):

@@ -302,6 +302,16 @@ def test_skipped_samples_are_in_the_line(caplog):
     assert "Skipped: 3" in caplog.messages[-1]
 
 
+def test_the_share_of_the_peak_is_reported_where_that_is_known(caplog):
+    model, writer = Towers(), Writer()
+    trainer = trainer_of(model, pairs_at_peak=1000.0)
+    with caplog.at_level(logging.INFO):
+        run_epoch(trainer, data_of(1), state_of(model, 1), writer=writer)
+    (_, _, numbers) = writer[0]
+    assert numbers["mfu"] == numbers["samples_per_second_per_gpu"] / 1000
+    assert f" MFU: {numbers['mfu']:.1%} " in caplog.messages[-1]
+
+
 def test_an_incomplete_last_step_is_left_out():
     model, data = Towers(), data_of(5)
     trainer, state, writer = trainer_of(model, accum_freq=2), state_of(model, 5, 2), Writer()

@@ -136,6 +136,22 @@ def test_another_optimizers_state_says_so():
         ours.load_state_dict(saved)
 
 
+def test_a_scaler_of_another_kind_keeps_what_is_its_own():
+    """torch_npu's has an entry more than torch's, and insists on it."""
+    class Other(Scaler):
+        dynamic = True
+
+        def state_dict(self):
+            return {"scale": self.scale, "dynamic": self.dynamic}
+
+        def load_state_dict(self, state):
+            self.scale, self.dynamic = state["scale"], state["dynamic"]
+
+    ours = state_of(scaler=Other())
+    ours.load_state_dict(state_of(scaler=Scaler(4.0)).state_dict())
+    assert (ours.scaler.scale, ours.scaler.dynamic) == (4.0, True)
+
+
 def test_evaluation_needs_no_optimizer():
     saved = state_of(epoch=4).state_dict()
     ours = TrainState(model=state_of(seed=2).model, device=CPU)

@@ -1,0 +1,93 @@
+"""training.flops: what a training step is counted as, against hand-made sums."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import open_clip
+import tiny_clip
+from open_clip import device as devices
+from training import flops
+
+CPU = torch.device("cpu")
+PATCHES, WIDTH = 16, 32  # tiny_clip's: 32 / 8 squared
+PATCH_EMBEDDING = 2 * 3 * 8 * 8 * WIDTH * PATCHES
+
+
+@pytest.fixture
+def model(tmp_path):
+    return open_clip.create_model(tiny_clip.folder(tmp_path / "model"), output_dict=True).train()
+
+
+def forward(model: nn.Module) -> float:
+    image_size, text_size = flops.input_sizes(model)
+    return flops.profile_torch(model, text_size, image_size)
+
+
+def test_training_is_three_times_the_forward_pass_but_for_the_images_own_gradient(model):
+    assert PATCH_EMBEDDING > 0
+    assert flops.training_flops(model) == 3 * forward(model) - PATCH_EMBEDDING
+
+
+def test_a_locked_tower_goes_forward_only(model):
+    image_size, _ = flops.input_sizes(model)
+    image = flops.profile_torch_image(model, image_size)
+    model.lock_image_tower()
+    assert flops.training_flops(model) == image + 3 * (forward(model) - image)
+
+
+def test_what_is_computed_twice_counts_once(model):
+    expected = flops.training_flops(model)
+    model.set_grad_checkpointing()
+    assert flops.training_flops(model) == expected
+    assert model.visual.transformer.grad_checkpointing, "it is switched on again"
+
+
+def test_patches_that_are_dropped_do_not_count(tmp_path):
+    dropping = open_clip.create_model(tiny_clip.folder(tmp_path / "m", vision={"patch_dropout": 0.5}), output_dict=True)
+    assert flops.training_flops(dropping.train()) < flops.training_flops(dropping.eval())
+
+
+def test_a_teacher_s_forward_pass_is_added(model, tmp_path):
+    teacher = open_clip.create_model(tiny_clip.folder(tmp_path / "teacher"), output_dict=True).eval()
+    assert flops.training_flops(model, teacher) == flops.training_flops(model) + forward(teacher)
+
+
+def test_counting_leaves_the_model_and_the_random_numbers_alone(model):
+    state, before = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
+    flops.training_flops(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp32_matmul", "asked"),
+    [("amp_bf16", "high", torch.bfloat16), ("fp32", "highest", torch.float32), ("fp32", "high", None)],
+)
+def test_pairs_at_the_peak_of_the_dtype_that_is_computed_in(model, monkeypatch, precision, fp32_matmul, asked):
+    seen = []
+    monkeypatch.setattr(devices.CpuRow, "peak_flops", lambda self, dtype, index: seen.append(dtype) or 1e12)
+    found = flops.pairs_at_peak(model, None, precision, fp32_matmul, CPU)
+    if asked is None:
+        assert (found, seen) == (None, []), "the table has no peak of TF32 and HF32"
+    else:
+        assert (found, seen) == (1e12 / flops.training_flops(model), [asked])
+
+
+def test_nothing_is_counted_where_the_peak_is_not_known(model, monkeypatch):
+    monkeypatch.setattr(flops, "training_flops", lambda *_: pytest.fail("counted"))
+    assert flops.pairs_at_peak(model, None, "amp_bf16", "high", CPU) is None
+
+
+def test_a_model_that_cannot_be_counted_trains_without_mfu(model, monkeypatch, caplog):
+    monkeypatch.setattr(devices.CpuRow, "peak_flops", lambda self, dtype, index: 1e12)
+    monkeypatch.setattr(type(model), "forward", lambda self, image, text: {"image_features": image.sum().item()})
+    with caplog.at_level(logging.INFO):
+        assert flops.pairs_at_peak(model, None, "amp_bf16", "high", CPU) is None
+    assert "no MFU" in caplog.text
