@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+import processes
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "grey": (128, 128, 128)}
 MODEL = {
     "embed_dim": 16,
@@ -85,18 +84,9 @@ def command(*options: object, ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "training.main", *map(str, options)]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-
-
 def run(*options: object, ranks: int = 1, status: int = 0) -> str:
     """Runs the command in processes of its own, checks its exit status, and returns what it printed."""
-    done = subprocess.run(
-        command(*options, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=240
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == status, printed
-    return printed
+    return processes.run(command(*options, ranks=ranks), status=status)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

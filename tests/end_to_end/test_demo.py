@@ -1,13 +1,11 @@
 """`make demo`, shortened: a few epochs already tell digits apart that the model never saw."""
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+import processes
 
 
 @pytest.mark.slow
@@ -15,11 +13,9 @@ ROOT = Path(__file__).parents[2]
 def test_demo_learns_digits(data: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    command = [sys.executable, ROOT / "demo/digits.py", "--output", tmp_path, "--data", data, "--epochs", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (accuracy,) = re.findall(r"Zero-shot accuracy on 360 digits it never saw: ([\d.]+) %", done.stderr)
+    command = [sys.executable, processes.ROOT / "demo/digits.py", "--output", tmp_path, "--data", data, "--epochs", "3"]
+    printed = processes.run(command)
+    (accuracy,) = re.findall(r"Zero-shot accuracy on 360 digits it never saw: ([\d.]+) %", printed)
     assert float(accuracy) > 30  # chance is 10
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "logs/digits/tensorboard").glob("events.*"))

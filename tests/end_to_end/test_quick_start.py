@@ -4,10 +4,8 @@ Where it says NPU, the test takes the best device present; the two-process form 
 Zero-shot ImageNet encodes 80,000 captions whatever the data, which on a CPU takes a small model instead of ViT-B-32.
 """
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from PIL import Image
 
 import open_clip
 from open_clip import device
+from processes import run
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ("n01440764", "n01443537")
 COMMAND = shlex.split("""
     --save-frequency 1
@@ -45,6 +43,7 @@ SMALL = ["--model", "local-dir:./models/small", "--pretrained", "./models/small.
          "--imagenet-val=./data/ImageNet-1000/val/"]  # fmt: skip
 INFERENCE = """
 import torch
+from processes import run
 from PIL import Image
 import open_clip as clip
 
@@ -67,14 +66,6 @@ with torch.no_grad(), torch.amp.autocast("{device}"):
 
 print("Label probs:", text_probs)
 """
-
-
-def run(command: list[str], folder: Path) -> str:
-    """Runs a command of the quick start in `folder`; returns what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

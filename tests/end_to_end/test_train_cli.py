@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from processes import environment
 from train_runs import (
     command,
-    environment,
     results,
     run,
     scalars,
