@@ -8,6 +8,7 @@ every rank. So each side's checkpoints resume on the other. Tensors and plain va
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import re
@@ -67,7 +68,7 @@ class TrainState:
             "version": 1,
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "rng": distributed.all_gather_object(None, rng.rng_state(self.device)),
+            "rng": _of_all_ranks(rng.rng_state(self.device)),
         }
         return checkpoint
 
@@ -124,6 +125,14 @@ class TrainState:
             len(states),
             here.world_size,
         )
+
+
+def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tensors and plain values from each rank; as bytes, since torch_npu warns of tensors that are pickled."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    files = distributed.all_gather_object(None, file.getvalue())
+    return [torch.load(io.BytesIO(content), weights_only=True) for content in files]
 
 
 def _is_training_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
