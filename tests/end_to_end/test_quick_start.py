@@ -43,7 +43,6 @@ SMALL = ["--model", "local-dir:./models/small", "--pretrained", "./models/small.
          "--imagenet-val=./data/ImageNet-1000/val/"]  # fmt: skip
 INFERENCE = """
 import torch
-from processes import run
 from PIL import Image
 import open_clip as clip
 
