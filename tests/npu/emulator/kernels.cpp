@@ -285,6 +285,39 @@ class RandomStream {
   at::Tensor hostState_;
 };
 
+// ---- products of half precision
+
+bool isHalf(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+}
+
+bool isProduct(const std::string& name) {
+  static const std::unordered_set<std::string> names = {
+      "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "conv2d", "_convolution", "convolution",
+      "convolution_overrideable", "convolution_backward", "convolution_backward_overrideable"};
+  return names.count(name) > 0;
+}
+
+// The NPU's cube unit adds up the products of half precision numbers in fp32 and rounds once. So does this, and it is
+// far quicker than the CPU's own fp16 products.
+class WideProducts {
+ public:
+  WideProducts(const std::string& name, c10::IValue* arguments, size_t count) {
+    if (!isProduct(name)) return;
+    for (size_t i = 0; i < count; i++) {
+      if (!arguments[i].isTensor() || !arguments[i].toTensor().defined() || !isHalf(arguments[i].toTensor())) continue;
+      type_ = arguments[i].toTensor().scalar_type();
+      arguments[i] = arguments[i].toTensor().to(at::kFloat);
+    }
+  }
+  at::Tensor round(const at::Tensor& result) const {
+    return type_ && result.defined() && result.scalar_type() == at::kFloat ? result.to(*type_) : result;
+  }
+
+ private:
+  c10::optional<at::ScalarType> type_;
+};
+
 // ---- the kernel
 
 // Replaces NPU tensors among the arguments by CPU aliases and an NPU device argument by the CPU. Returns whether the
@@ -333,6 +366,7 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
     emulator::finishAll();  // a copy to the host that blocks is a synchronisation
   else
     emulator::finish(currentStream(*call.device));
+  const WideProducts products(name, arguments, count);
   {
     const RandomStream random(op, arguments, *call.device);
     op.callBoxed(stack);
@@ -342,13 +376,17 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
     if (value.isTensor()) {
-      value = call.toNpu(value.toTensor());
+      value = call.toNpu(products.round(value.toTensor()));
     } else if (value.isTensorList()) {
       auto list = value.toTensorVector();
       for (auto& tensor : list) tensor = call.toNpu(tensor);
       value = list;
     }
   }
+}
+
+void refuse(const c10::OperatorHandle& op, Stack*) {
+  TORCH_CHECK(false, "emulated NPU: ", op.operator_name(), " has no formula in npu_ops.cpp");
 }
 
 // torch_npu's derivatives of aten operators call kernels that are not here; torch's own call operators that are.
@@ -414,12 +452,15 @@ class Registration {
               replaced, derived, left);
   }
 
-  // Operators of torch_npu's own: those for which npu_ops.cpp has a CPU formula.
+  // Operators of torch_npu's own: those for which npu_ops.cpp has a CPU formula run, the others say that they cannot
+  // (some of torch_npu's would return without an error and with nothing computed).
   void registerNpu() {
     auto& kernels = library("npu", DispatchKey::PrivateUse1);
     forEachOperator("npu", [&](const c10::OperatorHandle& op, const std::string& name) {
       if (op.hasKernelForDispatchKey(DispatchKey::CPU))
         kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&runOnCpu>());
+      else if (op.hasKernelForDispatchKey(DispatchKey::PrivateUse1) && !kKeptFromTorchNpu.count(name))
+        kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());
     });
   }
 
