@@ -57,16 +57,15 @@ def main(args: list[str] | None = None) -> None:
     """
     options = parse_args(args)
     logger.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
-    world = distributed.init(sections(options).distributed)
     try:
-        _run(options, world)
+        _run(options, distributed.init(sections(options).distributed))
     except KeyboardInterrupt:
         log.warning("Interrupted. `--resume latest` with this run's --name continues from the last checkpoint.")
         raise
     except Exception as error:
         log.exception("The run ends: %s", error)
         # Nothing collective any more, leaving the group included: the others wait elsewhere. The launcher ends them.
-        if not world.distributed:
+        if not distributed.world().distributed:
             distributed.shutdown()
         raise
     distributed.shutdown()
