@@ -73,8 +73,8 @@ class TextEncoder:
     def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
         """Ids [batch, tokens] without columns that no text of the batch reaches, as many as change no embedding.
 
-        Under a causal mask nothing behind the pooled position is seen from it. A multiple of 16 columns is left, so that
-        devices which compile by shape meet few. Waits for `text`, so give it on the CPU.
+        Under a causal mask nothing behind the pooled position is seen from it. A multiple of 16 columns is left, so
+        that devices which compile by shape meet few. Waits for `text`, so give it on the CPU.
         """
         options = self.text_options
         if not options.causal or options.pool_type != "argmax" or self.cls_emb is not None or options.output_tokens:
