@@ -34,6 +34,15 @@ def test_several_devices() -> None:
     assert lines == ["4 npu:2 npu:1 Ascend910B4", "refused"]
 
 
+def test_copies_leave_each_tensor_where_it_is() -> None:
+    here, there = torch.zeros(2), torch.ones(2, device=NPU)
+    with torch.inference_mode():  # with autograd's own kernel, which answers for itself, out of the way
+        assert torch.ops.aten.copy_(here, there).device.type == "cpu"
+        assert here.tolist() == [1, 1]
+        assert torch.ops.aten.copy_(there, 3 * here).device.type == "npu"
+        assert there.tolist() == [3, 3]
+
+
 def test_memory_is_counted_and_freed() -> None:
     torch.npu.empty_cache()
     before = torch.npu.memory_allocated()

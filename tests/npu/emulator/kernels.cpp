@@ -57,7 +57,10 @@ class Call {
 
   // A CPU tensor over the same memory; the same one for the same tensor, the same storage for the same storage.
   at::Tensor toCpu(const at::Tensor& tensor) {
-    if (!onNpu(tensor)) return tensor;
+    if (!onNpu(tensor)) {
+      if (tensor.defined()) onHost_.push_back(tensor);
+      return tensor;
+    }
     if (!device) device = tensor.device();
     c10::Storage storage;
     for (const auto& [npu, cpu] : seen_) {
@@ -90,9 +93,12 @@ class Call {
     }
   }
 
-  // A result of the CPU operator on the NPU: the argument it is, a view of the argument it is one of, or a copy.
+  // A result of the CPU operator on the NPU: the argument it is, a view of the argument it is one of, or a copy. An
+  // argument on the host that comes back (x of x.copy_(npu)) stays there.
   at::Tensor toNpu(const at::Tensor& result) const {
     if (!result.defined() || result.device().type() != c10::kCPU) return result;
+    for (const auto& host : onHost_)
+      if (host.is_same(result)) return result;
     for (const auto& [npu, cpu] : seen_)
       if (cpu.is_same(result)) return npu;
     for (const auto& [npu, cpu] : seen_)
@@ -114,6 +120,7 @@ class Call {
   }
 
   std::vector<std::pair<at::Tensor, at::Tensor>> seen_;  // (on the NPU, its alias)
+  std::vector<at::Tensor> onHost_;                        // arguments that are there already
 };
 
 template <class Use>

@@ -1,0 +1,105 @@
+"""Training of a tiny CLIP on deterministic data, step by step through the project's own Trainer, on any device."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import open_clip
+import tiny_clip
+from open_clip import device as devices
+from training import build, distributed, precision
+from training.objective import create_objective
+from training.optim import create_optimizer
+from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
+from training.train import Trainer
+
+GLOBAL_BATCH = 8
+CPU = torch.device("cpu")
+NPU = torch.device("npu", 0)
+
+
+def make_model(seed: int = 0, **changes: Any) -> open_clip.CLIP:
+    """Initialised on the CPU, so that the start is the same on every device. `changes`: see tiny_clip.config."""
+    torch.manual_seed(seed)
+    return open_clip.CLIP(**tiny_clip.config(**changes), output_dict=True)
+
+
+def make_batch(step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
+    """This rank's part of a step's global batch, on the CPU; images and texts of a pair have something in common."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    kind = torch.randint(0, 50, (GLOBAL_BATCH, 1), generator=generator)
+    texts = (kind + torch.arange(12)).remainder(60)
+    texts[:, -1] = 63
+    noise = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=generator)
+    images = 0.3 * noise + (kind.float() * 0.4 + torch.arange(3)).sin()[:, :, None, None]
+    part = slice(GLOBAL_BATCH * rank // world_size, GLOBAL_BATCH * (rank + 1) // world_size)
+    return {"image": images[part], "text": texts[part]}
+
+
+def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """To the device as training does it: from memory that is pinned for it, without waiting."""
+    if devices.row(device).pin_memory:
+        batch = {name: value.pin_memory() for name, value in batch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def make_trainer(
+    device: torch.device, chosen: str = "fp32", fused_optimizer: str = "auto", linked: bool = False,
+    model: torch.nn.Module | None = None, **scaler: Any,
+) -> Trainer:  # fmt: skip
+    """`linked`: --local-loss --gather-with-grad, in the process group of training.distributed."""
+    model = (make_model() if model is None else model).to(device).train()
+    objective = create_objective(ObjectiveConfig(local_loss=linked, gather_with_grad=linked), model)
+    # A large eps: AdamW otherwise makes rounding errors of gradients that are 0 as large as any other step.
+    cfg = OptimConfig(lr=2e-3, eps=1e-4, fused_optimizer=fused_optimizer)
+    return Trainer(
+        model=build.parallelise(model, DistributedConfig(), distributed.world()) if linked else model,
+        objective=objective,
+        optimizer=create_optimizer(model, cfg, device),
+        device=device,
+        scaler=precision.grad_scaler(chosen, device, **scaler),
+        autocast=precision.get_autocast(chosen, device),
+        grad_clip_norm=1.0,
+    )
+
+
+def train(trainer: Trainer, steps: int, rank: int = 0, world_size: int = 1) -> list[float]:
+    """The losses over the global batch."""
+    losses = []
+    for step in range(steps):
+        loss = trainer.step([move(make_batch(step, rank, world_size), trainer.device)], step)["loss"]
+        losses.append(loss.detach().clone())
+    found = torch.stack(losses)
+    if world_size > 1:
+        torch.distributed.all_reduce(found)
+        found /= world_size
+    return found.tolist()
+
+
+def encode(model: open_clip.CLIP, device: torch.device) -> list[torch.Tensor]:
+    """Features of an image and a text batch, on the CPU."""
+    batch = make_batch(0)
+    model = model.to(device).eval()
+    with torch.no_grad():
+        features = [model.encode_image(batch["image"].to(device)), model.encode_text(batch["text"].to(device))]
+    return [F.normalize(feature, dim=-1).cpu() for feature in features]
+
+
+# Shapes of model for which an additive mask or a copy to the host is easily made.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "quick_gelu": {"quick_gelu": True},
+    "patch_dropout": {"vision": {"patch_dropout": 0.5}},
+    "padding mask, class token": {"text": {"embed_cls": True, "pad_id": 0}},
+    "no causal mask": {"text": {"no_causal_mask": True, "pool_type": "last"}},
+    "attention pool": {"vision": {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}},
+    "layer scale, average": {"vision": {"ls_init_value": 0.1, "pool_type": "avg", "pos_embed_type": "sin_cos_2d"}},
+}
+
+
+def for_each_configuration(use: Callable[[str, open_clip.CLIP], None]) -> None:
+    for name, changes in CONFIGURATIONS.items():
+        use(name, make_model(**changes))

@@ -1,0 +1,36 @@
+"""Training on several NPUs by hccl: the losses are those of one, and of the CPU."""
+from __future__ import annotations
+
+import json
+
+import pytest
+from emulated import run_ranks
+from npu_training import CPU, make_trainer, train
+
+SCRIPT = """
+    import json
+    import open_clip, torch
+    from npu_training import *
+    from training import distributed
+    from training.params import DistributedConfig
+
+    world = distributed.init(DistributedConfig())
+    trainer = make_trainer(world.device, linked=True)
+    losses = train(trainer, 50, world.rank, world.world_size)
+    scale = trainer.model.module.logit_scale.detach().cpu()
+    distributed.barrier()
+    distributed.shutdown()
+    print(json.dumps([str(world.device), world.backend, type(trainer.model).__name__, float(scale), losses]))
+"""
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fifty_steps_on_several_npus_lose_as_on_the_cpu(world_size: int) -> None:
+    """The same global batch, --local-loss --gather-with-grad, no --device and no --dist-backend."""
+    reference = train(make_trainer(CPU), 50)
+    ranks = [json.loads(lines[-1]) for lines in run_ranks(SCRIPT, world_size)]
+    scales = {scale for _, _, _, scale, _ in ranks}
+    assert len(scales) == 1, "the ranks' weights are the same"
+    for rank, (device, backend, wrapper, _, losses) in enumerate(ranks):
+        assert (device, backend, wrapper) == (f"npu:{rank}", "hccl", "DistributedDataParallel")
+        assert losses == pytest.approx(reference, abs=5e-4)

@@ -1,0 +1,242 @@
+"""The Trainer on one NPU: equal to the CPU, by fused operators, without waiting for the device, over overflows."""
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import run_script
+from npu_training import CONFIGURATIONS, CPU, NPU, encode, make_batch, make_model, make_trainer, move, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import open_clip
+from open_clip import device as devices
+from training.checkpoint import TrainState
+
+# Whose result has a size, or is a number, that the host must know.
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called, and in `waits` those for which the host waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        self.counts[name] += 1
+        source = args[1] if name == "aten::copy_" else args[0] if args else None
+        if isinstance(source, torch.Tensor) and source.device.type == "npu":
+            to_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+            by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            self.waits += to_host or by_mask or name in WAITING
+        return result
+
+
+@pytest.fixture
+def synchronised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The explicit synchronisations that are made, by name."""
+    made: list[str] = []
+    for owner in (torch.npu, torch.npu.Stream, torch.npu.Event):
+        monkeypatch.setattr(owner, "synchronize", lambda *_, owner=owner: made.append(owner.__name__))
+    return made
+
+
+def count(trainer, steps: int = 1) -> Calls:
+    """What `steps` steps call, after one that sets everything up."""
+    batches = [move(make_batch(step), NPU) for step in range(steps + 1)]
+    trainer.step([batches[0]], 0)
+    with Calls() as calls:
+        for number, batch in enumerate(batches[1:], 1):
+            trainer.step([batch], number)
+    return calls
+
+
+def test_fifty_steps_lose_as_on_the_cpu() -> None:
+    ours, reference = train(make_trainer(NPU), 50), train(make_trainer(CPU), 50)
+    assert reference[-1] < 0.7 * reference[0], "it learns"
+    assert ours == pytest.approx(reference, abs=5e-4)
+
+
+@pytest.mark.parametrize("form", ["auto", "torch", "npu", "off"])
+@pytest.mark.parametrize("chosen", ["fp32", "amp"])
+def test_every_form_of_the_optimizer_trains_alike(form: str, chosen: str) -> None:
+    trainer = make_trainer(NPU, chosen, form, init_scale=256.0) if chosen == "amp" else make_trainer(NPU, chosen, form)
+    tolerance = 2e-2 if chosen == "amp" else 5e-4
+    assert train(trainer, 12) == pytest.approx(train(make_trainer(CPU), 12), abs=tolerance)
+
+
+@pytest.mark.parametrize("chosen", ["amp", "amp_bf16", "bf16", "fp16", "pure_bf16"])
+def test_every_precision_trains(chosen: str) -> None:
+    model = make_model()
+    dtype = open_clip.get_cast_dtype(chosen)
+    if dtype is not None and not chosen.startswith("amp"):
+        open_clip.convert_weights_to_lp(model, dtype)
+    trainer = make_trainer(NPU, chosen, model=model)
+    trainer.input_dtype = open_clip.get_input_dtype(chosen)
+    losses = train(trainer, 3) if trainer.input_dtype is None else [
+        trainer.step([{**move(make_batch(step), NPU), "image": move(make_batch(step), NPU)["image"].to(dtype)}], step)[
+            "loss"].item() for step in range(3)
+    ]  # fmt: skip
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[0] == pytest.approx(train(make_trainer(CPU), 1)[0], abs=0.05)
+
+
+def test_quick_gelu_is_one_fused_operator_a_layer() -> None:
+    calls = count(make_trainer(NPU, model=make_model(quick_gelu=True))).counts
+    layers = 2  # one a tower
+    assert calls["npu::npu_fast_gelu"] == calls["npu::npu_fast_gelu_backward"] == layers
+    assert not calls["aten::sigmoid"]
+
+
+def test_gelu_is_the_operator_that_does_as_it_is_told() -> None:
+    calls = count(make_trainer(NPU)).counts
+    assert calls["npu::npu_gelu"] == calls["npu::npu_gelu_backward"] == 2
+    assert not calls["aten::gelu"]
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_features_equal_the_cpus(name: str) -> None:
+    model = make_model(**CONFIGURATIONS[name])
+    reference = encode(model, CPU)
+    for ours, theirs in zip(encode(model, NPU), reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("chosen", ["fp32", "amp_bf16"])
+def test_a_step_does_not_wait_for_the_device(name: str, chosen: str, synchronised: list[str]) -> None:
+    calls = count(make_trainer(NPU, chosen, model=make_model(**CONFIGURATIONS[name])), steps=2)
+    assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > 4, "the counter sees what runs"
+    assert calls.waits == 0
+    assert synchronised == []
+
+
+@pytest.mark.parametrize("form", ["auto", "torch", "off"])
+def test_the_scaler_waits_as_often_as_it_must(form: str, synchronised: list[str]) -> None:
+    """Whether to skip the step is decided on the host: torch's scaler and torch_npu's ask `found_inf.item()` for it."""
+    trainer = make_trainer(NPU, "amp", form)
+    own = count(trainer, steps=4).waits / 4
+    assert own == waits_of_the_scaler_alone()
+    assert synchronised == []
+
+
+def waits_of_the_scaler_alone() -> float:
+    weight = torch.nn.Parameter(torch.ones(4, device=NPU))
+    optimizer = devices.row(NPU).adamw([weight], "off", lr=0.1)
+    scaler = devices.row(NPU).grad_scaler()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    step()
+    with Calls() as calls:
+        for _ in range(4):
+            step()
+    return calls.waits / 4
+
+
+def test_reading_a_loss_is_seen_as_waiting() -> None:
+    """The counter itself."""
+    x = torch.ones(2, device=NPU)
+    for wait in (lambda: x.sum().item(), x.cpu, x.tolist, lambda: torch.empty(2).copy_(x), lambda: x[x > 0]):
+        with Calls() as calls:
+            wait()
+        assert calls.waits >= 1
+    with Calls() as calls:
+        _ = x + 1
+    assert calls.waits == 0
+
+
+def test_an_overflow_is_skipped_and_training_recovers() -> None:
+    trainer = make_trainer(NPU, "amp", init_scale=1024.0)
+    batch = move(make_batch(0), NPU)
+    trainer.step([batch], 0)
+    before = {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters()}
+    scale = trainer.scaler.get_scale()
+
+    trainer.step([{**batch, "image": batch["image"] * 1e30}], 1)
+    assert all(torch.equal(p.detach().cpu(), before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.scaler.get_scale() == scale / 2
+
+    losses = train(trainer, 20)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    assert trainer.scaler.get_scale() == scale / 2
+    assert any(not torch.equal(p.detach().cpu(), before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_scale_that_is_too_high_comes_down_by_itself() -> None:
+    trainer = make_trainer(NPU, "amp", init_scale=2.0**40)
+    losses = train(trainer, 40)
+    assert trainer.scaler.get_scale() < 2.0**40
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("form", ["auto", "npu"])
+@pytest.mark.parametrize(("first", "second"), [(NPU, CPU), (CPU, NPU), (NPU, NPU)])
+def test_a_checkpoint_goes_on_on_the_other_device(
+    first: torch.device, second: torch.device, form: str, tmp_path: Path
+) -> None:
+    whole = train(make_trainer(CPU), 8)
+    forms = {NPU: form, CPU: "auto"}
+
+    def state_of(trainer) -> TrainState:
+        return TrainState(model=trainer.model, optimizer=trainer.optimizer, device=trainer.device, name="run", seed=0)
+
+    trainer = make_trainer(first, fused_optimizer=forms[first])
+    assert train(trainer, 4) == pytest.approx(whole[:4], abs=1e-4)
+    torch.save(state_of(trainer).state_dict(), tmp_path / "epoch_1.pt")
+
+    saved = torch.load(tmp_path / "epoch_1.pt", map_location="cpu", weights_only=True)
+    resumed = make_trainer(second, fused_optimizer=forms[second], model=make_model(seed=9))
+    state_of(resumed).load_state_dict(saved)
+    losses = [resumed.step([move(make_batch(step), second)], step)["loss"].item() for step in range(4, 8)]
+    assert losses == pytest.approx(whole[4:], abs=1e-4)
+
+
+def test_weights_saved_on_npu_load_on_a_machine_without(tmp_path: Path) -> None:
+    model = make_model().to(NPU)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    script = f"""
+        import sys
+        sys.modules["torch_npu"] = None  # as where it is not installed
+        import os
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+        import torch
+        found = torch.load({str(tmp_path / "weights.pt")!r}, map_location="cpu", weights_only=True)
+        print(len(found), {{value.device.type for value in found.values()}}, hasattr(torch, "npu"))
+    """
+    assert run_script(script)[-1] == f"{len(model.state_dict())} {{'cpu'}} False"
+
+
+ONE_STEP_EACH = """
+    import open_clip, torch
+    from npu_training import *
+
+    def use(name, model):
+        trainer = make_trainer(NPU, model=model)
+        print(name, train(trainer, 2))
+        encode(model, NPU)
+    for_each_configuration(use)
+    print("amp", train(make_trainer(NPU, "amp"), 2))
+    print("bf16", train(make_trainer(NPU, "amp_bf16"), 2))
+"""
+
+
+def test_strict_npu_and_late_copies_change_nothing() -> None:
+    """Strict: no float64, no added attention mask, in training and encoding. Late copies: nobody reads too early."""
+    plain = run_script(ONE_STEP_EACH)
+    assert sum("[" in line for line in plain) == len(CONFIGURATIONS) + 2
+    assert run_script(ONE_STEP_EACH, strict=1, delay_copies=1, poison=1) == plain
