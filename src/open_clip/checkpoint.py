@@ -125,17 +125,18 @@ def _read_pickle(path: str | os.PathLike, kind: str) -> Any:
             return {key: value for key, value in state_dict.items() if key not in _OPENAI_EXTRAS}
         return torch.load(os.fspath(path), map_location="cpu", mmap=kind == "torch", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(path, str(error))) from error
+        raise ValueError(refusal(path, str(error))) from None
     except (RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} is not readable as a checkpoint ({error}). Was its copy or download interrupted?"
         ) from error
 
 
-def _refusal(path: str | os.PathLike, message: str) -> str:
+def refusal(path: str | os.PathLike, message: str) -> str:
+    """Why a pickle is not read, from what torch.load(weights_only=True) says of it (less its advice to run it)."""
     name = re.search(r"GLOBAL ([\w.]+)", message)
     if not name:
-        return f"{path} is refused: it is damaged, or holds more than weights ({message.splitlines()[0]})"
+        return f"{path} is refused: it is damaged, or holds more than tensors, numbers and containers."
     return (
         f"{path} is refused: to read it, {name[1]} would have to be called, and a file can make such a call do "
         "anything. Weights need no code: ask its maker for a file of tensors only (safetensors). If you made it "

@@ -139,7 +139,10 @@ def resize_text_pos_embed(
         return
     table = state_dict[key]
     if table.shape[1] != target.shape[1]:
-        raise ValueError(f"{key} is {table.shape[1]} wide, the model's is {target.shape[1]}: not the same text tower")
+        raise ValueError(
+            f"{key} is {table.shape[1]} wide, the model's is {target.shape[1]}: these weights are of another model. "
+            "Choose the architecture that they were trained with."
+        )
     if table.shape[0] == target.shape[0]:
         return
     logger.info("Text position embedding resized from %d to %d.", table.shape[0], target.shape[0])

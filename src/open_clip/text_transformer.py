@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from .blocks import Transformer
 from .layers import GELU, LayerNorm, ModuleFactory
 from .utils import expect, set_trainable
+
+logger = logging.getLogger(__name__)
 
 
 def text_global_pool(
@@ -166,6 +169,8 @@ class TextEncoder:
         if self.text_projection is not None:
             groups.append(self.text_projection)
         set_trainable(groups, False)
+        if unlocked_layers >= len(groups):
+            logger.warning("The text tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_layers)
         if unlocked_layers:
             set_trainable(groups[-unlocked_layers:], True)
         if not freeze_layer_norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .layers import (
 from .pos_embed import get_2d_sincos_pos_embed
 from .text_transformer import TextTransformer, lock_text_tower, text_global_pool
 from .utils import expect, set_trainable, to_2tuple
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "GELU",
@@ -169,6 +172,8 @@ class VisionTransformer(nn.Module):
         *blocks, last_block = self.transformer.resblocks
         embedding = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
         groups = [embedding, *blocks, [last_block, self.ln_post], self.proj]
+        if unlocked_groups >= len(groups):
+            logger.warning("The image tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_groups)
         set_trainable(groups[-unlocked_groups:], True)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

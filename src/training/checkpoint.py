@@ -22,14 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip.checkpoint import refusal, strip_prefixes
 from training import distributed, file_utils, rng
 from training.params import CheckpointConfig
 
 logger = logging.getLogger(__name__)
-
-# DDP's, torch.compile's, and both together.
-_WRAPPERS = ("module.", "_orig_mod.")
-
 
 @dataclass
 class TrainState:
@@ -139,21 +136,13 @@ def _is_training_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
     return "epoch" in checkpoint and isinstance(checkpoint.get("state_dict"), Mapping)
 
 
-def bare_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the prefixes that DDP and torch.compile put before every name."""
-    named = dict(weights)
-    while named and (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in named)), None)):
-        named = {name.removeprefix(prefix): value for name, value in named.items()}
-    return named
-
-
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies weights into the model, every one or none.
 
     Raises:
         ValueError: naming what is missing, too much, or of another shape.
     """
-    named, own = bare_names(weights), model.state_dict()
+    named, own = strip_prefixes(dict(weights)), model.state_dict()
     missing = [name for name in own if name not in named]
     unexpected = [name for name in named if name not in own]
     shapes = [
@@ -190,12 +179,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         checkpoint = file_utils.pt_load(path, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"--resume: {refusal(path, str(error))}") from None
+    except (RuntimeError, OSError, EOFError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"--resume {str(path)!r} cannot be read as a checkpoint (torch.save of tensors and plain containers): "
-            f"{reason[0] if reason else type(error).__name__}. It is damaged, of another format, or holds code, which "
-            "is not run. To start from weights in other formats use --pretrained."
+            f"{reason[0] if reason else type(error).__name__}. It is damaged or of another format. To start from "
+            "weights in other formats use --pretrained."
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"--resume {str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint.")

@@ -9,6 +9,7 @@ import logging
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -63,12 +64,27 @@ def main(args: list[str] | None = None) -> None:
         log.warning("Interrupted. `--resume latest` with this run's --name continues from the last checkpoint.")
         raise
     except Exception as error:
-        log.exception("The run ends: %s", error)
+        _log_end(error, options.debug)
         # Nothing collective any more, leaving the group included: the others wait elsewhere. The launcher ends them.
         if not distributed.world().distributed:
             distributed.shutdown()
         raise
     distributed.shutdown()
+
+
+def _log_end(error: Exception, debug: bool) -> None:
+    """A sentence alone for what its reader can mend; the traceback too for what may be a bug, and with --debug."""
+    if devices.is_out_of_memory(error):
+        log.error(
+            "Out of memory: %s Try --grad-checkpointing, or a smaller --batch-size with a larger --accum-freq.", error
+        )
+        return
+    own_files = Path(open_clip.__file__).parents[1]
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_ours = isinstance(error, RuntimeError) and raised_in.is_relative_to(own_files)
+    is_for_reader = is_ours or isinstance(error, (ValueError, OSError, NotImplementedError, ImportError))
+    hint = " (--debug shows where.)" if is_for_reader and not debug else ""
+    log.error("The run ends: %s%s", error, hint, exc_info=debug or not is_for_reader)
 
 
 def _run(options: argparse.Namespace, world: World) -> None:

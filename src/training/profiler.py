@@ -197,6 +197,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measure", action="store_true", help="also run forward passes on the device and time them")
     parser.add_argument("--precision", default=None, choices=precisions.PRECISIONS, help="of --measure")
     options = parser.parse_args(argv)
+    if not options.measure and (options.batch_size, options.device, options.precision) != (1, "auto", None):
+        logger.warning("--batch-size, --device and --precision change nothing without --measure: FLOPs are per sample.")
     if options.batch_size < 1:
         parser.error(f"--batch-size {options.batch_size}: at least 1 is needed")
     try:

@@ -77,10 +77,10 @@ def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tu
             for rows in pd.read_csv(filename, index_col=False, chunksize=_ROWS_AT_ONCE, **options):
                 for column, key in zip(columns, (img_key, caption_key), strict=True):
                     column.append(StringTable(rows[key].fillna("").tolist()))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{filename}: no such CSV file (looked for {Path(filename).absolute()}).") from error
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{filename} is empty: it needs a header with {img_key!r} and {caption_key!r}.") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{filename}: no such CSV file (looked for {Path(filename).absolute()}).") from None
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{filename} is empty: it needs a header with {img_key!r} and {caption_key!r}.") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise ValueError(
             f"{filename}: rows do not fit the header ({error}). A field that has the separator {sep!r} in it must be "

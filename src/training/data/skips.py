@@ -71,6 +71,16 @@ class SkipCounter:
         return int(self._table.sum())
 
 
+class NoUsableSamples(ValueError):
+    """Nothing but bad samples came.
+
+    DataLoader builds a worker's exception anew from the text of its traceback: only the sentence is kept of that.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{NoUsableSamples.__name__}: ")[2].strip())
+
+
 class Streak:
     """Raises where nothing but bad samples comes from the start, so that useless data is an error and not a hang.
 
@@ -88,7 +98,7 @@ class Streak:
         self.any_good = True
 
     def add(self, bad: BadSample) -> None:
-        """Raises ValueError when the limit is reached without a good sample."""
+        """Raises NoUsableSamples when the limit is reached without a good sample."""
         if self.any_good:
             return
         self.bad += 1
@@ -96,10 +106,10 @@ class Streak:
         if self.bad >= self.limit:
             raise self.error() from self.first
 
-    def error(self) -> ValueError:
+    def error(self) -> NoUsableSamples:
         if self.first is None:
-            return ValueError(f"{self.source}: there are no samples.")
-        return ValueError(
+            return NoUsableSamples(f"{self.source}: there are no samples.")
+        return NoUsableSamples(
             f"{self.source}: not one usable sample, and {self.bad} that are not. The first: {self.first.name}: "
             f"{self.first.reason} ({self.first.cause})."
         )
