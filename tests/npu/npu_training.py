@@ -1,11 +1,13 @@
 """Training of a tiny CLIP on deterministic data, step by step through the project's own Trainer, on any device."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import open_clip
 import tiny_clip
@@ -86,6 +88,30 @@ def encode(model: open_clip.CLIP, device: torch.device) -> list[torch.Tensor]:
     with torch.no_grad():
         features = [model.encode_image(batch["image"].to(device)), model.encode_text(batch["text"].to(device))]
     return [F.normalize(feature, dim=-1).cpu() for feature in features]
+
+
+# Whose result has a size, or is a number, that the host must know.
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called, and in `waits` those for which the host waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        self.counts[name] += 1
+        source = args[1] if name == "aten::copy_" else args[0] if args else None
+        if isinstance(source, torch.Tensor) and source.device.type == "npu":
+            to_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+            by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            self.waits += to_host or by_mask or name in WAITING
+        return result
 
 
 # Shapes of model for which an additive mask or a copy to the host is easily made.

@@ -150,9 +150,9 @@ def place(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: list[object], place: Path, folder: Path, devices: int = 1) -> str:
+def run(command: list[object], place: Path, folder: Path, devices: int = 1, **settings: str) -> str:
     path = f"{folder / 'few_captions'}:{ROOT / 'src'}"
-    return processes.run(command, place, PYTHONPATH=path, CANN_EMULATOR_DEVICES=str(devices))
+    return processes.run(command, place, PYTHONPATH=path, CANN_EMULATOR_DEVICES=str(devices), **settings)
 
 
 def check_run(place: Path) -> Path:
@@ -196,10 +196,10 @@ def test_inference(folder: Path) -> None:
     assert sum(probabilities) == pytest.approx(1, abs=2e-3)
 
 
-@pytest.mark.parametrize("place_there", [[], ["--device", "npu"]])
-def test_profiler(place_there: list[str], tmp_path: Path) -> None:
-    command = [PYTHON, "-m", "training.profiler", "--model", "ViT-L-14"]
-    processes.run([*command, "--results-file", "./logs/profiler_results.csv", *place_there], tmp_path)
+@pytest.mark.parametrize("words", [["training.profiler"], ["open_clip_train.profiler", "--device", "npu"]])
+def test_profiler(words: list[str], tmp_path: Path) -> None:
+    options = ["--model", "ViT-L-14", "--results-file", "./logs/profiler_results.csv"]
+    processes.run([PYTHON, "-m", *words, *options], tmp_path)
     assert (tmp_path / "logs/profiler_results.csv").read_text().splitlines() == [
         "model,image_size,image_width,text_width,embed_dim,mparams,image_mparams,text_mparams,gflops,image_gflops,text_gflops",
         "ViT-L-14,224,1024,768,768,427.62,303.97,123.65,175.33,162.03,13.3",
@@ -207,14 +207,18 @@ def test_profiler(place_there: list[str], tmp_path: Path) -> None:
 
 
 def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
-    """Two epochs at once, one epoch and one more on another card, and an evaluation of the last checkpoint."""
+    """Two epochs at once; the second once more, resumed on another card; and an evaluation of the last checkpoint.
+
+    The resumed run is on an NPU that is strict and copies late: it computes the same.
+    """
     csv = "data/MS_COCO_2017_URL_TEXT/traincoco.csv"
     common = [PYTHON, "-m", "training.main", "--model", "local-dir:./models/small", "--batch-size", 4, "--workers", 1]
     train = [*common, "--train-data", csv, "--warmup", 2, "--lr", 1e-3, "--epochs", 2, "--log-every-n-steps", 1]
     train += ["--report-to", "tensorboard", "--force-patch-dropout", 0.5]
     run([*train, "--name", "whole"], place, folder)
     latest = ["--resume", "logs/whole/checkpoints/epoch_1.pt", "--device", "npu:1"]
-    printed = run([*train, "--name", "resumed", *latest], place, folder, devices=2)
+    strict = {"CANN_EMULATOR_STRICT": "1", "CANN_EMULATOR_DELAY_COPIES": "1", "CANN_EMULATOR_POISON": "1"}
+    printed = run([*train, "--name", "resumed", *latest], place, folder, devices=2, **strict)
     assert "Rank 0 of 1 on npu:1" in printed
     whole, resumed = (train_runs.scalars(place / "logs" / name)["train/loss"] for name in ("whole", "resumed"))
     assert sorted(whole) == [0, 1, 2, 3]
@@ -228,9 +232,10 @@ def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
     assert not list((place / "logs/evaluated/checkpoints").glob("*.pt"))
 
 
-def test_torchrun_without_device_or_backend_and_with_an_output_folder(place: Path, folder: Path) -> None:
-    """Where open_clip_torch 3.3.0 crashes, and torchrun takes --logs for its own."""
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "-m", "training.main", "--output-dir", place / "out"]
+def test_torchrun_with_a_device_and_an_output_folder(place: Path, folder: Path) -> None:
+    """By the other name of the package, and with --output-dir: torchrun takes --logs for an option of its own."""
+    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node", 2]
+    command = [*torchrun, "-m", "open_clip_train.main", "--device", "npu", "--output-dir", place / "out"]
     options = ["--model", "local-dir:./models/small", "--dataset-type", "synthetic", "--train-num-samples", 8]
     more = ["--batch-size", 2, "--epochs", 1, "--workers", 0, "--local-loss", "--gather-with-grad", "--siglip"]
     printed = run([*command, *options, *more], place, folder, devices=2)
@@ -245,3 +250,10 @@ def test_doctor(tmp_path: Path) -> None:
     assert found["default_device"].startswith("npu")
     assert "hccl" in found["backends"]
     assert found["versions"]["torch_npu"].split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+def test_demo_trains_on_the_npu(tmp_path: Path) -> None:
+    printed = processes.run([PYTHON, ROOT / "demo/digits.py", "--output", tmp_path, "--epochs", "2"], tmp_path)
+    assert "on 1 x npu" in printed
+    assert "Zero-shot accuracy on 360 digits" in printed
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")

@@ -18,9 +18,15 @@ SCRIPT = """
     trainer = make_trainer(world.device, linked=True)
     losses = train(trainer, 50, world.rank, world.world_size)
     scale = trainer.model.module.logit_scale.detach().cpu()
+
+    batches = [move(make_batch(step, world.rank, world.world_size), world.device) for step in range(2)]
+    with Calls() as calls:
+        for step, batch in enumerate(batches):
+            trainer.step([batch], step)
     distributed.barrier()
     distributed.shutdown()
-    print(json.dumps([str(world.device), world.backend, type(trainer.model).__name__, float(scale), losses]))
+    wrapper = type(trainer.model).__name__
+    print(json.dumps([str(world.device), world.backend, wrapper, float(scale), calls.waits, losses]))
 """
 
 
@@ -29,8 +35,8 @@ def test_fifty_steps_on_several_npus_lose_as_on_the_cpu(world_size: int) -> None
     """The same global batch, --local-loss --gather-with-grad, no --device and no --dist-backend."""
     reference = train(make_trainer(CPU), 50)
     ranks = [json.loads(lines[-1]) for lines in run_ranks(SCRIPT, world_size)]
-    scales = {scale for _, _, _, scale, _ in ranks}
-    assert len(scales) == 1, "the ranks' weights are the same"
-    for rank, (device, backend, wrapper, _, losses) in enumerate(ranks):
+    assert len({scale for _, _, _, scale, _, _ in ranks}) == 1, "the ranks' weights are the same"
+    for rank, (device, backend, wrapper, _, waits, losses) in enumerate(ranks):
+        assert waits == 0, "no step waits for the device"
         assert (device, backend, wrapper) == (f"npu:{rank}", "hccl", "DistributedDataParallel")
         assert losses == pytest.approx(reference, abs=5e-4)

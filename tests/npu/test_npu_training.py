@@ -2,42 +2,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from emulated import run_script
-from npu_training import CONFIGURATIONS, CPU, NPU, encode, make_batch, make_model, make_trainer, move, train
-from torch.utils._python_dispatch import TorchDispatchMode
+from npu_training import CONFIGURATIONS, CPU, NPU, Calls, encode, make_batch, make_model, make_trainer, move, train
 
 import open_clip
 from open_clip import device as devices
 from training.checkpoint import TrainState
-
-# Whose result has a size, or is a number, that the host must know.
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that are called, and in `waits` those for which the host waits for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func.name().partition(".")[0]
-        self.counts[name] += 1
-        source = args[1] if name == "aten::copy_" else args[0] if args else None
-        if isinstance(source, torch.Tensor) and source.device.type == "npu":
-            to_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
-            by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-            self.waits += to_host or by_mask or name in WAITING
-        return result
 
 
 @pytest.fixture
@@ -115,6 +90,17 @@ def test_features_equal_the_cpus(name: str) -> None:
 def test_a_step_does_not_wait_for_the_device(name: str, chosen: str, synchronised: list[str]) -> None:
     calls = count(make_trainer(NPU, chosen, model=make_model(**CONFIGURATIONS[name])), steps=2)
     assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > 4, "the counter sees what runs"
+    assert calls.waits == 0
+    assert synchronised == []
+
+
+def test_accumulated_batches_do_not_wait_for_the_device(synchronised: list[str]) -> None:
+    trainer = make_trainer(NPU, model=make_model(vision={"patch_dropout": 0.5}))
+    trainer.accum_freq = 2
+    steps = [[move(make_batch(2 * step + part), NPU) for part in range(2)] for step in range(2)]
+    trainer.step(steps[0], 0)
+    with Calls() as calls:
+        trainer.step(steps[1], 1)
     assert calls.waits == 0
     assert synchronised == []
 
