@@ -36,7 +36,7 @@ RUN_NAME = "digits"
 MODEL_CONFIG = {
     "model_cfg": {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 4},
+        "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
@@ -229,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything that is made")
     parser.add_argument("--data", choices=["csv", "shards"], default="csv", help="the form of the data to train on")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the digits (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the digits (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="as in training.main: the best one present, unless named")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -237,6 +237,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     args = parse_args(argv)
     output = args.output.resolve()
     prepare(output, args.seed)
