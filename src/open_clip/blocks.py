@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .layers import GELU, Attention, LayerNorm, LayerScale, ModuleFactory, MultiheadAttention
 from .utils import expect, feature_take_indices
@@ -212,6 +211,8 @@ class Transformer(nn.Module):
 
     def _run(self, block: nn.Module, x: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
+
             return checkpoint(block, x, attn_mask=attn_mask, is_causal=is_causal, use_reentrant=False)
         return block(x, attn_mask=attn_mask, is_causal=is_causal)
 
