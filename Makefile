@@ -57,5 +57,5 @@ bench: install  ## measure against open_clip_torch, which is installed in a fold
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) .installed build dist demo_output src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NPU_VENV) .installed build dist demo_output benchmarks/.peer benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
