@@ -6,6 +6,7 @@ NCCL and HCCL bind a communicator to the device that is current.
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import os
 import re
@@ -98,6 +99,7 @@ def shutdown() -> None:
     """Leaves the run; safe to call twice or without `init`."""
     global _world
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DDP's cycles hold the group; one that lives until the interpreter ends can abort the process
         dist.destroy_process_group()
     _world = None
 

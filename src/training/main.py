@@ -69,6 +69,7 @@ def main(args: list[str] | None = None) -> None:
         if not distributed.world().distributed:
             distributed.shutdown()
         raise
+    distributed.barrier()  # who leaves early takes with it what the others still use to leave
     distributed.shutdown()
 
 
