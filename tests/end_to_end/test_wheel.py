@@ -32,7 +32,7 @@ def installed(tmp_path_factory) -> Path:
     # A copy, so that building leaves nothing in the tree.
     source = folder / "source"
     source.mkdir()
-    for path in (path for path in ROOT.iterdir() if path.is_file()):
+    for path in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(path, source)
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     subprocess.run(
