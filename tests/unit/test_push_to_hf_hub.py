@@ -357,6 +357,14 @@ def test_weights_of_a_file(hub, registered):
     assert {key: preprocess_cfg[key] for key in PREPROCESS} == PREPROCESS
 
 
+def test_a_folder_of_ones_own(hub, built, tmp_path):
+    """Its configuration is in the folder, not in the registry."""
+    model, config = built(text={"vocab_size": VOCABULARY}, quick_gelu=True)
+    save_for_hf(model, None, config, tmp_path / "saved")
+    open_clip.push_pretrained_to_hf_hub(f"local-dir:{tmp_path / 'saved'}", "", "org/tiny")
+    check_same(open_clip.create_model("hf-hub:org/tiny"), model)
+
+
 def test_what_is_forced_is_in_the_configuration(hub, registered):
     name, weights, _ = registered
     open_clip.push_pretrained_to_hf_hub(
