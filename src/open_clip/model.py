@@ -103,6 +103,7 @@ def _build_vision_tower(
             drop_path=cfg.timm_drop_path,
             patch_drop=cfg.patch_dropout or None,
             pretrained=cfg.timm_model_pretrained,
+            act_kwargs=cfg.act_kwargs,
         )
     if isinstance(cfg.layers, (tuple, list)):
         heads = cfg.width * 32 // cfg.head_width

@@ -39,6 +39,7 @@ class TimmModel(nn.Module):
         drop_path: stochastic depth of the trunk; None for what timm has.
         patch_drop: fraction of the patches left out in training; None for none.
         pretrained: start from timm's weights, which are downloaded.
+        act_kwargs: of the trunk's GELUs, `{"approximate": "tanh"}` or "none", where weights are for others than timm's.
 
     Raises:
         RuntimeError: timm is not installed, or does not know the model.
@@ -59,6 +60,7 @@ class TimmModel(nn.Module):
         drop_path: float | None = None,
         patch_drop: float | None = None,
         pretrained: bool = False,
+        act_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         expect("proj", proj, PROJECTIONS)
@@ -72,7 +74,7 @@ class TimmModel(nn.Module):
         if own_head:
             _remove_classifier(self.trunk, model_name, pool)
             self.head = _make_head(self.trunk, embed_dim, pool, proj, proj_bias, drop)
-        _use_device_activations(self.trunk)
+        _use_device_activations(self.trunk, act_kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> features [batch, embed_dim]"""
@@ -288,14 +290,14 @@ def _make_head(
     return nn.Sequential(OrderedDict(layers))
 
 
-def _use_device_activations(trunk: Any) -> None:
+def _use_device_activations(trunk: Any, act_kwargs: dict[str, Any] | None) -> None:
     """Put this package's GELUs in place of others: they are exact on every device, and one kernel."""
     from timm.layers import activations as timms
 
     replacements: dict[type, Any] = {
-        nn.GELU: lambda module: GELU(module.approximate),
-        timms.GELU: lambda module: GELU(),
-        timms.GELUTanh: lambda module: GELU("tanh"),
+        nn.GELU: lambda module: GELU(**(act_kwargs or {"approximate": module.approximate})),
+        timms.GELU: lambda module: GELU(**(act_kwargs or {})),
+        timms.GELUTanh: lambda module: GELU(**(act_kwargs or {"approximate": "tanh"})),
         timms.QuickGELU: lambda module: QuickGELU(),
     }
     for parent in list(trunk.modules()):
