@@ -40,6 +40,7 @@ from .pretrained import (
     list_pretrained_models_by_tag,
     list_pretrained_tags_by_model,
 )
+from .push_to_hf_hub import push_pretrained_to_hf_hub, push_to_hf_hub  # this name is the function, as in open_clip
 from .tokenizer import SimpleTokenizer, decode, tokenize
 from .transform import AugmentationCfg, image_transform
 from .version import __version__
@@ -92,6 +93,8 @@ __all__ = [
     "list_pretrained_tags_by_model",
     "load_checkpoint",
     "load_openai_model",
+    "push_pretrained_to_hf_hub",
+    "push_to_hf_hub",
     "set_model_preprocess_cfg",
     "tokenize",
     "trace_model",

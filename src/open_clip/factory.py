@@ -129,7 +129,8 @@ def create_model(
         pretrained: a tag of the model's published weights, or a file: what `load_state_dict` reads. Nothing or "":
             the weights of the hub's repository or of the folder, and else random ones. With "hf-hub:" and
             "local-dir:", a file goes before their own weights.
-        load_weights: False for random weights, whatever `pretrained` says; its preprocessing is taken still.
+        load_weights: False for no weights of the whole model, whatever `pretrained` says; its preprocessing is taken
+            still.
         precision: of the weights. "fp32", "amp" and "amp_bf16": float32. "fp16", "bf16": half precision but for norms
             and embeddings. "pure_fp16", "pure_bf16": all of it.
         device: where the model is put; "auto" for the best one present, "meta" for a model without memory.
@@ -181,8 +182,12 @@ def create_model(
         raise RuntimeError(
             f"{model_name!r} with pretrained={pretrained!r} has no weights to load, and they were required."
         )
-    else:
-        use_tower_defaults(recipe.model_cfg, pretrained_image and load_weights, pretrained_text and load_weights)
+    needs_weights = recipe.fetch_weights is None and target.type != "meta"
+    use_tower_defaults(
+        recipe.model_cfg,
+        pretrained_image and needs_weights and not pretrained_image_path,
+        pretrained_text and needs_weights and not pretrained_text_path,
+    )
     model = _build(recipe, precision, output_dict, target, weights_only)
     if recipe.fetch_weights is None and target.type != "meta":
         logger.warning("%s has no pretrained weights: it is initialised at random.", model_name)

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ FOLDER_WEIGHTS = (  # in order of preference
     "model.safetensors",
     "pytorch_model.bin",
 )
+_REQUIRED_KEYS = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+
+# What a configuration that somebody else wrote may name: things on the hub and in timm, not on this machine.
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)
+_TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
 
 
 @dataclasses.dataclass
@@ -123,16 +130,19 @@ def _find_weights(folder: Path) -> Path | None:
 
 
 def _hub_recipe(model_name: str, identifier: str, cache_dir: str | None) -> Recipe:
-    model_id, _, revision = identifier.partition("@")
+    model_id, at, revision = identifier.partition("@")
+    if at and not revision:
+        raise ValueError(f"{model_name!r} names nothing behind '@': a branch, a tag or a commit is expected there.")
     fetch = functools.partial(download_pretrained_from_hf, model_id, revision=revision or None, cache_dir=cache_dir)
     recipe = _recipe_from_config(model_name, Path(fetch(HF_CONFIG_NAME)))
+    check_untrusted(recipe.model_cfg, f"The {HF_CONFIG_NAME} of {identifier}")
     recipe.weights_name = f"the weights of {identifier}"
     recipe.fetch_weights = fetch
     return recipe
 
 
 def _recipe_from_config(model_name: str, path: Path) -> Recipe:
-    """The recipe in an `open_clip_config.json`: {"model_cfg": ..., "preprocess_cfg": ...}."""
+    """The recipe in an `open_clip_config.json`: {"model_cfg": ...[, "preprocess_cfg": ...]}."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{model_name!r}: there is no {path.name} in {path.parent}, so nothing says what model it is."
@@ -141,9 +151,47 @@ def _recipe_from_config(model_name: str, path: Path) -> Recipe:
         cfg = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(cfg, dict) or not isinstance(cfg.get("model_cfg"), dict):
+    model_cfg = cfg.get("model_cfg") if isinstance(cfg, dict) else None
+    if not isinstance(model_cfg, dict):
         raise ValueError(f"{path} has no 'model_cfg', the configuration of a model.")
-    return Recipe(model_name, cfg["model_cfg"], dict(cfg.get("preprocess_cfg") or {}))
+    for key, kind in _REQUIRED_KEYS.items():
+        if not isinstance(model_cfg.get(key), kind):
+            found = repr(model_cfg[key]) if key in model_cfg else "none"
+            raise ValueError(f"{path}: model_cfg needs {key!r}, of type {kind.__name__}; it has {found}.")
+    preprocess_cfg = cfg.get("preprocess_cfg") or {}
+    if not isinstance(preprocess_cfg, dict):
+        raise ValueError(f"{path}: 'preprocess_cfg' is {preprocess_cfg!r} and must map names to values.")
+    return Recipe(model_name, model_cfg, preprocess_cfg)
+
+
+def check_untrusted(model_cfg: dict[str, Any], source: str) -> None:
+    """Raise ValueError if a configuration from elsewhere reaches for files of this machine, or for running code.
+
+    timm's and transformers' names of models may also be paths and addresses, and arguments of a tokenizer may let the
+    code of a repository run.
+    """
+    vision_cfg, text_cfg = model_cfg.get("vision_cfg") or {}, model_cfg.get("text_cfg") or {}
+    decoder_cfg = model_cfg.get("multimodal_cfg") or {}
+    for key, cfg, allowed in (
+        ("timm_model_name", vision_cfg, _TIMM_NAME),
+        *(
+            (key, cfg, _HUB_ID)
+            for cfg in (text_cfg, decoder_cfg)
+            for key in ("hf_model_name", "hf_tokenizer_name")
+        ),
+    ):
+        name = cfg.get(key)
+        if name and not (isinstance(name, str) and allowed.fullmatch(name) and ".." not in name):
+            raise ValueError(
+                f"{source} has {key}={name!r}, which is not the plain name of a model. What comes from the hub may "
+                "not point to a folder or an address. If you trust it, download it and load it with local-dir:."
+            )
+    refused = sorted(set(text_cfg.get("tokenizer_kwargs") or ()) - _TOKENIZER_KWARGS)
+    if refused:
+        raise ValueError(
+            f"{source} has tokenizer_kwargs {', '.join(map(repr, refused))}. What comes from the hub may set "
+            f"only {', '.join(sorted(_TOKENIZER_KWARGS))}."
+        )
 
 
 def override(
@@ -170,7 +218,7 @@ def override(
 
 
 def use_tower_defaults(model_cfg: dict[str, Any], pretrained_image: bool, pretrained_text: bool) -> None:
-    """Whether towers from other libraries start from those libraries' weights, where the whole model gets none."""
+    """Whether towers from other libraries start from those libraries' weights: only where nothing else fills them."""
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     if vision_cfg.get("timm_model_name"):
         vision_cfg["timm_model_pretrained"] = pretrained_image

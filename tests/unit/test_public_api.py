@@ -15,14 +15,12 @@ import open_clip
 
 API = json.loads((Path(__file__).parents[1] / "parity/fixtures/public_api_3.3.0.json").read_text(encoding="utf-8"))
 
-# Not here yet: the other towers, CoCa, Hugging Face's tokenizers, foreign formats, and publishing on the hub.
+# Not here yet: the other towers, CoCa, Hugging Face's tokenizers, foreign formats.
 TO_COME = {
     "open_clip.CoCa",
     "open_clip.coca_model",
     "open_clip.hf_configs",
     "open_clip.hf_model",
-    "open_clip.push_pretrained_to_hf_hub",
-    "open_clip.push_to_hf_hub",
     "open_clip.tokenizer.HFTokenizer",
     "open_clip.tokenizer.SigLipTokenizer",
     "open_clip.transformer.MultimodalTransformer",
@@ -52,7 +50,10 @@ def check_parameters(function: object, expected: list[str]) -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name not in TO_COME])
 def test_modules_need_no_import_of_their_own(module):
-    assert importlib.import_module(module) is eval(module, {"open_clip": open_clip})
+    found = eval(module, {"open_clip": open_clip})
+    if module == "open_clip.push_to_hf_hub":  # as in open_clip, the function of that name is in front of the module
+        found = sys.modules[found.__module__]
+    assert importlib.import_module(module) is found
 
 
 @pytest.mark.parametrize(("module", "name", "parameters"), NAMES, ids=[f"{module}.{name}" for module, name, _ in NAMES])

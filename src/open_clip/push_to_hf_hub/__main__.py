@@ -1,0 +1,53 @@
+"""`python -m open_clip.push_to_hf_hub --model MODEL --pretrained TAG_OR_FILE --repo-id ORGANISATION/NAME`"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from ..checkpoint import PRECISIONS
+from . import push_pretrained_to_hf_hub
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m open_clip.push_to_hf_hub",
+        description="Upload a model with its weights, configuration and tokenizer to Hugging Face's hub.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="name of the model, as in open_clip.list_models()")
+    add("--pretrained", required=True, help="tag of its weights, or a file")
+    add("--repo-id", required=True, help="where it goes: ORGANISATION/NAME")
+    add("--precision", default="fp32", choices=PRECISIONS, help="of the uploaded weights")
+    add("--image-mean", type=float, nargs="+", metavar="MEAN", help="in place of the weights' own mean")
+    add("--image-std", type=float, nargs="+", metavar="STD", help="in place of the weights' own deviation")
+    add("--image-interpolation", choices=["bicubic", "bilinear", "random"], help="how images are resized")
+    add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="what is resized to the model's size")
+    add(
+        "--hf-tokenizer-self",
+        action="store_true",
+        help="let the uploaded configuration take its Hugging Face tokenizer from the repository itself",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commit = push_pretrained_to_hf_hub(
+        args.model,
+        args.pretrained,
+        args.repo_id,
+        precision=args.precision,
+        image_mean=args.image_mean,
+        image_std=args.image_std,
+        image_interpolation=args.image_interpolation,
+        image_resize_mode=args.image_resize_mode,
+        hf_tokenizer_self=args.hf_tokenizer_self,
+    )
+    print(f"{args.model} saved: {commit}")
+
+
+if __name__ == "__main__":
+    main()

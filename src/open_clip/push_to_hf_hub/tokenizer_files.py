@@ -1,0 +1,55 @@
+"""Files of a tokenizer in the layout that transformers' AutoTokenizer reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..text_cleaning import get_clean_fn
+from ..tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
+    """Write a tokenizer's files: its own `save_pretrained`, or for a SimpleTokenizer those of CLIPTokenizer.
+
+    CLIPTokenizer lowers the case and cuts texts as SimpleTokenizer does with `clean="lower"`. Others have no
+    counterpart there: they are left to open_clip, which makes them from the configuration.
+    """
+    save_pretrained = getattr(tokenizer, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(folder)
+    elif isinstance(tokenizer, SimpleTokenizer) and tokenizer.clean_fn is get_clean_fn("lower"):
+        for name, text in _clip_tokenizer_files(tokenizer).items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+    else:
+        logger.warning(
+            "No files are written for %s: transformers has no tokenizer of that kind. open_clip needs none.",
+            type(tokenizer).__name__,
+        )
+
+
+def _clip_tokenizer_files(tokenizer: SimpleTokenizer) -> dict[str, str]:
+    """File name -> content, what CLIPTokenizer reads."""
+    start, end, *others = tokenizer.special_tokens
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    if others:
+        special["additional_special_tokens"] = others
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": tokenizer.context_length or DEFAULT_CONTEXT_LENGTH,
+        **special,
+    }
+    merges = [" ".join(pair) for pair in tokenizer.bpe_ranks]
+    return {
+        "vocab.json": json.dumps(tokenizer.encoder, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "special_tokens_map.json": json.dumps(special, indent=2, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+    }
