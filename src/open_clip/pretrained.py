@@ -16,6 +16,8 @@ import json
 import logging
 import os
 import re
+import textwrap
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -233,18 +235,26 @@ def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) 
         raise RuntimeError(f"{target} exists and is not a file: {url} cannot be downloaded to it.")
     if target.is_file() and _is_verified(target, expected):
         return str(target)
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / f"{name}.lock"):
-        if target.is_file():  # another process brought it meanwhile, or it is the one that is wrong
-            if _is_verified(target, expected):
-                return str(target)
-            logger.warning("%s does not have the SHA-256 %s: it is downloaded again.", target, expected)
-            target.unlink()
-        _download(url, part, expected)
-        os.replace(part, target)
-        if expected:
-            _write_note(target, expected)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / f"{name}.lock"):
+            _bring(url, target, part, expected)
+    except OSError as error:
+        raise RuntimeError(f"{directory} cannot be written ({error}). Give another folder as cache_dir.") from error
     return str(target)
+
+
+def _bring(url: str, target: Path, part: Path, expected: str) -> None:
+    """Download under the lock, unless another process did so meanwhile or the file is there and is right."""
+    if target.is_file():
+        if _is_verified(target, expected):
+            return
+        logger.warning("%s does not have the SHA-256 %s: it is downloaded again.", target, expected)
+        target.unlink()
+    _download(url, part, expected)
+    os.replace(part, target)
+    if expected:
+        _write_note(target, expected)
 
 
 def _download(url: str, part: Path, expected: str) -> None:
@@ -253,9 +263,11 @@ def _download(url: str, part: Path, expected: str) -> None:
     try:
         _fetch(url, part)
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
+        there = part.stat().st_size if part.exists() else 0
+        mend = f"Call again to continue where it stopped ({there} bytes are there); on" if there else "On"
         raise RuntimeError(
-            f"{url} could not be downloaded to {part.parent}: {error}. Call again to continue where it stopped; "
-            "on a host without network, download it elsewhere and pass the file's path as `pretrained`."
+            f"{url} could not be downloaded to {part.parent}: {error}. {mend} a host without network, download it "
+            "elsewhere and pass the file's path as `pretrained`."
         ) from error
     if expected and not (found := _sha256(part)).startswith(expected):
         part.unlink()
@@ -277,13 +289,28 @@ def has_hf_hub(necessary: bool = False) -> bool:
     return present
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub, the way to it or the disk fails: OSErrors, and what its HTTP library
+    raises (which that is depends on its version).
+    """
+    from huggingface_hub.utils import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)
+
+
+def in_short(error: BaseException) -> str:
+    """An error in a line of at most 200 characters: the hub's go on with advice that does not fit here."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+
+
 def _check_hub_name(model_id: str, filename: str | None, revision: str | None) -> None:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or ".." in model_id:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id, re.ASCII) or ".." in model_id:
         raise ValueError(
             f"{model_id!r} is not the name of a repository on Hugging Face's hub: ORGANISATION/NAME is expected."
         )
     for name in (filename, revision):
-        if name and (".." in name or name.startswith("/") or "\\" in name):
+        parts = name.split("/") if name else ()
+        if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
             raise ValueError(f"{name!r} is refused as a file or revision of {model_id}: it would point outside of it.")
 
 
@@ -296,31 +323,73 @@ def download_pretrained_from_hf(
     """Path of a repository's file in the hub's cache, downloaded if it is not there yet.
 
     Without `filename` these are the weights. Where a repository may have the same weights as safetensors, those are
-    preferred. huggingface_hub's own settings apply: HF_ENDPOINT for a mirror, HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
+    preferred. Where the hub tells the SHA-256 (it does for large files), what was downloaded is verified, and deleted
+    if it is wrong. huggingface_hub's own settings apply: HF_ENDPOINT for a mirror, HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
 
     Raises:
         ValueError: a name that is none, or points outside the repository.
         FileNotFoundError: the file is neither in the cache nor to be had.
+        RuntimeError: it was downloaded, and is not the file that the hub announced.
     """
     has_hf_hub(necessary=True)
     _check_hub_name(model_id, filename, revision)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError
 
     filename = filename or HF_WEIGHTS_NAME
     candidates = [_SAFE_ALTERNATIVE[filename], filename] if filename in _SAFE_ALTERNATIVE else [filename]
-    failures: list[str] = []
+    reasons: list[str] = []
     last: Exception | None = None
     for candidate in candidates:
+        # A hub that is out of reach is asked once, with all the patience that takes, and then only the cache.
+        offline = last is not None and _is_out_of_reach(last)
         try:
-            return hf_hub_download(model_id, candidate, revision=revision, cache_dir=cache_dir)
-        except OSError as error:  # so are all of the hub's: not there, no access, offline, no connection
-            failures.append((str(error).strip() or type(error).__name__).splitlines()[0])
+            return _fetch_from_hub(model_id, candidate, revision, cache_dir, local_files_only=offline)
+        except hub_errors() as error:
             last = error
-    at, reasons = f"{model_id}@{revision}" if revision else model_id, "; ".join(dict.fromkeys(failures))
+            if not offline:
+                reasons.append(in_short(_reason(error)))
+            if not isinstance(error, EntryNotFoundError):
+                break  # the next would fail alike: no access, no such repository, a full disk
+    at = f"{model_id}@{revision}" if revision else model_id
     raise FileNotFoundError(
-        f"No {' or '.join(candidates)} of {at} in the local cache or on Hugging Face's hub ({reasons}). "
+        f"No {' or '.join(candidates)} of {at} in the local cache or on Hugging Face's hub ({'; '.join(reasons)}). "
         "A mirror is used with HF_ENDPOINT=https://..., and a file downloaded elsewhere is loaded by its path."
     ) from last
+
+
+def _reason(error: Exception) -> BaseException:
+    """What is behind "not in the cache": why the hub was not asked, or what it said."""
+    return (error.__cause__ if isinstance(error, FileNotFoundError) else None) or error
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether there was no answer, or one that says nothing about the file."""
+    response = getattr(_reason(error), "response", None)
+    return isinstance(error, FileNotFoundError) and (response is None or response.status_code >= 500)
+
+
+def _fetch_from_hub(
+    model_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> str:
+    """A file's path in the hub's cache; if it came just now, verified.
+
+    The cache keeps a file under the name that the hub gave its content: the SHA-256, for files in large file storage.
+    """
+    from huggingface_hub import hf_hub_download
+
+    began = time.time()
+    found = hf_hub_download(
+        model_id, filename, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    blob = Path(found).resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.stat().st_mtime >= began - 1 and _sha256(blob) != blob.name:
+        Path(found).unlink()
+        blob.unlink()
+        raise RuntimeError(
+            f"{filename} of {model_id} was downloaded, but its SHA-256 is not {blob.name}, as the hub says. "
+            "It was deleted; try again."
+        )
+    return found
 
 
 def download_pretrained(

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import logging
 import re
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from open_clip import pretrained
+from open_clip import create_model, list_models, pretrained
 from open_clip.pretrained import (
     download_pretrained,
-    download_pretrained_from_hf,
     download_pretrained_from_url,
     get_pretrained_cfg,
+    get_pretrained_url,
     has_hf_hub,
+    is_pretrained_cfg,
+    list_pretrained,
+    list_pretrained_models_by_tag,
     list_pretrained_tags_by_model,
     nearest_tags,
 )
@@ -34,8 +41,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges: list[str | None] = []  # the Range header of each request
         self.cut_at: int | None = None  # the connection ends after so many bytes, once
         self.knows_ranges = True
+        self.status: int | None = None  # of every answer, if not that of success
+        self.redirects: dict[str, str] = {}  # path -> where it is
+        self.delay = 0.0  # seconds before an answer
         self.content = CONTENT
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{path}"
@@ -45,6 +55,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        if self.path in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[self.path])
+            self.end_headers()
+            return
+        if self.server.status:
+            self.send_error(self.server.status)
+            return
+        time.sleep(self.server.delay)
         wanted = self.headers.get("Range")
         self.server.ranges.append(wanted)
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.server.knows_ranges else 0
@@ -90,6 +109,75 @@ def test_nearest_tags():
     assert nearest_tags("ViT-B-32", "LAION400M-e33")[:2] == ["laion400m_e32", "laion400m_e31"]
     assert nearest_tags("ViT-B-32", "xyz") == list_pretrained_tags_by_model("ViT-B-32")[:5]
     assert nearest_tags("no such model", "openai") == []
+
+
+ROWS = list_pretrained()
+
+
+def test_every_row_says_what_it_must():
+    """196 rows; each names a model that there is, an address or a repository, and how its images are prepared."""
+    assert len(ROWS) == len(set(ROWS)) == 196
+    models = set(list_models())
+    for model, tag in ROWS:
+        cfg = get_pretrained_cfg(model, tag)
+        assert model in models
+        assert set(cfg) <= {"url", "hf_hub", "mean", "std", "interpolation", "resize_mode", "quick_gelu"}
+        assert len(cfg["mean"]) == len(cfg["std"]) == 3
+        assert all(0 < value < 1 for value in (*cfg["mean"], *cfg["std"])) or cfg["mean"] == (0.0, 0.0, 0.0)
+        assert cfg["interpolation"] in ("bicubic", "bilinear")
+        assert cfg["resize_mode"] in ("shortest", "longest", "squash")
+        assert not cfg["url"] or pretrained._file_name(cfg["url"])
+
+
+@pytest.mark.parametrize("prefer_hf_hub", [True, False])
+def test_every_row_leads_to_a_file_of_a_repository_or_an_address(monkeypatch, prefer_hf_hub):
+    asked: list[tuple] = []
+    monkeypatch.setattr(
+        pretrained, "_fetch_from_hub", lambda model_id, filename, *_, **__: asked.append((model_id, filename)) or "hub"
+    )
+    monkeypatch.setattr(pretrained, "download_pretrained_from_url", lambda url, _: asked.append((url,)) or "url")
+    sources = [download_pretrained(get_pretrained_cfg(*row), prefer_hf_hub=prefer_hf_hub) for row in ROWS]
+    with_address = sum(bool(get_pretrained_url(*row)) for row in ROWS)
+    assert with_address == 52
+    assert sources.count("url") == (0 if prefer_hf_hub else 52)
+    assert all(len(x) == 1 or (re.fullmatch(r"[\w-]+/[\w.-]+", x[0]) and x[1].endswith("safetensors")) for x in asked)
+    assert len(asked) == 196
+
+
+def test_tags_in_any_case_and_with_dashes():
+    for model, tag in ROWS:
+        for spelled in (tag.upper(), tag.replace("_", "-")):
+            assert get_pretrained_cfg(model, spelled) == get_pretrained_cfg(model, tag), (model, spelled)
+            assert is_pretrained_cfg(model, spelled)
+            assert model in list_pretrained_models_by_tag(spelled)
+        assert get_pretrained_url(model, tag) == get_pretrained_cfg(model, tag)["url"]
+    assert list_pretrained(as_str=True) == [f"{model}:{tag}" for model, tag in ROWS]
+
+
+def test_what_there_is_not():
+    assert get_pretrained_cfg("ViT-B-32", "openaii") == get_pretrained_cfg("ViT-B-33", "openai") == {}
+    assert not is_pretrained_cfg("ViT-B-33", "openai")
+    assert get_pretrained_url("ViT-B-33", "openai") == ""
+    assert list_pretrained_models_by_tag("openaii") == list_pretrained_tags_by_model("ViT-B-33") == []
+
+
+@pytest.mark.parametrize(
+    ("model", "tag", "named"),
+    [
+        ("ViT-B-32", "openaii", "openai"),
+        ("ViT-L-14", "laion2b_s32b", "laion2b_s32b_b82k"),
+        ("ViT-B-16-SigLIP", "webly", "webli"),
+    ],
+)
+def test_an_unknown_tag_names_the_nearest(model, tag, named):
+    with pytest.raises(RuntimeError, match=rf"{tag}' is neither a tag .* Nearest tags: {named}\b"):
+        create_model(model, pretrained=tag)
+
+
+@pytest.mark.parametrize(("model", "named"), [("ViT-B-33", "ViT-B-32"), ("RN500", "RN50"), ("vitb16siglip", "SigLIP")])
+def test_an_unknown_model_names_the_nearest(model, named):
+    with pytest.raises(RuntimeError, match=f"There is no model '{model}'. Did you mean .*{named}"):
+        create_model(model, pretrained="openai")
 
 
 # --- downloads from an address
@@ -157,7 +245,7 @@ def test_a_right_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatc
 def test_an_interrupted_download_is_continued(server, tmp_path):
     url = server.url(f"{SHA256}/weights.pt")
     server.cut_at = 300_000
-    with pytest.raises(RuntimeError, match="Call again to continue where it stopped"):
+    with pytest.raises(RuntimeError, match=r"Call again to continue where it stopped \(300000 bytes are there\)"):
         download_pretrained_from_url(url, tmp_path)
     assert left_in(tmp_path) == {"weights.pt.part"}
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
@@ -182,9 +270,80 @@ def test_nobody_there(server, tmp_path):
     url = server.url("weights.pt")
     server.shutdown()
     server.server_close()
-    with pytest.raises(RuntimeError, match=r"could not be downloaded .* pass the file's path"):
+    with pytest.raises(RuntimeError, match=r"could not be downloaded .* On a host .* pass the file's path"):
         download_pretrained_from_url(url, tmp_path)
     assert left_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("status", "words"), [(403, "Forbidden"), (404, "Not Found"), (500, "Internal Server Error")])
+def test_a_server_that_refuses(server, tmp_path, status, words):
+    server.status = status
+    with pytest.raises(RuntimeError, match=rf"could not be downloaded .* HTTP Error {status}: {words}\. On a host"):
+        download_pretrained_from_url(server.url("weights.pt"), tmp_path)
+    assert left_in(tmp_path) == set()
+
+
+def test_a_redirect_is_followed_and_does_not_choose_the_name(server, tmp_path):
+    server.redirects["/weights.pt"] = "/elsewhere/other.pt"
+    server.cut_at = 1000
+    url = server.url("weights.pt")
+    with pytest.raises(RuntimeError, match=r"Call again to continue where it stopped \(1000 bytes are there\)"):
+        download_pretrained_from_url(url, tmp_path)
+    assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
+    assert left_in(tmp_path) == {"weights.pt"}
+    assert server.ranges == [None, "bytes=1000-"]
+
+
+def test_a_redirect_to_a_file_of_this_machine_is_refused(server, tmp_path):
+    server.redirects["/weights.pt"] = "file:///etc/passwd"
+    with pytest.raises(RuntimeError, match="could not be downloaded"):
+        download_pretrained_from_url(server.url("weights.pt"), tmp_path)
+    assert left_in(tmp_path) == set()
+
+
+def test_a_full_disk(server, tmp_path, monkeypatch):
+    """What was written stays, and the next call goes on from there."""
+    url, copy = server.url(f"{SHA256}/weights.pt"), pretrained._copy
+
+    def fill(response, part, offset, total):
+        part.write_bytes(CONTENT[:5000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "_copy", fill)
+    with pytest.raises(RuntimeError, match=r"No space left on device.*\(5000 bytes are there\)"):
+        download_pretrained_from_url(url, tmp_path)
+    monkeypatch.setattr(pretrained, "_copy", copy)
+    assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
+    assert server.ranges[1:] == ["bytes=5000-"]
+
+
+def test_a_cache_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match=r"file/cache cannot be written .* Give another folder as cache_dir"):
+        download_pretrained_from_url(server.url("weights.pt"), tmp_path / "file/cache")
+    assert server.ranges == []
+
+
+def test_a_cache_that_is_read_only_serves_what_it_has(server, tmp_path, monkeypatch):
+    """Neither a lock nor a note is needed for a file that is there."""
+    (tmp_path / "weights.pt").write_bytes(CONTENT)
+    monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert download_pretrained_from_url(server.url(f"{SHA256}/weights.pt"), tmp_path) == str(tmp_path / "weights.pt")
+    assert left_in(tmp_path) == {"weights.pt"}
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_two_processes_at_once(server, tmp_path):
+    """One downloads, the other waits for it."""
+    server.delay = 0.3
+    code = "import sys; from open_clip.pretrained import *; print(download_pretrained_from_url(*sys.argv[1:]))"
+    environment = {"PYTHONPATH": str(Path(pretrained.__file__).parents[1]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", code, server.url(f"{SHA256}/weights.pt"), str(tmp_path)]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in processes] == [str(tmp_path / "weights.pt")] * 2
+    assert [process.returncode for process in processes] == [0, 0]
+    assert (tmp_path / "weights.pt").read_bytes() == CONTENT
+    assert server.ranges == [None]
 
 
 @pytest.mark.parametrize(
@@ -218,74 +377,22 @@ def test_many_at_once_download_once(server, tmp_path):
     assert len(server.ranges) == 1
 
 
-# --- Hugging Face's hub
+# --- which source a row uses (the hub itself: test_hub.py)
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands in for the hub: holds (repository, file) pairs, and notes what it was asked for."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+def test_which_source_of_a_row(server, tmp_path, monkeypatch):
+    asked = []
 
-    class Hub:
-        files: set[tuple[str, str]] = set()  # noqa: RUF012
-        asked: list[tuple] = []  # noqa: RUF012
+    def from_hf(*args, **kwargs):
+        asked.append((args, kwargs))
+        return "from the hub"
 
-    def download(model_id, filename, revision=None, cache_dir=None):
-        Hub.asked.append((model_id, filename, revision, cache_dir))
-        if (model_id, filename) not in Hub.files:
-            raise FileNotFoundError(f"404: {filename}")
-        return f"/hub/{model_id}/{filename}"
-
-    Hub.files, Hub.asked = set(), []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return Hub
-
-
-def test_safetensors_go_first(hub):
-    hub.files = {("a/b", "open_clip_model.safetensors"), ("a/b", "open_clip_pytorch_model.bin")}
-    assert download_pretrained_from_hf("a/b", cache_dir="cache") == "/hub/a/b/open_clip_model.safetensors"
-    assert hub.asked == [("a/b", "open_clip_model.safetensors", None, "cache")]
-
-
-def test_the_pickle_where_there_is_nothing_else(hub):
-    hub.files = {("a/b", "open_clip_pytorch_model.bin")}
-    assert download_pretrained_from_hf("a/b", revision="v1") == "/hub/a/b/open_clip_pytorch_model.bin"
-    assert [asked[1:3] for asked in hub.asked] == [
-        ("open_clip_model.safetensors", "v1"),
-        ("open_clip_pytorch_model.bin", "v1"),
-    ]
-
-
-def test_nothing_on_the_hub(hub):
-    with pytest.raises(FileNotFoundError, match=r"safetensors or open_clip_pytorch_model.bin of a/b@v1 .*HF_ENDPOINT"):
-        download_pretrained_from_hf("a/b", revision="v1")
-
-
-@pytest.mark.parametrize(
-    ("model_id", "filename", "revision"),
-    [
-        ("../b", None, None),
-        ("a/../../b", None, None),
-        ("a/b/c", None, None),
-        ("", None, None),
-        ("a/b", "../c", None),
-        ("a/b", "/etc/passwd", None),
-        ("a/b", "x\\..\\c", None),
-        ("a/b", None, "../../main"),
-    ],
-)
-def test_no_name_leaves_the_repository(hub, model_id, filename, revision):
-    with pytest.raises(ValueError, match=r"is not the name of a repository|would point outside"):
-        download_pretrained_from_hf(model_id, filename, revision)
-    assert hub.asked == []
-
-
-def test_which_source_of_a_row(hub, server, tmp_path, monkeypatch):
-    hub.files = {("a/b", "open_clip_pytorch_model.bin"), ("a/b", "other.bin")}
+    monkeypatch.setattr(pretrained, "download_pretrained_from_hf", from_hf)
     url = server.url("weights.pt")
     both = {"url": url, "hf_hub": "a/b/"}
-    assert download_pretrained(both) == "/hub/a/b/open_clip_pytorch_model.bin"
-    assert download_pretrained({"url": "", "hf_hub": "a/b/other.bin"}) == "/hub/a/b/other.bin"
+    assert download_pretrained(both) == "from the hub"
+    assert download_pretrained({"url": "", "hf_hub": "a/b/other.bin"}, cache_dir="c") == "from the hub"
+    assert asked == [(("a/b", None), {"cache_dir": None}), (("a/b", "other.bin"), {"cache_dir": "c"})]
     assert download_pretrained(both, prefer_hf_hub=False, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
     assert download_pretrained({"url": url, "hf_hub": ""}, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
     assert download_pretrained({}) == ""

@@ -23,7 +23,7 @@ from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
 from ..layers import QuickGELU
 from ..model import get_model_preprocess_cfg
-from ..pretrained import has_hf_hub
+from ..pretrained import has_hf_hub, hub_errors, in_short
 from ..recipe import check_untrusted, override, read_recipe
 from .model_card import generate_readme
 from .tokenizer_files import save_tokenizer
@@ -217,7 +217,6 @@ def push_to_hf_hub(
         save_for_hf(model, tokenizer, model_config or {}, folder, safe_serialization)
         check_untrusted(model_config or {}, f"The configuration for {repo_id}")
         try:
-            # An empty repository gets its first README even where the caller says nothing for it.
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -231,10 +230,11 @@ def push_to_hf_hub(
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
-        except OSError as error:  # all of the hub's are
+        except hub_errors() as error:
             raise RuntimeError(
-                f"{repo_id} could not be written on Hugging Face's hub: {error}. Is there a token that may write "
-                "(HF_TOKEN, or `hf auth login`)? Without network, save_for_hf() writes the folder to upload elsewhere."
+                f"{repo_id} could not be written on Hugging Face's hub: {in_short(error)}. Is there a token that may "
+                "write (HF_TOKEN, or `hf auth login`)? Without network, save_for_hf() writes the folder to be uploaded "
+                "elsewhere."
             ) from error
 
 
