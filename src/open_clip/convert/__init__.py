@@ -23,17 +23,31 @@ from .original import (
     is_mobile_clip,
     is_perception_encoder,
 )
-from .transformers_clip import from_transformers, is_transformers
+from .transformers_clip import from_transformers, is_transformers, to_transformers
+from .transformers_config import (
+    is_siglip_model_cfg,
+    model_cfg_from_transformers,
+    model_cfg_to_transformers,
+    preprocess_cfg_from_transformers,
+    preprocess_cfg_to_transformers,
+)
 
 __all__ = [
     "convert_foreign",
     "convert_mobile_clip_state_dict",
     "convert_state_dict",
     "fit_state_dict",
+    "from_transformers",
+    "is_siglip_model_cfg",
     "is_text_key",
     "load_big_vision_weights",
+    "model_cfg_from_transformers",
+    "model_cfg_to_transformers",
+    "preprocess_cfg_from_transformers",
+    "preprocess_cfg_to_transformers",
     "to_custom_text_layout",
     "to_plain_layout",
+    "to_transformers",
 ]
 
 StateDict = dict[str, torch.Tensor]
