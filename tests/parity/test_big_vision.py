@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import flax_like
@@ -27,13 +28,26 @@ CLIPA = {
     },
 }
 
+SIGLIP = {
+    "embed_dim": 64,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 96,
+        "timm_model_name": "vit_base_patch32_siglip_256",
+        "timm_pool": "map",
+        "timm_proj": "none",
+    },
+    "text_cfg": {**CLIPA["text_cfg"], "width": 64, "heads": 4, "proj_bias": True},
+}
+
 
 def write(path, arrays, root="params/", stacked=False, compressed=False):
     """As such files are published; `stacked` as training in a scan leaves blocks."""
     if stacked:
         first = [name for name in arrays if "encoderblock_0/" in name]
         for name in first:
-            blocks = [arrays.pop(name.replace("_0/", f"_{number}/", 1)) for number in range(2)]
+            blocks = [arrays.pop(name.replace("block_0/", f"block_{number}/")) for number in range(2)]
             arrays[name.replace("encoderblock_0/", "encoderblock/")] = np.stack(blocks)
     arrays = {f"{root}{name}": value for name, value in arrays.items()}
     (np.savez_compressed if compressed else np.savez)(path, **arrays)
@@ -97,6 +111,40 @@ def test_fixed_positions_are_those_of_the_models_own_grid(tmp_path):
     images, ids = inputs(40)
     expected = flax_like.clipa_image(images, arrays, 2), flax_like.clipa_text(ids, arrays, 2)
     check(model, images, ids, *expected, arrays)
+
+
+@pytest.fixture
+def small_timm_tower(monkeypatch):
+    """timm's SigLIP tower with narrow blocks, under the name that it has in full size."""
+    create = timm.create_model
+    narrow = {"embed_dim": 64, "depth": 2, "num_heads": 4}
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **narrow, **kwargs))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_siglip(tmp_path, small_timm_tower, stacked):
+    arrays = flax_like.siglip(np.random.default_rng(0), 64, 4, 32, positions=9)
+    path = write(tmp_path / "x.npz", dict(arrays), stacked=stacked)
+    name = tiny_clip.write_folder(tmp_path / "model", SIGLIP)
+    model = open_clip.create_model(name, pretrained=path)
+    images, ids = inputs(96)
+    check(model, images, ids, flax_like.siglip_image(images, arrays, 2), flax_like.siglip_text(ids, arrays, 2), arrays)
+    assert model.logit_bias.item() == arrays["b"].item()
+    filled = open_clip.create_model(name, load_weights=False)
+    assert load_big_vision_weights(filled, path) == ([], [])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, filled.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("tower", "side"), [("visual", "image"), ("text", "text")])
+def test_one_tower_of_it(tmp_path, small_timm_tower, tower, side):
+    arrays = flax_like.siglip(np.random.default_rng(0), 64, 4, 32, positions=9)
+    path = write(tmp_path / "x.npz", arrays)
+    name = tiny_clip.write_folder(tmp_path / "model", SIGLIP)
+    whole = open_clip.create_model(name, pretrained=path).state_dict()
+    part = open_clip.create_model(name, **{f"pretrained_{side}_path": path}).state_dict()
+    for key, value in whole.items():
+        assert torch.equal(part[key], value) == key.startswith(f"{tower}.") or not value.any(), key
 
 
 def test_half_precision_of_jax(tmp_path):
