@@ -306,8 +306,8 @@ def load_tower_checkpoint(
 ) -> Any:
     """Put the weights of one tower, "visual" or "text", into a model; the rest of it stays as it is.
 
-    The file may be of the tower alone (its own names) or of a whole model, of which only this tower is taken. Missing
-    and unexpected names are logged.
+    The file may be of the tower alone (its own names, or those of timm's or Hugging Face's model in it) or of a whole
+    model, of which only this tower is taken. Missing and unexpected names are logged.
 
     Returns:
         The incompatible keys, by the model's names; only this tower's.
@@ -317,9 +317,9 @@ def load_tower_checkpoint(
         RuntimeError: not one name is the tower's, or a shape is wrong.
     """
     state_dict = convert_foreign(model, load_state_dict(checkpoint_path, weights_only=weights_only))
-    state_dict = _only_tower(state_dict, tower)
-    state_dict = fit_state_dict(model, state_dict)
     expected = {key: value for key, value in model.state_dict().items() if _is_of_tower(model, key, tower)}
+    state_dict = _only_tower(state_dict, tower, to_custom_text_layout(expected))
+    state_dict = fit_state_dict(model, state_dict)
     if not expected.keys() & state_dict.keys():
         raise RuntimeError(
             f"{checkpoint_path} has no weights of this {tower} tower: "
@@ -337,12 +337,15 @@ def load_tower_checkpoint(
     return type(incompatible)(missing, unexpected)
 
 
-def _only_tower(state_dict: StateDict, tower: str) -> StateDict:
+def _only_tower(state_dict: StateDict, tower: str, expected: StateDict) -> StateDict:
     """The weights of one tower, named as in CustomTextCLIP, out of a file of that tower or of a whole model."""
-    whole = any(key.startswith("visual.") for key in state_dict)
-    if whole:
+    if any(key.startswith("visual.") for key in state_dict):
         return {key: v for key, v in to_custom_text_layout(state_dict).items() if key.startswith(f"{tower}.")}
-    return {key if key.startswith(f"{tower}.") else f"{tower}.{key}": value for key, value in state_dict.items()}
+    # names may begin at the model, at its tower, or at the model of another library in that
+    prefixes = ("", f"{tower}.", f"{tower}.trunk.", f"{tower}.transformer.")
+    counts = {prefix: sum(f"{prefix}{key}" in expected for key in state_dict) for prefix in prefixes}
+    prefix = max(prefixes, key=lambda prefix: counts[prefix])
+    return {f"{prefix}{key}": value for key, value in state_dict.items()}
 
 
 def _is_of_tower(model: nn.Module, key: str, tower: str) -> bool:

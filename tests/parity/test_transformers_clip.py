@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, SiglipConfig, Sig
 
 import open_clip
 import tiny_clip
+from open_clip import recipe
 from open_clip.convert import from_transformers, to_plain_layout, to_transformers, transformers_config
 from open_clip.convert.__main__ import main
 from open_clip.push_to_hf_hub.for_transformers import save_for_transformers
@@ -109,6 +110,32 @@ def test_a_clip_repository(tmp_path, act, eos, custom_text):
     ours = open_clip.create_model(f"local-dir:{tmp_path}", force_custom_text=custom_text)
     assert_same(ours, theirs, texts(40, pad=63) if eos == 40 else texts())
     assert ours.visual.proj.is_contiguous()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_repository_on_the_hub(tmp_path, monkeypatch, safe):
+    """One that has no open_clip_config.json; its weights may be a pickle of tensors."""
+    theirs = clip()
+    theirs.save_pretrained(tmp_path)
+    if not safe:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 32, "image_mean": [0.1, 0.2, 0.3]}')
+
+    def fetch(model_id, filename=None, revision=None, cache_dir=None):
+        assert (model_id, revision) == ("org/name", "main")
+        path = tmp_path / (filename or "open_clip_pytorch_model.bin")
+        if not path.is_file():
+            raise FileNotFoundError(f"No {filename} of {model_id}")
+        return str(path)
+
+    monkeypatch.setattr(recipe, "download_pretrained_from_hf", fetch)
+    ours = open_clip.create_model("hf-hub:org/name@main")
+    assert_same(ours, theirs, texts())
+    assert open_clip.get_model_preprocess_cfg(ours)["mean"] == [0.1, 0.2, 0.3]
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No open_clip_config.json of org/name"):
+        open_clip.create_model("hf-hub:org/name@main")
 
 
 def test_epsilon_and_sizes(tmp_path):

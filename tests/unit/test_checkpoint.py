@@ -17,6 +17,7 @@ from torch import nn
 
 import tiny_clip
 from open_clip.checkpoint import (
+    _only_tower,
     check_nothing_on_meta,
     load_checkpoint,
     load_state_dict,
@@ -439,6 +440,24 @@ def test_a_tower_in_part_is_said(tmp_path, caplog):
     incompatible = load_tower_checkpoint(clip(0), "visual", tmp_path / "file.pt")
     assert (incompatible.missing_keys, incompatible.unexpected_keys) == (["visual.proj"], ["visual.surplus"])
     assert "in part: 1 missing: visual.proj." in caplog.text
+
+
+def test_a_file_of_timms_own_names(tmp_path):
+    vision = {"timm_model_name": "test_vit", "timm_proj": "linear", "timm_pool": "", "image_size": 160}
+    cfg = {**tiny_clip.config(), "vision_cfg": vision}
+    torch.manual_seed(0)
+    source, model = CustomTextCLIP(**cfg), CustomTextCLIP(**cfg)
+    torch.save(source.visual.trunk.state_dict(), tmp_path / "file.pt")
+    assert load_tower_checkpoint(model, "visual", tmp_path / "file.pt") == (["visual.head.proj.weight"], [])
+    assert torch.equal(model.visual.trunk.pos_embed, source.visual.trunk.pos_embed)
+
+
+@pytest.mark.parametrize("prefix", ["text.transformer.", "transformer.", ""])
+def test_names_of_hugging_faces_model_in_a_tower(prefix):
+    expected = {f"text.transformer.{name}": torch.ones(1) for name in ("embeddings.weight", "encoder.weight")}
+    given = {f"{prefix}{name}": torch.ones(1) for name in ("embeddings.weight", "encoder.weight", "pooler.weight")}
+    found = _only_tower(given, "text", expected)
+    assert found.keys() == {*expected, "text.transformer.pooler.weight"}
 
 
 def test_a_tower_of_another_model(tmp_path):
