@@ -245,8 +245,27 @@ def _assign(
     unexpected = [key for key in state_dict if key not in expected]
     incompatible = model.load_state_dict(placed, strict=False, assign=True)
     incompatible.unexpected_keys.extend(unexpected)
+    _fill_buffers(model, device)
     check_nothing_on_meta(model, source)
     return incompatible
+
+
+def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
+    """Give tables that no file has (rotary positions, indices of relative ones) their memory and their values.
+
+    A module that has such buffers computes them in `init_non_persistent_buffers`, as timm's modules do.
+    """
+    for module in model.modules():
+        fill: Any = getattr(module, "init_non_persistent_buffers", None)
+        tables = {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and name in module._non_persistent_buffers_set
+        }
+        if fill and tables:
+            for name, buffer in tables.items():
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            fill()
 
 
 def check_nothing_on_meta(model: nn.Module, source: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import device
+from .pos_embed import resize_table
 from .utils import expect, feature_take_indices, freeze_batch_norm_2d, set_trainable, to_2tuple
 
 STRIDE = 32  # of the whole: pixels to a row of the last stage
@@ -80,8 +81,9 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"a width of {embed_dim} cannot be divided into {num_heads} heads")
-        self.grid_size = height, width = to_2tuple(spacial_dim)
-        self.positional_embedding = nn.Parameter(torch.randn(height * width + 1, embed_dim) / embed_dim**0.5)
+        height, width = to_2tuple(spacial_dim)
+        self.grid_size = (height, width)
+        self.positional_embedding = nn.Parameter(embed_dim**-0.5 * torch.randn(height * width + 1, embed_dim))
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
@@ -182,6 +184,10 @@ class ModifiedResNet(nn.Module):
             ]
             if frozen:
                 freeze_batch_norm_2d(self, frozen)
+
+    def resize_pos_embed(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
+        """Interpolate in place the pool's positions in weights for another image size."""
+        resize_table(state_dict, f"{prefix}attnpool.positional_embedding", self.attnpool.grid_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in the backward pass in place of keeping its activations."""

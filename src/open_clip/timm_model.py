@@ -278,6 +278,8 @@ def _make_head(
         feature_size = trunk.pretrained_cfg.get("pool_size")
         if not feature_size:
             raise ValueError(f"pool={pool!r} is attention over a map, and a {type(trunk).__name__} of timm has none")
+        if width % 64:
+            raise ValueError(f"pool={pool!r} has heads of 64 channels, which do not divide the trunk's {width}")
         if pool == "abs_attn":
             layers.append(("pool", AttentionPool2d(width, feat_size=feature_size, out_features=embed_dim)))
         else:

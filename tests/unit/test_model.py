@@ -289,11 +289,6 @@ def test_openai_state_dict_tells_its_configuration(cast_dtype: torch.dtype | Non
         torch.testing.assert_close(a, b, rtol=0, atol=0.03 if cast_dtype == torch.bfloat16 else 1e-5)
 
 
-def test_openai_resnets_are_not_built_yet() -> None:
-    with pytest.raises(NotImplementedError, match="ResNet"):
-        models.build_model_from_openai_state_dict({"visual.layer1.0.conv1.weight": torch.zeros(1)})
-
-
 # ---- what goes with a model ----
 
 

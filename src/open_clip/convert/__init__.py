@@ -106,6 +106,19 @@ def convert_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
 def fit_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
     """A new state dict in the layout and sizes of `model`, as far as that is a matter of layout and size."""
     state_dict = dict(convert_state_dict(model, state_dict))
+    _fit_scalars(model, state_dict)
+    for name, buffer in model.named_buffers():
+        # constant batch norms (of a locked tower) and those of old files do not count their batches
+        norm, _, kind = name.rpartition(".")
+        if kind == "num_batches_tracked" and name not in state_dict and f"{norm}.running_mean" in state_dict:
+            state_dict[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    resize_pos_embed(state_dict, model)
+    if _text_is_as_wide(model, state_dict):
+        resize_text_pos_embed(state_dict, model)
+    return state_dict
+
+
+def _fit_scalars(model: nn.Module, state_dict: StateDict) -> None:
     for name in ("logit_scale", "logit_bias"):
         target = getattr(model, name, None)
         if target is None:
@@ -114,10 +127,6 @@ def fit_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
             state_dict[name] = torch.zeros(target.shape)  # trained without a bias: zero leaves its logits as they are
         elif name in state_dict and state_dict[name].numel() == target.numel():
             state_dict[name] = state_dict[name].reshape(target.shape)  # [] and [1] are both in use
-    resize_pos_embed(state_dict, model)
-    if _text_is_as_wide(model, state_dict):
-        resize_text_pos_embed(state_dict, model)
-    return state_dict
 
 
 def _text_is_as_wide(model: nn.Module, state_dict: StateDict) -> bool:
