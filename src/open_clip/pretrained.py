@@ -228,24 +228,31 @@ def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) 
     """
     from filelock import FileLock  # a dependency of torch
 
-    name, expected = _file_name(url), _expected_sha256(url)
-    directory = Path(cache_dir or DEFAULT_CACHE_DIR).expanduser()
-    target, part = directory / name, directory / f"{name}.part"
+    target = _place_of(url, cache_dir)
     if target.exists() and not target.is_file():
         raise RuntimeError(f"{target} exists and is not a file: {url} cannot be downloaded to it.")
-    if target.is_file() and _is_verified(target, expected):
+    if _is_here(url, target):
         return str(target)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / f"{name}.lock"):
-            _bring(url, target, part, expected)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f"{target.name}.lock")):
+            _bring(url, target)
     except OSError as error:
-        raise RuntimeError(f"{directory} cannot be written ({error}). Give another folder as cache_dir.") from error
+        raise RuntimeError(f"{target.parent} cannot be written ({error}). Give another folder as cache_dir.") from error
     return str(target)
 
 
-def _bring(url: str, target: Path, part: Path, expected: str) -> None:
+def _place_of(url: str, cache_dir: str | Path | None) -> Path:
+    return Path(cache_dir or DEFAULT_CACHE_DIR).expanduser() / _file_name(url)
+
+
+def _is_here(url: str, target: Path) -> bool:
+    return target.is_file() and _is_verified(target, _expected_sha256(url))
+
+
+def _bring(url: str, target: Path) -> None:
     """Download under the lock, unless another process did so meanwhile or the file is there and is right."""
+    expected, part = _expected_sha256(url), target.with_name(f"{target.name}.part")
     if target.is_file():
         if _is_verified(target, expected):
             return
@@ -400,9 +407,12 @@ def download_pretrained(
     """Path of the weights that a row of the registry names, downloaded if need be; "" for a row without any.
 
     `hf_hub` is `ORG/REPO/`, with the file's name behind it where that is not the usual one. A row with both sources
-    uses the hub, or its address if `prefer_hf_hub` is false or huggingface_hub is not installed.
+    uses a file of its address that is in `cache_dir` already; else the hub, or its address if `prefer_hf_hub` is false
+    or huggingface_hub is not installed.
     """
     url, hf_hub = cfg.get("url", ""), cfg.get("hf_hub", "")
+    if url and _is_here(url, placed := _place_of(url, cache_dir)):
+        return str(placed)
     if hf_hub and (not url or (prefer_hf_hub and has_hf_hub())):
         model_id, _, filename = hf_hub.rpartition("/")
         return download_pretrained_from_hf(model_id, filename or None, cache_dir=cache_dir)

@@ -112,7 +112,12 @@ def _config(model_name: str) -> dict[str, Any]:
 def _build(model_name: str, device: str | torch.device, precision: str = "fp32") -> nn.Module:
     """The model with its text tower under `text`, in evaluation mode, without pretrained weights."""
     model = factory.create_model(
-        model_name, device=device, precision=precision, force_custom_text=True, load_weights=False
+        model_name,
+        device=device,
+        precision=precision,
+        force_custom_text=True,
+        load_weights=False,
+        pretrained_text=False,
     )
     return model.eval()
 

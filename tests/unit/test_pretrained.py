@@ -400,6 +400,17 @@ def test_which_source_of_a_row(server, tmp_path, monkeypatch):
     assert download_pretrained(both, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
 
 
+def test_a_file_placed_by_hand_goes_first(tmp_path, monkeypatch):
+    """On a host without network, under the name that its address has; a wrong one does not."""
+    monkeypatch.setattr(pretrained, "download_pretrained_from_hf", lambda *args, **kwargs: "from the hub")
+    both = {"url": f"https://host.invalid/{SHA256}/weights.pt", "hf_hub": "a/b/"}
+    assert download_pretrained(both, cache_dir=tmp_path) == "from the hub"
+    (tmp_path / "weights.pt").write_bytes(CONTENT)
+    assert download_pretrained(both, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_bytes(CONTENT[1:])
+    assert download_pretrained(both, cache_dir=tmp_path) == "from the hub"
+
+
 def test_the_hub_is_a_package_that_may_be_missing(monkeypatch):
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     assert has_hf_hub() is False

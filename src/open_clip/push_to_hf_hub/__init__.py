@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike, model_c
     Raises:
         ValueError: there is no configuration, or one that is not JSON.
     """
-    if not isinstance(model_config, Mapping):
+    if not model_config:
         raise ValueError(
             f"model_config={model_config!r}: without the model's configuration, what is saved could not be loaded. "
             "Give what open_clip.get_model_config(NAME) returns."

@@ -1,0 +1,95 @@
+"""Which weights fill which tower, and folders laid out like repositories of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import open_clip
+import tiny_clip
+from open_clip import factory
+
+CONFIG = {
+    "embed_dim": 8,
+    "vision_cfg": {"timm_model_name": "resnet18", "image_size": 32, "timm_model_pretrained": True},
+    "text_cfg": {"hf_model_name": "roberta-base", "hf_tokenizer_name": "roberta-base"},
+}
+
+
+class Built(Exception):
+    """Stands for a model: what would be built."""
+
+
+@pytest.fixture
+def towers(monkeypatch, tmp_path):
+    """A function: arguments of create_model -> whether image and text tower start from their libraries' weights."""
+
+    def build(model_cfg, cast_dtype, output_dict):
+        raise Built(model_cfg["vision_cfg"]["timm_model_pretrained"], model_cfg["text_cfg"]["hf_model_pretrained"])
+
+    monkeypatch.setattr(factory, "_instantiate", build)
+    for folder in ("bare", "filled"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "filled/open_clip_pytorch_model.bin")
+
+    def ask(folder: str, **kwargs):
+        kwargs = {k: str(tmp_path / v) if k.endswith(("path", "pretrained")) else v for k, v in kwargs.items()}
+        with pytest.raises(Built) as built:
+            open_clip.create_model(f"local-dir:{tmp_path / folder}", **kwargs)
+        return built.value.args
+
+    return ask
+
+
+FILE = "filled/open_clip_pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("folder", "kwargs", "image", "text"),
+    [
+        ("bare", {}, False, True),
+        ("bare", {"load_weights": False}, False, True),
+        ("bare", {"pretrained_image": True}, True, True),
+        ("bare", {"pretrained_text": False}, False, False),
+        ("bare", {"pretrained_image": True, "load_weights": False}, True, True),
+        ("bare", {"pretrained_image": True, "pretrained_image_path": FILE}, False, True),
+        ("bare", {"pretrained_image": True, "pretrained_text_path": FILE}, True, False),
+        ("bare", {"pretrained": FILE, "pretrained_image": True}, False, False),
+        ("bare", {"pretrained_image": True, "device": "meta"}, False, False),
+        ("filled", {"pretrained_image": True}, False, False),
+        ("filled", {"pretrained_image": True, "load_weights": False}, True, True),
+    ],
+    ids=str,
+)
+def test_towers_start_from_their_libraries_weights_where_nothing_else_fills_them(towers, folder, kwargs, image, text):
+    """As open_clip_torch 3.3.0 answered, but on the meta device (where it downloads), and for `pretrained=` of a folder
+    that has no weights (where it downloads what the file then replaces).
+    """
+    assert towers(folder, **kwargs) == (image, text)
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "any.pt"])
+def test_a_folder_needs_no_preprocessing(tmp_path, name):
+    """Older ones have "model_cfg" alone."""
+    origin = open_clip.create_model(tiny_clip.folder(tmp_path / "origin"))
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older/open_clip_config.json").write_text(json.dumps({"model_cfg": tiny_clip.config()}))
+    if name.endswith("safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(origin.state_dict(), tmp_path / "older" / name)
+    else:
+        torch.save(origin.state_dict(), tmp_path / "older" / name)
+    found = open_clip.create_model(f"local-dir:{tmp_path / 'older'}")
+    assert all(map(torch.equal, found.state_dict().values(), origin.state_dict().values()))
+    assert found.visual.preprocess_cfg["mean"] == open_clip.OPENAI_DATASET_MEAN
+
+
+def test_a_folder_may_name_folders(tmp_path):
+    """What the user places is the user's: a tokenizer of Hugging Face beside it, on a host without network."""
+    name = tiny_clip.folder(tmp_path, text={"hf_tokenizer_name": str(Path(tmp_path) / "tokenizer")})
+    assert open_clip.create_model(name) is not None
