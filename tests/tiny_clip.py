@@ -25,8 +25,13 @@ def config(vision: dict | None = None, text: dict | None = None, **top: object) 
 
 def folder(path: Path, preprocess_cfg: dict | None = None, **changes: object) -> str:
     """Write the configuration into a folder and return the model's name."""
+    return write_folder(path, config(**changes), preprocess_cfg)
+
+
+def write_folder(path: Path, model_cfg: dict, preprocess_cfg: dict | None = None) -> str:
+    """The same for any configuration."""
     path.mkdir(parents=True, exist_ok=True)
-    whole = {"model_cfg": config(**changes), "preprocess_cfg": preprocess_cfg or {}}
+    whole = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg or {}}
     (path / "open_clip_config.json").write_text(json.dumps(whole), encoding="utf-8")
     return f"local-dir:{path}"
 

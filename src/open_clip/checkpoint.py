@@ -1,5 +1,5 @@
-"""State dicts in, whatever the file: what `torch.save` wrote (bare weights or a training checkpoint), safetensors, or
-OpenAI's TorchScript archives; fitted to a model and put into it.
+"""State dicts in, whatever the file: what `torch.save` wrote (bare weights or a training checkpoint), safetensors,
+numpy archives, or OpenAI's TorchScript archives; fitted to a model and put into it.
 
 Files are memory-mapped where their format allows it. The pages are private: a tensor that is written to gets copies
 of them, the file stays as it is.
@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .convert import convert_state_dict, is_text_key, to_custom_text_layout
+from .convert import convert_foreign, fit_state_dict, is_text_key, to_custom_text_layout
+from .mismatch import explain, some
 from .model import convert_weights_to_lp, get_input_dtype
-from .pos_embed import resize_pos_embed, resize_text_pos_embed
+from .npz import is_npz, read_npz
 from .torchscript import is_torchscript, read_torchscript
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 StateDict = dict[str, torch.Tensor]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16", "amp_bfloat16")
+
+# Where a file has its weights, the averaged ones (EMA) after those that were trained; such containers may be nested.
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema", "ema")
+_PREFIXES = ("module.", "model.")
 
 # What OpenAI's archives register as buffers beside the weights: numbers of the architecture, and the causal mask.
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -41,7 +46,7 @@ def file_format(path: str | os.PathLike) -> str:
     """What kind of checkpoint a file is, by its content.
 
     Returns:
-        "torchscript", "torch", "legacy" (what `torch.save` wrote before torch 1.6) or "safetensors".
+        "torchscript", "torch", "legacy" (what `torch.save` wrote before torch 1.6), "safetensors" or "npz".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,12 +59,10 @@ def file_format(path: str | os.PathLike) -> str:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"PK\x03\x04"):
-        if path.suffix == ".npz":
-            raise ValueError(
-                f"{path} has numpy arrays (big_vision). These are not read yet: convert them to safetensors."
-            )
         if not zipfile.is_zipfile(path):
             raise ValueError(f"{path} is cut off. Was its copy or download interrupted?")
+        if is_npz(path):
+            return "npz"
         return "torchscript" if is_torchscript(path) else "torch"
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 100 << 20:
         return "safetensors"
@@ -75,7 +78,7 @@ def _looks_like(head: bytes) -> str:
         return "it is a pointer of git-lfs. `git lfs pull` brings the file itself."
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page. Was it saved from a browser?"
-    return f"it starts with {head[:8]!r}; what torch.save writes, safetensors and TorchScript archives are read."
+    return f"it starts with {head[:8]!r}; what torch.save writes, safetensors, TorchScript archives and npz are read."
 
 
 def load_state_dict(
@@ -86,7 +89,8 @@ def load_state_dict(
     """The weights in a file, by name: of a training checkpoint its `state_dict`, without DDP's and compile's prefixes.
 
     Args:
-        checkpoint_path: written by `torch.save`, safetensors, or OpenAI's TorchScript archive (which is never run).
+        checkpoint_path: written by `torch.save`, safetensors, a numpy archive, or OpenAI's TorchScript archive (which
+            is never run).
         device: where the tensors are put; on the CPU they stay in the memory-mapped file until they are touched.
         weights_only: kept for scripts written for open_clip. A pickle that holds anything but tensors, numbers and
             containers is refused in any case.
@@ -96,8 +100,11 @@ def load_state_dict(
         ValueError: the file is damaged, of another kind, holds code, or holds no weights.
     """
     kind = file_format(checkpoint_path)
+    checkpoint: Any
     if kind == "safetensors":
         checkpoint = _read_safetensors(checkpoint_path)
+    elif kind == "npz":
+        checkpoint = read_npz(checkpoint_path)
     else:
         if not weights_only:
             logger.warning("weights_only=False has no effect: whatever code is in %s is not run.", checkpoint_path)
@@ -145,25 +152,29 @@ def refusal(path: str | os.PathLike, message: str) -> str:
 
 
 def _weights_of(checkpoint: Any, path: str | os.PathLike) -> StateDict:
-    """The flat state dict in what a file held."""
+    """The flat state dict in what a file held, out of the containers that training programs put around it."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, and weights by name were expected.")
-    state_dict = checkpoint.get("state_dict", checkpoint)
-    state_dict = state_dict if isinstance(state_dict, Mapping) else checkpoint
-    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    while inner := [key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)]:
+        if len(inner) > 1:
+            logger.warning("%s holds several sets of weights (%s): %s is taken.", path, some(inner), inner[0])
+        checkpoint = checkpoint[inner[0]]
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no weights by name, but {some(map(str, state_dict))}.")
-    if len(tensors) < len(state_dict):
-        others = some(str(key) for key in state_dict if key not in tensors)
+        raise ValueError(f"{path} holds no weights by name, but {some(map(str, checkpoint))}.")
+    if len(tensors) < len(checkpoint):
+        others = some(str(key) for key in checkpoint if key not in tensors)
         logger.warning("%s: what is no tensor is left out: %s", path, others)
     return tensors
 
 
 def strip_prefixes(state_dict: StateDict) -> StateDict:
-    """Names without what DDP (`module.` before them) and torch.compile (`_orig_mod.` anywhere) put there."""
+    """Names without what wrappers put there: DDP and averaged models `module.`, Lightning `model.` before all of
+    them, torch.compile `_orig_mod.` anywhere."""
     state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
-    while state_dict and all(key.startswith("module.") for key in state_dict):
-        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    while prefix := next((p for p in _PREFIXES if state_dict and all(key.startswith(p) for key in state_dict)), None):
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict
 
 
@@ -215,29 +226,13 @@ def put_weights(
     shapes = _wrong_shapes(expected, state_dict)
     complaints = _complaints(missing, unexpected, shapes)
     if shapes or (strict and complaints):
-        hint = _hint(state_dict, missing, unexpected)
+        hint = _hint(state_dict, expected, missing, unexpected)
         raise RuntimeError(f"{source} does not fit {type(model).__name__}: {complaints} {hint}")
     if complaints:
         logger.warning("%s fits %s in part: %s", source, type(model).__name__, complaints)
     if any(value.is_meta for value in expected.values()):
         return _assign(model, state_dict, expected, device, source)
     return model.load_state_dict(state_dict, strict=False)
-
-
-def fit_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
-    """A new state dict in the layout and sizes of `model`, as far as that is a matter of layout and size."""
-    state_dict = dict(convert_state_dict(model, state_dict))
-    for name in ("logit_scale", "logit_bias"):
-        target = getattr(model, name, None)
-        if target is None:
-            continue
-        if name == "logit_bias" and name not in state_dict and "logit_scale" in state_dict:
-            state_dict[name] = torch.zeros(target.shape)  # trained without a bias: zero leaves its logits as they are
-        elif name in state_dict and state_dict[name].numel() == target.numel():
-            state_dict[name] = state_dict[name].reshape(target.shape)  # [] and [1] are both in use
-    resize_pos_embed(state_dict, model)
-    resize_text_pos_embed(state_dict, model)
-    return state_dict
 
 
 def _assign(
@@ -250,8 +245,27 @@ def _assign(
     unexpected = [key for key in state_dict if key not in expected]
     incompatible = model.load_state_dict(placed, strict=False, assign=True)
     incompatible.unexpected_keys.extend(unexpected)
+    _fill_buffers(model, device)
     check_nothing_on_meta(model, source)
     return incompatible
+
+
+def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
+    """Give tables that no file has (rotary positions, indices of relative ones) their memory and their values.
+
+    A module that has such buffers computes them in `init_non_persistent_buffers`, as timm's modules do.
+    """
+    for module in model.modules():
+        fill: Any = getattr(module, "init_non_persistent_buffers", None)
+        tables = {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and name in module._non_persistent_buffers_set
+        }
+        if fill and tables:
+            for name, buffer in tables.items():
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            fill()
 
 
 def check_nothing_on_meta(model: nn.Module, source: str) -> None:
@@ -311,8 +325,8 @@ def load_tower_checkpoint(
 ) -> Any:
     """Put the weights of one tower, "visual" or "text", into a model; the rest of it stays as it is.
 
-    The file may be of the tower alone (its own names) or of a whole model, of which only this tower is taken. Missing
-    and unexpected names are logged.
+    The file may be of the tower alone (its own names, or those of timm's or Hugging Face's model in it) or of a whole
+    model, of which only this tower is taken. Missing and unexpected names are logged.
 
     Returns:
         The incompatible keys, by the model's names; only this tower's.
@@ -321,9 +335,10 @@ def load_tower_checkpoint(
         FileNotFoundError, ValueError: as `load_state_dict`.
         RuntimeError: not one name is the tower's, or a shape is wrong.
     """
-    state_dict = _only_tower(load_state_dict(checkpoint_path, weights_only=weights_only), tower)
-    state_dict = fit_state_dict(model, state_dict)
+    state_dict = convert_foreign(model, load_state_dict(checkpoint_path, weights_only=weights_only))
     expected = {key: value for key, value in model.state_dict().items() if _is_of_tower(model, key, tower)}
+    state_dict = _only_tower(state_dict, tower, to_custom_text_layout(expected))
+    state_dict = fit_state_dict(model, state_dict)
     if not expected.keys() & state_dict.keys():
         raise RuntimeError(
             f"{checkpoint_path} has no weights of this {tower} tower: "
@@ -341,12 +356,15 @@ def load_tower_checkpoint(
     return type(incompatible)(missing, unexpected)
 
 
-def _only_tower(state_dict: StateDict, tower: str) -> StateDict:
+def _only_tower(state_dict: StateDict, tower: str, expected: StateDict) -> StateDict:
     """The weights of one tower, named as in CustomTextCLIP, out of a file of that tower or of a whole model."""
-    whole = any(key.startswith("visual.") for key in state_dict)
-    if whole:
+    if any(key.startswith("visual.") for key in state_dict):
         return {key: v for key, v in to_custom_text_layout(state_dict).items() if key.startswith(f"{tower}.")}
-    return {key if key.startswith(f"{tower}.") else f"{tower}.{key}": value for key, value in state_dict.items()}
+    # names may begin at the model, at its tower, or at the model of another library in that
+    prefixes = ("", f"{tower}.", f"{tower}.trunk.", f"{tower}.transformer.")
+    counts = {prefix: sum(f"{prefix}{key}" in expected for key in state_dict) for prefix in prefixes}
+    prefix = max(prefixes, key=lambda prefix: counts[prefix])
+    return {f"{prefix}{key}": value for key, value in state_dict.items()}
 
 
 def _is_of_tower(model: nn.Module, key: str, tower: str) -> bool:
@@ -354,13 +372,6 @@ def _is_of_tower(model: nn.Module, key: str, tower: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- messages
-
-
-def some(names: Iterable[str], limit: int = 4) -> str:
-    """A list in words that fits a line: the first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _wrong_shapes(expected: StateDict, state_dict: StateDict) -> list[str]:
@@ -380,10 +391,8 @@ def _complaints(missing: list[str], unexpected: list[str], shapes: list[str]) ->
     return " ".join(parts)
 
 
-def _hint(state_dict: StateDict, missing: list[str], unexpected: list[str]) -> str:
+def _hint(state_dict: StateDict, expected: StateDict, missing: list[str], unexpected: list[str]) -> str:
     """What the mismatch looks like, and what to do about it."""
-    if any(key.startswith(("vision_model.", "text_model.")) for key in state_dict):
-        return "These are the names of transformers' CLIP, not of open_clip."
     if unexpected == ["logit_bias"] and not missing:
         return "It was trained with a bias: build the model with init_logit_bias=-10 (SigLIP)."
-    return "Is it a checkpoint of another model?"
+    return explain(state_dict, expected) or "Is it a checkpoint of another model?"

@@ -11,3 +11,7 @@ INCEPTION_STD = (0.5, 0.5, 0.5)
 HF_WEIGHTS_NAME = "open_clip_pytorch_model.bin"
 HF_SAFE_WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "open_clip_config.json"
+# The same of a repository of the library transformers.
+TRANSFORMERS_CONFIG_NAME = "config.json"
+TRANSFORMERS_PREPROCESSOR_NAME = "preprocessor_config.json"
+TRANSFORMERS_WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")

@@ -20,8 +20,10 @@ from torch import nn
 
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
 from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
+from .modified_resnet import STRIDE, ModifiedResNet
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_transformer import TextEncoder, TextTransformer
+from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .utils import to_2tuple
 
@@ -87,12 +89,25 @@ def _build_vision_tower(
     vision_cfg: CLIPVisionCfg | Mapping[str, Any],
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
-) -> VisionTransformer:
+) -> VisionTransformer | ModifiedResNet | TimmModel:
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
-        raise NotImplementedError(f"image towers of timm ({cfg.timm_model_name!r}) are not built yet: native ViTs are")
+        return TimmModel(
+            cfg.timm_model_name,
+            embed_dim,
+            image_size=cfg.image_size,
+            pool=cfg.timm_pool,
+            proj=cfg.timm_proj,
+            proj_bias=cfg.timm_proj_bias,
+            drop=cfg.timm_drop,
+            drop_path=cfg.timm_drop_path,
+            patch_drop=cfg.patch_dropout or None,
+            pretrained=cfg.timm_model_pretrained,
+            act_kwargs=cfg.act_kwargs,
+        )
     if isinstance(cfg.layers, (tuple, list)):
-        raise NotImplementedError(f"ModifiedResNet image towers (layers={cfg.layers}) are not built yet: ViTs are")
+        heads = cfg.width * 32 // cfg.head_width
+        return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, "timm_", "head_width") | _layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
 
@@ -376,9 +391,15 @@ class CustomTextCLIP(TwoTowers):
 # ---- weights ----
 
 
-def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections."""
+def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections.
+
+    Of timm's towers all that is floating-point: their norms take inputs of their weights' type only.
+    """
     for module in model.modules():
+        if isinstance(module, TimmModel):
+            yield from (x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point())
+            continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             names = ["weight", "bias"]
         elif isinstance(module, (MultiheadAttention, Attention)):
@@ -396,9 +417,12 @@ def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype."""
-    for parameter in _low_precision_parameters(model):
-        parameter.data = parameter.data.to(dtype)
+    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype.
+
+    Of towers of timm, everything is cast.
+    """
+    for tensor in _low_precision_tensors(model):
+        tensor.data = tensor.data.to(dtype)
 
 
 convert_weights_to_fp16 = convert_weights_to_lp
@@ -423,46 +447,49 @@ def build_model_from_openai_state_dict(
     Args:
         state_dict: of the archive, with keys as in CLIP.
         cast_dtype: half precision that the weights are cast to, or None.
-
-    Raises:
-        NotImplementedError: the image tower is a ResNet.
     """
     state_dict = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    if "visual.proj" not in state_dict:
-        raise NotImplementedError("OpenAI archives with a ResNet image tower are not built yet: those with a ViT are")
-
-    def count_blocks(prefix: str) -> int:
-        return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
-
-    width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
-    side = math.isqrt(state_dict["visual.positional_embedding"].shape[0] - 1)
     context_length, text_width = state_dict["positional_embedding"].shape
     # built on the meta device: the weights are those of the archive
     with torch.device("meta"):
         model = CLIP(
             embed_dim=state_dict["text_projection"].shape[1],
-            vision_cfg=CLIPVisionCfg(
-                layers=count_blocks("visual.transformer.resblocks."),
-                width=width,
-                patch_size=patch_size,
-                image_size=patch_size * side,
-            ),
+            vision_cfg=_vision_cfg_of(state_dict),
             text_cfg=CLIPTextCfg(
                 context_length=context_length,
                 vocab_size=state_dict["token_embedding.weight"].shape[0],
                 width=text_width,
                 heads=text_width // 64,
-                layers=count_blocks("transformer.resblocks."),
+                layers=_count_blocks(state_dict, "transformer.resblocks."),
             ),
             quick_gelu=quick_gelu,
             cast_dtype=cast_dtype,
         )
     model.load_state_dict(state_dict, assign=True)
     # one parameter at a time, so that never the whole model is there twice
-    low_precision = {id(parameter) for parameter in _low_precision_parameters(model)} if cast_dtype else set()
+    low_precision = {id(tensor) for tensor in _low_precision_tensors(model)} if cast_dtype else set()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(cast_dtype if id(parameter) in low_precision else torch.float32)
+    for buffer in model.buffers():  # statistics of batch norms, and how many batches they are of
+        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
     return model.eval()
+
+
+def _vision_cfg_of(state_dict: dict[str, torch.Tensor]) -> CLIPVisionCfg:
+    """The image tower that an OpenAI archive's sizes tell."""
+    if "visual.proj" in state_dict:
+        width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
+        side = math.isqrt(state_dict["visual.positional_embedding"].shape[0] - 1)
+        layers = _count_blocks(state_dict, "visual.transformer.resblocks.")
+        return CLIPVisionCfg(layers=layers, width=width, patch_size=patch_size, image_size=patch_size * side)
+    side = math.isqrt(state_dict["visual.attnpool.positional_embedding"].shape[0] - 1)
+    first, second, third, fourth = (_count_blocks(state_dict, f"visual.layer{number}.") for number in (1, 2, 3, 4))
+    width = state_dict["visual.layer1.0.conv1.weight"].shape[0]
+    return CLIPVisionCfg(layers=(first, second, third, fourth), width=width, image_size=STRIDE * side)
+
+
+def _count_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
+    return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
 def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:

@@ -98,16 +98,35 @@ def resize_pos_embed(
 ) -> None:
     """Resize the image tower's position embedding in `state_dict`, in place, to the grid of `model.visual`.
 
-    Nothing happens where the state dict has none, the tower has no grid of patches, or sizes agree.
+    Nothing happens where the state dict has none, the tower has no grid of places, or sizes agree. A tower that has its
+    positions elsewhere (ResNets, those of timm) resizes them in its own `resize_pos_embed(state_dict, prefix)`.
     """
-    key = "visual.positional_embedding"
-    table = state_dict.get(key)
-    grid_size = getattr(model.visual, "grid_size", None)
-    if table is None or grid_size is None:
+    own: Any = getattr(model.visual, "resize_pos_embed", None)
+    if own is not None:
+        own(state_dict, prefix="visual.")
         return
-    new = to_2tuple(grid_size)
-    num_extra = 1  # the class token: every native tower has it
-    if table.shape[0] == new[0] * new[1] + num_extra:
+    grid_size = getattr(model.visual, "grid_size", None)
+    if grid_size is not None:
+        resize_table(state_dict, "visual.positional_embedding", to_2tuple(grid_size), interpolation, antialias)
+
+
+def resize_table(
+    state_dict: dict[str, torch.Tensor],
+    key: str,
+    new: tuple[int, int],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> None:
+    """Resize `state_dict[key]` in place to another grid.
+
+    It is [1 + places, channels]: the first row is the class token's, or the mean's.
+
+    Raises:
+        ValueError: its own grid is not square.
+    """
+    table = state_dict.get(key)
+    num_extra = 1
+    if table is None or table.shape[0] == new[0] * new[1] + num_extra:
         return
     extra, grid = table[:num_extra], table[num_extra:]
     side = math.isqrt(len(grid))

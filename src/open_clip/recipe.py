@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from .config import closest, get_model_config, list_models, parse_model_name
-from .constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from .constants import (
+    HF_CONFIG_NAME,
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    TRANSFORMERS_CONFIG_NAME,
+    TRANSFORMERS_PREPROCESSOR_NAME,
+    TRANSFORMERS_WEIGHTS_NAMES,
+)
+from .convert import model_cfg_from_transformers, preprocess_cfg_from_transformers
 from .pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg, nearest_tags
 from .torchscript import is_torchscript
 
@@ -25,9 +33,9 @@ FOLDER_WEIGHTS = (  # in order of preference
     HF_SAFE_WEIGHTS_NAME,
     HF_WEIGHTS_NAME,
     "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
+    *TRANSFORMERS_WEIGHTS_NAMES,
 )
+CLIP_VOCABULARY = 49408  # entries; transformers' CLIP with as many has the vocabulary that ships with this package
 _REQUIRED_KEYS = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
 
 # What a configuration that somebody else wrote may name: things on the hub and in timm, not on this machine.
@@ -97,13 +105,22 @@ def _use_file(recipe: Recipe, pretrained: str) -> None:
     recipe.weights_name = str(path)
     recipe.fetch_weights = lambda: str(path)
     # The file does not tell, unless it is OpenAI's own (all with QuickGELU) or has open_clip's name for such weights.
+    # The configuration of transformers beside its weights does tell.
     recipe.quick_gelu = True if "quickgelu" in path.name.lower() or is_torchscript(path) else None
+    config = path.with_name(TRANSFORMERS_CONFIG_NAME)
+    if path.name in TRANSFORMERS_WEIGHTS_NAMES and config.is_file():
+        recipe.quick_gelu = model_cfg_from_transformers(_read_json(config), str(config)).get("quick_gelu", False)
 
 
 def _folder_recipe(model_name: str, folder: Path) -> Recipe:
     if not folder.is_dir():
         raise FileNotFoundError(f"{model_name!r}: there is no folder {folder}.")
-    recipe = _recipe_from_config(model_name, folder / HF_CONFIG_NAME)
+    config = folder / TRANSFORMERS_CONFIG_NAME
+    if config.is_file() and not (folder / HF_CONFIG_NAME).is_file():
+        preprocessor = folder / TRANSFORMERS_PREPROCESSOR_NAME
+        recipe = _transformers_recipe(model_name, config, preprocessor if preprocessor.is_file() else None, str(folder))
+    else:
+        recipe = _recipe_from_config(model_name, folder / HF_CONFIG_NAME)
     weights = _find_weights(folder)
     if weights is not None:
         recipe.weights_name = str(weights)
@@ -134,11 +151,49 @@ def _hub_recipe(model_name: str, identifier: str, cache_dir: str | None) -> Reci
     if at and not revision:
         raise ValueError(f"{model_name!r} names nothing behind '@': a branch, a tag or a commit is expected there.")
     fetch = functools.partial(download_pretrained_from_hf, model_id, revision=revision or None, cache_dir=cache_dir)
-    recipe = _recipe_from_config(model_name, Path(fetch(HF_CONFIG_NAME)))
-    check_untrusted(recipe.model_cfg, f"The {HF_CONFIG_NAME} of {identifier}")
+    try:
+        recipe = _recipe_from_config(model_name, Path(fetch(HF_CONFIG_NAME)))
+        recipe.fetch_weights = fetch
+    except FileNotFoundError as error:
+        config = _fetch_first(fetch, TRANSFORMERS_CONFIG_NAME)
+        if config is None:
+            raise error  # about open_clip's own configuration, with the reason
+        preprocessor = _fetch_first(fetch, TRANSFORMERS_PREPROCESSOR_NAME)
+        recipe = _transformers_recipe(model_name, config, preprocessor, model_id)
+        recipe.fetch_weights = lambda: str(_fetch_first(fetch, *TRANSFORMERS_WEIGHTS_NAMES, required=True))
+    check_untrusted(recipe.model_cfg, f"The configuration of {identifier}")
     recipe.weights_name = f"the weights of {identifier}"
-    recipe.fetch_weights = fetch
     return recipe
+
+
+def _fetch_first(fetch: Callable[[str], str], *names: str, required: bool = False) -> Path | None:
+    """The first of these files that a repository has; with `required`, that it has none is the last one's error."""
+    for number, name in enumerate(names, start=1):
+        try:
+            return Path(fetch(name))
+        except FileNotFoundError:
+            if required and number == len(names):
+                raise
+    return None
+
+
+def _transformers_recipe(model_name: str, config: Path, preprocessor: Path | None, repository: str) -> Recipe:
+    """The recipe of a repository of transformers, a folder or the name of one on the hub."""
+    model_cfg = model_cfg_from_transformers(_read_json(config), str(config))
+    if model_cfg.get("custom_text") or model_cfg["text_cfg"]["vocab_size"] != CLIP_VOCABULARY:
+        model_cfg["text_cfg"]["hf_tokenizer_name"] = repository
+    preprocess_cfg = {}
+    if preprocessor is not None:
+        preprocess_cfg = preprocess_cfg_from_transformers(_read_json(preprocessor), str(preprocessor))
+    return Recipe(model_name, model_cfg, preprocess_cfg)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        cfg = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return cfg if isinstance(cfg, dict) else {}
 
 
 def _recipe_from_config(model_name: str, path: Path) -> Recipe:
@@ -147,11 +202,8 @@ def _recipe_from_config(model_name: str, path: Path) -> Recipe:
         raise FileNotFoundError(
             f"{model_name!r}: there is no {path.name} in {path.parent}, so nothing says what model it is."
         )
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    model_cfg = cfg.get("model_cfg") if isinstance(cfg, dict) else None
+    cfg = _read_json(path)
+    model_cfg = cfg.get("model_cfg")
     if not isinstance(model_cfg, dict):
         raise ValueError(f"{path} has no 'model_cfg', the configuration of a model.")
     for key, kind in _REQUIRED_KEYS.items():

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from .zipped import MappedZip
+
 _DTYPES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -36,7 +38,6 @@ _DTYPES = {
 }
 _MAX_PICKLE = 64 << 20  # bytes; the tree of the largest CLIP takes a fraction of one megabyte
 _MAX_DEPTH = 64  # of nested modules
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of the extra field
 
 
 def is_torchscript(path: str | os.PathLike) -> bool:
@@ -58,8 +59,8 @@ def read_torchscript(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         ValueError: the archive is damaged or not little-endian.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _Archive(path, archive).state_dict()
+        with MappedZip(path) as archive:
+            return _Archive(archive).state_dict()
     except (zipfile.BadZipFile, KeyError, EOFError, struct.error, AttributeError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -145,15 +146,13 @@ class _Unpickler(pickle.Unpickler):
 class _Archive:
     """One open TorchScript archive."""
 
-    def __init__(self, path: str | os.PathLike, archive: zipfile.ZipFile) -> None:
+    def __init__(self, archive: MappedZip) -> None:
         self.archive = archive
-        self.path = os.fspath(path)
-        self.size = os.path.getsize(path)
+        self.path = archive.path
         self.root = next(name for name in archive.namelist() if name.endswith("/constants.pkl"))[
             : -len("constants.pkl")
         ]
         self.entries = {info.filename: info for info in archive.infolist()}
-        self.mapped = torch.UntypedStorage.from_file(self.path, False, self.size)  # private pages
         self.storages: dict[str, torch.UntypedStorage] = {}
         self.sources: dict[str, str] = {}
 
@@ -169,23 +168,11 @@ class _Archive:
 
     def load_storage(self, key: str, dtype: torch.dtype, numel: int) -> _Storage:
         if key not in self.storages:
-            self.storages[key] = self.read_storage(self.entries[f"{self.root}data/{key}"])
+            self.storages[key] = self.archive.storage(self.entries[f"{self.root}data/{key}"])
         storage = _Storage(self.storages[key], dtype)
         if storage.numel < numel:
             raise ValueError(f"storage {key} has {storage.numel} elements instead of {numel}")
         return storage
-
-    def read_storage(self, entry: zipfile.ZipInfo) -> torch.UntypedStorage:
-        """The bytes of an entry, mapped where they lie in the file as they are."""
-        if entry.compress_type != zipfile.ZIP_STORED:
-            return torch.frombuffer(bytearray(self.archive.read(entry)), dtype=torch.uint8).untyped_storage()
-        with open(self.path, "rb") as file:
-            file.seek(entry.header_offset)
-            signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if signature != b"PK\x03\x04" or start + entry.file_size > self.size:
-            raise ValueError(f"{self.path}: entry {entry.filename} lies outside of the file")
-        return self.mapped[start : start + entry.file_size]
 
     def walk(self, module: Any, prefix: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of all parameters and buffers, depth first as in nn.Module.state_dict."""

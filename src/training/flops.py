@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip import device as devices
+from open_clip.modified_resnet import AttentionPool2d
 from training import precision as precisions
 
 logger = logging.getLogger(__name__)
@@ -39,21 +40,31 @@ def _count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _count_forward(run: Callable[[], Any]) -> int:
-    with torch.no_grad():
-        return _count_flops(run)
+def _count_forward(model: nn.Module, run: Callable[[], Any]) -> int:
+    # The counter looks for the gradient of each module's input that needs one, and under no_grad a view of a parameter
+    # (a query of attention pooling) seems to need one and has none: no parameter needs one here.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad = False
+    try:
+        with torch.no_grad():
+            return _count_flops(run)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
 
 
 def profile_torch_image(model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1) -> float:
     """FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
     image = example_image(model, image_input_size, batch_size)
-    return _count_forward(lambda: model.encode_image(image)) / batch_size  # type: ignore[operator]
+    counted = _count_forward(model, lambda: model.encode_image(image))  # type: ignore[operator]
+    return counted / batch_size + _dropped_queries(model)
 
 
 def profile_torch_text(model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1) -> float:
     """FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
     text = example_text(model, text_input_size, batch_size)
-    return _count_forward(lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
+    return _count_forward(model, lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
 
 
 def profile_torch(
@@ -62,7 +73,21 @@ def profile_torch(
     """FLOPs of the whole model, decoder included where there is one, for one image and one text."""
     image = example_image(model, image_input_size, batch_size)
     text = example_text(model, text_input_size, batch_size)
-    return _count_forward(lambda: model(image, text)) / batch_size
+    return _count_forward(model, lambda: model(image, text)) / batch_size + _dropped_queries(model)
+
+
+def _dropped_queries(model: nn.Module) -> int:
+    """FLOPs an image that the published tables have for the attention pool of ResNets, and this package does without.
+
+    Theirs computes an output for each place, and drops all but the first.
+    """
+    flops = 0
+    for pool in model.modules():
+        if isinstance(pool, AttentionPool2d):
+            tokens, width = pool.positional_embedding.shape
+            a_query = 2 * width * width + 2 * (2 * tokens * width) + 2 * width * pool.c_proj.out_features
+            flops += (tokens - 1) * a_query
+    return flops
 
 
 def example_image(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
@@ -92,7 +117,7 @@ def training_flops(model: nn.Module, teacher: nn.Module | None = None) -> float:
     with _keeping_activations(model):
         flops = _count_flops(lambda: _on_meta(model, backward=True))
     if teacher is not None:
-        flops += _count_forward(lambda: _on_meta(teacher, backward=False))
+        flops += _count_forward(teacher, lambda: _on_meta(teacher, backward=False))
     return flops / _PAIRS
 
 

@@ -148,8 +148,6 @@ def test_a_typo_in_a_configuration_raises() -> None:
 @pytest.mark.parametrize(
     ("vision", "text", "named"),
     [
-        ({"layers": [3, 4, 6, 3]}, {}, r"ModifiedResNet.*\[3, 4, 6, 3\]"),
-        ({"timm_model_name": "convnext_base"}, {}, "timm.*convnext_base"),
         ({}, {"hf_model_name": "roberta-base"}, "Hugging Face.*roberta-base"),
     ],
 )
@@ -289,11 +287,6 @@ def test_openai_state_dict_tells_its_configuration(cast_dtype: torch.dtype | Non
     got = model.float()(*batch)
     for a, b in zip(got, original.float()(*batch), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0.03 if cast_dtype == torch.bfloat16 else 1e-5)
-
-
-def test_openai_resnets_are_not_built_yet() -> None:
-    with pytest.raises(NotImplementedError, match="ResNet"):
-        models.build_model_from_openai_state_dict({"visual.layer1.0.conv1.weight": torch.zeros(1)})
 
 
 # ---- what goes with a model ----

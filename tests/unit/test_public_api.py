@@ -19,12 +19,8 @@ API = json.loads((Path(__file__).parents[1] / "parity/fixtures/public_api_3.3.0.
 TO_COME = {
     "open_clip.CoCa",
     "open_clip.coca_model",
-    "open_clip.convert.convert_mobile_clip_state_dict",
-    "open_clip.convert.load_big_vision_weights",
     "open_clip.hf_configs",
     "open_clip.hf_model",
-    "open_clip.modified_resnet",
-    "open_clip.timm_model",
     "open_clip.tokenizer.HFTokenizer",
     "open_clip.tokenizer.SigLipTokenizer",
     "open_clip.transformer.MultimodalTransformer",

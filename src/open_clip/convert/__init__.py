@@ -1,0 +1,152 @@
+"""State dicts of one layout turned into another. Models know their own layout only.
+
+`CLIP` keeps the text tower's parameters at the top (`token_embedding.weight`), `CustomTextCLIP` below `text.`
+(`text.token_embedding.weight`); the numbers are the same. Beside these two, the layouts of big_vision, MobileCLIP, the
+Perception Encoder and transformers are told by their names. Tensors are shared as far as they can be.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..npz import read_npz
+from ..pos_embed import resize_pos_embed, resize_text_pos_embed
+from .big_vision import from_big_vision, is_big_vision
+from .original import (
+    convert_mobile_clip_state_dict,
+    from_mobile_clip,
+    from_perception_encoder,
+    is_mobile_clip,
+    is_perception_encoder,
+)
+from .transformers_clip import from_transformers, is_transformers, to_transformers
+from .transformers_config import (
+    is_siglip_model_cfg,
+    model_cfg_from_transformers,
+    model_cfg_to_transformers,
+    preprocess_cfg_from_transformers,
+    preprocess_cfg_to_transformers,
+)
+
+__all__ = [
+    "convert_foreign",
+    "convert_mobile_clip_state_dict",
+    "convert_state_dict",
+    "fit_state_dict",
+    "from_transformers",
+    "is_siglip_model_cfg",
+    "is_text_key",
+    "load_big_vision_weights",
+    "model_cfg_from_transformers",
+    "model_cfg_to_transformers",
+    "preprocess_cfg_from_transformers",
+    "preprocess_cfg_to_transformers",
+    "to_custom_text_layout",
+    "to_plain_layout",
+    "to_transformers",
+]
+
+StateDict = dict[str, torch.Tensor]
+
+# Parameters of the native text tower that CLIP keeps at the top.
+_TEXT_PARTS = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final", "cls_emb")
+
+
+def is_text_key(key: str) -> bool:
+    """Whether a parameter of CLIP's plain layout belongs to the text tower."""
+    return key.split(".")[0] in _TEXT_PARTS
+
+
+def to_custom_text_layout(state_dict: StateDict) -> StateDict:
+    """The layout of CustomTextCLIP; a state dict that has it already is returned as it is."""
+    if not any(is_text_key(key) for key in state_dict):
+        return state_dict
+    return {f"text.{key}" if is_text_key(key) else key: value for key, value in state_dict.items()}
+
+
+def to_plain_layout(state_dict: StateDict) -> StateDict:
+    """The layout of CLIP; a state dict that has it already is returned as it is."""
+    if not any(key.startswith("text.") for key in state_dict):
+        return state_dict
+    return {key.removeprefix("text."): value for key, value in state_dict.items()}
+
+
+def without_position_ids(state_dict: StateDict) -> StateDict:
+    """Without the counting tensors 0, 1, 2, ... that older releases of transformers kept with the weights."""
+    return {key: value for key, value in state_dict.items() if not key.endswith("embeddings.position_ids")}
+
+
+def convert_foreign(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """Weights of another project's layout, in CLIP's or CustomTextCLIP's; any others as they are."""
+    state_dict = without_position_ids(state_dict)
+    if is_big_vision(state_dict):
+        return from_big_vision(model, state_dict)
+    if is_mobile_clip(state_dict):
+        return from_mobile_clip(model, state_dict)
+    if is_transformers(state_dict):
+        return from_transformers(state_dict)
+    if is_perception_encoder(model, state_dict):
+        return from_perception_encoder(model, state_dict)
+    return state_dict
+
+
+def convert_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """The state dict in the layout of `model`, as far as it is known.
+
+    Tensors are shared, not copied, but for what another layout has transposed or in pieces.
+    """
+    state_dict = convert_foreign(model, state_dict)
+    return to_custom_text_layout(state_dict) if hasattr(model, "text") else to_plain_layout(state_dict)
+
+
+def fit_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
+    """A new state dict in the layout and sizes of `model`, as far as that is a matter of layout and size."""
+    state_dict = dict(convert_state_dict(model, state_dict))
+    _fit_scalars(model, state_dict)
+    for name, buffer in model.named_buffers():
+        # constant batch norms (of a locked tower) and those of old files do not count their batches
+        norm, _, kind = name.rpartition(".")
+        if kind == "num_batches_tracked" and name not in state_dict and f"{norm}.running_mean" in state_dict:
+            state_dict[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    resize_pos_embed(state_dict, model)
+    if _text_is_as_wide(model, state_dict):
+        resize_text_pos_embed(state_dict, model)
+    return state_dict
+
+
+def _fit_scalars(model: nn.Module, state_dict: StateDict) -> None:
+    for name in ("logit_scale", "logit_bias"):
+        target = getattr(model, name, None)
+        if target is None:
+            continue
+        if name == "logit_bias" and name not in state_dict and "logit_scale" in state_dict:
+            state_dict[name] = torch.zeros(target.shape)  # trained without a bias: zero leaves its logits as they are
+        elif name in state_dict and state_dict[name].numel() == target.numel():
+            state_dict[name] = state_dict[name].reshape(target.shape)  # [] and [1] are both in use
+
+
+def _text_is_as_wide(model: nn.Module, state_dict: StateDict) -> bool:
+    """Whether the text towers may be the same but for the context length."""
+    target = getattr(getattr(model, "text", model), "positional_embedding", None)
+    table = next((v for k, v in state_dict.items() if k in ("positional_embedding", "text.positional_embedding")), None)
+    return table is not None and target is not None and table.shape[-1] == target.shape[-1]
+
+
+def load_big_vision_weights(model: nn.Module, checkpoint_path: str | os.PathLike) -> Any:
+    """Put the weights of a big_vision `.npz` (SigLIP, CLIPA) into a model; `load_checkpoint` does the same.
+
+    Returns:
+        The incompatible keys, of which there are none.
+
+    Raises:
+        ValueError: the file is damaged, or its names are not big_vision's.
+        RuntimeError: names or shapes are not the model's.
+    """
+    arrays = read_npz(checkpoint_path)
+    if not is_big_vision(arrays):
+        raise ValueError(f"{checkpoint_path} has no big_vision model of two towers, but {', '.join(list(arrays)[:4])}.")
+    return model.load_state_dict(fit_state_dict(model, arrays))

@@ -1,0 +1,52 @@
+"""`python -m open_clip.convert --model MODEL --pretrained TAG_OR_FILE --to transformers FOLDER`, and back with
+`--to open_clip`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from ..checkpoint import PRECISIONS
+from ..factory import create_model, get_tokenizer
+from ..push_to_hf_hub import save_for_hf
+from ..push_to_hf_hub.for_transformers import save_for_transformers
+from ..recipe import read_recipe
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m open_clip.convert",
+        description="Write a model and its weights as a folder, for transformers or for open_clip.",
+    )
+    add = parser.add_argument
+    add("folder", help="where it is written")
+    add("--to", required=True, choices=["transformers", "open_clip"], help="what is to load the folder")
+    add("--model", required=True, help="name of the model, or hf-hub:ORGANISATION/NAME or local-dir:FOLDER, of either")
+    add("--pretrained", help="tag of its weights, or a file; hf-hub: and local-dir: have their own")
+    add("--precision", default="fp32", choices=PRECISIONS, help="of the written weights")
+    add("--cache-dir", help="where downloads go")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model_cfg = read_recipe(args.model, args.pretrained, args.cache_dir).model_cfg
+    model = create_model(
+        args.model,
+        args.pretrained,
+        precision=args.precision,
+        cache_dir=args.cache_dir,
+        require_pretrained=True,
+    )
+    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
+    if args.to == "transformers":
+        save_for_transformers(model, tokenizer, model_cfg, args.folder, name=args.model)
+    else:
+        save_for_hf(model, tokenizer, model_cfg, args.folder, safe_serialization=True)
+    logging.getLogger(__name__).info("%s is in %s, for %s.", args.model, args.folder, args.to)
+
+
+if __name__ == "__main__":
+    main()

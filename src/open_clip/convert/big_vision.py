@@ -1,0 +1,190 @@
+"""Weights of JAX projects that have big_vision's layout: SigLIP (https://arxiv.org/abs/2303.15343,
+github.com/google-research/big_vision) and CLIPA (https://arxiv.org/abs/2305.07017, github.com/UCSC-VLAA/CLIPA).
+
+Arrays are named `params/img/...`, `params/txt/...`, `params/t` and `params/b`. Kernels are [in, out], those of
+attention [in, heads, head dim], of convolutions [height, width, in, out]. The blocks of a tower are numbered
+(`encoderblock_3`), or one array has all of them (`encoderblock`, first axis), where they were trained in a scan.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils import to_2tuple
+
+StateDict = dict[str, torch.Tensor]
+
+_MARK = "img/embedding/kernel"  # every image tower has it, and no other layout
+
+# a block's parts, as big_vision's -> as the native towers', as timm's
+_PARTS = {
+    "LayerNorm_0": ("ln_1", "norm1"),
+    "LayerNorm_1": ("ln_2", "norm2"),
+    "MlpBlock_0/Dense_0": ("mlp.c_fc", "mlp.fc1"),
+    "MlpBlock_0/Dense_1": ("mlp.c_proj", "mlp.fc2"),
+    "MultiHeadDotProductAttention_0/out": ("attn.out_proj", "attn.proj"),
+}
+_QKV = ("attn.in_proj_", "attn.qkv.")
+
+
+def is_big_vision(state_dict: StateDict) -> bool:
+    """Whether the names are big_vision's."""
+    return any(key.endswith(_MARK) for key in state_dict)
+
+
+def from_big_vision(model: Any, arrays: StateDict) -> StateDict:
+    """The weights of a file in big_vision's layout, named as in CustomTextCLIP; each is a copy, in the file's type.
+
+    Args:
+        model: its image tower is native (CLIPA) or timm's (SigLIP), its text tower native.
+
+    Returns:
+        What has a place in such a model under the model's names, and what has none under its own.
+    """
+    root = next(key for key in arrays if key.endswith(_MARK)).removesuffix(_MARK)
+    weights = _Weights({key.removeprefix(root): value for key, value in arrays.items() if key.startswith(root)})
+    if hasattr(model.visual, "trunk"):
+        weights.convert_timm_image_tower()
+    else:
+        weights.convert_native_image_tower(model.visual)
+    head = getattr(getattr(model, "text", model), "text_projection", None)
+    weights.convert_text_tower(linear_head=isinstance(head, nn.Linear))
+    weights.move("t", "logit_scale")
+    weights.move("b", "logit_bias")
+    left = {key: value for key, value in weights.arrays.items() if key.startswith(("img/", "txt/"))}
+    return weights.state_dict | left
+
+
+class _Weights:
+    """What is left of a file, and the state dict that it becomes."""
+
+    def __init__(self, arrays: StateDict) -> None:
+        self.arrays = dict(_unstacked(arrays))
+        self.state_dict: StateDict = {}
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """A copy, for memory in order: what was read lies in the file as it comes."""
+        self.state_dict[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
+
+    def move(self, theirs: str, ours: str) -> None:
+        """An array as it is, but for axes of one element in front; nothing where there is none."""
+        if theirs in self.arrays:
+            value = self.arrays.pop(theirs)
+            self.put(ours, value.reshape(value.shape[1:]) if value.dim() and value.shape[0] == 1 else value)
+
+    def linear(self, theirs: str, ours: str) -> None:
+        """A linear layer, or a norm: weight [out, in], or [width], and bias, what there is of them."""
+        if f"{theirs}/kernel" in self.arrays:
+            kernel = self.arrays.pop(f"{theirs}/kernel")
+            self.put(f"{ours}.weight", kernel.reshape(-1, kernel.shape[-1]).T)
+        for suffix, name in (("scale", "weight"), ("bias", "bias")):
+            if f"{theirs}/{suffix}" in self.arrays:
+                self.put(f"{ours}.{name}", self.arrays.pop(f"{theirs}/{suffix}"))
+
+    def fused(self, theirs: str, parts: tuple[str, ...], ours: str) -> None:
+        """Projections of attention on top of one another: `ours` + "weight" and "bias"."""
+        for suffix, name in (("kernel", "weight"), ("bias", "bias")):
+            keys = [f"{theirs}/{part}/{suffix}" for part in parts]
+            if all(key in self.arrays for key in keys):
+                values = [self.arrays.pop(key) for key in keys]  # [in, heads, head dim], or [heads, head dim]
+                values = [value.flatten(1).T if suffix == "kernel" else value.flatten() for value in values]
+                self.state_dict[f"{ours}{name}"] = torch.cat(values)
+
+    def blocks(self, theirs: str, ours: str, dialect: int) -> None:
+        """The blocks of a tower; `dialect` is 0 for native names, 1 for timm's."""
+        pattern = re.compile(rf"{re.escape(theirs)}/encoderblock_(\d+)/")
+        for number in sorted({int(match[1]) for match in map(pattern.match, self.arrays) if match}):
+            block, target = f"{theirs}/encoderblock_{number}", f"{ours}.{number}"
+            attention = f"{block}/MultiHeadDotProductAttention_0"
+            self.fused(attention, ("query", "key", "value"), f"{target}.{_QKV[dialect]}")
+            for part, names in _PARTS.items():
+                self.linear(f"{block}/{part}", f"{target}.{names[dialect]}")
+
+    def convert_timm_image_tower(self) -> None:
+        trunk = "visual.trunk"
+        self.patch_embedding(f"{trunk}.patch_embed.proj")
+        for theirs, ours in (("img/cls", "cls_token"), ("img/pos_embedding", "pos_embed")):
+            if theirs in self.arrays:
+                self.put(f"{trunk}.{ours}", self.arrays.pop(theirs))
+        self.blocks("img/Transformer", f"{trunk}.blocks", dialect=1)
+        self.linear("img/Transformer/encoder_norm", f"{trunk}.norm")
+        self.attention_pool("img/MAPHead_0", f"{trunk}.attn_pool")
+        self.linear("img/head", "visual.head.proj")
+
+    def patch_embedding(self, ours: str) -> None:
+        self.put(f"{ours}.weight", self.arrays.pop(_MARK).permute(3, 2, 0, 1))
+        self.move("img/embedding/bias", f"{ours}.bias")
+
+    def attention_pool(self, theirs: str, ours: str) -> None:
+        """Attention of one learned query, the "probe", as timm has it."""
+        if f"{theirs}/probe" in self.arrays:
+            self.put(f"{ours}.latent", self.arrays.pop(f"{theirs}/probe"))
+        attention = f"{theirs}/MultiHeadDotProductAttention_0"
+        self.fused(attention, ("query",), f"{ours}.q.")
+        self.fused(attention, ("key", "value"), f"{ours}.kv.")
+        self.linear(f"{attention}/out", f"{ours}.proj")
+        self.linear(f"{theirs}/LayerNorm_0", f"{ours}.norm")
+        self.linear(f"{theirs}/MlpBlock_0/Dense_0", f"{ours}.mlp.fc1")
+        self.linear(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.mlp.fc2")
+
+    def convert_native_image_tower(self, visual: Any) -> None:
+        """Its convolution has no bias, and its class token a position: both go into the position embedding."""
+        kernel = self.arrays.pop(_MARK)
+        self.put("visual.conv1.weight", kernel.permute(3, 2, 0, 1))
+        table = self.arrays.pop("img/pos_embedding", None)
+        width = kernel.shape[-1]
+        table = _sincos_2d(to_2tuple(visual.grid_size), width) if table is None else table[0]
+        if math.isqrt(table.shape[0]) ** 2 == table.shape[0]:
+            table = torch.cat([table.new_zeros(1, width), table])
+        if "img/embedding/bias" in self.arrays:
+            table = torch.cat([table[:1], table[1:] + self.arrays.pop("img/embedding/bias")])
+        self.put("visual.positional_embedding", table)
+        if "img/cls" in self.arrays:
+            self.put("visual.class_embedding", self.arrays.pop("img/cls").flatten())
+        self.blocks("img/Transformer", "visual.transformer.resblocks", dialect=0)
+        self.linear("img/Transformer/encoder_norm", "visual.ln_post")
+        self.linear("img/encoder_norm", "visual.ln_post")  # CLIPA's, which norms what was pooled
+        if "img/head/kernel" in self.arrays:
+            self.put("visual.proj", self.arrays.pop("img/head/kernel"))
+
+    def convert_text_tower(self, linear_head: bool) -> None:
+        self.move("txt/Embed_0/embedding", "text.token_embedding.weight")
+        self.move("txt/pos_embedding", "text.positional_embedding")
+        for encoder in ("txt/Encoder_0", "txt/Transformer"):  # SigLIP's, CLIPA's
+            self.blocks(encoder, "text.transformer.resblocks", dialect=0)
+        self.linear("txt/Encoder_0/encoder_norm", "text.ln_final")
+        self.linear("txt/encoder_norm", "text.ln_final")
+        if linear_head:
+            self.linear("txt/head", "text.text_projection")
+        elif "txt/head/kernel" in self.arrays:
+            self.put("text.text_projection", self.arrays.pop("txt/head/kernel"))
+
+
+def _unstacked(arrays: StateDict) -> dict[str, torch.Tensor]:
+    """The arrays of blocks that were trained in a scan, one block each (views)."""
+    found: StateDict = {}
+    for key, value in arrays.items():
+        if "/encoderblock/" in key:
+            for number, block in enumerate(value):
+                found[key.replace("/encoderblock/", f"/encoderblock_{number}/")] = block
+        else:
+            found[key] = value
+    return found
+
+
+def _sincos_2d(grid_size: tuple[int, int], channels: int) -> torch.Tensor:
+    """The fixed position embedding of MoCo v3 (https://arxiv.org/abs/2104.02057), which files leave out.
+
+    Returns:
+        float32, [rows * columns, channels]: sines and cosines of the column, then of the row.
+    """
+    rows, columns = torch.meshgrid(*map(torch.arange, grid_size), indexing="ij")
+    quarter = channels // 4
+    frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
+    angles = [grid.flatten()[:, None] * frequencies for grid in (columns, rows)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()

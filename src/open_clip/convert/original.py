@@ -1,0 +1,88 @@
+"""Weights as the makers of MobileCLIP and of the Perception Encoder published them.
+
+Their image towers are timm's, and so timm knows how their weights are named; text towers are native.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+StateDict = dict[str, torch.Tensor]
+
+# Parameters by which the layouts are told, of the first layer of the image tower.
+_FASTVIT_MARK = "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight"
+_MOBILE_VIT_MARK = "image_encoder.model.patch_emb.0.block.conv.weight"
+_PERCEPTION_MARK = "visual.conv1.weight"
+
+# Apple's names in the text tower -> ours; they norm inside of two sequences, of attention and of the MLP
+_MOBILE_CLIP_TEXT = (
+    (r"^embedding_layer\.", "token_embedding."),
+    (r"^positional_embedding\.pos_embed\.pos_embed$", "positional_embedding"),
+    (r"^transformer\.(\d+)\.", r"transformer.resblocks.\1."),
+    (r"\.pre_norm_mha\.0\.", ".ln_1."),
+    (r"\.pre_norm_mha\.1\.qkv_proj\.", ".attn.in_proj_"),
+    (r"\.pre_norm_mha\.1\.out_proj\.", ".attn.out_proj."),
+    (r"\.pre_norm_ffn\.0\.", ".ln_2."),
+    (r"\.pre_norm_ffn\.1\.", ".mlp.c_fc."),
+    (r"\.pre_norm_ffn\.4\.", ".mlp.c_proj."),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^projection_layer$", "text_projection"),
+)
+
+
+def is_mobile_clip(state_dict: StateDict) -> bool:
+    """Whether the names are Apple's own (github.com/apple/ml-mobileclip)."""
+    return _FASTVIT_MARK in state_dict or _MOBILE_VIT_MARK in state_dict
+
+
+def is_perception_encoder(model: Any, state_dict: StateDict) -> bool:
+    """Whether the names are Meta's own (github.com/facebookresearch/perception_models), for a model of timm's tower.
+
+    They are those of native CLIP: the model makes the difference.
+    """
+    return _PERCEPTION_MARK in state_dict and hasattr(model.visual, "trunk")
+
+
+def convert_mobile_clip_state_dict(model: Any, state_dict: StateDict, fastvit: bool = True) -> StateDict:
+    """Weights of MobileCLIP (https://arxiv.org/abs/2311.17049) in Apple's layout, in ours.
+
+    Args:
+        model: a CustomTextCLIP with the image tower of the checkpoint's MobileCLIP.
+        fastvit: whether that is a FastViT (S1, S2, ...), else the hybrid ViT of MobileCLIP-B.
+    """
+    if fastvit:
+        from timm.models.fastvit import checkpoint_filter_fn
+    else:
+        from timm.models.vision_transformer_hybrid import checkpoint_filter_fn
+    converted = _in_trunk(checkpoint_filter_fn(state_dict, model.visual.trunk))
+    for key, value in state_dict.items():
+        if key.startswith("text_encoder."):
+            name = key.removeprefix("text_encoder.")
+            for pattern, ours in _MOBILE_CLIP_TEXT:
+                name = re.sub(pattern, ours, name)
+            converted[f"text.{name}"] = value.flatten(0, -2) if name == "positional_embedding" else value
+        elif key == "logit_scale":
+            converted[key] = value
+    return converted
+
+
+def from_mobile_clip(model: Any, state_dict: StateDict) -> StateDict:
+    """The same, with the kind of the image tower told by its names."""
+    return convert_mobile_clip_state_dict(model, state_dict, fastvit=_FASTVIT_MARK in state_dict)
+
+
+def from_perception_encoder(model: Any, state_dict: StateDict) -> StateDict:
+    """Weights of PE-Core (https://arxiv.org/abs/2504.13181) in Meta's layout, the text tower's still at the top."""
+    from timm.models.eva import checkpoint_filter_fn
+
+    image = {key: value for key, value in state_dict.items() if key.startswith("visual.")}
+    rest = {key: value for key, value in state_dict.items() if key not in image and key != "attn_mask"}
+    return _in_trunk(checkpoint_filter_fn(image, model.visual.trunk)) | rest
+
+
+def _in_trunk(state_dict: StateDict) -> StateDict:
+    """Named as in our models, and in order in memory (timm transposes projections)."""
+    return {f"visual.trunk.{key}": value.contiguous() for key, value in state_dict.items()}

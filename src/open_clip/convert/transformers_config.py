@@ -1,0 +1,382 @@
+"""Configurations of transformers' CLIP and SigLIP (`config.json`, `preprocessor_config.json`) in both directions.
+
+A `config.json` leaves out what is the default, so the defaults of the released classes stand here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import CLIPTextCfg, CLIPVisionCfg, as_config
+from ..constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from ..utils import to_2tuple
+
+logger = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+
+
+def _tower(width: int, heads: int, act: str, eps: float, **others: Any) -> Config:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 12}
+    return {**sizes, "num_attention_heads": heads, "hidden_act": act, "layer_norm_eps": eps, **others}
+
+
+_CLIP_TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+_SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64}
+_IMAGES = {"num_channels": 3, "image_size": 224}
+_DEFAULTS: dict[tuple[str, str], Config] = {
+    ("clip", "text"): _tower(512, 8, "quick_gelu", 1e-5, **_CLIP_TEXT),
+    ("clip", "vision"): _tower(768, 12, "quick_gelu", 1e-5, **_IMAGES, patch_size=32),
+    ("siglip", "text"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_SIGLIP_TEXT),
+    ("siglip", "vision"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_IMAGES, patch_size=16, vision_use_head=True),
+}
+_PROJECTION_DIM = 512  # of CLIPConfig
+_LOGIT_SCALE = 2.6592
+_LEGACY_END = 2  # what CLIP's configurations said by mistake for long: transformers then takes the highest id
+
+# (width, layers, heads, width of the MLP, patch size) of an image tower -> the name in timm, whatever the image size
+SIGLIP_TOWERS = {
+    (768, 12, 12, 3072, 16): "vit_base_patch16_siglip_224",
+    (768, 12, 12, 3072, 32): "vit_base_patch32_siglip_256",
+    (1024, 24, 16, 4096, 16): "vit_large_patch16_siglip_256",
+    (1152, 27, 16, 4304, 14): "vit_so400m_patch14_siglip_224",
+    (1152, 27, 16, 4304, 16): "vit_so400m_patch16_siglip_256",
+    (1536, 40, 16, 6144, 16): "vit_giantopt_patch16_siglip_256",
+}
+
+# ---------------------------------------------------------------------------------------------------- theirs to ours
+
+
+def model_cfg_from_transformers(config: Mapping[str, Any], source: str) -> Config:
+    """The configuration of our model from transformers' `config.json`.
+
+    Args:
+        source: what the file is called in messages.
+
+    Raises:
+        ValueError: it is of another kind of model, or of a CLIP or SigLIP that is none of ours.
+    """
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
+        raise ValueError(
+            f"{source} is of a model of type {kind!r}. Of transformers' models, open_clip has 'clip' and 'siglip' "
+            "(SigLIP 2 of fixed resolution is 'siglip', too)."
+        )
+    text, vision = _part(config, kind, "text"), _part(config, kind, "vision")
+    if vision["num_channels"] != 3:
+        raise ValueError(f"{source}: images have {vision['num_channels']} channels, and open_clip's have 3.")
+    build = _clip_model_cfg if kind == "clip" else _siglip_model_cfg
+    return build(config, text, vision, source)
+
+
+def _part(config: Mapping[str, Any], kind: str, tower: str) -> Config:
+    """A tower's configuration; an old duplicate of it, `..._config_dict`, goes before it with its own defaults."""
+    given = config.get(f"{tower}_config_dict") or config.get(f"{tower}_config") or {}
+    return {**_DEFAULTS[kind, tower], **{key: value for key, value in given.items() if value is not None}}
+
+
+def _sizes(part: Config) -> Config:
+    width, mlp_width = part["hidden_size"], part["intermediate_size"]
+    ratio = mlp_width / width
+    if int(width * ratio) != mlp_width:  # as the towers compute it
+        ratio = math.nextafter(ratio, math.inf)
+    return {"width": width, "layers": part["num_hidden_layers"], "mlp_ratio": ratio}
+
+
+def _numerics(part: Config, source: str) -> Config:
+    """Activation and epsilon, where they are not our default. QuickGELU is a matter of the whole model."""
+    cfg: Config = {}
+    if part["hidden_act"] in ("gelu_pytorch_tanh", "gelu_new"):
+        cfg["act_kwargs"] = {"approximate": "tanh"}
+    elif part["hidden_act"] not in ("gelu", "quick_gelu"):
+        raise ValueError(
+            f"{source} has the activation {part['hidden_act']!r}; open_clip has quick_gelu, gelu and gelu_pytorch_tanh."
+        )
+    if part["layer_norm_eps"] != 1e-5:
+        cfg["norm_kwargs"] = {"eps": part["layer_norm_eps"]}
+    return cfg
+
+
+def _clip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, source: str) -> Config:
+    quick = {part["hidden_act"] == "quick_gelu" for part in (text, vision)}
+    if len(quick) > 1:
+        raise ValueError(
+            f"{source} has QuickGELU in one tower only ({text['hidden_act']} for texts, {vision['hidden_act']} for "
+            "images); a model of open_clip has it in both or in none."
+        )
+    text_cfg = {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        **_sizes(text),
+        "heads": text["num_attention_heads"],
+        **_numerics(text, source),
+    }
+    # the end of text is the highest id as a rule, where the first of the highest is the first end
+    if text["eos_token_id"] not in (_LEGACY_END, text["vocab_size"] - 1):
+        text_cfg |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
+    vision_cfg = {
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        **_sizes(vision),
+        "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        **_numerics(vision, source),
+    }
+    return {
+        "embed_dim": config.get("projection_dim") or _PROJECTION_DIM,
+        "quick_gelu": quick.pop(),
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+    }
+
+
+def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, source: str) -> Config:
+    width = vision["hidden_size"]
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    tower = tuple(vision[key] for key in keys)
+    if tower not in SIGLIP_TOWERS or not vision["vision_use_head"] or vision["layer_norm_eps"] != 1e-6:
+        raise ValueError(
+            f"{source} has an image tower that timm has not under a name: width, layers, heads, MLP and patch size are "
+            f"{tower}. It has {', '.join(map(str, SIGLIP_TOWERS))}, with attention pooling and an epsilon of 1e-6."
+        )
+    output = text.get("projection_size") or text["hidden_size"]
+    if output != width:
+        raise ValueError(f"{source}: features of texts are {output} wide, those of images {width}; they must agree.")
+    vision_cfg = {
+        "image_size": vision["image_size"],
+        "timm_model_name": SIGLIP_TOWERS[tower],
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "act_kwargs": {"approximate": "none", **_numerics(vision, source).get("act_kwargs", {})},
+    }
+    text_cfg = {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+        **_sizes(text),
+        "heads": text["num_attention_heads"],
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        **_numerics(text, source),
+    }
+    return {
+        "embed_dim": width,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+    }
+
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def preprocess_cfg_from_transformers(config: Mapping[str, Any], source: str) -> Config:
+    """How images are prepared, from transformers' `preprocessor_config.json`.
+
+    Raises:
+        ValueError: it resizes in a way that ours cannot.
+    """
+    resample, size = config.get("resample", 3), config.get("size") or {}
+    if resample not in _RESAMPLE:
+        raise ValueError(f"{source} has resample={resample}; open_clip resizes with 2 (bilinear) or 3 (bicubic).")
+    # a number, or "shortest_edge": that side to size, the centre cut out; height and width: squeezed to both
+    squash = isinstance(size, Mapping) and "height" in size and not config.get("do_center_crop", False)
+    sides = [set(side.values()) if isinstance(side, Mapping) else {side} for side in (size, config.get("crop_size"))]
+    if not squash and all(sides) and None not in sides[1] and sides[0] != sides[1]:
+        logger.warning("%s resizes to %s and cuts out %s: here images are resized to what is cut out.", source, *sides)
+    return {
+        "mean": config.get("image_mean") or list(OPENAI_DATASET_MEAN),
+        "std": config.get("image_std") or list(OPENAI_DATASET_STD),
+        "interpolation": _RESAMPLE[resample],
+        "resize_mode": "squash" if squash else "shortest",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- ours to theirs
+
+# fields that transformers' towers have, or that have no effect on features; all others must be at their defaults
+_SIZES = {"layers", "width", "mlp_ratio", "act_kwargs", "norm_kwargs"}
+_VISION_FIELDS = _SIZES | {"head_width", "patch_size", "image_size", "patch_dropout", "final_ln_after_pool"}
+_TIMM_FIELDS = {"image_size", "act_kwargs", "patch_dropout", "timm_drop_path", "timm_drop", "timm_model_pretrained"}
+_TEXT_FIELDS = _SIZES | {"heads", "context_length", "vocab_size", "eos_id", "pad_id", "final_ln_after_pool"}
+_TEXT_FIELDS |= {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "hf_model_pretrained"}
+
+
+def is_siglip_model_cfg(model_cfg: Mapping[str, Any]) -> bool:
+    """Whether a configuration of ours has SigLIP's image tower."""
+    return _timm_stem(model_cfg["vision_cfg"].get("timm_model_name")) in _tower_sizes()
+
+
+def _timm_stem(name: str | None) -> str:
+    """timm's name without the image size and the name of weights."""
+    return (name or "").partition(".")[0].rpartition("_")[0]
+
+
+def _tower_sizes() -> dict[str, tuple[int, ...]]:
+    return {_timm_stem(name): sizes for sizes, name in SIGLIP_TOWERS.items()}
+
+
+def model_cfg_to_transformers(model_cfg: Mapping[str, Any], name: str, image_gelu: str = "none") -> Config:
+    """transformers' `config.json` of a model of ours.
+
+    Args:
+        name: of the model, in messages.
+        image_gelu: of SigLIP's image tower, "none" or "tanh", which is timm's to say.
+
+    Raises:
+        ValueError: transformers has no such model; the message says what stands in the way.
+    """
+    if "multimodal_cfg" in model_cfg:
+        raise ValueError(f"{name} is a CoCa: transformers has no model with its decoder of captions.")
+    text = as_config(CLIPTextCfg, model_cfg["text_cfg"])
+    vision = as_config(CLIPVisionCfg, model_cfg["vision_cfg"])
+    if text.hf_model_name:
+        raise ValueError(f"{name} has the text tower {text.hf_model_name}, and transformers' CLIP its own alone.")
+    if is_siglip_model_cfg(model_cfg):
+        return _siglip_config(model_cfg, text, vision, name, image_gelu)
+    if vision.timm_model_name or isinstance(vision.layers, (list, tuple)):
+        tower = f"timm's {vision.timm_model_name}" if vision.timm_model_name else "a ResNet"
+        raise ValueError(f"{name} has {tower} for images; transformers' CLIP has a ViT of its own, or SigLIP's.")
+    return _clip_config(model_cfg, text, vision, name)
+
+
+def _clip_config(model_cfg: Mapping[str, Any], text: CLIPTextCfg, vision: CLIPVisionCfg, name: str) -> Config:
+    _refuse_others(vision, _VISION_FIELDS, {}, name, "image")
+    _refuse_others(text, _TEXT_FIELDS | {"pool_type"}, {}, name, "text")
+    if model_cfg.get("init_logit_bias") is not None:
+        raise ValueError(f"{name} has a bias of its logits, which transformers' CLIP has not.")
+    if text.pool_type not in ("argmax", "eos") or (text.pool_type == "eos" and text.eos_id == _LEGACY_END):
+        raise ValueError(
+            f"{name} pools texts by {text.pool_type!r} (eos_id={text.eos_id}); transformers' CLIP takes the highest "
+            f"id, or the first end of text whose id is not {_LEGACY_END}."
+        )
+    embed_dim, quick_gelu = model_cfg["embed_dim"], bool(model_cfg.get("quick_gelu"))
+    end = text.eos_id if text.pool_type == "eos" else text.vocab_size - 1
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": embed_dim,
+        "logit_scale_init_value": _LOGIT_SCALE,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "projection_dim": embed_dim,
+            **_text_config(text, quick_gelu),
+            "eos_token_id": end,
+            "bos_token_id": end - 1,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "projection_dim": embed_dim,
+            **_tower_config(vision, vision.width // vision.head_width, quick_gelu),
+            **_image_sizes(vision, name),
+        },
+    }
+
+
+def _siglip_config(
+    model_cfg: Mapping[str, Any], text: CLIPTextCfg, vision: CLIPVisionCfg, name: str, image_gelu: str
+) -> Config:
+    tower = {"timm_model_name": vision.timm_model_name, "timm_pool": "map", "timm_proj": "none"}
+    _refuse_others(vision, _TIMM_FIELDS, tower, name, "image")
+    pooled = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    _refuse_others(text, _TEXT_FIELDS, pooled, name, "text")
+    if model_cfg.get("init_logit_bias") is None:
+        raise ValueError(f"{name} has no bias of its logits, which transformers' SigLIP needs.")
+    width, layers, heads, mlp_width, patch_size = _tower_sizes()[_timm_stem(vision.timm_model_name)]
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {
+            "model_type": "siglip_text_model",
+            "projection_size": model_cfg["embed_dim"],
+            **_text_config(text, quick_gelu=bool(model_cfg.get("quick_gelu"))),
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": mlp_width,
+            "hidden_act": _GELUS[image_gelu],
+            "layer_norm_eps": 1e-6,
+            **_image_sizes(dataclasses.replace(vision, patch_size=patch_size), name),
+        },
+    }
+
+
+_GELUS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
+
+
+def _tower_config(cfg: CLIPTextCfg | CLIPVisionCfg, heads: int, quick_gelu: bool) -> Config:
+    approximate = (cfg.act_kwargs or {}).get("approximate", "none")
+    return {
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": heads,
+        "intermediate_size": int(cfg.width * cfg.mlp_ratio),
+        "hidden_act": "quick_gelu" if quick_gelu else _GELUS[approximate],
+        "layer_norm_eps": (cfg.norm_kwargs or {}).get("eps", 1e-5),
+    }
+
+
+def _text_config(cfg: CLIPTextCfg, quick_gelu: bool) -> Config:
+    sizes = {"vocab_size": cfg.vocab_size, "max_position_embeddings": cfg.context_length}
+    return {**_tower_config(cfg, cfg.heads, quick_gelu), **sizes}
+
+
+def _image_sizes(vision: CLIPVisionCfg, name: str) -> Config:
+    sizes = {}
+    for key in ("image_size", "patch_size"):
+        height, width = to_2tuple(getattr(vision, key))
+        if height != width:
+            raise ValueError(f"{name} has {key}={height, width}; transformers' towers have squares only.")
+        sizes[key] = height
+    return sizes
+
+
+def _refuse_others(
+    cfg: CLIPTextCfg | CLIPVisionCfg, free: set[str], fixed: Mapping[str, Any], name: str, tower: str
+) -> None:
+    """Raise ValueError if a field that is not `free` is not at its default, or at what `fixed` says."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        wanted = fixed.get(field.name, field.default)
+        if field.name not in free and value != wanted:
+            raise ValueError(
+                f"{name}: the {tower} tower has {field.name}={value!r}, and transformers' counterpart can only be as "
+                f"{field.name}={wanted!r}."
+            )
+
+
+def preprocess_cfg_to_transformers(preprocess_cfg: Mapping[str, Any], siglip: bool) -> Config:
+    """transformers' `preprocessor_config.json` from how images are prepared for a model (fields of PreprocessCfg).
+
+    Raises:
+        ValueError: images are padded, which transformers' processors do not do.
+    """
+    height, width = to_2tuple(preprocess_cfg["size"])
+    mode = preprocess_cfg["resize_mode"]
+    if mode not in ("shortest", "squash"):
+        raise ValueError(f"resize_mode={mode!r} has no counterpart in transformers: 'shortest' and 'squash' have.")
+    squash = mode == "squash"
+    config = {
+        "image_processor_type": "SiglipImageProcessor" if siglip and squash else "CLIPImageProcessor",
+        "processor_class": "SiglipProcessor" if siglip else "CLIPProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
+        "resample": 2 if preprocess_cfg["interpolation"] == "bilinear" else 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess_cfg["mean"]),
+        "image_std": list(preprocess_cfg["std"]),
+        "do_center_crop": not squash,
+    }
+    return config if squash else {**config, "crop_size": {"height": height, "width": width}}

@@ -1,0 +1,87 @@
+"""Numpy archives become memory-mapped tensors, and damaged or foreign ones an error."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from open_clip.npz import is_npz, read_npz
+
+DTYPES = ["float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays(tmp_path, dtype, save):
+    """Of every shape and order in memory, and of names with slashes."""
+    plain = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    arrays = {"a/b/kernel": plain, "c": np.asfortranarray(plain), "scalar": plain[0, 0, 1], "empty": plain[:0]}
+    save(tmp_path / "x.npz", **arrays)
+    assert is_npz(tmp_path / "x.npz")
+    found = read_npz(tmp_path / "x.npz")
+    assert found.keys() == arrays.keys()
+    for name, value in arrays.items():
+        assert found[name].shape == value.shape
+        np.testing.assert_array_equal(found[name].clone().numpy(), value)
+
+
+def test_files_are_mapped_and_never_written(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, weight=np.ones((100, 100), np.float32))
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = read_npz(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    found["weight"].add_(1)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+
+
+def test_brain_floats(tmp_path):
+    values = torch.tensor([1.5, -2.0, 3e38], dtype=torch.bfloat16)
+    np.savez(tmp_path / "x.npz", a=values.view(torch.int16).numpy().view("V2"))
+    assert torch.equal(read_npz(tmp_path / "x.npz")["a"].clone(), values)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.mkdir, (self.marker,))
+
+
+def test_objects_are_refused_and_not_unpickled(tmp_path):
+    objects = np.array([Evil(tmp_path / "ran")], dtype=object)
+    np.savez(tmp_path / "x.npz", a=objects)
+    with pytest.raises(ValueError, match="an array of object, and numbers were expected"):
+        read_npz(tmp_path / "x.npz")
+    assert not (tmp_path / "ran").exists()
+    assert pickle.dumps(objects)  # else this would prove nothing
+
+
+@pytest.mark.parametrize("array", [np.array(["text"]), np.ones(2, ">f4"), np.ones(2, "complex64")])
+def test_what_is_no_number_of_ours_is_refused(tmp_path, array):
+    np.savez(tmp_path / "x.npz", a=array)
+    with pytest.raises(ValueError, match="numbers were expected"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    assert not is_npz(tmp_path / "x.npz")
+    assert not is_npz(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"interrupted\?"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_an_array_that_is_shorter_than_it_says(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.ones(1000, np.float32))
+    path.write_bytes(path.read_bytes().replace(b"(1000,)", b"(9000,)"))
+    with pytest.raises(ValueError, match="shorter than its shape"):
+        read_npz(path)
