@@ -181,8 +181,12 @@ def create_model(
         raise RuntimeError(
             f"{model_name!r} with pretrained={pretrained!r} has no weights to load, and they were required."
         )
-    else:
-        use_tower_defaults(recipe.model_cfg, pretrained_image and load_weights, pretrained_text and load_weights)
+    towers_start_anew = load_weights and recipe.fetch_weights is None and target.type != "meta"
+    use_tower_defaults(
+        recipe.model_cfg,
+        pretrained_image and towers_start_anew,
+        pretrained_text and towers_start_anew and not pretrained_text_path,
+    )
     model = _build(recipe, precision, output_dict, target, weights_only)
     if recipe.fetch_weights is None and target.type != "meta":
         logger.warning("%s has no pretrained weights: it is initialised at random.", model_name)

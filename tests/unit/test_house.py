@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 # where one of their rooms serves another.
 FLOORS = [
     ["open_clip.chips"],
-    ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version"],
+    ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version", "open_clip.hf_configs"],
     ["open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript", "open_clip.image_resize"],
     [
         "open_clip.config", "open_clip.tokenizer", "open_clip.transform", "open_clip.pretrained", "open_clip.pos_embed",

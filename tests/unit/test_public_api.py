@@ -21,8 +21,6 @@ TO_COME = {
     "open_clip.coca_model",
     "open_clip.convert.convert_mobile_clip_state_dict",
     "open_clip.convert.load_big_vision_weights",
-    "open_clip.hf_configs",
-    "open_clip.hf_model",
     "open_clip.modified_resnet",
     "open_clip.push_pretrained_to_hf_hub",
     "open_clip.push_to_hf_hub",
