@@ -386,9 +386,16 @@ class CustomTextCLIP(TwoTowers):
 # ---- weights ----
 
 
-def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections."""
+def _low_precision_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections.
+
+    And all of a tower of transformers, whose linear layers take what its norms and embeddings give as it is.
+    """
     for module in model.modules():
+        if isinstance(module, HFTextEncoder):
+            yield from module.parameters()
+            yield from (buffer for buffer in module.buffers() if buffer.is_floating_point())
+            continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             names = ["weight", "bias"]
         elif isinstance(module, (MultiheadAttention, Attention)):
@@ -406,7 +413,10 @@ def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype."""
+    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype.
+
+    A text tower of transformers is cast as a whole.
+    """
     for parameter in _low_precision_parameters(model):
         parameter.data = parameter.data.to(dtype)
 

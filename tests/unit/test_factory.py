@@ -394,11 +394,6 @@ def test_tokenizers(name, tmp_path):
     assert not torch.equal(other("A Cat!"), open_clip.get_tokenizer(name)("a cat"))
 
 
-def test_tokenizers_to_come():
-    with pytest.raises(NotImplementedError, match="'timm/ViT-B-16-SigLIP'"):
-        open_clip.get_tokenizer("ViT-B-16-SigLIP")
-
-
 def test_losses_need_few_options():
     assert type(open_clip.create_loss(SimpleNamespace())) is open_clip.ClipLoss
     loss = open_clip.create_loss(SimpleNamespace(distill_model="ViT-B-32", local_loss=True, rank=1, world_size=2))

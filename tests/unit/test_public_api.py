@@ -25,8 +25,6 @@ TO_COME = {
     "open_clip.push_pretrained_to_hf_hub",
     "open_clip.push_to_hf_hub",
     "open_clip.timm_model",
-    "open_clip.tokenizer.HFTokenizer",
-    "open_clip.tokenizer.SigLipTokenizer",
     "open_clip.transformer.MultimodalTransformer",
 }
 MODULES = {name: names for name, names in API.items() if not name.startswith("methods.")}
