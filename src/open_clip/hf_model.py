@@ -118,17 +118,32 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _read_config(name_or_path: str) -> Any:
-    """transformers' configuration of a model, from our own table where it has it."""
-    transformers = import_transformers(f"The text tower {name_or_path!r}")
+def _transformers() -> Any:
+    """The package, which knows our attention."""
+    transformers = import_transformers("A text tower of Hugging Face")
+    from transformers.masking_utils import sdpa_mask
+
+    transformers.AttentionInterface.register(ATTENTION, _attention)
+    transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for who calls the encoder with a mask [B, L]
+    return transformers
+
+
+def _read_config(name_or_path: str, offline: bool) -> Any:
+    """transformers' configuration of a model; with `offline`, from our own table where it has it.
+
+    Raises:
+        RuntimeError: it cannot be had.
+    """
+    transformers = _transformers()
     known = known_architecture(name_or_path)
-    if known is not None and not os.path.isdir(name_or_path):
+    if offline and known is not None and not os.path.isdir(name_or_path):
         model_type, values = known
         return transformers.AutoConfig.for_model(model_type, **values)
     try:
-        return transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise unavailable("The configuration", name_or_path, "config.json", error) from error
+        raise _unavailable(name_or_path, error) from error
+    return config
 
 
 def _check_kind(config: Any, name_or_path: str) -> None:
@@ -137,6 +152,16 @@ def _check_kind(config: Any, name_or_path: str) -> None:
             f"{name_or_path!r} is of the kind {config.model_type!r}, which is no text tower here: "
             f"{', '.join(arch_dict)} are."
         )
+
+
+def _unavailable(name_or_path: str, error: Exception) -> RuntimeError:
+    return unavailable(
+        "The text tower",
+        name_or_path,
+        "config.json, and for its weights model.safetensors (or pytorch_model.bin)",
+        error,
+        others="Random weights: pretrained_text=False (hf_model_pretrained in a text_cfg).",
+    )
 
 
 def _with_exact_gelu(encoder: nn.Module) -> None:
@@ -149,8 +174,7 @@ def _with_exact_gelu(encoder: nn.Module) -> None:
 
 def _new_encoder(config: Any, add_pooling_layer: bool) -> Any:
     """The encoder of that configuration with random weights; of an encoder-decoder nothing else is made."""
-    transformers = import_transformers("This text tower")
-    transformers.AttentionInterface.register(ATTENTION, _attention)
+    transformers = _transformers()
     config = copy.deepcopy(config)
     if config.model_type == "m2m_100":  # has no class of its own for a model that is all encoder
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
@@ -165,26 +189,19 @@ def _new_encoder(config: Any, add_pooling_layer: bool) -> Any:
 
 def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
     """The encoder with its published weights, from a local folder, the hub's cache, or the hub."""
-    transformers = import_transformers(f"The text tower {name_or_path!r}")
-    transformers.AttentionInterface.register(ATTENTION, _attention)
+    transformers = _transformers()
+    config = _read_config(name_or_path, offline=False)
+    _check_kind(config, name_or_path)
     options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32, "trust_remote_code": False}
+    auto_model = transformers.AutoModel
+    if config.model_type in ("t5", "mt5"):
+        auto_model = transformers.AutoModelForTextEncoding  # leaves the decoder's weights where they are
+    elif not config.is_encoder_decoder:
+        options["add_pooling_layer"] = add_pooling_layer
     try:
-        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        _check_kind(config, name_or_path)
-        auto_model = transformers.AutoModel
-        if config.model_type in ("t5", "mt5"):
-            auto_model = transformers.AutoModelForTextEncoding  # leaves the decoder's weights where they are
-        elif not config.is_encoder_decoder:
-            options["add_pooling_layer"] = add_pooling_layer
         model = auto_model.from_pretrained(name_or_path, weights_only=True, **options)
     except OSError as error:
-        raise unavailable(
-            "The text tower",
-            name_or_path,
-            "config.json and model.safetensors (or pytorch_model.bin)",
-            error,
-            others="To start from random weights: pretrained_text=False (hf_model_pretrained in a text_cfg).",
-        ) from error
+        raise _unavailable(name_or_path, error) from error
     return (model.get_encoder() if config.is_encoder_decoder else model).train()
 
 
@@ -230,7 +247,7 @@ class HFTextEncoder(nn.Module):
             self.transformer = _load_encoder(model_name_or_path, add_pooling_layer)
             self.config = self.transformer.config
         else:
-            self.config = _read_config(model_name_or_path) if config is None else config
+            self.config = _read_config(model_name_or_path, offline=True) if config is None else config
             _check_kind(self.config, model_name_or_path)
             self.transformer = _new_encoder(self.config, add_pooling_layer)
         _with_exact_gelu(self.transformer)
@@ -264,7 +281,7 @@ class HFTextEncoder(nn.Module):
 
     @grad_checkpointing.setter
     def grad_checkpointing(self, enable: bool) -> None:
-        # named gradient_ before transformers 5.20 or so, and activation_ afterwards
+        # named gradient_ in older releases of transformers, activation_ in newer ones
         verb = "enable" if enable else "disable"
         change = getattr(self.transformer, f"activation_checkpointing_{verb}", None)
         change = change or getattr(self.transformer, f"gradient_checkpointing_{verb}")
