@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import tiny_clip
+
 WIDTH = 16
 _BERT: dict[str, Any] = {
     "vocab_size": 30,
@@ -57,6 +59,22 @@ def write_config(folder: Path, kind: str, **changes: Any) -> str:
     """A folder that names such a model; what hf_model_name takes."""
     config(kind, **changes).save_pretrained(folder)
     return str(folder)
+
+
+def write_clip(folder: Path, kind: str, text: dict[str, Any] | None = None, **changes: Any) -> str:
+    """A folder with a tiny CLIP that has such a text tower, below it; what create_model takes.
+
+    Its tokenizer would be that of the folder, too. `text`: of the text_cfg; `changes`: of the text model.
+    """
+    name = tiny_clip.folder(folder)
+    path = folder / "open_clip_config.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    tower = write_config(folder / kind, kind, **changes)
+    whole["model_cfg"]["text_cfg"] = {
+        "hf_model_name": tower, "hf_tokenizer_name": tower, "context_length": 12, **(text or {}),
+    }  # fmt: skip
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    return name
 
 
 def texts(kind: str) -> torch.Tensor:

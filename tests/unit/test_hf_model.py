@@ -32,16 +32,6 @@ def build(folder: Path, kind: str, output_dim: int = 12, **options: Any) -> HFTe
     return native_cases.set_weights(tower).eval()
 
 
-def model_folder(folder: Path, kind: str, **text: Any) -> str:
-    """A folder with a tiny model that has such a text tower; what create_model takes."""
-    name = hf_cases.write_config(folder / kind, kind)
-    tiny_clip.folder(folder, custom_text=True)
-    cfg = json.loads((folder / "open_clip_config.json").read_text())
-    cfg["model_cfg"]["text_cfg"] = {"hf_model_name": name, **text}
-    (folder / "open_clip_config.json").write_text(json.dumps(cfg))
-    return f"local-dir:{folder}"
-
-
 def save(model: torch.nn.Module, folder: Path, **more: torch.Tensor) -> None:
     tensors = {key: value.contiguous().clone() for key, value in (model.state_dict() | more).items()}
     save_file(tensors, folder / "open_clip_model.safetensors")
@@ -196,7 +186,7 @@ def test_intermediates(kind, tmp_path):
 
 
 def test_a_whole_model_gives_intermediates_too(tmp_path):
-    model = open_clip.create_model(model_folder(tmp_path, "mt5"), load_weights=False).eval()
+    model = open_clip.create_model(hf_cases.write_clip(tmp_path, "mt5"), load_weights=False).eval()
     image, _ = tiny_clip.inputs()
     found = model.forward_intermediates(image[:1], hf_cases.texts("mt5"), output_logits=True)
     assert found["image_logits"].shape == (1, 3)
@@ -276,7 +266,7 @@ def test_unlocking_too_much_is_said(tmp_path, caplog):
 
 
 def test_what_the_whole_model_asks_of_its_text_tower(tmp_path):
-    model = open_clip.create_model(model_folder(tmp_path, "m2m_100"), load_weights=False)
+    model = open_clip.create_model(hf_cases.write_clip(tmp_path, "m2m_100"), load_weights=False)
     assert open_clip.get_model_tokenize_cfg(model) == {"context_length": 14, "vocab_size": 30}
     assert (model.context_length, model.vocab_size) == (14, 30)
     assert model.no_weight_decay() == {"visual.positional_embedding", "visual.class_embedding"}
@@ -292,7 +282,7 @@ def test_what_the_whole_model_asks_of_its_text_tower(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["roberta", "bert", "mt5", "m2m_100"])
 def test_a_model_built_on_meta_is_the_model_built_plainly(kind, precision, tmp_path):
-    name = model_folder(tmp_path, kind)
+    name = hf_cases.write_clip(tmp_path, kind)
     plain = native_cases.set_weights(open_clip.create_model(name, load_weights=False))
     # files that were written with transformers before 4.31 have this table
     save(plain, tmp_path, **{"text.transformer.embeddings.position_ids": torch.arange(14)[None]})
@@ -343,7 +333,7 @@ def test_published_weights_are_loaded_from_a_folder(kind, tmp_path):
 
 
 def test_a_model_with_weights_of_its_own_does_not_fetch_the_towers(tmp_path, monkeypatch):
-    name = model_folder(tmp_path, "roberta")
+    name = hf_cases.write_clip(tmp_path, "roberta")
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were fetched")
@@ -478,7 +468,7 @@ def test_a_name_that_is_not_known_and_cannot_be_asked_for(monkeypatch):
 def test_transformers_that_is_missing_or_too_old(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ImportError, match="needs the package transformers .*pip install"):
+        with pytest.raises(ImportError, match=r"needs the package transformers .*pip install"):
             HFTextEncoder("roberta-base", 12, pretrained=False)
     monkeypatch.setattr(hf_configs, "MINIMAL_TRANSFORMERS", "99.0")
     with pytest.raises(ImportError, match=r"needs a newer transformers than .*: pip install 'transformers>=99\.0'"):
