@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .hf_model import HFTextEncoder
 from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
 from .modified_resnet import STRIDE, ModifiedResNet
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
@@ -117,10 +118,17 @@ def _build_text_tower(
     text_cfg: CLIPTextCfg | Mapping[str, Any],
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
-) -> TextTransformer:
+) -> TextTransformer | HFTextEncoder:
     cfg = as_config(CLIPTextCfg, text_cfg)
     if cfg.hf_model_name:
-        raise NotImplementedError(f"text towers of Hugging Face ({cfg.hf_model_name!r}) are not built yet: native are")
+        return HFTextEncoder(
+            cfg.hf_model_name,
+            output_dim=embed_dim,
+            pooler_type=cfg.hf_pooler_type,
+            proj_type=cfg.hf_proj_type,
+            pretrained=cfg.hf_model_pretrained,
+            output_tokens=cfg.output_tokens,
+        )
     options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
     return TextTransformer(output_dim=embed_dim, **(options | _layer_types(cfg, quick_gelu, cast_dtype)))
 
@@ -178,7 +186,7 @@ class TwoTowers(nn.Module):
         self.logit_scale = nn.Parameter(torch.full(shape, float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full(shape, float(init_logit_bias)))
 
-    def _place_text_tower(self, text: TextTransformer) -> None:
+    def _place_text_tower(self, text: Any) -> None:
         raise NotImplementedError
 
     def _text_tower(self, text: torch.Tensor) -> Features:
@@ -329,7 +337,9 @@ class TwoTowers(nn.Module):
 class CLIP(TextEncoder, TwoTowers):
     """CLIP with the text tower's parameters at the top level."""
 
-    def _place_text_tower(self, text: TextTransformer) -> None:
+    def _place_text_tower(self, text: Any) -> None:
+        if not isinstance(text, TextTransformer):
+            raise ValueError(f"CLIP takes no {type(text).__name__} as its text tower: CustomTextCLIP does")
         self.text_options = text.text_options
         self.transformer = text.transformer
         self.token_embedding = text.token_embedding
@@ -368,7 +378,7 @@ class CLIP(TextEncoder, TwoTowers):
 class CustomTextCLIP(TwoTowers):
     """CLIP with the text tower under `text`."""
 
-    def _place_text_tower(self, text: TextTransformer) -> None:
+    def _place_text_tower(self, text: Any) -> None:
         self.text = text
 
     def _text_tower(self, text: torch.Tensor) -> Features:
@@ -394,10 +404,10 @@ class CustomTextCLIP(TwoTowers):
 def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections.
 
-    Of timm's towers all that is floating-point: their norms take inputs of their weights' type only.
+    Of towers of timm and transformers all that is floating-point: their layers take inputs of their weights' type only.
     """
     for module in model.modules():
-        if isinstance(module, TimmModel):
+        if isinstance(module, (TimmModel, HFTextEncoder)):
             yield from (x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point())
             continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
@@ -419,7 +429,7 @@ def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
     """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype.
 
-    Of towers of timm, everything is cast.
+    Of towers of timm and transformers, everything is cast.
     """
     for tensor in _low_precision_tensors(model):
         tensor.data = tensor.data.to(dtype)

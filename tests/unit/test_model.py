@@ -145,17 +145,6 @@ def test_a_typo_in_a_configuration_raises() -> None:
         build(text={"pool_typ": "eos"})
 
 
-@pytest.mark.parametrize(
-    ("vision", "text", "named"),
-    [
-        ({}, {"hf_model_name": "roberta-base"}, "Hugging Face.*roberta-base"),
-    ],
-)
-def test_towers_that_are_not_built_yet_are_named(vision: dict, text: dict, named: str) -> None:
-    with pytest.raises(NotImplementedError, match=named):
-        build(vision=vision, text=text)
-
-
 def test_activations_and_norms_follow_the_arguments() -> None:
     def kinds(**kwargs: Any) -> set[type]:
         found = {type(module) for module in build(**kwargs).modules()}

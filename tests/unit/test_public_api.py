@@ -19,10 +19,6 @@ API = json.loads((Path(__file__).parents[1] / "parity/fixtures/public_api_3.3.0.
 TO_COME = {
     "open_clip.CoCa",
     "open_clip.coca_model",
-    "open_clip.hf_configs",
-    "open_clip.hf_model",
-    "open_clip.tokenizer.HFTokenizer",
-    "open_clip.tokenizer.SigLipTokenizer",
     "open_clip.transformer.MultimodalTransformer",
 }
 MODULES = {name: names for name, names in API.items() if not name.startswith("methods.")}
