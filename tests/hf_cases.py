@@ -43,6 +43,12 @@ SIZES: dict[str, dict[str, Any]] = {
         **{f"{half}_ffn_dim": 24 for half in ("encoder", "decoder")},
     },
 }
+_NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, dict[str, float]] = {
+    **dict.fromkeys(("roberta", "xlm-roberta", "bert"), _NO_BERT_DROPOUT),
+    **dict.fromkeys(("t5", "mt5"), {"dropout_rate": 0.0}),
+    "m2m_100": {"dropout": 0.0, "attention_dropout": 0.0},
+}
 KINDS = tuple(SIZES)
 POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 PROJECTIONS = (None, "linear", "mlp")

@@ -6,10 +6,12 @@ With the architectures kept here a model is built without asking the hub, as lon
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 from typing import Any
 
-MINIMAL_TRANSFORMERS = "5.0"
+# The first release in which all kinds of text model below, T5's too, take their attention from where we can put ours.
+MINIMAL_TRANSFORMERS = "5.18"
 
 _BERT_NAMES = {
     "context_length": "max_position_embeddings",
@@ -141,20 +143,24 @@ def known_architecture(name: str) -> tuple[str, dict[str, Any]] | None:
     return ARCHITECTURES.get(name)
 
 
-def import_transformers(wanted_for: str) -> ModuleType:
+def import_transformers(wanted_for: str, minimal: str = MINIMAL_TRANSFORMERS) -> ModuleType:
     """The package transformers, which only Hugging Face's text models and tokenizers need.
 
     Raises:
-        ImportError: it is not installed, or too old.
+        ImportError: it is not installed, or older than `minimal`.
     """
     mend = f"pip install 'transformers>={MINIMAL_TRANSFORMERS}' sentencepiece"
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(f"{wanted_for} needs the package transformers ({error}): {mend}") from error
-    if int(transformers.__version__.split(".")[0]) < int(MINIMAL_TRANSFORMERS.split(".")[0]):
+    if _numbers(transformers.__version__) < _numbers(minimal):
         raise ImportError(f"{wanted_for} needs a newer transformers than {transformers.__version__}: {mend}")
     return transformers
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def unavailable(what: str, name: str, files: str, error: Exception, others: str = "") -> RuntimeError:

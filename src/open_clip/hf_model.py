@@ -119,7 +119,7 @@ def _attention(
 
 
 def _transformers() -> Any:
-    """The package, which knows our attention."""
+    """The package, told of our attention."""
     transformers = import_transformers("A text tower of Hugging Face")
     from transformers.masking_utils import sdpa_mask
 

@@ -195,7 +195,7 @@ def _padded_ids(tokenizer: Any, texts: list[str], context_length: int) -> torch.
 
 
 def _load(name: str, **kwargs: Any) -> Any:
-    transformers = import_transformers(f"The tokenizer {name!r}")
+    transformers = import_transformers(f"The tokenizer {name!r}", minimal="4.0")
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:  # what it raises depends on which file is missing
