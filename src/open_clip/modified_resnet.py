@@ -261,12 +261,12 @@ class ModifiedResNet(nn.Module):
 
 @contextlib.contextmanager
 def _keeping_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms do not update their running statistics: what is computed a second time was seen already."""
-    norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Batch norms update copies of their running statistics: what is computed a second time was seen already."""
+    kept = {m: dict(m._buffers) for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))}
+    for norm, buffers in kept.items():
+        norm._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in kept.items():
+            norm._buffers.update(buffers)

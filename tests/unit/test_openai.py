@@ -22,17 +22,49 @@ def source() -> torch.nn.Module:
     return open_clip.CLIP(**cfg).eval()
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> Path:
-    model = source()
-    for name, number in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 64)):
+def write_archive(model: torch.nn.Module, image_size: int, path: Path) -> Path:
+    for name, number in (("input_resolution", image_size), ("context_length", 12), ("vocab_size", 64)):
         model.__dict__.pop(name, None)
         model.register_buffer(name, torch.tensor(number))
-    images, texts = tiny_clip.inputs()
+    images, texts = tiny_clip.inputs(image_size)
     inputs = {"forward": (images, texts), "encode_image": images, "encode_text": texts}
-    path = tmp_path_factory.mktemp("openai") / "archive.pt"
     torch.jit.save(torch.jit.trace_module(model, inputs, check_trace=False), str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    return write_archive(source(), 32, tmp_path_factory.mktemp("openai") / "archive.pt")
+
+
+def resnet_source() -> torch.nn.Module:
+    torch.manual_seed(0)
+    vision = {"layers": [1, 2, 1, 1], "width": 8, "head_width": 64, "image_size": 64}
+    model = open_clip.CLIP(**tiny_clip.config(vision, {**WIDE, "heads": 1}, quick_gelu=True))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def resnet_archive(tmp_path_factory) -> Path:
+    return write_archive(resnet_source(), 64, tmp_path_factory.mktemp("openai") / "RN.pt")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_resnet_archive(resnet_archive, precision):
+    model = open_clip.load_openai_model(str(resnet_archive), precision=precision, device="cpu")
+    visual = model.visual
+    assert [len(stage) for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)] == [1, 2, 1, 1]
+    assert open_clip.get_model_preprocess_cfg(model)["size"] in (64, (64, 64))
+    assert visual.attnpool.q_proj.weight.dtype == (open_clip.get_cast_dtype(precision) or torch.float32)
+    assert (visual.bn1.weight.dtype, visual.bn1.running_mean.dtype) == (torch.float32, torch.float32)
+    inputs = tiny_clip.inputs(64)
+    with torch.no_grad():
+        for found, expected in zip(model.float()(*inputs), resnet_source()(*inputs), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
 
 
 def test_features_are_the_archives(archive):

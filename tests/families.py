@@ -1,0 +1,55 @@
+"""One model of each family of open_clip's, small enough for a training step in a test, on any device.
+
+Weights and inputs are given by a formula (tower_cases), so that two devices start alike; nothing is dropped at random.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import open_clip
+import tower_cases
+from open_clip import checkpoint
+
+# name of the architecture -> its smallest trunk of the kind where its own is large, and what create_model is asked for
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "RN50": ({"layers": [1, 1, 1, 1]}, {"force_image_size": 64}),
+    "convnext_tiny": ({"timm_model_name": "convnext_atto"}, {"force_image_size": 64}),
+    "EVA02-B-16": ({"timm_model_name": "eva02_tiny_patch14_224", "timm_proj": "linear"}, {"force_image_size": 28}),
+    "ViT-B-32-SigLIP2-256": ({}, {"force_image_size": 64}),
+    "MobileCLIP2-S0": ({}, {"force_image_size": 64}),
+    "ViTamin-S": ({}, {"force_image_size": 64}),
+    "PE-Core-T-16-384": ({}, {"force_image_size": 48}),
+    "swin_base_patch4_window7_224": ({"timm_model_name": "swin_tiny_patch4_window7_224"}, {"force_image_size": 64}),
+    "vit_medium_patch16_gap_256": ({}, {"force_image_size": 32}),
+    "vit_relpos_medium_patch16_cls_224": ({"timm_model_name": "test_vit_relpos"}, {"force_image_size": 32}),
+}
+BATCH = 4
+
+
+def create(name: str) -> torch.nn.Module:
+    """The model of FAMILIES, on the CPU; the tower that its family is not about is a tiny one."""
+    cfg = open_clip.get_model_config(name)
+    assert cfg is not None
+    changes, options = FAMILIES[name]
+    vision_cfg, text_cfg = cfg["vision_cfg"] | changes, cfg["text_cfg"]
+    if "timm_model_name" in vision_cfg:
+        vision_cfg["timm_drop_path"] = 0.0
+    if "timm_model_name" in vision_cfg or isinstance(vision_cfg.get("layers"), list):
+        text_cfg = tower_cases.TEXT
+    model = open_clip.create_model(
+        name, device="meta", vision_cfg=vision_cfg, text_cfg=text_cfg, output_dict=True, **options
+    )
+    checkpoint.put_weights(model, tower_cases.weights(model.state_dict()))
+    return model
+
+
+def batch(model: Any, step: int) -> dict[str, torch.Tensor]:
+    """Images and texts for a training step."""
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    texts = (torch.arange(BATCH * model.context_length) * (7 + step)).remainder(60).reshape(BATCH, -1) + 1
+    texts[:, -1] = 63  # the end of a text has the highest id
+    return {"image": tower_cases.formula(f"image {step}", (BATCH, 3, height, width), scale=2.0), "text": texts}

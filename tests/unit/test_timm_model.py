@@ -1,0 +1,243 @@
+"""Towers of timm: what they are asked for, what they cannot be, and that one from a file is one built plainly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import open_clip
+import tower_cases as cases
+from open_clip import config as registry
+from open_clip.layers import GELU, QuickGELU
+from open_clip.timm_model import TimmModel
+
+timm = pytest.importorskip("timm")
+
+# Towers with tables that no file has: rotary positions, indices and biases of relative ones, masks of shifted windows
+WITH_TABLES = (
+    "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384", "swin_tiny_patch4_window7_224", "test_vit_relpos"
+)  # fmt: skip
+
+
+def config(model_name: str, image_size: int, **timm_options: object) -> dict:
+    vision = {"timm_model_name": model_name, "image_size": image_size, "timm_pool": ""} | timm_options
+    return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": dict(cases.TEXT)}
+
+
+def create(tmp_path: Path, cfg: dict, **kwargs: Any) -> Any:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
+    return open_clip.create_model(f"local-dir:{tmp_path}", **kwargs)
+
+
+# ---- from a file ----
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tower_from_a_file_is_the_plainly_built_one(name: str, precision: str, tmp_path) -> None:
+    cfg = config(name, 56 if "14" in name else 64)
+    plain = create(tmp_path, cfg, precision=precision).eval()
+    torch.save(plain.state_dict(), tmp_path / "weights")
+    loaded = create(tmp_path, cfg, precision=precision, pretrained=str(tmp_path / "weights")).eval()
+    tables, found = dict(plain.named_buffers()), dict(loaded.named_buffers())
+    assert tables.keys() - plain.state_dict().keys(), "it has some"
+    assert list(found) == list(tables)
+    for key, value in tables.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+    image = cases.images(cfg["vision_cfg"]["image_size"]).to(plain.visual.head.proj.weight.dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(image), plain.encode_image(image))
+
+
+def test_a_timm_that_cannot_fill_tables_builds_for_real(monkeypatch) -> None:
+    monkeypatch.setattr(timm, "__version__", "1.0.17")
+    with torch.device("meta"):
+        tower = TimmModel("test_vit_relpos", 24, 160)
+    assert not next(tower.trunk.parameters()).is_meta
+    assert tower.head.proj.weight.is_meta
+    monkeypatch.setattr(timm, "__version__", "1.1.0.dev0")
+    with torch.device("meta"):
+        assert next(TimmModel("test_vit_relpos", 24, 160).trunk.parameters()).is_meta
+
+
+# ---- image sizes ----
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "mixer_s32_224", "swin_tiny_patch4_window7_224"])
+def test_any_image_size_that_the_trunk_can_have(name: str) -> None:
+    tower = TimmModel(name, 24, (64, 96)).eval()
+    assert tower.image_size == (64, 96)
+    assert tower(cases.images((64, 96))).shape == (2, 24)
+
+
+def test_a_size_set_later_keeps_what_was_learned_of_positions() -> None:
+    tower = TimmModel("test_vit", 24, 160)
+    tower.load_state_dict(cases.weights(tower.state_dict()))
+    state_dict = dict(tower.state_dict())
+    tower.set_input_size(64)
+    assert tower.eval()(cases.images(64)).shape == (2, 24)
+    TimmModel("test_vit", 24, 64).resize_pos_embed(state_dict)
+    torch.testing.assert_close(state_dict["trunk.pos_embed"], tower.trunk.pos_embed.detach())
+    with pytest.raises(ValueError, match="MlpMixer of timm cannot change its image size"):
+        TimmModel("mixer_s32_224", 24).set_input_size(64)
+
+
+# ---- dropping ----
+
+
+def test_patches_are_left_out_in_training_only() -> None:
+    tower = TimmModel("test_vit", 24, 160, patch_drop=0.75)
+    seen = []
+    tower.trunk.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    tower(cases.images(160))
+    tower.eval()(cases.images(160))
+    assert seen == [1 + 25, 1 + 100]
+
+
+def test_drop_rates_reach_trunk_and_head() -> None:
+    tower = TimmModel("test_vit", 24, 160, drop=0.3, drop_path=0.2)
+    assert tower.head.drop.p == 0.3
+    assert tower.trunk.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+
+
+def test_patch_dropout_is_not_for_trunks_without_patches(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"test_convnext of timm .*patch_drop_rate=0.5.*no patches to leave out"):
+        create(tmp_path, config("test_convnext", 160), force_patch_dropout=0.5)
+
+
+# ---- activations ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "approximate"),
+    [
+        ("test_vit", GELU, "none"),
+        ("vit_base_patch16_siglip_224", GELU, "none"),
+        ("vit_so400m_patch16_siglip_256", GELU, "tanh"),
+        ("vit_base_patch32_clip_quickgelu_224", QuickGELU, None),
+        ("convnext_atto", GELU, "none"),
+    ],
+)
+def test_activations_are_those_of_the_device_table(name: str, kind: type, approximate: str | None) -> None:
+    with torch.device("meta"):
+        tower = TimmModel(name, 24, pool="", proj="none")
+    acts = [module for module in tower.modules() if "gelu" in type(module).__name__.lower()]
+    assert acts
+    assert {type(module) for module in acts} == {kind}
+    assert {getattr(module, "approximate", None) for module in acts} == {approximate}
+
+
+def test_features_do_not_depend_on_whose_activation_it_is() -> None:
+    tower = TimmModel("test_vit", 24, 160, proj="none").eval()
+    trunk = timm.create_model("test_vit", num_classes=0, global_pool="avg").eval()
+    trunk.load_state_dict(tower.trunk.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(tower(cases.images(160)), trunk(cases.images(160)))
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_recomputing_gives_the_same_gradients(name: str) -> None:
+    gradients = []
+    for enable in (False, True):
+        tower = TimmModel(name, 24, 160)
+        tower.load_state_dict(cases.weights(tower.state_dict()))
+        tower.set_grad_checkpointing(enable)
+        tower(cases.images(160)).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in tower.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_trunk_that_cannot_recompute_says_so(caplog) -> None:
+    tower = TimmModel("test_vit", 24, 160)
+    tower.trunk = nn.Sequential()
+    with caplog.at_level(logging.WARNING):
+        tower.set_grad_checkpointing()
+    assert "Sequential of timm has no gradient checkpointing" in caplog.text
+
+
+def test_constant_batch_norms_keep_their_activation() -> None:
+    """timm has batch norms with an activation in them."""
+    tower = TimmModel("test_efficientnet", 24, 160)
+    tower.load_state_dict(cases.weights(tower.state_dict()))
+    with torch.no_grad():
+        before = tower.eval()(cases.images(160))
+        tower.lock(freeze_bn_stats=True)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
+        torch.testing.assert_close(tower.train()(cases.images(160)), before)
+
+
+def test_unlocking_more_than_there_is_says_so(caplog) -> None:
+    tower = TimmModel("test_vit", 24, 160)
+    with caplog.at_level(logging.WARNING):
+        tower.lock(99)
+    assert "has 7 groups: unlocking 99 locks nothing" in caplog.text
+    assert all(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_what_has_no_weight_decay(tmp_path) -> None:
+    model = create(tmp_path, config("test_vit", 160))
+    assert {"visual.trunk.pos_embed", "visual.trunk.cls_token", "positional_embedding"} <= model.no_weight_decay()
+    assert TimmModel("test_convnext", 24, 160, pool="abs_attn").no_weight_decay() >= {"head.pool.pos_embed"}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_low_precision_is_the_whole_towers(precision: str, tmp_path) -> None:
+    model = create(tmp_path, config("test_efficientnet", 160), precision=precision)
+    dtype = open_clip.get_cast_dtype(precision)
+    assert {x.dtype for x in model.visual.state_dict().values() if x.is_floating_point()} == {dtype}
+    assert (model.logit_scale.dtype, model.ln_final.weight.dtype) == (torch.float32, torch.float32)
+    with torch.no_grad():
+        assert model.eval().encode_image(cases.images(160).to(dtype)).dtype == dtype
+
+
+# ---- what is not there ----
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(RuntimeError, match=rf"timm {timm.__version__} has no model 'convnext_bass'.*convnext_base"):
+        TimmModel("convnext_bass", 24)
+
+
+def test_timm_not_installed(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RuntimeError, match="timm, which is not installed: pip install timm"):
+        TimmModel("test_vit", 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool": "map"}, "test_vit of timm cannot be given pool='map'"),
+        ({"pool": "abs_attn"}, "'abs_attn' is attention over a map, and a VisionTransformer of timm has none"),
+        ({"pool": "unknown", "proj": "none"}, "test_vit of timm .* is not built with .*global_pool='unknown'"),
+        ({"proj": "conv"}, "proj is one of 'linear', 'mlp', 'none', '', None, got 'conv'"),
+    ],
+)
+def test_heads_that_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TimmModel("test_vit", 24, 160, **options)
+
+
+def test_intermediates_that_a_trunk_does_not_give() -> None:
+    tower = TimmModel("test_vit", 24, 160)
+    tower.trunk = nn.Sequential()
+    with pytest.raises(ValueError, match="does not give its intermediate features"):
+        tower.forward_intermediates(cases.images(160))
+
+
+def test_every_architecture_of_timm_is_known() -> None:
+    towers = [(registry.get_model_config(name) or {})["vision_cfg"] for name in open_clip.list_models()]
+    names = {tower["timm_model_name"] for tower in towers if "timm_model_name" in tower}
+    assert len(names) > 40
+    assert [name for name in names if not timm.is_model(name)] == []
