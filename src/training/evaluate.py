@@ -6,10 +6,9 @@ of batches, or none; what they found is put together after each loop.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import collectives
+from open_clip.utils import evaluating
 from training import precision as precisions
 from training.distributed import world
 from training.metrics import AverageMeter, retrieval_metrics
@@ -41,22 +41,11 @@ def evaluate(
     epoch: number of epochs that are done. args: params.EvalConfig or a flat namespace with the same names.
     Every rank calls this, and each gets the metrics over all ranks.
     """
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         metrics = zero_shot_eval(model, data, epoch, args, tokenizer)
         if "val" in data and is_due(args.val_frequency, epoch, args):
             metrics |= _validate(model, data["val"].dataloader, epoch, args)
     return metrics
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[str, float]:
