@@ -51,7 +51,6 @@ class CoCa(TextTowerApart):
         multimodal_cfg: of the decoder. Its width is that of both towers' tokens, its vocabulary the text tower's.
         text_cfg, vision_cfg: of the towers, which have `output_tokens`.
         pad_id: id of padding, which is no part of a caption.
-        output_dict: False for a tuple in place of the dictionary that forward returns.
         others: as in TwoTowers.
     """
 
@@ -67,7 +66,6 @@ class CoCa(TextTowerApart):
         nonscalar_logit_scale: bool = False,
         cast_dtype: torch.dtype | None = None,
         pad_id: int = 0,
-        output_dict: bool = True,
     ) -> None:
         multimodal_cfg, text_cfg = as_config(MultimodalCfg, multimodal_cfg), as_config(CLIPTextCfg, text_cfg)
         vision_cfg = as_config(CLIPVisionCfg, vision_cfg)
@@ -83,7 +81,7 @@ class CoCa(TextTowerApart):
             init_logit_bias,
             nonscalar_logit_scale,
             cast_dtype,
-            output_dict,
+            output_dict=True,
         )
         if text_cfg.vocab_size < self.vocab_size:  # as in open_clip, whose checkpoints have this shape
             logger.warning(
@@ -126,14 +124,14 @@ class CoCa(TextTowerApart):
         """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
         return self._encode_text(text, normalize)[0]
 
-    def forward(  # type: ignore[override]  # all that is returned are tensors
+    def forward(  # type: ignore[override]  # always a dictionary
         self,
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
         image_latent: torch.Tensor | None = None,
         image_embs: torch.Tensor | None = None,
         output_labels: bool = True,
-    ) -> dict[str, torch.Tensor] | tuple[torch.Tensor, ...]:
+    ) -> dict[str, torch.Tensor]:
         """Features of unit length of images and texts, and the logits of each text's tokens given its image.
 
         Args:
@@ -153,7 +151,7 @@ class CoCa(TextTowerApart):
                 raise ValueError("there is nothing to describe: give image, or both image_latent and image_embs")
             image_latent, image_embs = self._encode_image(image)
         if text is None:
-            return self._output({"image_features": image_latent, "image_embs": image_embs})
+            return {"image_features": image_latent, "image_embs": image_embs}
         text_latent, tokens = self._encode_text(text)
         output = {
             "image_features": image_latent,
@@ -165,10 +163,7 @@ class CoCa(TextTowerApart):
             output["labels"] = text[:, 1:]
         if self.logit_bias is not None:
             output["logit_bias"] = self.logit_bias
-        return self._output(output)
-
-    def _output(self, output: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | tuple[torch.Tensor, ...]:
-        return output if self.output_dict else tuple(output.values())
+        return output
 
     @torch.no_grad()
     def generate(

@@ -77,7 +77,7 @@ def _instantiate(model_cfg: dict[str, Any], cast_dtype: torch.dtype | None, outp
         near = closest(key, known, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(known)}."
         raise TypeError(f"{model_class.__name__} has no parameter {key!r}; probably a typo.{meant}")
-    if output_dict is not None:
+    if output_dict is not None and "output_dict" in known:  # CoCa returns a dictionary always
         kwargs["output_dict"] = output_dict
     return model_class(**kwargs, cast_dtype=cast_dtype)
 
