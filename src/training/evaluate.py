@@ -49,15 +49,18 @@ def evaluate(
 
 
 def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[str, float]:
-    """clip_val_loss, retrieval metrics, val_generative_loss of a captioner, num_samples and epoch.
+    """clip_val_loss, retrieval metrics, val_generative_loss and val_caption_loss of a captioner, num_samples and epoch.
 
     clip_val_loss is the contrastive loss within each batch, averaged over the samples: it depends on the batch size.
+    val_generative_loss counts padding, as in open_clip, which no captioner is trained to predict; val_caption_loss is
+    the mean over the tokens of captions, which training lowers.
     """
     here, device = world(), next(model.parameters()).device
     precision = args.precision or precisions.resolve(None, device)
     autocast, input_dtype = precisions.get_autocast(precision, device.type), open_clip.get_input_dtype(precision)
     contrastive = open_clip.ClipLoss()
-    losses = {"clip_val_loss": AverageMeter(), "val_generative_loss": AverageMeter()}
+    losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
+    pad_id = getattr(model, "pad_id", 0)
     image_features, text_features = [], []
     logged = time.monotonic()
     for batch in dataloader:
@@ -71,6 +74,10 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
         generative = maybe_compute_generative_loss(outputs)
         if generative is not None:
             losses["val_generative_loss"].update(generative.item(), len(image))
+            num_tokens = int((outputs["labels"] != pad_id).sum())
+            caption = maybe_compute_generative_loss(outputs, pad_id)
+            if caption is not None and num_tokens:
+                losses["val_caption_loss"].update(caption.item(), num_tokens)
         # On the host, where there is room for many.
         image_features.append(image.cpu())
         text_features.append(text.cpu())
@@ -90,11 +97,15 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
     return metrics | averages | {"epoch": epoch, "num_samples": num_samples}
 
 
-def maybe_compute_generative_loss(model_out: Mapping[str, Tensor]) -> Tensor | None:
-    """The captioner's cross entropy, of logits [B, L, vocabulary] and labels [B, L]; None for a model without one."""
+def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int | None = None) -> Tensor | None:
+    """The captioner's cross entropy, of logits [B, L, vocabulary] and labels [B, L]; None for a model without one.
+
+    pad_id: label that does not count.
+    """
     if "logits" not in model_out or "labels" not in model_out:
         return None
-    return F.cross_entropy(model_out["logits"].float().transpose(1, 2), model_out["labels"])
+    logits = model_out["logits"].float().transpose(1, 2)
+    return F.cross_entropy(logits, model_out["labels"], ignore_index=-100 if pad_id is None else pad_id)
 
 
 def _log_progress(loss: AverageMeter, dataloader: Any, epoch: int, world_size: int) -> None:
@@ -105,11 +116,11 @@ def _log_progress(loss: AverageMeter, dataloader: Any, epoch: int, world_size: i
 def _over_ranks(
     losses: Mapping[str, AverageMeter], device: torch.device, distributed: bool
 ) -> tuple[dict[str, float], int]:
-    """The averages over all ranks' samples, of the losses that there are, and the number of samples."""
+    """The averages over what all ranks saw, of the losses that there are, and how much the first was of: samples."""
     sums = torch.tensor([meter.sum for meter in losses.values()], dtype=torch.float32, device=device)
     counts = torch.tensor([int(meter.count) for meter in losses.values()], dtype=torch.int64, device=device)
     if distributed:
         sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
     pairs = zip(losses, sums.tolist(), counts.tolist(), strict=True)
     averages = {name: total / count for name, total, count in pairs if count}
-    return averages, int(counts.max())
+    return averages, int(counts[0])
