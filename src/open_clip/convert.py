@@ -11,6 +11,8 @@ from torch import nn
 
 # Parameters of the native text tower that CLIP keeps at the top.
 _TEXT_PARTS = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final", "cls_emb")
+# Tables that transformers made part of state dicts before 4.31, and that its models make anew since.
+_OLD_TABLES = ("text.transformer.embeddings.position_ids",)
 
 
 def is_text_key(key: str) -> bool:
@@ -34,4 +36,6 @@ def to_plain_layout(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 def convert_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict in the layout of `model`, as far as it is known; tensors are shared, not copied."""
-    return to_custom_text_layout(state_dict) if hasattr(model, "text") else to_plain_layout(state_dict)
+    if not hasattr(model, "text"):
+        return to_plain_layout(state_dict)
+    return {key: value for key, value in to_custom_text_layout(state_dict).items() if key not in _OLD_TABLES}

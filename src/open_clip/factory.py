@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from .model import (
     set_model_preprocess_cfg,
 )
 from .recipe import Recipe, check_quick_gelu, override, read_recipe, use_tower_defaults
-from .tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer
+from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
 __all__ = [
@@ -191,8 +192,12 @@ def create_model(
         raise RuntimeError(
             f"{model_name!r} with pretrained={pretrained!r} has no weights to load, and they were required."
         )
-    else:
-        use_tower_defaults(recipe.model_cfg, pretrained_image and load_weights, pretrained_text and load_weights)
+    towers_start_anew = load_weights and recipe.fetch_weights is None and target.type != "meta"
+    use_tower_defaults(
+        recipe.model_cfg,
+        pretrained_image and towers_start_anew,
+        pretrained_text and towers_start_anew and not pretrained_text_path,
+    )
     model = _build(recipe, precision, output_dict, target, weights_only)
     if recipe.fetch_weights is None and target.type != "meta":
         logger.warning("%s has no pretrained weights: it is initialised at random.", model_name)
@@ -343,7 +348,7 @@ def get_tokenizer(
     context_length: int | None = None,
     cache_dir: str | None = None,
     **kwargs: Any,
-) -> SimpleTokenizer:
+) -> SimpleTokenizer | HFTokenizer:
     """The tokenizer of a model: a callable from texts to ids [N, context_length].
 
     Args:
@@ -352,18 +357,36 @@ def get_tokenizer(
         kwargs: of the tokenizer, before those of the configuration.
 
     Raises:
-        RuntimeError, ValueError, FileNotFoundError: as `create_model`, about the name.
-        NotImplementedError: a tokenizer that this package does not have yet.
+        RuntimeError, ValueError, FileNotFoundError: as `create_model`, about the name; the tokenizer's files cannot be
+            had.
+        ImportError: the model's tokenizer is Hugging Face's, and transformers is not installed.
     """
     text_cfg = read_recipe(model_name, None, cache_dir).model_cfg["text_cfg"] if model_name else {}
-    if text_cfg.get("hf_tokenizer_name"):
-        raise NotImplementedError(
-            f"{model_name} uses the Hugging Face tokenizer {text_cfg['hf_tokenizer_name']!r}, which is not built yet."
-        )
-    return SimpleTokenizer(
-        context_length=context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH),
-        **{**(text_cfg.get("tokenizer_kwargs") or {}), **kwargs},
-    )
+    options = {
+        "context_length": context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        **(text_cfg.get("tokenizer_kwargs") or {}),
+        **kwargs,
+    }
+    if not text_cfg.get("hf_tokenizer_name"):
+        return SimpleTokenizer(**options)
+    name, revision = _tokenizer_source(model_name, text_cfg["hf_tokenizer_name"])
+    if revision:
+        options.setdefault("revision", revision)
+    options.setdefault("tokenizer_mode", text_cfg.get("tokenizer_mode"))
+    return HFTokenizer(name, cache_dir=cache_dir, **options)
+
+
+def _tokenizer_source(model_name: str, hf_tokenizer_name: str) -> tuple[str, str]:
+    """Where the files of a model's tokenizer are, and the revision: with the model itself, if it has a place."""
+    schema, identifier = parse_model_name(model_name)
+    if schema == "hf-hub":
+        repository, _, revision = identifier.partition("@")
+        return repository, revision
+    if schema == "local-dir":
+        folder = Path(identifier).expanduser()
+        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+            return str(folder), ""
+    return hf_tokenizer_name, ""
 
 
 def create_loss(args: Any) -> nn.Module:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .hf_model import HFTextEncoder
 from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
@@ -103,10 +104,17 @@ def _build_text_tower(
     text_cfg: CLIPTextCfg | Mapping[str, Any],
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
-) -> TextTransformer:
+) -> TextTransformer | HFTextEncoder:
     cfg = as_config(CLIPTextCfg, text_cfg)
     if cfg.hf_model_name:
-        raise NotImplementedError(f"text towers of Hugging Face ({cfg.hf_model_name!r}) are not built yet: native are")
+        return HFTextEncoder(
+            cfg.hf_model_name,
+            output_dim=embed_dim,
+            pooler_type=cfg.hf_pooler_type,
+            proj_type=cfg.hf_proj_type,
+            pretrained=cfg.hf_model_pretrained,
+            output_tokens=cfg.output_tokens,
+        )
     options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
     return TextTransformer(output_dim=embed_dim, **(options | _layer_types(cfg, quick_gelu, cast_dtype)))
 
@@ -166,7 +174,7 @@ class TwoTowers(nn.Module):
         self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
         self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
 
-    def _place_text_tower(self, text: TextTransformer) -> None:
+    def _place_text_tower(self, text: Any) -> None:
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
 
@@ -318,7 +326,9 @@ class TwoTowers(nn.Module):
 class CLIP(TextEncoder, TwoTowers):
     """CLIP with the text tower's parameters at the top level."""
 
-    def _place_text_tower(self, text: TextTransformer) -> None:
+    def _place_text_tower(self, text: Any) -> None:
+        if not isinstance(text, TextTransformer):
+            raise ValueError(f"CLIP takes no {type(text).__name__} as its text tower: CustomTextCLIP does")
         super()._place_text_tower(text)
         self.text_options = text.text_options
         self.transformer = text.transformer
@@ -358,7 +368,7 @@ class CLIP(TextEncoder, TwoTowers):
 class TextTowerApart(TwoTowers):
     """Two towers, the text tower under `text`."""
 
-    def _place_text_tower(self, text: TextTransformer) -> None:
+    def _place_text_tower(self, text: Any) -> None:
         super()._place_text_tower(text)
         self.text = text
 
@@ -386,9 +396,16 @@ class CustomTextCLIP(TextTowerApart):
 # ---- weights ----
 
 
-def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections."""
+def _low_precision_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections.
+
+    And all of a tower of transformers, whose linear layers take what its norms and embeddings give as it is.
+    """
     for module in model.modules():
+        if isinstance(module, HFTextEncoder):
+            yield from module.parameters()
+            yield from (buffer for buffer in module.buffers() if buffer.is_floating_point())
+            continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             names = ["weight", "bias"]
         elif isinstance(module, (MultiheadAttention, Attention)):
@@ -406,7 +423,10 @@ def _low_precision_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype."""
+    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype.
+
+    A text tower of transformers is cast as a whole.
+    """
     for parameter in _low_precision_parameters(model):
         parameter.data = parameter.data.to(dtype)
 

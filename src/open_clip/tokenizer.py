@@ -18,10 +18,13 @@ import numpy as np
 import torch
 
 from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, get_pairs, load_merges
+from .hf_tokenizer import HFTokenizer, SigLipTokenizer
 from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn, get_words_fn, whitespace_clean
 
 __all__ = [
     "DEFAULT_CONTEXT_LENGTH",
+    "HFTokenizer",
+    "SigLipTokenizer",
     "SimpleTokenizer",
     "basic_clean",
     "bytes_to_unicode",

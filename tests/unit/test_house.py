@@ -14,10 +14,14 @@ SOURCE = Path(__file__).parents[2] / "src"
 # where one of their rooms serves another.
 FLOORS = [
     ["open_clip.chips"],
-    ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version"],
-    ["open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript", "open_clip.image_resize"],
+    ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version", "open_clip.hf_configs"],
     [
-        "open_clip.config", "open_clip.tokenizer", "open_clip.transform", "open_clip.pretrained", "open_clip.pos_embed",
+        "open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript", "open_clip.image_resize",
+        "open_clip.pretrained",
+    ],
+    ["open_clip.hf_tokenizer"],
+    [
+        "open_clip.config", "open_clip.tokenizer", "open_clip.transform", "open_clip.pos_embed",
         "open_clip.generation", "open_clip.zero_shot_classifier", "open_clip.zero_shot_metadata",
     ],
     ["open_clip.collectives"],

@@ -150,7 +150,6 @@ def test_a_typo_in_a_configuration_raises() -> None:
     [
         ({"layers": [3, 4, 6, 3]}, {}, r"ModifiedResNet.*\[3, 4, 6, 3\]"),
         ({"timm_model_name": "convnext_base"}, {}, "timm.*convnext_base"),
-        ({}, {"hf_model_name": "roberta-base"}, "Hugging Face.*roberta-base"),
     ],
 )
 def test_towers_that_are_not_built_yet_are_named(vision: dict, text: dict, named: str) -> None:

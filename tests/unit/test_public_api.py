@@ -19,14 +19,10 @@ API = json.loads((Path(__file__).parents[1] / "parity/fixtures/public_api_3.3.0.
 TO_COME = {
     "open_clip.convert.convert_mobile_clip_state_dict",
     "open_clip.convert.load_big_vision_weights",
-    "open_clip.hf_configs",
-    "open_clip.hf_model",
     "open_clip.modified_resnet",
     "open_clip.push_pretrained_to_hf_hub",
     "open_clip.push_to_hf_hub",
     "open_clip.timm_model",
-    "open_clip.tokenizer.HFTokenizer",
-    "open_clip.tokenizer.SigLipTokenizer",
 }
 MODULES = {name: names for name, names in API.items() if not name.startswith("methods.")}
 NAMES = [

@@ -1,0 +1,215 @@
+"""Tokenizers of Hugging Face's transformers, called like `SimpleTokenizer`: captions -> LongTensor [N, context_length].
+
+Their files come from a local folder, the hub's cache or the hub. transformers is imported when a tokenizer is made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .hf_configs import import_transformers, unavailable
+from .pretrained import download_pretrained_from_url
+from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn
+
+TOKENIZER_FILES = "tokenizer.json and tokenizer_config.json (or the model file they are made from: spiece.model, ...)"
+MODES = ("", "clips")
+
+
+class HFTokenizer:
+    """A tokenizer of transformers with a cleaning of captions.
+
+    Args:
+        tokenizer_name: a folder with the tokenizer's files, or a repository on the hub.
+        context_length: columns of what `__call__` returns; None where every call gives its own.
+        clean: `whitespace`, `lower` or `canonicalize`, of which punctuation is left out.
+        strip_sep_token: put 0 in place of the separator's id.
+        language: code of the captions' language, for tokenizers that mark it (NLLB: "fra_Latn").
+        cache_dir: where downloads go; the hub's cache by default.
+        tokenizer_mode: "" for the tokenizer's own start and end of text; "clips" for start of text, text, end of text,
+            padding, class token (CLIPS, arXiv:2411.16828).
+        kwargs: of transformers' AutoTokenizer.from_pretrained.
+
+    Raises:
+        ImportError: transformers is not installed, or too old.
+        RuntimeError: the files cannot be had.
+        ValueError: there is no such `clean`, `tokenizer_mode` or language, or the tokenizer lacks a token for them.
+    """
+
+    def __init__(
+        self,
+        tokenizer_name: str,
+        context_length: int | None = 77,
+        clean: str = "whitespace",
+        strip_sep_token: bool = False,
+        language: str | None = None,
+        cache_dir: str | None = None,
+        tokenizer_mode: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.tokenizer_mode = tokenizer_mode or ""
+        if self.tokenizer_mode not in MODES:
+            raise ValueError(f"tokenizer_mode={tokenizer_mode!r} is not known: choose '' or 'clips'")
+        self.context_length = context_length
+        self.clean_fn = get_clean_fn(clean)
+        self.strip_sep_token = strip_sep_token
+        self.tokenizer = _load(tokenizer_name, cache_dir=cache_dir, **kwargs)
+        needed = ["pad", *(["sep"] if strip_sep_token else [])]
+        needed += ["bos", "eos", "cls"] if self.tokenizer_mode == "clips" else []
+        missing = [name for name in needed if getattr(self.tokenizer, f"{name}_token_id") is None]
+        if missing:
+            raise ValueError(
+                f"the tokenizer {tokenizer_name!r} has no token for {', '.join(missing)}, which "
+                f"strip_sep_token={strip_sep_token} and tokenizer_mode={self.tokenizer_mode!r} need: "
+                f"name one, as in {missing[0]}_token='<{missing[0]}>'"
+            )
+        if language is not None:
+            self.set_language(language)
+
+    def save_pretrained(self, dest: str | os.PathLike) -> None:
+        """Write the tokenizer's files into the folder `dest`, from which HFTokenizer(dest) reads them."""
+        self.tokenizer.save_pretrained(dest)
+
+    def set_language(self, src_lang: str) -> None:
+        """Mark captions as of this language from now on; a warning where the tokenizer has no such marks.
+
+        Raises:
+            ValueError: the tokenizer does not know the language.
+        """
+        if not hasattr(self.tokenizer, "src_lang"):
+            warnings.warn(f"Cannot set language for the tokenizer: it does not mark {src_lang!r}.", stacklevel=2)
+            return
+        before = self.tokenizer.src_lang
+        try:
+            self.tokenizer.src_lang = src_lang
+            known = getattr(self.tokenizer, "cur_lang_code", None) != self.tokenizer.unk_token_id
+        except KeyError:
+            known = False
+        if not known:
+            self.tokenizer.src_lang = before
+            raise ValueError(f"the tokenizer does not know the language {src_lang!r}; now it is {before!r}")
+
+    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
+        """Ids, padded and cut to `context_length` columns, with the special tokens of the mode.
+
+        Args:
+            texts: one caption or several.
+            context_length: columns of the answer; the tokenizer's own by default.
+
+        Returns:
+            LongTensor [N, context_length].
+
+        Raises:
+            ValueError: neither the call nor the tokenizer has a context length.
+            TypeError: a caption is not a str.
+        """
+        context_length = context_length or self.context_length
+        if not context_length:
+            raise ValueError("give context_length, a positive number of tokens, to the tokenizer or to its call")
+        texts = [self.clean_fn(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not texts:
+            return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
+        if self.tokenizer_mode == "clips":
+            return self._clips_ids(texts, context_length)
+        ids = _padded_ids(self.tokenizer, texts, context_length)
+        if self.strip_sep_token:
+            ids[ids == self.tokenizer.sep_token_id] = 0
+        return ids
+
+    def _clips_ids(self, texts: list[str], context_length: int) -> torch.LongTensor:
+        special = self.tokenizer
+        rows = []
+        for ids in special(texts, add_special_tokens=False)["input_ids"]:
+            row = [special.bos_token_id, *ids[: max(context_length - 3, 0)], special.eos_token_id][: context_length - 1]
+            padding = [special.pad_token_id] * (context_length - 1 - len(row))
+            rows.append([*row, *padding, special.cls_token_id])
+        return torch.tensor(rows)  # type: ignore[return-value]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of ids (ints, or a tensor [L]) without special tokens."""
+        ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class SigLipTokenizer:
+    """A sentencepiece vocabulary as SigLIP uses it (arXiv:2303.15343): captions in canonical form, an end, padding.
+
+    The models themselves name tokenizers that HFTokenizer reads; this one makes such from vocabularies of T5 and Gemma.
+
+    Args:
+        tokenizer_name: one of VOCAB_FILES, which is downloaded, or a sentencepiece model file (that of Gemma has
+            "gemma" in its name).
+        context_length: columns of what `__call__` returns.
+
+    Raises:
+        ImportError: transformers is not installed, or too old.
+        RuntimeError: the file cannot be had.
+    """
+
+    VOCAB_FILES = {  # noqa: RUF012  a constant, under the name that it has in open_clip
+        "c4-en": "https://storage.googleapis.com/t5-data/vocabs/cc_en.32000/sentencepiece.model",
+        "mc4": "https://storage.googleapis.com/t5-data/vocabs/mc4.250000.100extra/sentencepiece.model",
+        "gemma": "https://storage.googleapis.com/big_vision/gemma_tokenizer.model",
+    }
+
+    def __init__(self, tokenizer_name: str, context_length: int | None = 64) -> None:
+        self.context_length = context_length
+        path = Path(_vocabulary_file(tokenizer_name, self.VOCAB_FILES))
+        transformers = import_transformers("SigLipTokenizer")
+        gemma = "gemma" in Path(tokenizer_name).name.lower()
+        kind, name, options = (
+            (transformers.GemmaTokenizer, "tokenizer.model", {"add_bos_token": False, "add_eos_token": True})
+            if gemma
+            else (transformers.T5Tokenizer, "spiece.model", {"extra_ids": 0})
+        )
+        with tempfile.TemporaryDirectory() as folder:  # transformers knows the file by its usual name
+            shutil.copy(path, Path(folder, name))
+            self.tokenizer = kind.from_pretrained(folder, padding_side="right", **options)
+        self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(0 if gemma else 1)
+
+    def save_pretrained(self, dest: str | os.PathLike) -> None:
+        """Write the tokenizer's files into the folder `dest`, from which HFTokenizer reads them."""
+        self.tokenizer.save_pretrained(dest)
+
+    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
+        """LongTensor [N, context_length]; arguments and errors as HFTokenizer's."""
+        context_length = context_length or self.context_length
+        if not context_length:
+            raise ValueError("give context_length, a positive number of tokens, to the tokenizer or to its call")
+        texts = [canonicalize_text(basic_clean(text)) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not texts:
+            return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
+        return _padded_ids(self.tokenizer, texts, context_length)
+
+
+def _padded_ids(tokenizer: Any, texts: list[str], context_length: int) -> torch.LongTensor:
+    encoded = tokenizer(texts, return_tensors="pt", max_length=context_length, padding="max_length", truncation=True)
+    return encoded["input_ids"]
+
+
+def _load(name: str, **kwargs: Any) -> Any:
+    transformers = import_transformers(f"The tokenizer {name!r}")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, ImportError) as error:  # what it raises depends on which file is missing
+        raise unavailable(
+            "The tokenizer", name, TOKENIZER_FILES, error, others="hf_tokenizer_name in a text_cfg may name one."
+        ) from error
+
+
+def _vocabulary_file(name: str, known: dict[str, str]) -> str:
+    if name in known:
+        try:
+            return download_pretrained_from_url(known[name])
+        except RuntimeError as error:
+            raise RuntimeError(f"{error} (Or pass it to SigLipTokenizer.)") from error
+    if not os.path.isfile(name):
+        raise RuntimeError(f"{name!r} is neither a sentencepiece model file nor one of {', '.join(known)}")
+    return name
