@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,25 +19,27 @@ IDS = {"sot_token_id": coca_cases.START, "pad_token_id": 0}
 MODELS = {
     "class token": {},
     "no class token": {"embed_cls": False},
-    "mended mask": {"correct_cls_mask": True},
-    "padding is a word": {"pad_id": 7},
+    "padding is a word": {"pad_id": "a word"},
+    "padding is a word, mended mask": {"pad_id": "a word", "correct_cls_mask": True},
     "custom blocks": {"qk_norm": True, "scale_heads": True},
     "looks ahead": {"no_causal_mask": True},
 }
 
 
 def build(text: dict[str, Any] | None = None, seed: int = 0, **changes: Any) -> Any:
-    """A random model whose captions about different images differ."""
+    """A random model whose captions about different images differ; "a word" is an id that is in one of them."""
     cfg = coca_cases.TEXT | (text or {})
-    correct = cfg.pop("correct_cls_mask", False)
+    masking = {key: cfg.pop(key) for key in ("pad_id", "correct_cls_mask") if key in cfg}
     torch.manual_seed(seed)
     model = coca_model.CoCa(coca_cases.WIDTH, coca_cases.DECODER, cfg, coca_cases.VISION, **changes).eval()
-    if correct:
-        model.text.text_options = type(model.text.text_options)(correct_cls_mask=True, output_tokens=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0 if "text_projection" in name else 1.5)
+    if "pad_id" in masking:
+        found = model.generate(images(1), generation_type="greedy", eos_token_id=coca_cases.END, seq_len=9, **IDS)
+        masking["pad_id"] = found[0, 2].item()
+    model.text.text_options = dataclasses.replace(model.text.text_options, **masking)
     return model
 
 
@@ -204,6 +207,19 @@ def test_without_a_penalty_groups_of_beams_are_equal():
     rows.clear()
     model.generate(images(1), **options, diversity_penalty=0.1)
     assert set(rows) == {6}
+
+
+def test_beam_search_with_functions_in_place_of_options():
+    model, image = build(), images(2)
+    options = {"eos_token_id": coca_cases.END, "num_beams": 4, "num_beam_groups": 2, **IDS}
+    expected = model.generate(image, seq_len=8, min_seq_len=5, **options)
+    assert torch.equal(model._generate_beamsearch(image, seq_len=8, **options), expected)
+
+    def only_nine(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(40) == 9, scores, -1e4)
+
+    found = model._generate_beamsearch(image, seq_len=4, logit_warper=only_nine, **options)
+    assert found.tolist() == [[coca_cases.START, 9, 9, 9]] * 2
 
 
 def test_criteria_end_all_texts_together():
