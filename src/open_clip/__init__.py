@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import device as device  # before torch, wherever that is imported first: see there
+from .coca_model import CoCa
 from .config import CLIPTextCfg, CLIPVisionCfg
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from .factory import (
@@ -58,6 +59,7 @@ __all__ = [
     "CLIPTextCfg",
     "CLIPVisionCfg",
     "ClipLoss",
+    "CoCa",
     "CoCaLoss",
     "CustomTextCLIP",
     "DistillClipLoss",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .layers import GELU, Attention, LayerNorm, LayerScale, ModuleFactory, MultiheadAttention
+from .layers import GELU, Attention, KeyValueCache, LayerNorm, LayerScale, ModuleFactory, MultiheadAttention
 from .utils import expect, feature_take_indices
 
 
@@ -77,9 +78,10 @@ class ResidualAttentionBlock(nn.Module):
         v_x: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """Attention without norms and residual; to itself where `k_x` is None. Masks as in MultiheadAttention."""
-        return self.attn(q_x, k_x, v_x, attn_mask=attn_mask, is_causal=is_causal)
+        """Attention without norms and residual; to itself where `k_x` is None. Masks, cache: MultiheadAttention's."""
+        return self.attn(q_x, k_x, v_x, attn_mask=attn_mask, is_causal=is_causal, cache=cache)
 
     def forward(
         self,
@@ -88,12 +90,13 @@ class ResidualAttentionBlock(nn.Module):
         v_x: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """[batch, tokens, d_model] -> the same; `k_x` and `v_x` are for blocks with cross-attention."""
-        if hasattr(self, "ln_1_kv"):
+        if hasattr(self, "ln_1_kv") and (cache is None or cache.pair is None):
             k_x = None if k_x is None else self.ln_1_kv(k_x)
             v_x = None if v_x is None else self.ln_1_kv(v_x)
-        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), k_x, v_x, attn_mask, is_causal))
+        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), k_x, v_x, attn_mask, is_causal, cache))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
@@ -144,11 +147,36 @@ class CustomResidualAttentionBlock(nn.Module):
     def get_weight_dtype(self) -> torch.dtype:
         return self.mlp.c_fc.weight.dtype
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """[batch, tokens, d_model] -> the same; masks as in MultiheadAttention."""
-        attended = self.attn(self.ln_1(x), attn_mask=attn_mask, is_causal=is_causal)
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """[batch, tokens, d_model] -> the same; masks and cache as in MultiheadAttention."""
+        attended = self.attn(self.ln_1(x), attn_mask=attn_mask, is_causal=is_causal, cache=cache)
         x = x + self.ls_1(self.ln_attn(attended))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+def run_block(block: nn.Module, x: torch.Tensor, checkpointing: bool, **kwargs: Any) -> torch.Tensor:
+    """`block(x, **kwargs)`; with `checkpointing` it is recomputed in the backward pass, if there is to be one."""
+    if checkpointing and torch.is_grad_enabled():
+        from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
+
+        return checkpoint(block, x, use_reentrant=False, **kwargs)
+    return block(x, **kwargs)
+
+
+def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
+    """Normal distributions with the deviations of CLIP (https://arxiv.org/abs/2103.00020, from GPT-2)."""
+    block: Any
+    for block in blocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
 
 class Transformer(nn.Module):
@@ -209,17 +237,20 @@ class Transformer(nn.Module):
         first: Any = self.resblocks[0]
         return first.get_weight_dtype()
 
-    def _run(self, block: nn.Module, x: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
+    def _run(self, block: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return run_block(block, x, self.grad_checkpointing, **kwargs)
 
-            return checkpoint(block, x, attn_mask=attn_mask, is_causal=is_causal, use_reentrant=False)
-        return block(x, attn_mask=attn_mask, is_causal=is_causal)
-
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """[batch, tokens, width] -> the same; masks as in layers.MultiheadAttention."""
-        for block in self.resblocks:
-            x = self._run(block, x, attn_mask, is_causal)
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> torch.Tensor:
+        """[batch, tokens, width] -> the same; masks, and a cache for each block, as in layers.MultiheadAttention."""
+        for index, block in enumerate(self.resblocks):
+            cache = caches[index] if caches else None
+            x = self._run(block, x, attn_mask=attn_mask, is_causal=is_causal, cache=cache)
         return x
 
     def forward_intermediates(
@@ -242,7 +273,7 @@ class Transformer(nn.Module):
         blocks = self.resblocks[: last + 1] if stop_early else self.resblocks
         intermediates = []
         for index, block in enumerate(blocks):
-            x = self._run(block, x, attn_mask, is_causal)
+            x = self._run(block, x, attn_mask=attn_mask, is_causal=is_causal)
             if index in take:
                 intermediates.append(x)
         return x, intermediates

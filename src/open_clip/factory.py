@@ -28,9 +28,17 @@ from .checkpoint import (
     no_initialisation,
     set_precision,
 )
+from .coca_model import CoCa
 from .config import add_model_config, closest, get_model_config, list_models, parse_model_name
 from .loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-from .model import CLIP, CustomTextCLIP, get_cast_dtype, get_model_preprocess_cfg, set_model_preprocess_cfg
+from .model import (
+    CLIP,
+    CustomTextCLIP,
+    TwoTowers,
+    get_cast_dtype,
+    get_model_preprocess_cfg,
+    set_model_preprocess_cfg,
+)
 from .recipe import Recipe, check_quick_gelu, override, read_recipe, use_tower_defaults
 from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
@@ -59,16 +67,18 @@ Device = str | torch.device
 def _instantiate(model_cfg: dict[str, Any], cast_dtype: torch.dtype | None, output_dict: bool | None) -> nn.Module:
     """The model that a configuration describes, on torch's current default device."""
     kwargs = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    model_class: type[TwoTowers]
     if "multimodal_cfg" in kwargs:
-        raise NotImplementedError("CoCa models (with a multimodal_cfg) are not built yet; native ViT models are.")
-    custom_text = model_cfg.get("custom_text") or model_cfg["text_cfg"].get("hf_model_name")
-    model_class = CustomTextCLIP if custom_text else CLIP
+        model_class = CoCa
+    else:
+        custom_text = model_cfg.get("custom_text") or model_cfg["text_cfg"].get("hf_model_name")
+        model_class = CustomTextCLIP if custom_text else CLIP
     known = inspect.signature(model_class).parameters
     for key in kwargs.keys() - known.keys():
         near = closest(key, known, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(known)}."
         raise TypeError(f"{model_class.__name__} has no parameter {key!r}; probably a typo.{meant}")
-    if output_dict is not None:
+    if output_dict is not None and "output_dict" in known:  # CoCa returns a dictionary always
         kwargs["output_dict"] = output_dict
     return model_class(**kwargs, cast_dtype=cast_dtype)
 

@@ -129,6 +129,33 @@ def _mask_for(query: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tens
     return attn_mask.to(query.dtype)
 
 
+class KeyValueCache:
+    """Keys and values that an attention layer made in earlier calls: `pair`, each [batch, heads, tokens, head_dim].
+
+    Self-attention adds those of its new tokens; attention to another sequence makes them once.
+    """
+
+    def __init__(self) -> None:
+        self.pair: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.pair is None else self.pair[0].shape[2]
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole pair, with new ones at its end."""
+        if self.pair is not None:
+            keys, values = (torch.cat(parts, dim=2) for parts in zip(self.pair, (keys, values), strict=True))
+        self.pair = keys, values
+        return self.pair
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Go on with these rows of the batch: int64 [new batch]."""
+        if self.pair is not None:
+            keys, values = self.pair
+            self.pair = keys.index_select(0, rows), values.index_select(0, rows)
+
+
 class MultiheadAttention(nn.Module):
     """Attention with the parameters, and the initialisation, of nn.MultiheadAttention.
 
@@ -182,6 +209,19 @@ class MultiheadAttention(nn.Module):
             return self.in_proj_weight.chunk(3)
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
+    def _project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache | None
+    ) -> list[torch.Tensor]:
+        """Queries, and keys and values of another sequence, each [batch, heads, tokens, head_dim]."""
+        known = None if cache is None else cache.pair
+        inputs = (query,) if known is not None else (query, key, value)
+        weights_and_biases = zip(inputs, self._weights(), self.in_proj_bias.chunk(3), strict=False)
+        q, *made = (_split_heads(F.linear(x, w, b), self.num_heads) for x, w, b in weights_and_biases)
+        if cache is not None and known is None:
+            cache.extend(*made)
+        k, v = known or made
+        return [q.expand(k.shape[0], -1, -1, -1), k, v]
+
     def forward(
         self,
         query: torch.Tensor,
@@ -189,6 +229,7 @@ class MultiheadAttention(nn.Module):
         value: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Self-attention where `key` is None.
 
@@ -197,18 +238,19 @@ class MultiheadAttention(nn.Module):
             key: [batch, context tokens, kdim]. `value`, where None, is `key`.
             attn_mask: broadcastable to [batch, heads, tokens, context tokens]; bool (True: attend) or additive float.
             is_causal: each token sees itself and those before it; excludes `attn_mask`.
+            cache: of earlier calls. In self-attention `query` is of new tokens only, which see the cache's, too;
+                another sequence, `key`, is not looked at again.
         """
         if not self.batch_first:
             query = query.transpose(0, 1)
             key, value = (None if x is None else x.transpose(0, 1) for x in (key, value))
         if key is None and self.in_proj_weight is not None:
             q, k, v = _project_qkv(query, self.in_proj_weight, self.in_proj_bias, self.num_heads)
+            if cache is not None:
+                k, v = cache.extend(k, v)
         else:
             key = query if key is None else key
-            inputs = (query, key, key if value is None else value)
-            weights_and_biases = zip(inputs, self._weights(), self.in_proj_bias.chunk(3), strict=True)
-            q, k, v = (_split_heads(F.linear(x, w, b), self.num_heads) for x, w, b in weights_and_biases)
-            q = q.expand(k.shape[0], -1, -1, -1)
+            q, k, v = self._project(query, key, key if value is None else value, cache)
         out = device.attention(q, k, v, attn_mask=_mask_for(q, attn_mask), is_causal=is_causal)
         out = self.out_proj(_merge_heads(out))
         return out if self.batch_first else out.transpose(0, 1)
@@ -281,8 +323,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         self.out_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
-        """[batch, tokens, dim] -> [batch, tokens, dim]; masks as in MultiheadAttention."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """[batch, tokens, dim] -> [batch, tokens, dim]; masks and cache as in MultiheadAttention."""
         q, k, v = _project_qkv(x, self.in_proj_weight, self.in_proj_bias, self.num_heads)
         scale = None
         if self.logit_scale is not None:
@@ -290,6 +338,8 @@ class Attention(nn.Module):
             q, k, scale = F.normalize(q, dim=-1) * temperature.to(q.dtype), F.normalize(k, dim=-1), 1.0
         else:
             q, k = self.ln_q(q), self.ln_k(k)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         out = device.attention(
             q,
             k,

@@ -22,6 +22,7 @@ from .config import CLIPTextCfg, CLIPVisionCfg, as_config
 from .hf_model import HFTextEncoder
 from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
 from .modified_resnet import STRIDE, ModifiedResNet
+from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_transformer import TextEncoder, TextTransformer
 from .timm_model import TimmModel
@@ -150,7 +151,7 @@ def _unit_length(features: Features) -> Features:
 
 
 class TwoTowers(nn.Module):
-    """What CLIP and CustomTextCLIP share; the methods that raise NotImplementedError are where they differ.
+    """What CLIP, CustomTextCLIP and CoCa share; the methods that raise NotImplementedError are where they differ.
 
     Args:
         embed_dim: of the space where images and texts meet.
@@ -177,17 +178,20 @@ class TwoTowers(nn.Module):
     ) -> None:
         super().__init__()
         self.output_dict = output_dict
-        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
-        text = _build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype)
-        self.context_length = text.context_length
-        self.vocab_size = text.vocab_size
-        self._place_text_tower(text)
+        self._build_towers(embed_dim, vision_cfg, text_cfg, quick_gelu, cast_dtype)
         shape = [1] if nonscalar_logit_scale else []
         self.logit_scale = nn.Parameter(torch.full(shape, float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.full(shape, float(init_logit_bias)))
 
+    def _build_towers(
+        self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
+    ) -> None:
+        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
+        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+
     def _place_text_tower(self, text: Any) -> None:
-        raise NotImplementedError
+        self.context_length = text.context_length
+        self.vocab_size = text.vocab_size
 
     def _text_tower(self, text: torch.Tensor) -> Features:
         raise NotImplementedError
@@ -340,6 +344,7 @@ class CLIP(TextEncoder, TwoTowers):
     def _place_text_tower(self, text: Any) -> None:
         if not isinstance(text, TextTransformer):
             raise ValueError(f"CLIP takes no {type(text).__name__} as its text tower: CustomTextCLIP does")
+        super()._place_text_tower(text)
         self.text_options = text.text_options
         self.transformer = text.transformer
         self.token_embedding = text.token_embedding
@@ -375,10 +380,11 @@ class CLIP(TextEncoder, TwoTowers):
         return self._text_no_weight_decay() | self._visual_no_weight_decay()
 
 
-class CustomTextCLIP(TwoTowers):
-    """CLIP with the text tower under `text`."""
+class TextTowerApart(TwoTowers):
+    """Two towers, the text tower under `text`."""
 
     def _place_text_tower(self, text: Any) -> None:
+        super()._place_text_tower(text)
         self.text = text
 
     def _text_tower(self, text: torch.Tensor) -> Features:
@@ -398,6 +404,10 @@ class CustomTextCLIP(TwoTowers):
         return {f"text.{name}" for name in self.text.no_weight_decay()} | self._visual_no_weight_decay()
 
 
+class CustomTextCLIP(TextTowerApart):
+    """CLIP with the text tower under `text`."""
+
+
 # ---- weights ----
 
 
@@ -414,7 +424,7 @@ def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
             names = ["weight", "bias"]
         elif isinstance(module, (MultiheadAttention, Attention)):
             names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
-        elif isinstance(module, TextEncoder):
+        elif isinstance(module, (TextEncoder, MultimodalTransformer)):
             names = ["text_projection"]
         elif isinstance(module, VisionTransformer):
             names = ["proj"]

@@ -266,6 +266,8 @@ def override(
         model_cfg["vision_cfg"]["image_size"] = force_image_size
     if force_context_length is not None:
         model_cfg["text_cfg"]["context_length"] = force_context_length
+        if "multimodal_cfg" in model_cfg:
+            model_cfg["multimodal_cfg"]["context_length"] = force_context_length
     model_cfg.update(model_kwargs)
 
 

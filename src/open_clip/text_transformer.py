@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import Transformer
-from .layers import GELU, LayerNorm, ModuleFactory
+from .blocks import Transformer, init_blocks
+from .layers import GELU, KeyValueCache, LayerNorm, ModuleFactory
 from .utils import expect, set_trainable
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,24 @@ class TextEncoder:
     def _encode_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, mask, is_causal = self._embed_text(text)
         return self._pool_text(self.transformer(x, attn_mask=mask, is_causal=is_causal), text)
+
+    @property
+    def looks_back_only(self) -> bool:
+        """Whether a token's features depend on it and those before it alone, so that `_continue_text` can make them."""
+        return self.text_options.causal
+
+    def _continue_text(self, text: torch.Tensor, caches: Sequence[KeyValueCache]) -> torch.Tensor:
+        """Ids [batch, tokens] -> the tokens that `_encode_text` gives for them, [batch, new, width]; but only those
+        that the caches, one for each block, do not know from earlier calls, of which there may be one.
+        """
+        known, num_tokens = caches[0].num_tokens, text.shape[1]
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(text[:, known:]).to(dtype) + self.positional_embedding[known:num_tokens].to(dtype)
+        mask = self._text_mask(text, num_tokens + (self.cls_emb is not None))
+        if mask is not None:  # of the class token nothing is seen: it comes last
+            mask = mask[:, :, known:num_tokens, :num_tokens]
+        x = self.transformer(x, attn_mask=mask, is_causal=mask is None and known == 0, caches=caches)
+        return x if self.cls_emb is not None else self.ln_final(x)
 
     def _text_intermediates(
         self,
@@ -302,14 +321,8 @@ class TextTransformer(TextEncoder, nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         if self.cls_emb is not None:
             nn.init.normal_(self.cls_emb, std=0.01)
-        width, layers = self.transformer.width, self.transformer.layers
-        proj_std = width**-0.5 * (2 * layers) ** -0.5
-        block: Any
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=proj_std)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=proj_std)
+        width = self.transformer.width
+        init_blocks(self.transformer.resblocks, width, self.transformer.layers)
         if isinstance(self.text_projection, nn.Linear):
             nn.init.normal_(self.text_projection.weight, std=width**-0.5)
             nn.init.zeros_(self.text_projection.bias)

@@ -21,6 +21,7 @@ from .layers import (
     PatchDropout,
     QuickGELU,
 )
+from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import get_2d_sincos_pos_embed
 from .text_transformer import TextTransformer, lock_text_tower, text_global_pool
 from .utils import expect, set_trainable, to_2tuple
@@ -37,6 +38,7 @@ __all__ = [
     "LayerNormFp32",
     "LayerScale",
     "MultiheadAttention",
+    "MultimodalTransformer",
     "PatchDropout",
     "QuickGELU",
     "ResidualAttentionBlock",

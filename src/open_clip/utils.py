@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
@@ -27,6 +28,18 @@ def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: 
     else:
         for member in group:
             set_trainable(member, trainable)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context with `model` in evaluation mode; each of its modules is left in the mode that it came in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = (), name: str = "") -> nn.Module:

@@ -6,10 +6,9 @@ of batches, or none; what they found is put together after each loop.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import collectives
+from open_clip.utils import evaluating
 from training import precision as precisions
 from training.distributed import world
 from training.metrics import AverageMeter, retrieval_metrics
@@ -41,34 +41,26 @@ def evaluate(
     epoch: number of epochs that are done. args: params.EvalConfig or a flat namespace with the same names.
     Every rank calls this, and each gets the metrics over all ranks.
     """
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         metrics = zero_shot_eval(model, data, epoch, args, tokenizer)
         if "val" in data and is_due(args.val_frequency, epoch, args):
             metrics |= _validate(model, data["val"].dataloader, epoch, args)
     return metrics
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[str, float]:
-    """clip_val_loss, retrieval metrics, val_generative_loss of a captioner, num_samples and epoch.
+    """clip_val_loss, retrieval metrics, val_generative_loss and val_caption_loss of a captioner, num_samples and epoch.
 
     clip_val_loss is the contrastive loss within each batch, averaged over the samples: it depends on the batch size.
+    val_generative_loss counts padding, as in open_clip, which no captioner is trained to predict; val_caption_loss is
+    the mean over the tokens of captions, which training lowers.
     """
     here, device = world(), next(model.parameters()).device
     precision = args.precision or precisions.resolve(None, device)
     autocast, input_dtype = precisions.get_autocast(precision, device.type), open_clip.get_input_dtype(precision)
     contrastive = open_clip.ClipLoss()
-    losses = {"clip_val_loss": AverageMeter(), "val_generative_loss": AverageMeter()}
+    losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
+    pad_id = getattr(model, "pad_id", 0)
     image_features, text_features = [], []
     logged = time.monotonic()
     for batch in dataloader:
@@ -82,6 +74,10 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
         generative = maybe_compute_generative_loss(outputs)
         if generative is not None:
             losses["val_generative_loss"].update(generative.item(), len(image))
+            num_tokens = int((outputs["labels"] != pad_id).sum())
+            caption = maybe_compute_generative_loss(outputs, pad_id)
+            if caption is not None and num_tokens:
+                losses["val_caption_loss"].update(caption.item(), num_tokens)
         # On the host, where there is room for many.
         image_features.append(image.cpu())
         text_features.append(text.cpu())
@@ -101,11 +97,15 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
     return metrics | averages | {"epoch": epoch, "num_samples": num_samples}
 
 
-def maybe_compute_generative_loss(model_out: Mapping[str, Tensor]) -> Tensor | None:
-    """The captioner's cross entropy, of logits [B, L, vocabulary] and labels [B, L]; None for a model without one."""
+def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int | None = None) -> Tensor | None:
+    """The captioner's cross entropy, of logits [B, L, vocabulary] and labels [B, L]; None for a model without one.
+
+    pad_id: label that does not count.
+    """
     if "logits" not in model_out or "labels" not in model_out:
         return None
-    return F.cross_entropy(model_out["logits"].float().transpose(1, 2), model_out["labels"])
+    logits = model_out["logits"].float().transpose(1, 2)
+    return F.cross_entropy(logits, model_out["labels"], ignore_index=-100 if pad_id is None else pad_id)
 
 
 def _log_progress(loss: AverageMeter, dataloader: Any, epoch: int, world_size: int) -> None:
@@ -116,11 +116,11 @@ def _log_progress(loss: AverageMeter, dataloader: Any, epoch: int, world_size: i
 def _over_ranks(
     losses: Mapping[str, AverageMeter], device: torch.device, distributed: bool
 ) -> tuple[dict[str, float], int]:
-    """The averages over all ranks' samples, of the losses that there are, and the number of samples."""
+    """The averages over what all ranks saw, of the losses that there are, and how much the first was of: samples."""
     sums = torch.tensor([meter.sum for meter in losses.values()], dtype=torch.float32, device=device)
     counts = torch.tensor([int(meter.count) for meter in losses.values()], dtype=torch.int64, device=device)
     if distributed:
         sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
     pairs = zip(losses, sums.tolist(), counts.tolist(), strict=True)
     averages = {name: total / count for name, total, count in pairs if count}
-    return averages, int(counts.max())
+    return averages, int(counts[0])

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import open_clip.loss
@@ -100,24 +101,33 @@ class SigmoidObjective(Objective):
 
 
 class CaptioningObjective(Objective):
-    """The contrastive loss, and the next token of the caption given the image (CoCa, arXiv:2205.01917)."""
+    """The contrastive loss, and the next token of the caption given the image (CoCa, arXiv:2205.01917).
+
+    The same numbers as open_clip.CoCaLoss. What the captions lose is summed for each sample at once, since accumulation
+    would keep the logits of all batches otherwise: a vocabulary a token.
+    """
 
     def __init__(self, cfg: ObjectiveConfig, pad_id: int = 0) -> None:
-        here = world()
-        self.loss = open_clip.loss.CoCaLoss(
-            caption_loss_weight=cfg.coca_caption_loss_weight,
-            clip_loss_weight=cfg.coca_contrastive_loss_weight,
-            pad_id=pad_id,
-            local_loss=cfg.local_loss,
-            gather_with_grad=cfg.gather_with_grad,
-            cache_labels=True,
-            rank=here.rank,
-            world_size=here.world_size,
-        )
+        self.contrastive = ContrastiveObjective(cfg.local_loss, cfg.gather_with_grad)
+        self.contrastive_weight = cfg.coca_contrastive_loss_weight
+        self.caption_weight = cfg.coca_caption_loss_weight
+        self.pad_id = pad_id
+
+    def features(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+        outputs = super().features(model, batch)
+        logits, labels = outputs.pop("logits"), outputs.pop("labels")
+        lost = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.pad_id, reduction="none")
+        written = labels != self.pad_id
+        return {**outputs, "caption_losses": lost.float().sum(dim=1), "caption_tokens": written.sum(dim=1)}
 
     def parts(self, outputs: Outputs) -> Outputs:
-        wanted = _pick(outputs, "image_features", "text_features", "logits", "labels", "logit_scale")
-        return self.loss(**wanted, output_dict=True)
+        if self.contrastive_weight:
+            contrastive = self.contrastive_weight * self.contrastive.parts(outputs)["contrastive_loss"]
+        else:  # in the graph all the same: DDP waits for every parameter's gradient
+            unused = _pick(outputs, *_TUPLE_NAMES).values()
+            contrastive = 0 * torch.stack([value.float().sum() for value in unused]).sum()
+        caption = outputs["caption_losses"].sum() / outputs["caption_tokens"].sum().clamp(min=1)
+        return {"contrastive_loss": contrastive, "caption_loss": self.caption_weight * caption}
 
 
 class DistillationObjective(Objective):

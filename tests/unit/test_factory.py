@@ -326,12 +326,6 @@ def test_folders_that_are_no_model(tmp_path):
             open_clip.create_model(f"local-dir:{tmp_path}")
 
 
-@pytest.mark.parametrize("model", ["RN50", "coca_ViT-B-32", "convnext_base"])
-def test_models_to_come(model):
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        open_clip.create_model(model, device="meta")
-
-
 def test_timm_weights_for_a_native_tower_have_no_effect(name, caplog):
     open_clip.create_model(name, pretrained_image=True)
     assert "pretrained_image has no effect" in caplog.text
