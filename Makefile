@@ -26,7 +26,7 @@ $(INSTALLED): setup.py requirements.txt
 ifneq ($(VENV),)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 endif
-	$(RUN) -m pip install --editable '.[training,demo,test,lint]'
+	$(RUN) -m pip install --editable '.[training,export,demo,test,lint]'
 	touch $@
 
 demo: install  ## train a small CLIP on handwritten digits and look at what it learnt (under 5 minutes on 2 cores)

@@ -30,7 +30,7 @@ FLOORS = [
     ["open_clip.coca_model", "open_clip.convert"],
     ["open_clip.checkpoint", "open_clip.recipe"],
     ["open_clip.factory", "open_clip.openai"],
-    ["open_clip.push_to_hf_hub"],
+    ["open_clip.push_to_hf_hub", "open_clip.export"],
     ["open_clip"],
     ["training"],
     ["training.flags"],
