@@ -20,8 +20,10 @@ from torch import nn
 
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
 from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
+from .modified_resnet import ModifiedResNet
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_transformer import TextEncoder, TextTransformer
+from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .utils import to_2tuple
 
@@ -87,12 +89,24 @@ def _build_vision_tower(
     vision_cfg: CLIPVisionCfg | Mapping[str, Any],
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
-) -> VisionTransformer:
+) -> VisionTransformer | ModifiedResNet | TimmModel:
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
-        raise NotImplementedError(f"image towers of timm ({cfg.timm_model_name!r}) are not built yet: native ViTs are")
+        return TimmModel(
+            cfg.timm_model_name,
+            embed_dim,
+            image_size=cfg.image_size,
+            pool=cfg.timm_pool,
+            proj=cfg.timm_proj,
+            proj_bias=cfg.timm_proj_bias,
+            drop=cfg.timm_drop,
+            drop_path=cfg.timm_drop_path,
+            patch_drop=cfg.patch_dropout or None,
+            pretrained=cfg.timm_model_pretrained,
+        )
     if isinstance(cfg.layers, (tuple, list)):
-        raise NotImplementedError(f"ModifiedResNet image towers (layers={cfg.layers}) are not built yet: ViTs are")
+        heads = cfg.width * 32 // cfg.head_width
+        return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, "timm_", "head_width") | _layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
 

@@ -149,8 +149,6 @@ def test_a_typo_in_a_configuration_raises() -> None:
 @pytest.mark.parametrize(
     ("vision", "text", "named"),
     [
-        ({"layers": [3, 4, 6, 3]}, {}, r"ModifiedResNet.*\[3, 4, 6, 3\]"),
-        ({"timm_model_name": "convnext_base"}, {}, "timm.*convnext_base"),
         ({}, {"hf_model_name": "roberta-base"}, "Hugging Face.*roberta-base"),
     ],
 )
