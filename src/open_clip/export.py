@@ -30,6 +30,7 @@ from . import device as devices
 from .factory import create_model
 from .model import get_model_preprocess_cfg
 from .recipe import read_recipe
+from .tokenizer import DEFAULT_CONTEXT_LENGTH
 from .utils import expect, to_2tuple
 from .version import __version__
 
@@ -100,7 +101,7 @@ class _Tower:
     inputs: Callable[[int], torch.Tensor]  # a batch of that size
 
 
-def _towers(model: Any, normalize: bool) -> list[_Tower]:
+def _towers(model: Any, context_length: int, normalize: bool) -> list[_Tower]:
     without_text = {"visual", "text_decoder"}
     text_modules = [name for name, _ in model.named_children() if name not in without_text]
     text_parameters = [name for name in model._parameters if name not in ("logit_scale", "logit_bias")]
@@ -115,9 +116,9 @@ def _towers(model: Any, normalize: bool) -> list[_Tower]:
 
     def texts(count: int) -> torch.Tensor:
         """Random ids; the end, which has the highest, is somewhere in the text, and padding behind it."""
-        ids = torch.randint(1, model.vocab_size - 1, (count, model.context_length), generator=generator)
-        ends = torch.randint(1, model.context_length, (count, 1), generator=generator)
-        positions = torch.arange(model.context_length)
+        ids = torch.randint(1, model.vocab_size - 1, (count, context_length), generator=generator)
+        ends = torch.randint(1, context_length, (count, 1), generator=generator)
+        positions = torch.arange(context_length)
         ids = ids.masked_fill(positions == ends, model.vocab_size - 1)
         return ids.masked_fill(positions > ends, _pad_id(model)).to(device)
 
@@ -131,6 +132,12 @@ def _pad_id(model: Any) -> int:
     text = getattr(model, "text", model)
     config = getattr(text, "config", None)  # of a Hugging Face tower
     return getattr(config, "pad_token_id", None) or getattr(text, "pad_id", None) or 0
+
+
+def _usual_length(model: Any) -> int:
+    """Tokens of a text. A Hugging Face tower knows the most that it can take, which no tokenizer here makes use of."""
+    is_foreign = hasattr(getattr(model, "text", None), "config")
+    return min(model.context_length, DEFAULT_CONTEXT_LENGTH) if is_foreign else model.context_length
 
 
 # ---- the formats ----
@@ -154,16 +161,19 @@ class _Onnx:
         import onnx
 
         dynamic = None if batch_size else ({0: torch.export.Dim("batch")},)
-        program: Any = torch.onnx.export(
-            tower.graph,
-            (tower.inputs(batch_size or 2),),
-            input_names=[tower.name],
-            output_names=[f"{tower.name}_features"],
-            opset_version=self.opset,
-            dynamic_shapes=dynamic,
-            dynamo=True,
-            verbose=False,
-        )
+        # What the exporter makes of fused attention looks for NaN, an operator that ATC has not, and from opset 23 on
+        # is an operator of its own.
+        with devices.elementary_ops():
+            program: Any = torch.onnx.export(
+                tower.graph,
+                (tower.inputs(batch_size or 2),),
+                input_names=[tower.name],
+                output_names=[f"{tower.name}_features"],
+                opset_version=self.opset,
+                dynamic_shapes=dynamic,
+                dynamo=True,
+                verbose=False,
+            )
         # Runtimes refuse files of a newer format than theirs, whatever is in them.
         program.model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.opset)])
         for node in program.model.graph:
@@ -214,6 +224,7 @@ def export_model(
     opset: int = OPSET,
     normalize: bool = False,
     tolerance: float | None = None,
+    context_length: int | None = None,
     description: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the towers of `model` as image.onnx and text.onnx (or .pt2), and what a server must know beside them.
@@ -229,6 +240,7 @@ def export_model(
         normalize: whether the graphs give features of unit length.
         tolerance: the largest difference to the model that is accepted, relative to the largest feature; None for
             1e-4, and 2e-2 in half precision.
+        context_length: tokens of a text, as the tokenizer makes them; None for the model's, or 77.
         description: goes into the JSON: "model", "pretrained", "tokenizer", ...
 
     Returns:
@@ -257,9 +269,9 @@ def export_model(
     unchecked = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         with torch.no_grad():
-            for tower in _towers(model.eval(), normalize):
+            for tower in _towers(model.eval(), context_length or _usual_length(model), normalize):
                 content[tower.name] = _export_tower(tower, writer, batch_size, tolerance, unchecked)
-        content |= {"normalized": normalize, **_facts(model)}
+        content |= {"normalized": normalize, "context_length": content["text"]["input"]["shape"][1], **_facts(model)}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (unchecked / f"export{writer.suffix}.json").write_text(text + "\n", encoding="utf-8")
         _move(unchecked, folder, writer.suffix)
@@ -321,7 +333,6 @@ def _facts(model: Any) -> dict[str, Any]:
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if bias is None else bias.item(),
         "preprocess": preprocess,
-        "context_length": model.context_length,
         "vocab_size": model.vocab_size,
     }
 
@@ -349,6 +360,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--opset", type=int, default=OPSET, help="of ONNX; ATC of CANN 8 reads up to 18")
     parser.add_argument("--normalize", action="store_true", help="features of unit length")
     parser.add_argument("--image-size", type=int, nargs="+", default=None, help="pixels: side, or height and width")
+    parser.add_argument("--context-length", type=int, default=None, metavar="N", help="tokens of a text")
     parser.add_argument("--tolerance", type=float, default=None, help="largest accepted difference to the model")
     parser.add_argument("--device", default="cpu", help="that a torch-export graph is for")
     parser.add_argument("--cache-dir", default=None, help="where downloaded weights go")
@@ -370,16 +382,23 @@ def _create(options: argparse.Namespace) -> nn.Module:
         device=options.device,
         force_quick_gelu=options.force_quick_gelu,
         force_image_size=size if size is None or len(size) > 1 else size[0],
+        force_context_length=options.context_length,
         cache_dir=options.cache_dir,
         require_pretrained=True,
     )
 
 
-def _describe(options: argparse.Namespace) -> dict[str, Any]:
+def _describe(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """What the model's configuration adds to the JSON, and how many tokens its tokenizer makes of a text."""
     text_cfg = read_recipe(options.model, None, options.cache_dir).model_cfg["text_cfg"]
-    tokenizer = text_cfg.get("hf_tokenizer_name") or "clip"
-    names = {"model": options.model, "pretrained": options.pretrained, "precision": options.precision}
-    return {**names, "tokenizer": tokenizer}
+    description = {
+        "model": options.model,
+        "pretrained": options.pretrained,
+        "precision": options.precision,
+        "tokenizer": text_cfg.get("hf_tokenizer_name") or "clip",
+        "tokenizer_kwargs": text_cfg.get("tokenizer_kwargs") or {},
+    }
+    return description, options.context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -394,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", error)
         return 1
     try:
+        description, context_length = _describe(options)
         export_model(
             model,
             options.output,
@@ -402,7 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.opset,
             options.normalize,
             options.tolerance,
-            _describe(options),
+            context_length,
+            description,
         )
     except (ExportError, ValueError, OSError, ImportError) as error:
         logger.error("%s", error)
