@@ -15,7 +15,7 @@ NPU_VENV ?= .venv-npu
 NPU_RUN := $(NPU_VENV)/bin/python
 NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
 
-.PHONY: help install demo test test-npu lint bench clean
+.PHONY: help install demo test test-npu test-clip-benchmark lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,7 +26,7 @@ $(INSTALLED): setup.py requirements.txt
 ifneq ($(VENV),)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 endif
-	$(RUN) -m pip install --editable '.[training,demo,test,lint]'
+	$(RUN) -m pip install --editable '.[training,export,demo,test,lint]'
 	touch $@
 
 demo: install  ## train a small CLIP on handwritten digits and look at what it learnt (under 5 minutes on 2 cores)
@@ -38,6 +38,10 @@ test: install  ## run the tests (under 15 minutes on 2 cores, no network)
 test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emulated (under 12 minutes on 2 cores)
 	$(NPU_RUN) tests/npu/emulator/build.py
 	$(NPU_RUN) -m pytest -m npu tests/npu
+
+test-clip-benchmark: install  ## check that clip_benchmark, in a folder of its own, reports what we do (105 MB)
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target .clip_benchmark --requirement tests/clip_benchmark/requirements.txt
+	$(RUN) -m pytest tests/clip_benchmark
 
 $(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt tests/npu/constraints.txt
 	$(PYTHON) tests/npu/emulator/build.py --check
@@ -57,5 +61,5 @@ bench: install  ## measure against open_clip_torch, which is installed in a fold
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) .installed build dist demo_output benchmarks/.peer benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NPU_VENV) .clip_benchmark .installed build dist demo_output benchmarks/.peer benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

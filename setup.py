@@ -40,6 +40,7 @@ setup(
     extras_require={
         "training": requirements("webdataset", "pandas", "tensorboard"),
         "npu": requirements("torch_npu"),
+        "export": ["onnx", "onnxruntime", "onnxscript"],
         "demo": ["scikit-learn", "matplotlib"],
         "test": [*requirements("pytest", "pytest-timeout"), "setuptools>=70.1", "transformers", "scikit-learn"],
         "lint": ["ruff", "mypy"],

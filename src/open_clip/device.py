@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -506,6 +506,17 @@ def use_fused_ops(enabled: bool) -> None:
     _fused_ops = enabled
 
 
+@contextlib.contextmanager
+def elementary_ops() -> Iterator[None]:
+    """Within it, fused operators are switched off: for graphs that others are to read."""
+    before = _fused_ops
+    use_fused_ops(False)
+    try:
+        yield
+    finally:
+        use_fused_ops(before)
+
+
 def _row_of(x: torch.Tensor) -> DeviceRow:
     return ROWS.get(x.device.type, _PLAIN) if _fused_ops else _PLAIN
 
@@ -541,7 +552,8 @@ def attention(
     """
     if _fused_ops:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    # scaled before the product, which in half precision might not hold what is scaled after it
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:

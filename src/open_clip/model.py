@@ -513,13 +513,16 @@ def _count_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
 
 
 def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
-    """`model` traced by TorchScript for one batch size, with the methods forward, encode_image and encode_text."""
+    """`model` traced by TorchScript for one batch size, with the methods forward, encode_image and encode_text.
+
+    torch has deprecated TorchScript, and says so; graphs to be kept are written by `open_clip.export`.
+    """
     model.eval()
     height, width = to_2tuple(model.visual.image_size)
     images = torch.ones((batch_size, 3, height, width), device=device)
     texts = torch.zeros((batch_size, model.context_length), dtype=torch.int, device=device)
     inputs = {"forward": (images, texts), "encode_text": (texts,), "encode_image": (images,)}
-    traced = torch.jit.trace_module(model, inputs=inputs)
+    traced = torch.jit.trace_module(model, inputs=inputs, strict=False)  # strict, it refuses outputs that are dicts
     traced.visual.image_size = model.visual.image_size
     return traced
 

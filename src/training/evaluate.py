@@ -19,6 +19,7 @@ import open_clip
 from open_clip import collectives
 from open_clip.utils import evaluating
 from training import precision as precisions
+from training.batches import to_device
 from training.distributed import world
 from training.metrics import AverageMeter, retrieval_metrics
 from training.objective import as_outputs
@@ -64,10 +65,9 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
     image_features, text_features = [], []
     logged = time.monotonic()
     for batch in dataloader:
-        images = batch["image"].to(device, input_dtype, non_blocking=True)
-        texts = batch["text"].to(device, non_blocking=True)
+        batch = to_device(batch, device, input_dtype)
         with autocast():
-            outputs = as_outputs(model(images, texts))
+            outputs = as_outputs(model(batch["image"], batch["text"]))
         image, text = outputs["image_features"].float(), outputs["text_features"].float()
         loss = contrastive(image, text, outputs["logit_scale"].float())
         losses["clip_val_loss"].update(loss.item(), len(image))

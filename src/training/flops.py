@@ -54,23 +54,37 @@ def _count_forward(model: nn.Module, run: Callable[[], Any]) -> int:
             parameter.requires_grad = True
 
 
-def profile_torch_image(model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1) -> float:
+def profile_torch_image(
+    model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1, force_cpu: bool = False
+) -> float:
     """FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
+    model = _moved(model, force_cpu)
     image = example_image(model, image_input_size, batch_size)
     counted = _count_forward(model, lambda: model.encode_image(image))  # type: ignore[operator]
     return counted / batch_size + _dropped_queries(model)
 
 
-def profile_torch_text(model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1) -> float:
+def profile_torch_text(
+    model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1, force_cpu: bool = False
+) -> float:
     """FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
+    model = _moved(model, force_cpu)
     text = example_text(model, text_input_size, batch_size)
     return _count_forward(model, lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
 
 
 def profile_torch(
-    model: nn.Module, text_input_size: Sequence[int], image_input_size: Sequence[int], batch_size: int = 1
+    model: nn.Module,
+    text_input_size: Sequence[int],
+    image_input_size: Sequence[int],
+    batch_size: int = 1,
+    force_cpu: bool = False,
 ) -> float:
-    """FLOPs of the whole model, decoder included where there is one, for one image and one text."""
+    """FLOPs of the whole model, decoder included where there is one, for one image and one text.
+
+    force_cpu: move the model to the CPU first; the count is the same on every device.
+    """
+    model = _moved(model, force_cpu)
     image = example_image(model, image_input_size, batch_size)
     text = example_text(model, text_input_size, batch_size)
     return _count_forward(model, lambda: model(image, text)) / batch_size + _dropped_queries(model)
@@ -88,6 +102,10 @@ def _dropped_queries(model: nn.Module) -> int:
             a_query = 2 * width * width + 2 * (2 * tokens * width) + 2 * width * pool.c_proj.out_features
             flops += (tokens - 1) * a_query
     return flops
+
+
+def _moved(model: nn.Module, force_cpu: bool) -> nn.Module:
+    return model.to("cpu") if force_cpu else model
 
 
 def example_image(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:

@@ -95,9 +95,47 @@ def profile_model(
 
 def _check_profiler(profiler: str) -> None:
     if profiler == "fvcore":
-        raise ValueError("The profiler fvcore is not served, since it misses attention: use torch.")
+        raise _fvcore_refused()
     if profiler != "torch":
         raise ValueError(f"Unknown profiler {profiler!r}: use torch.")
+
+
+def _fvcore_refused() -> ValueError:
+    return ValueError("The profiler fvcore is not served, since it misses attention: use torch.")
+
+
+def profile_fvcore(
+    model: nn.Module,
+    image_input_size: Sequence[int] = (3, 224, 224),
+    text_input_size: Sequence[int] = (77,),
+    batch_size: int = 1,
+    detailed: bool = False,
+    force_cpu: bool = False,
+) -> Any:
+    """Refused: `profile_torch` counts attention, too."""
+    raise _fvcore_refused()
+
+
+def profile_fvcore_text(
+    model: nn.Module,
+    text_input_size: Sequence[int] = (77,),
+    batch_size: int = 1,
+    detailed: bool = False,
+    force_cpu: bool = False,
+) -> Any:
+    """Refused: use `profile_torch_text`."""
+    raise _fvcore_refused()
+
+
+def profile_fvcore_image(
+    model: nn.Module,
+    image_input_size: Sequence[int] = (3, 224, 224),
+    batch_size: int = 1,
+    detailed: bool = False,
+    force_cpu: bool = False,
+) -> Any:
+    """Refused: use `profile_torch_image`."""
+    raise _fvcore_refused()
 
 
 def _config(model_name: str) -> dict[str, Any]:

@@ -6,11 +6,13 @@ The host never waits for the device inside a step; losses are summed there and f
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 import open_clip
 from open_clip import device as devices
+from training import evaluate as evaluation
 from training import precision as precisions
 from training import rng
+from training.batches import to_device
 from training.checkpoint import TrainState
 from training.distributed import world
-from training.metrics import AverageMeter
+from training.evaluate import maybe_compute_generative_loss
+from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import SHARED, LossModule, Objective, Outputs, concatenate
+
+__all__ = [
+    "AverageMeter", "Progress", "Trainer", "backward", "evaluate", "get_clip_metrics", "maybe_compute_generative_loss",
+    "postprocess_clip_output", "run_epoch", "train_one_epoch", "unwrap_model",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -279,20 +289,11 @@ def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]
     waited = 0.0
     for batch in loader:
         waited += time.perf_counter() - start
-        batches.append(_to_device(batch, trainer.device, trainer.input_dtype))
+        batches.append(to_device(batch, trainer.device, trainer.input_dtype))
         if len(batches) == trainer.accum_freq:
             yield batches, waited
             batches, waited = [], 0.0
         start = time.perf_counter()
-
-
-def _to_device(batch: Any, device: torch.device, input_dtype: torch.dtype | None) -> Batch:
-    if not isinstance(batch, Mapping):  # a loader from elsewhere
-        batch = {"image": batch[0], "text": batch[1]}
-    return {
-        name: value.to(device, input_dtype if value.is_floating_point() else None, non_blocking=True)
-        for name, value in batch.items()
-    }
 
 
 def _line(
@@ -327,6 +328,46 @@ def _line(
     if skipped is not None and skipped.total():
         parts.append(f"Skipped: {skipped.total()}")
     return " ".join(parts)
+
+
+# Names of open_clip_train.train, for scripts.
+
+
+def postprocess_clip_output(model_out: Any) -> Outputs:
+    """The first three of a model's tuple by name: image_features, text_features, logit_scale."""
+    return {name: model_out[index] for index, name in enumerate(("image_features", "text_features", "logit_scale"))}
+
+
+def backward(total_loss: Tensor, scaler: Any) -> None:
+    """The backward pass, of the scaled loss where there is a gradient scaler."""
+    (total_loss if scaler is None else scaler.scale(total_loss)).backward()
+
+
+def evaluate(
+    model: nn.Module,
+    data: Mapping[str, Any],
+    epoch: int,
+    args: Any,
+    tb_writer: Any = None,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+) -> dict[str, float]:
+    """`training.evaluate.evaluate`, whose metrics the master also logs and writes.
+
+    Every rank calls it: evaluation is spread over them.
+
+    args: as there, and save_logs, checkpoint_path: whether and in which folder results.jsonl gets a line.
+    tb_writer: of TensorBoard.
+    """
+    metrics = evaluation.evaluate(unwrap_model(model), data, epoch, args, tokenizer)
+    if not metrics or not world().is_master:
+        return metrics
+    logger.info("Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+    if tb_writer is not None:
+        _ScalarWriter(tb_writer).write(metrics, epoch, "val")
+    if getattr(args, "save_logs", False):
+        with open(Path(args.checkpoint_path) / "results.jsonl", "a", encoding="utf-8") as results:
+            results.write(json.dumps(metrics) + "\n")
+    return metrics
 
 
 class _ScalarWriter:

@@ -18,6 +18,7 @@ from open_clip import collectives
 from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from training import precision as precisions
+from training.batches import to_device
 from training.distributed import world
 from training.metrics import accuracy
 
@@ -112,11 +113,10 @@ def run(model: nn.Module, classifier: Tensor, dataloader: Any, args: Any) -> tup
     logged = time.monotonic()
     with torch.no_grad():
         for batch in dataloader:
-            images = batch["image"].to(device, input_dtype, non_blocking=True)
-            labels = batch["label"].to(device, non_blocking=True)
+            batch = to_device(batch, device, input_dtype, names=("image", "label"))
             with autocast():
-                features = encode_image(images, normalize=True)
-            scores = features.float() @ classifier
+                features = encode_image(batch["image"], normalize=True)
+            scores, labels = features.float() @ classifier, batch["label"]
             correct = accuracy(scores, labels, (1, TOP_K))
             counts += torch.tensor([*map(int, correct), len(labels)])
             if time.monotonic() - logged > LOG_SECONDS and world().is_master:

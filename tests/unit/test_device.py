@@ -292,6 +292,15 @@ def test_switched_off_means_the_plain_row(monkeypatch):
         devices.use_fused_ops(True)
 
 
+def test_switched_off_for_a_while_only():
+    query, key, value = (torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    fused = devices.attention(query, key, value, is_causal=True)
+    with devices.elementary_ops():
+        torch.testing.assert_close(devices.attention(query, key, value, is_causal=True), fused)
+        assert not devices._fused_ops
+    assert devices._fused_ops
+
+
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_fused_operators_by_the_environment(value):
     program = "from open_clip import device; print(device._fused_ops)"

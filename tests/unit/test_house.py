@@ -35,7 +35,7 @@ FLOORS = [
     ["open_clip.coca_model", "open_clip.convert", "open_clip.mismatch"],
     ["open_clip.checkpoint", "open_clip.recipe"],
     ["open_clip.factory", "open_clip.openai"],
-    ["open_clip.push_to_hf_hub"],
+    ["open_clip.push_to_hf_hub", "open_clip.export"],
     ["open_clip.convert.__main__"],
     ["open_clip"],
     ["training"],
@@ -44,13 +44,14 @@ FLOORS = [
     ["training.params"],
     [
         "training.distributed", "training.precision", "training.scheduler", "training.metrics", "training.logger",
-        "training.file_utils", "training.rng", "training.combined_adamw",
+        "training.file_utils", "training.rng", "training.combined_adamw", "training.batches",
     ],
     [
         "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
         "training.build", "training.flops", "training.trace",
     ],
-    ["training.train", "training.evaluate"],
+    ["training.evaluate"],
+    ["training.train"],
     ["training.main", "training.profiler", "training.doctor"],
     ["open_clip_train"],
 ]

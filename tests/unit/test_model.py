@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,13 +282,18 @@ def test_openai_state_dict_tells_its_configuration(cast_dtype: torch.dtype | Non
 # ---- what goes with a model ----
 
 
-def test_trace_has_the_three_methods(batch: tuple) -> None:
-    model = build()
+@BOTH
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_trace_has_the_three_methods(cls: type, output_dict: bool, batch: tuple, tmp_path: Path) -> None:
+    """Also when it has been saved and loaded, where nothing of this package is needed."""
+    model = build(cls, init_logit_bias=-10.0, output_dict=output_dict)
     traced = models.trace_model(model, batch_size=3)
-    torch.testing.assert_close(traced(*batch)[0], model(*batch)[0])
-    torch.testing.assert_close(traced.encode_image(batch[0]), model.encode_image(batch[0]))
-    torch.testing.assert_close(traced.encode_text(batch[1]), model.encode_text(batch[1]))
     assert traced.visual.image_size == (16, 16)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    for one in (traced, torch.jit.load(tmp_path / "traced.pt")):
+        torch.testing.assert_close(one(*batch), model(*batch))
+        torch.testing.assert_close(one.encode_image(batch[0]), model.encode_image(batch[0]))
+        torch.testing.assert_close(one.encode_text(batch[1]), model.encode_text(batch[1]))
 
 
 @BOTH

@@ -31,10 +31,12 @@ _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a 
 Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
 
 
-def expand_urls(urls: str | Sequence[str], weights: str | None = None) -> tuple[list[str], list[float] | None]:
+def expand_urls(
+    urls: str | Sequence[str], weights: str | Sequence[float] | None = None
+) -> tuple[list[str], list[float] | None]:
     """Expands braces and `::` to a list of shards, with each source's weight for each of its shards.
 
-    `weights`: as many numbers as sources, joined by `::`; None gives None.
+    `weights`: as many numbers as sources, joined by `::`, or for a list of shards a list; None gives None.
 
     Raises:
         ValueError: not one weight a source, or not numbers above 0.
@@ -42,13 +44,15 @@ def expand_urls(urls: str | Sequence[str], weights: str | None = None) -> tuple[
     from braceexpand import braceexpand
 
     if not isinstance(urls, str):
-        if weights is not None:
+        if isinstance(weights, str):
             raise ValueError("Weights (--train-data-upsampling-factors) need the shards as one string, joined by '::'.")
-        return list(urls), None
+        return list(urls), None if weights is None else list(weights)
     sources = [list(braceexpand(source)) for source in urls.split("::")]
     shards = [shard for source in sources for shard in source]
     if weights is None:
         return shards, None
+    if not isinstance(weights, str):
+        raise ValueError(f"Weights as a list ({weights}) are for shards as a list: join them by '::'.")
     try:
         factors = [float(weight) for weight in weights.split("::")]
     except ValueError as error:
