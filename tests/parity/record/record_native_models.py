@@ -3,7 +3,6 @@
     PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/record_native_models.py
 
 Writes into tests/parity/fixtures:
-  native_state_dicts.json  digests of the keys, shapes and dtypes, in their order, of the native architectures
   native_locks.json        what locking leaves trainable, and what has no weight decay, in tiny models
   native_features.pt       features and intermediates of tiny models with every option, and resized embeddings
   native_init.json         deviation and first values of a tiny model's parameters after torch.manual_seed(0)
@@ -11,38 +10,16 @@ Writes into tests/parity/fixtures:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 
 import native_cases
-import open_clip
 from open_clip import model as models
 from open_clip import pos_embed
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-def is_native(cfg: dict) -> bool:
-    vision, text = cfg["vision_cfg"], cfg["text_cfg"]
-    foreign = "timm_model_name" in vision or isinstance(vision.get("layers"), list) or "hf_model_name" in text
-    return not foreign and "multimodal_cfg" not in cfg
-
-
-def state_dicts() -> dict:
-    found = {}
-    for name in open_clip.list_models():
-        cfg = open_clip.get_model_config(name)
-        if not is_native(cfg):
-            continue
-        cls = "CustomTextCLIP" if cfg.pop("custom_text", False) else "CLIP"
-        with torch.device("meta"):
-            model = getattr(models, cls)(**cfg)
-        layout = [(key, list(value.shape), str(value.dtype)) for key, value in model.state_dict().items()]
-        found[name] = {"class": cls, "sha256": hashlib.sha256(json.dumps(layout).encode()).hexdigest()}
-    return found
 
 
 def locks() -> dict:
@@ -132,7 +109,7 @@ def initial() -> dict:
 
 
 def main() -> None:
-    for name, content in (("state_dicts", state_dicts()), ("locks", locks()), ("init", initial())):
+    for name, content in (("locks", locks()), ("init", initial())):
         (FIXTURES / f"native_{name}.json").write_text(json.dumps(content, indent=0) + "\n")
     torch.save(features(), FIXTURES / "native_features.pt")
 
