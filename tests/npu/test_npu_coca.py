@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import run_script
 from npu_training import CPU, NPU, Calls, make_trainer, move
 
 import coca_cases
@@ -93,3 +94,21 @@ def test_the_host_looks_at_captions_every_few_steps_only(kind: str) -> None:
     assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > seq_len, "the counter sees what runs"
     assert found.shape == (2, seq_len)
     assert calls.waits <= seq_len / LOOK_EVERY + 2
+
+
+EVERYTHING = """
+    from test_npu_coca import *
+
+    print(losses(NPU, "fp32", True), losses(NPU, "amp_bf16", False))
+    model = coca_cases.filled(coca_model).to(NPU)
+    for options in (*KINDS.values(), {"generation_type": "top_p", "top_p": 0.9}):
+        torch.manual_seed(0)
+        print(model.generate(coca_cases.images(3).to(NPU), seq_len=9, **IDS, **options).cpu().tolist())
+"""
+
+
+def test_strict_npu_and_late_copies_change_nothing() -> None:
+    """Strict: no float64, no added attention mask. Late copies: nobody reads too early."""
+    plain = run_script(EVERYTHING)
+    assert len(plain) == len(KINDS) + 2
+    assert run_script(EVERYTHING, strict=1, delay_copies=1, poison=1) == plain
