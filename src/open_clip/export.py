@@ -260,6 +260,8 @@ def export_model(
     writer: _Onnx | _TorchExport = _Onnx(opset) if format == "onnx" else _TorchExport()
     if format == "onnx" and devices.row(device) is not devices.ROWS["cpu"]:
         raise ValueError(f"the model is on {device}, whose fused operators ONNX does not have: move it to the CPU")
+    if format == "onnx" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise ValueError("weights in bfloat16 are not exported to ONNX, whose runtimes lack it: use fp32 or fp16")
     content: dict[str, Any] = {"format": format, "open_clip": __version__, "torch": torch.__version__}
     content |= {"opset": opset} if format == "onnx" else {"device": str(device)}
     content |= description or {}

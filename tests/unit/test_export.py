@@ -212,6 +212,11 @@ def test_arguments_that_cannot_be(tmp_path, arguments, reason):
     assert not (tmp_path / "out").exists()
 
 
+def test_onnx_has_no_bfloat16(tmp_path):
+    with pytest.raises(ValueError, match="use fp32 or fp16"):
+        export.export_model(make("CLIP plain").bfloat16(), tmp_path / "out")
+
+
 def test_the_command(tmp_path, caplog):
     name = tiny_clip.folder(tmp_path / "tiny", {"mean": [0.5] * 3, "std": [0.25] * 3}, text={"hf_tokenizer_name": None})
     model = open_clip.create_model(name, force_image_size=16)
