@@ -38,10 +38,13 @@ setup(
         "torch", "torchvision", "ftfy", "regex", "timm", "huggingface_hub", "safetensors", "tqdm"
     ),
     extras_require={
-        "training": requirements("webdataset", "pandas", "tensorboard"),
+        "training": requirements("webdataset", "pandas", "tensorboard", "transformers", "sentencepiece"),
         "npu": requirements("torch_npu"),
         "demo": ["scikit-learn", "matplotlib"],
-        "test": [*requirements("pytest", "pytest-timeout"), "setuptools>=70.1", "transformers", "scikit-learn"],
+        "test": [
+            *requirements("pytest", "pytest-timeout", "transformers", "sentencepiece"),
+            *("setuptools>=70.1", "scikit-learn"),
+        ],
         "lint": ["ruff", "mypy"],
     },
 )

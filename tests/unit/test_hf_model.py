@@ -402,6 +402,22 @@ def test_shrunken_models_of_the_known_architectures_run(name):
     assert hf_configs.known_architecture(f"FacebookAI/{name}") == hf_configs.known_architecture(name)
 
 
+def test_what_sizes_do_not_show_of_the_known_architectures():
+    """Dropping layers at random would leave parameters without gradients, which DDP refuses."""
+    for name in hf_configs.ARCHITECTURES:
+        config = hf_model._read_config(name, offline=True)
+        if config.model_type == "m2m_100":
+            assert (config.scale_embedding, config.activation_function, config.encoder_layerdrop) == (True, "relu", 0)
+            assert (config.pad_token_id, config.eos_token_id) == (1, 2)
+        elif config.model_type == "mt5":
+            assert (config.is_gated_act, config.dense_act_fn) == (True, "gelu_new")
+            assert (config.pad_token_id, config.eos_token_id, config.layer_norm_epsilon) == (0, 1, 1e-6)
+        else:
+            expected = (0, 1e-12) if config.model_type == "bert" else (1, 1e-5)
+            assert (config.pad_token_id, config.layer_norm_eps) == expected
+            assert config.hidden_act == "gelu"
+
+
 @pytest.mark.parametrize(
     ("name", "gflops", "text_gflops"),
     [("mt5-base-ViT-B-32", 22.12, 13.3), ("xlm-roberta-base-ViT-B-32", 105.87, 97.05)],

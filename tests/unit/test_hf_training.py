@@ -67,6 +67,7 @@ def test_flops_of_training_are_counted_with_checkpointing_off(tmp_path):
     assert model.text.grad_checkpointing, "it is on again"
 
 
+@pytest.mark.slow
 def test_the_command_trains_a_text_tower_of_transformers(tmp_path):
     """Its published weights and its tokenizer from folders, half of it locked, in worker processes, checkpointed."""
     hf_cases.write_clip(tmp_path / "model", "roberta", vocab_size=270, max_position_embeddings=40)
