@@ -46,7 +46,8 @@ SIZES: dict[str, dict[str, Any]] = {
 _NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NO_DROPOUT: dict[str, dict[str, float]] = {
     **dict.fromkeys(("roberta", "xlm-roberta", "bert"), _NO_BERT_DROPOUT),
-    **{kind: {"dropout_rate": 0.0} for kind in ("t5", "mt5")},
+    "t5": {"dropout_rate": 0.0},
+    "mt5": {"dropout_rate": 0.0},
     "m2m_100": {"dropout": 0.0, "attention_dropout": 0.0},
 }
 KINDS = tuple(SIZES)

@@ -140,10 +140,9 @@ def _read_config(name_or_path: str, offline: bool) -> Any:
         model_type, values = known
         return transformers.AutoConfig.for_model(model_type, **values)
     try:
-        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unavailable(name_or_path, error) from error
-    return config
 
 
 def _check_kind(config: Any, name_or_path: str) -> None:
@@ -164,7 +163,7 @@ def _unavailable(name_or_path: str, error: Exception) -> RuntimeError:
     )
 
 
-def _with_exact_gelu(encoder: nn.Module) -> None:
+def _use_exact_gelu(encoder: nn.Module) -> None:
     """Put our GELU in place of transformers', which on some devices is the tanh form."""
     for module in encoder.modules():
         for name, child in module.named_children():
@@ -250,7 +249,7 @@ class HFTextEncoder(nn.Module):
             self.config = _read_config(model_name_or_path, offline=True) if config is None else config
             _check_kind(self.config, model_name_or_path)
             self.transformer = _new_encoder(self.config, add_pooling_layer)
-        _with_exact_gelu(self.transformer)
+        _use_exact_gelu(self.transformer)
         self.vocab_size = self._size("vocab_size")
         self.context_length = self._size("context_length") or DEFAULT_CONTEXT_LENGTH
         pooler_type = pooler_type or arch_dict[self.config.model_type]["pooler"]
