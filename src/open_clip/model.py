@@ -108,7 +108,9 @@ def _build_vision_tower(
             act_kwargs=cfg.act_kwargs,
         )
     if isinstance(cfg.layers, (tuple, list)):
-        heads = cfg.width * 32 // cfg.head_width
+        if cfg.patch_dropout:
+            logger.warning("patch_dropout=%s has no effect: a ResNet has no patches to leave out.", cfg.patch_dropout)
+        heads = cfg.width * STRIDE // cfg.head_width
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, "timm_", "head_width") | _layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)

@@ -224,12 +224,15 @@ def _create_trunk(name: str, image_size: tuple[int, int], options: dict[str, Any
         raise RuntimeError(
             f"timm {timm.__version__} has no model {name!r}. {hint} If it is a newer one: pip install --upgrade timm"
         )
-    trunk = _create(timm, name, options)
-    if tuple(trunk.pretrained_cfg["input_size"][-2:]) != image_size:
-        if hasattr(trunk, "set_input_size"):
-            trunk.set_input_size(image_size)
-        elif _has_fixed_size(trunk):
-            trunk = _create(timm, name, options | {"img_size": image_size})
+    version = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
+    for_real = version < _FILLS_BUFFERS and torch.empty(0).is_meta
+    with torch.device("cpu") if for_real else contextlib.nullcontext():
+        trunk = _create(timm, name, options)
+        if tuple(trunk.pretrained_cfg["input_size"][-2:]) != image_size:
+            if hasattr(trunk, "set_input_size"):
+                trunk.set_input_size(image_size)
+            elif _has_fixed_size(trunk):
+                trunk = _create(timm, name, options | {"img_size": image_size})
     return trunk
 
 
@@ -238,11 +241,8 @@ _FILLS_BUFFERS = (1, 0, 23)  # the first timm whose models on the meta device ca
 
 
 def _create(timm: ModuleType, name: str, options: dict[str, Any]) -> Any:
-    version = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
-    for_real = version < _FILLS_BUFFERS and torch.empty(0).is_meta
     try:
-        with torch.device("cpu") if for_real else contextlib.nullcontext():
-            return timm.create_model(name, **options)
+        return timm.create_model(name, **options)
     except (AssertionError, TypeError) as error:  # what timm's models raise for options they do not have
         given = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
         hint = ""

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import open_clip
 from open_clip import device as devices
+from open_clip.timm_model import TimmModel
 from training import scheduler
 from training.distributed import World
 from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
@@ -69,6 +70,15 @@ def build_model(
     logger.info("%s: %.2f M parameters, %.2f M of them trained.", cfg.model, total / 1e6, trainable / 1e6)
     logger.debug("%s", model)
     return model, preprocess_train, preprocess_val
+
+
+def synchronise_batch_norms(model: nn.Module) -> nn.Module:
+    """`model` with batch norms over all processes; those of timm keep the activation that they have in them."""
+    if isinstance(model.visual, TimmModel):
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def build_teacher(

@@ -15,12 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import open_clip
 from open_clip import device as devices
 from training import distributed, file_utils, logger, precision, rng
-from training.build import build_model, build_scheduler, build_teacher, parallelise
+from training.build import build_model, build_scheduler, build_teacher, parallelise, synchronise_batch_norms
 from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoint, natural_key, save_epoch
 from training.data import DataInfo, get_data
 from training.distributed import World
@@ -280,7 +278,7 @@ def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: Dat
             "give more data, a smaller --batch-size or a smaller --accum-freq."
         )
     if cfg.model.use_bn_sync and world.distributed:
-        state.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        state.model = model = synchronise_batch_norms(model)
     teacher = build_teacher(cfg.objective, chosen, world.device, cfg.model.cache_dir)
     objective = create_objective(cfg.objective, model, teacher)
     state.optimizer = create_optimizer(model, cfg.optim, world.device)

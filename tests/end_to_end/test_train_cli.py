@@ -136,6 +136,30 @@ def test_shards_train_and_a_checkpoint_is_evaluated_alone(inputs):
     assert not list((inputs.logs / "evaluated" / "checkpoints").glob("*.pt"))
 
 
+def test_towers_of_timm_and_resnets_train_at_another_size_in_part_and_recomputing(inputs, tmp_path):
+    towers = {
+        "timm": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "mlp", "image_size": 160},
+        "resnet": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 96},
+    }
+    for name, vision_cfg in towers.items():
+        model = write_model(tmp_path / name, vision_cfg=vision_cfg)
+        shared = ["--train-data", inputs.csv, "--workers", 0, "--epochs", 1, "--force-patch-dropout", 0.0]
+        run(
+            *options(inputs, name, *shared, "--model", model, "--force-image-size", 64, "--grad-checkpointing"),
+            *("--lock-image", "--lock-image-unlocked-groups", 2, "--lock-image-freeze-bn-stats"),
+        )
+        folder = inputs.logs / name
+        losses = scalars(folder)["train/loss"]
+        assert sorted(losses) == list(range(6))
+        assert all(0 < loss < 10 for loss in losses.values())
+        run(
+            *options(inputs, f"{name}-evaluated", "--val-data", inputs.csv, "--workers", 0, "--model", model),
+            *("--force-image-size", 64, "--pretrained", folder / "checkpoints/epoch_1.pt"),
+        )
+        (line,) = results(inputs.logs / f"{name}-evaluated")
+        assert line["num_samples"] == 24
+
+
 def test_an_error_on_two_processes_ends_both(inputs):
     printed = run(
         *options(inputs, "missing-2", "--train-data", "nowhere.csv", "--dist-backend", "gloo"), ranks=2, status=1

@@ -26,11 +26,10 @@ def train(name: str, device: torch.device) -> tuple[list[float], Calls]:
         device=device,
         autocast=precision.get_autocast("fp32", device),
     )
-    losses = []
-    for step in range(STEPS):
-        batch = move(families.batch(model, step), device)
-        with Calls() as calls:
-            losses.append(trainer.step([batch], step)["loss"].detach())
+    batches = [move(families.batch(model, step), device) for step in range(STEPS)]
+    losses = [trainer.step([batch], step)["loss"].detach().clone() for step, batch in enumerate(batches[:-1])]
+    with Calls() as calls:
+        losses.append(trainer.step([batches[-1]], STEPS - 1)["loss"].detach())
     return torch.stack(losses).tolist(), calls
 
 

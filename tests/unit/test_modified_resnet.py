@@ -12,6 +12,7 @@ import open_clip
 import tower_cases as cases
 from open_clip import checkpoint, pos_embed
 from open_clip.modified_resnet import AttentionPool2d, Bottleneck, ModifiedResNet
+from training import build
 
 
 def tower(**changes: object) -> ModifiedResNet:
@@ -106,6 +107,17 @@ def test_what_cannot_be_built_is_said() -> None:
         tower(image_size=16)
     with pytest.raises(ValueError, match="256 cannot be divided into 3 heads"):
         tower(heads=3)
+
+
+def test_patch_dropout_has_no_effect_and_says_so(caplog) -> None:
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_dropout": 0.5}
+    open_clip.CLIP(24, vision, dict(cases.TEXT))
+    assert "a ResNet has no patches to leave out" in caplog.text
+
+
+def test_synchronised_batch_norms_are_torchs() -> None:
+    model = open_clip.CLIP(24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}, dict(cases.TEXT))
+    assert isinstance(build.synchronise_batch_norms(model).visual.bn1, nn.SyncBatchNorm)
 
 
 def test_a_seed_gives_initial_weights_of_the_right_size() -> None:

@@ -17,6 +17,7 @@ import tower_cases as cases
 from open_clip import config as registry
 from open_clip.layers import GELU, QuickGELU
 from open_clip.timm_model import TimmModel
+from training import build
 
 timm = pytest.importorskip("timm")
 
@@ -175,6 +176,18 @@ def test_constant_batch_norms_keep_their_activation() -> None:
         tower.lock(freeze_bn_stats=True)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
         torch.testing.assert_close(tower.train()(cases.images(160)), before)
+
+
+def test_synchronised_batch_norms_keep_their_activation(tmp_path: Path) -> None:
+    model = create(tmp_path, config("test_efficientnet", 160, timm_proj="linear"))
+    model.load_state_dict(cases.weights(model.state_dict()))
+    with torch.no_grad():
+        before = model.eval().encode_image(cases.images(160))
+        model = build.synchronise_batch_norms(model)
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        assert norms
+        assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        torch.testing.assert_close(model.encode_image(cases.images(160)), before)
 
 
 def test_unlocking_more_than_there_is_says_so(caplog) -> None:
