@@ -3,8 +3,8 @@
     PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/record_towers.py
 
 Writes into tests/parity/fixtures:
-  towers.json  digests of the keys, shapes and dtypes of all ResNet and timm architectures, and of tiny timm towers with
-               every pooling and projection, with their features; intermediate features; what locking leaves trainable
+  towers.json  digests of the keys, shapes and dtypes of tiny timm towers with every pooling and projection, and their
+               features; intermediate features; what locking leaves trainable
   towers.pt    features and forward outputs of two models of each family, and position tables that were resized
 """
 
@@ -23,23 +23,6 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-def is_foreign(cfg: dict) -> bool:
-    vision = cfg["vision_cfg"]
-    return "timm_model_name" in vision or isinstance(vision.get("layers"), list)
-
-
-def state_dicts() -> dict:
-    found = {}
-    for name in open_clip.list_models():
-        cfg = open_clip.get_model_config(name)
-        if is_foreign(cfg) and "hf_model_name" not in cfg["text_cfg"]:
-            cls = "CustomTextCLIP" if cfg.pop("custom_text", False) else "CLIP"
-            with torch.device("meta"):
-                model = getattr(models, cls)(**cfg)
-            found[name] = {"class": cls, "digest": cases.digest(cases.layout(model))}
-    return found
 
 
 @torch.no_grad()
@@ -134,7 +117,7 @@ def resized() -> dict:
 
 
 def main() -> None:
-    parts = {"state_dicts": state_dicts(), "heads": heads(), "intermediates": intermediates(), "locks": locks()}
+    parts = {"heads": heads(), "intermediates": intermediates(), "locks": locks()}
     (FIXTURES / "towers.json").write_text(json.dumps(parts, indent=0) + "\n")
     torch.save({"features": features(), "resized": resized()}, FIXTURES / "towers.pt")
 
