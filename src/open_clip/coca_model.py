@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from . import generation
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .layers import KeyValueCache
-from .model import INIT_LOGIT_SCALE, TextTowerApart, _build_text_tower, _build_vision_tower, _layer_types
+from .model import INIT_LOGIT_SCALE, TextTowerApart
 from .multimodal_transformer import DecoderCaches, MultimodalTransformer
 from .text_transformer import TextEncoder
+from .towers import build_text_tower, build_vision_tower, layer_types
 from .utils import evaluating, expect
 
 __all__ = ["CoCa", "MultimodalCfg", "prepare_inputs_for_generation"]
@@ -40,7 +41,7 @@ def _build_decoder(
         multimodal_cfg.ls_init_value,
         output_dim=vocab_size,
         batch_first=True,
-        **_layer_types(multimodal_cfg, quick_gelu, cast_dtype),
+        **layer_types(multimodal_cfg, quick_gelu, cast_dtype),
     )
 
 
@@ -98,8 +99,8 @@ class CoCa(TextTowerApart):
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
         # open_clip's checkpoints, and random weights, begin with the text tower's
-        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
-        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
+        self._place_text_tower(build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        self.visual = build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks of towers and decoder in the backward pass in place of keeping their activations."""

@@ -160,7 +160,8 @@ def create_model(
         output_dict: whether the model's forward returns a dictionary.
         require_pretrained: whether a model without weights is an error.
         weights_only: kept for scripts written for open_clip; nothing in a file is run in any case.
-        model_kwargs: replace top-level keys of the configuration: `init_logit_bias=-10`.
+        model_kwargs: replace top-level keys of the configuration: `init_logit_bias=-10`. And `pretrained_hf`, which is
+            what `pretrained_text` was called before open_clip 3.
 
     Raises:
         RuntimeError: the name or tag is not known, weights could not be had or are another model's, the device is not
@@ -175,6 +176,7 @@ def create_model(
         )
     check_precision(precision)
     target = _resolve_device(device)
+    pretrained_text = model_kwargs.pop("pretrained_hf", pretrained_text)
     recipe = read_recipe(model_name, pretrained, cache_dir)
     override(
         recipe.model_cfg,

@@ -7,8 +7,6 @@ under `text`. They differ in nothing else.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -18,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .config import CLIPTextCfg, CLIPVisionCfg
 from .hf_model import HFTextEncoder
-from .layers import GELU, Attention, LayerNorm, LayerNormFp32, ModuleFactory, MultiheadAttention, QuickGELU
-from .modified_resnet import STRIDE, ModifiedResNet
+from .layers import Attention, MultiheadAttention
+from .modified_resnet import STRIDE
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_transformer import TextEncoder, TextTransformer
 from .timm_model import TimmModel
+from .towers import build_text_tower, build_vision_tower
 from .transformer import VisionTransformer
 from .utils import to_2tuple
 
@@ -61,79 +60,6 @@ def get_cast_dtype(precision: str) -> torch.dtype | None:
 def get_input_dtype(precision: str) -> torch.dtype | None:
     """The dtype that images are given in, None for float32."""
     return get_cast_dtype(precision.removeprefix("pure_"))
-
-
-# ---- towers ----
-
-
-def _layer_types(
-    cfg: CLIPVisionCfg | CLIPTextCfg, quick_gelu: bool, cast_dtype: torch.dtype | None
-) -> dict[str, ModuleFactory]:
-    act_layer: ModuleFactory = QuickGELU if quick_gelu else GELU
-    norm_layer: ModuleFactory = LayerNormFp32 if cast_dtype in (torch.float16, torch.bfloat16) else LayerNorm
-    if cfg.act_kwargs:
-        if quick_gelu:
-            raise ValueError(f"act_kwargs {cfg.act_kwargs} have no effect on QuickGELU: leave out one of them")
-        act_layer = functools.partial(act_layer, **cfg.act_kwargs)
-    if cfg.norm_kwargs:
-        norm_layer = functools.partial(norm_layer, **cfg.norm_kwargs)
-    return {"act_layer": act_layer, "norm_layer": norm_layer}
-
-
-def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, *without: str) -> dict[str, Any]:
-    """The fields of `cfg` that native towers take under the same name: all but those that begin as named."""
-    names = [field.name for field in dataclasses.fields(cfg)]
-    return {name: getattr(cfg, name) for name in names if not name.startswith((*without, "act_kwargs", "norm_kwargs"))}
-
-
-def _build_vision_tower(
-    embed_dim: int,
-    vision_cfg: CLIPVisionCfg | Mapping[str, Any],
-    quick_gelu: bool = False,
-    cast_dtype: torch.dtype | None = None,
-) -> VisionTransformer | ModifiedResNet | TimmModel:
-    cfg = as_config(CLIPVisionCfg, vision_cfg)
-    if cfg.timm_model_name:
-        return TimmModel(
-            cfg.timm_model_name,
-            embed_dim,
-            image_size=cfg.image_size,
-            pool=cfg.timm_pool,
-            proj=cfg.timm_proj,
-            proj_bias=cfg.timm_proj_bias,
-            drop=cfg.timm_drop,
-            drop_path=cfg.timm_drop_path,
-            patch_drop=cfg.patch_dropout or None,
-            pretrained=cfg.timm_model_pretrained,
-            act_kwargs=cfg.act_kwargs,
-        )
-    if isinstance(cfg.layers, (tuple, list)):
-        if cfg.patch_dropout:
-            logger.warning("patch_dropout=%s has no effect: a ResNet has no patches to leave out.", cfg.patch_dropout)
-        heads = cfg.width * STRIDE // cfg.head_width
-        return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
-    options = _tower_options(cfg, "timm_", "head_width") | _layer_types(cfg, quick_gelu, cast_dtype)
-    return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
-
-
-def _build_text_tower(
-    embed_dim: int,
-    text_cfg: CLIPTextCfg | Mapping[str, Any],
-    quick_gelu: bool = False,
-    cast_dtype: torch.dtype | None = None,
-) -> TextTransformer | HFTextEncoder:
-    cfg = as_config(CLIPTextCfg, text_cfg)
-    if cfg.hf_model_name:
-        return HFTextEncoder(
-            cfg.hf_model_name,
-            output_dim=embed_dim,
-            pooler_type=cfg.hf_pooler_type,
-            proj_type=cfg.hf_proj_type,
-            pretrained=cfg.hf_model_pretrained,
-            output_tokens=cfg.output_tokens,
-        )
-    options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
-    return TextTransformer(output_dim=embed_dim, **(options | _layer_types(cfg, quick_gelu, cast_dtype)))
 
 
 # ---- two towers ----
@@ -188,8 +114,8 @@ class TwoTowers(nn.Module):
     def _build_towers(
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
-        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
-        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        self.visual = build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
+        self._place_text_tower(build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
 
     def _place_text_tower(self, text: Any) -> None:
         self.context_length = text.context_length

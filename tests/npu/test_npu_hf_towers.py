@@ -20,7 +20,7 @@ def make_model(folder: Path, kind: str, checkpointing: bool = False) -> torch.nn
     """Without dropout, which draws other numbers on each device."""
     torch.manual_seed(0)
     hf_cases.write_clip(folder, kind, **hf_cases.NO_DROPOUT[kind])
-    model = create_model(f"local-dir:{folder}", load_weights=False, output_dict=True)
+    model = create_model(f"local-dir:{folder}", pretrained_text=False, output_dict=True)
     if checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -64,7 +64,7 @@ STRICT = """
 from open_clip import create_model
 import torch
 import hf_cases, npu_training
-model = create_model("NAME", load_weights=False, output_dict=True)
+model = create_model("NAME", pretrained_text=False, output_dict=True)
 trainer = npu_training.make_trainer(npu_training.NPU, model=model)
 ids = hf_cases.texts("KIND").repeat(3, 1)[:8]
 loss = trainer.step([npu_training.move(npu_training.make_batch(0) | {"text": ids}, npu_training.NPU)], 0)["loss"]
@@ -83,7 +83,7 @@ def test_nothing_falls_to_a_slow_path(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_trains(kind: str, precision: str, tmp_path: Path) -> None:
     whole = make_trainer(CPU, model=make_model(tmp_path, kind)).step([batch(0, kind)], 0)["loss"]
-    model = create_model(f"local-dir:{tmp_path}", load_weights=False, output_dict=True, precision=precision)
+    model = create_model(f"local-dir:{tmp_path}", pretrained_text=False, output_dict=True, precision=precision)
     model.load_state_dict(make_model(tmp_path, kind).state_dict())
     trainer = make_trainer(NPU, precision, model=model)
     given = move(batch(0, kind), NPU)

@@ -186,7 +186,7 @@ def test_intermediates(kind, tmp_path):
 
 
 def test_a_whole_model_gives_intermediates_too(tmp_path):
-    model = open_clip.create_model(hf_cases.write_clip(tmp_path, "mt5"), load_weights=False).eval()
+    model = open_clip.create_model(hf_cases.write_clip(tmp_path, "mt5"), pretrained_text=False).eval()
     image, _ = tiny_clip.inputs()
     found = model.forward_intermediates(image[:1], hf_cases.texts("mt5"), output_logits=True)
     assert found["image_logits"].shape == (1, 3)
@@ -266,7 +266,7 @@ def test_unlocking_too_much_is_said(tmp_path, caplog):
 
 
 def test_what_the_whole_model_asks_of_its_text_tower(tmp_path):
-    model = open_clip.create_model(hf_cases.write_clip(tmp_path, "m2m_100"), load_weights=False)
+    model = open_clip.create_model(hf_cases.write_clip(tmp_path, "m2m_100"), pretrained_text=False)
     assert open_clip.get_model_tokenize_cfg(model) == {"context_length": 14, "vocab_size": 30}
     assert (model.context_length, model.vocab_size) == (14, 30)
     assert model.no_weight_decay() == {"visual.positional_embedding", "visual.class_embedding"}
@@ -283,12 +283,12 @@ def test_what_the_whole_model_asks_of_its_text_tower(tmp_path):
 @pytest.mark.parametrize("kind", ["roberta", "bert", "mt5", "m2m_100"])
 def test_a_model_built_on_meta_is_the_model_built_plainly(kind, precision, tmp_path):
     name = hf_cases.write_clip(tmp_path, kind)
-    plain = native_cases.set_weights(open_clip.create_model(name, load_weights=False))
+    plain = native_cases.set_weights(open_clip.create_model(name, pretrained_text=False))
     # files that were written with transformers before 4.31 have this table
     save(plain, tmp_path, **{"text.transformer.embeddings.position_ids": torch.arange(14)[None]})
     loaded = open_clip.create_model(name, precision=precision).eval()
     checkpoint.check_nothing_on_meta(loaded, "the file")
-    plain = open_clip.create_model(name, load_weights=False, precision=precision).eval()
+    plain = open_clip.create_model(name, pretrained_text=False, precision=precision).eval()
     plain.load_state_dict(loaded.state_dict())
     with torch.no_grad():
         assert torch.equal(loaded.encode_text(hf_cases.texts(kind)), plain.encode_text(hf_cases.texts(kind)))
@@ -343,7 +343,7 @@ def test_a_model_with_weights_of_its_own_does_not_fetch_the_towers(tmp_path, mon
         with pytest.raises(AssertionError, match="were fetched"):
             open_clip.create_model(name)
         model = open_clip.create_model(name, pretrained_text=False)
-        open_clip.create_model(name, load_weights=False)
+        open_clip.create_model(name, pretrained_hf=False)  # its older name
         open_clip.create_model(name, device="meta")
         torch.save(model.text.state_dict(), tmp_path / "text.bin.tower")
         partly = open_clip.create_model(name, pretrained_text_path=str(tmp_path / "text.bin.tower"))
@@ -380,7 +380,7 @@ def test_all_ten_text_towers_build_without_a_network_and_have_the_published_size
         if cfg["text_cfg"].get("hf_model_name"):
             text_cfg = cfg["text_cfg"] | {"hf_model_pretrained": False}
             with torch.device("meta"), checkpoint.no_initialisation():
-                tower = open_clip.model._build_text_tower(cfg["embed_dim"], text_cfg)
+                tower = open_clip.towers.build_text_tower(cfg["embed_dim"], text_cfg)
             found[name] = round(sum(parameter.numel() for parameter in tower.parameters()) / 1e6, 2)
     assert found == PUBLISHED_MILLIONS
 

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def make_model(folder: Path, kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     hf_cases.write_clip(folder, kind)
-    return create_model(f"local-dir:{folder}", load_weights=False, output_dict=True)
+    return create_model(f"local-dir:{folder}", pretrained_text=False, output_dict=True)
 
 
 def make_trainer(model: torch.nn.Module) -> Trainer:

@@ -31,6 +31,7 @@ FLOORS = [
     ["open_clip.blocks"],
     ["open_clip.text_transformer", "open_clip.multimodal_transformer"],
     ["open_clip.transformer", "open_clip.modified_resnet", "open_clip.timm_model", "open_clip.hf_model"],
+    ["open_clip.towers"],
     ["open_clip.model"],
     ["open_clip.coca_model", "open_clip.convert", "open_clip.mismatch"],
     ["open_clip.checkpoint", "open_clip.recipe"],

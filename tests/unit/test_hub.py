@@ -274,7 +274,7 @@ def test_no_file_leaves_the_repository(hub, filename):
 def test_a_configuration_that_points_to_a_folder(hub, tiny, key, name):
     config = {"model_cfg": tiny_clip.config(text={key: name})}
     hub.put("org/tiny", {**tiny[1], CONFIG: json.dumps(config).encode()})
-    with pytest.raises(ValueError, match=rf"open_clip_config.json of org/tiny has {key}=.* may not point"):
+    with pytest.raises(ValueError, match=rf"configuration of org/tiny has {key}=.* may not point"):
         open_clip.create_model("hf-hub:org/tiny")
     with pytest.raises(ValueError, match="may not point"):
         open_clip.get_tokenizer("hf-hub:org/tiny")

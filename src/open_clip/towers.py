@@ -1,0 +1,94 @@
+"""The towers that a configuration describes: which class, and with which of its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .hf_model import HFTextEncoder
+from .layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
+from .modified_resnet import STRIDE, ModifiedResNet
+from .text_transformer import TextTransformer
+from .timm_model import TimmModel
+from .transformer import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+
+def layer_types(
+    cfg: CLIPVisionCfg | CLIPTextCfg, quick_gelu: bool, cast_dtype: torch.dtype | None
+) -> dict[str, ModuleFactory]:
+    """`act_layer` and `norm_layer` of native towers; norms compute in float32 where weights will be half precision."""
+    act_layer: ModuleFactory = QuickGELU if quick_gelu else GELU
+    norm_layer: ModuleFactory = LayerNormFp32 if cast_dtype in (torch.float16, torch.bfloat16) else LayerNorm
+    if cfg.act_kwargs:
+        if quick_gelu:
+            raise ValueError(f"act_kwargs {cfg.act_kwargs} have no effect on QuickGELU: leave out one of them")
+        act_layer = functools.partial(act_layer, **cfg.act_kwargs)
+    if cfg.norm_kwargs:
+        norm_layer = functools.partial(norm_layer, **cfg.norm_kwargs)
+    return {"act_layer": act_layer, "norm_layer": norm_layer}
+
+
+def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, *without: str) -> dict[str, Any]:
+    """The fields of `cfg` that native towers take under the same name: all but those that begin as named."""
+    names = [field.name for field in dataclasses.fields(cfg)]
+    return {name: getattr(cfg, name) for name in names if not name.startswith((*without, "act_kwargs", "norm_kwargs"))}
+
+
+def build_vision_tower(
+    embed_dim: int,
+    vision_cfg: CLIPVisionCfg | Mapping[str, Any],
+    quick_gelu: bool = False,
+    cast_dtype: torch.dtype | None = None,
+) -> VisionTransformer | ModifiedResNet | TimmModel:
+    """timm's tower where its name is given, a ResNet where `layers` are of four stages, else the native ViT."""
+    cfg = as_config(CLIPVisionCfg, vision_cfg)
+    if cfg.timm_model_name:
+        return TimmModel(
+            cfg.timm_model_name,
+            embed_dim,
+            image_size=cfg.image_size,
+            pool=cfg.timm_pool,
+            proj=cfg.timm_proj,
+            proj_bias=cfg.timm_proj_bias,
+            drop=cfg.timm_drop,
+            drop_path=cfg.timm_drop_path,
+            patch_drop=cfg.patch_dropout or None,
+            pretrained=cfg.timm_model_pretrained,
+            act_kwargs=cfg.act_kwargs,
+        )
+    if isinstance(cfg.layers, (tuple, list)):
+        if cfg.patch_dropout:
+            logger.warning("patch_dropout=%s has no effect: a ResNet has no patches to leave out.", cfg.patch_dropout)
+        heads = cfg.width * STRIDE // cfg.head_width
+        return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
+    options = _tower_options(cfg, "timm_", "head_width") | layer_types(cfg, quick_gelu, cast_dtype)
+    return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
+
+
+def build_text_tower(
+    embed_dim: int,
+    text_cfg: CLIPTextCfg | Mapping[str, Any],
+    quick_gelu: bool = False,
+    cast_dtype: torch.dtype | None = None,
+) -> TextTransformer | HFTextEncoder:
+    """Hugging Face's tower where its name is given, else the native transformer."""
+    cfg = as_config(CLIPTextCfg, text_cfg)
+    if cfg.hf_model_name:
+        return HFTextEncoder(
+            cfg.hf_model_name,
+            output_dim=embed_dim,
+            pooler_type=cfg.hf_pooler_type,
+            proj_type=cfg.hf_proj_type,
+            pretrained=cfg.hf_model_pretrained,
+            output_tokens=cfg.output_tokens,
+        )
+    options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
+    return TextTransformer(output_dim=embed_dim, **(options | layer_types(cfg, quick_gelu, cast_dtype)))
