@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import repeat
 from typing import Any
@@ -15,6 +16,14 @@ def expect(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise a ValueError where the option `name` has a value that is not among the `known`."""
     if value not in known:
         raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's `main`. What its reader can mend ends it with that sentence alone, and the status 1."""
+    try:
+        main()
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        sys.exit(str(error))
 
 
 def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: bool) -> None:

@@ -74,3 +74,14 @@ def test_nested_groups_are_made_trainable() -> None:
     utils.set_trainable([parameter], True)
     assert parameter.requires_grad
     assert not linear.weight.requires_grad
+
+
+def test_a_command_ends_with_the_sentence_that_helps():
+    def main() -> None:
+        raise ValueError("This is wrong: do that.")
+
+    with pytest.raises(SystemExit) as ended:
+        utils.run_command(main)
+    assert ended.value.code == "This is wrong: do that."
+    with pytest.raises(AttributeError):  # a bug keeps its traceback
+        utils.run_command(lambda: None.missing)

@@ -12,6 +12,7 @@ from ..factory import create_model, get_tokenizer
 from ..push_to_hf_hub import save_for_hf
 from ..push_to_hf_hub.for_transformers import save_for_transformers
 from ..recipe import read_recipe
+from ..utils import run_command
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from ..checkpoint import PRECISIONS
+from ..utils import run_command
 from . import push_pretrained_to_hf_hub
 
 
@@ -50,4 +51,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
