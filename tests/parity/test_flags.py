@@ -24,6 +24,12 @@ OURS = {
     "dist_timeout": 1800.0,
     "fp32_matmul": "high",
     "profile_steps": None,
+    "save_every_n_steps": 0,
+    "keep_last": 2,
+    "on_save_failure": "continue",
+    "sync_save": False,
+    "ema_decay": None,
+    "max_bad_steps": 10,
 }
 
 

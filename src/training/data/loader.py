@@ -37,6 +37,20 @@ class DataInfo:
         if self.sampler is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's position: after the last batch that was received."""
+        loader, sampler = self.dataloader, self.sampler
+        if not isinstance(loader, Loader) or not isinstance(sampler, TrainSampler):
+            return {}
+        return {"epoch": sampler.epoch, "samples": loader.received * sampler.batch_size, "start": sampler.start}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """The next pass begins where all ranks of the saving run together were."""
+        if not isinstance(self.sampler, TrainSampler):
+            return
+        self.sampler.epoch = states[0]["epoch"]
+        self.sampler.start = states[0]["start"] + sum(state["samples"] for state in states)
+
 
 class Loader(DataLoader):
     """A DataLoader of dict batches with `num_samples` (of an epoch, over all ranks) and `num_batches` (this rank's).
@@ -81,6 +95,7 @@ class Loader(DataLoader):
         self.num_batches = num_batches
         self.skipped = skipped
         self.classes = classes
+        self.received = 0
         self._alone = not world.distributed
 
     def __len__(self) -> int:
@@ -89,7 +104,9 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         skipped_before = self.skipped.total()
         empty = True
+        self.received = 0
         for batch in self._batches():
+            self.received += 1
             if batch is not None:  # None: every sample of it was bad
                 empty = False
                 yield batch
@@ -124,9 +141,11 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _init_worker(worker_id: int) -> None:
-    # Ctrl-C goes to the whole process group: the main process alone answers it, and ends the workers.
+    # Signals that stop a run go to the whole process group: the main process alone answers them, and ends the workers.
     # (That torch computes with one thread in a worker is DataLoader's own doing.)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def tokenizes_randomly(tokenizer: Any) -> bool:

@@ -76,9 +76,11 @@ class TrainSampler(Sampler[list[SampleRef]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = epoch
+        self.start = 0  # samples of the epoch that are done
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
         return self.num_samples // (self.batch_size * self.world_size)
@@ -86,8 +88,8 @@ class TrainSampler(Sampler[list[SampleRef]]):
     def __iter__(self) -> Iterator[list[SampleRef]]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
-        mine = torch.randperm(self.num_samples, generator=generator)[self.rank :: self.world_size]
-        for step in range(len(self)):
+        mine = torch.randperm(self.num_samples, generator=generator)[self.start :][self.rank :: self.world_size]
+        for step in range((self.num_samples - self.start) // (self.batch_size * self.world_size)):
             batch = mine[step * self.batch_size : (step + 1) * self.batch_size]
             yield [SampleRef(row, epoch) for row in batch.tolist()]
 
