@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from open_clip import device as devices
 from training.params import DistributedConfig
@@ -128,6 +129,13 @@ def barrier() -> None:
         token.item()  # a device's collectives only queue: this waits
 
 
+def says_that_a_peer_died(error: BaseException) -> bool:
+    """Whether an error is only what another process's end looks like from here."""
+    text = str(error).lower()
+    signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "gloo/transport", "socket timeout")
+    return isinstance(error, RuntimeError) and world().distributed and any(sign in text for sign in signs)
+
+
 def host_group() -> Any:
     """The group for what hosts tell each other: gloo, on CPU tensors. None (the default) in a group made by others."""
     return _host_group
@@ -143,6 +151,11 @@ def world_info_from_env() -> tuple[int, int, int]:
     if not 0 <= rank < world_size:
         raise RuntimeError(f"{rank_name}={rank} is not below {size_name}={world_size}: these variables disagree.")
     return _integer(local_name) if local_name in os.environ else 0, rank, world_size
+
+
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has started these processes anew, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _launcher() -> str | None:
@@ -192,8 +205,13 @@ def _join(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     for name, value in devices.row(device).collective_env.items():
         os.environ.setdefault(name, value)
+    where: dict[str, Any] = {"init_method": url}
+    if restarts() > 0:
+        # The launcher's store is the one of the processes before, and has their addresses in it.
+        store = next(iter(rendezvous(url, rank, world_size, timeout=timeout)))[0]
+        where = {"store": dist.PrefixStore(f"restart_{restarts()}", store)}
     # No device_id: with one, a later mesh asks the backend to split a group, which HCCL cannot.
-    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
     global _host_group
     _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import sys
 import time
@@ -85,6 +84,10 @@ def _log_end(error: Exception, debug: bool) -> None:
             "Out of memory: %s Try --grad-checkpointing, or a smaller --batch-size with a larger --accum-freq.", error
         )
         return
+    if distributed.says_that_a_peer_died(error):
+        reason = str(error).strip().partition("\n")[0]
+        log.error("Another process of this run has ended, so this one does. The first error is the cause. %s", reason)
+        return
     own_files = Path(open_clip.__file__).parents[1]
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = isinstance(error, RuntimeError) and raised_in.is_relative_to(own_files)
@@ -138,7 +141,7 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
     folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
     found: tuple[bool, str | None] = (False, None)
     if world.is_master:
-        taken = folder is not None and (folder / "out.log").exists() and not _is_restart()
+        taken = folder is not None and (folder / "out.log").exists() and not distributed.restarts()
         found = (taken and cfg.resume is None, _find_checkpoint(cfg, folder))
     taken, resume_from = distributed.broadcast_object(None, found)
     if taken:
@@ -152,15 +155,10 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
     return folder, resume_from
 
 
-def _is_restart() -> bool:
-    """Whether torchrun (--max-restarts) has started these processes anew, after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:
     if cfg.resume != "latest":
         # What a restart goes on from is this run's own, whatever it began with.
-        own = get_latest_checkpoint(folder / "checkpoints") if folder is not None and _is_restart() else None
+        own = get_latest_checkpoint(folder / "checkpoints") if folder is not None and distributed.restarts() else None
         return own or cfg.resume
     latest = None
     if cfg.remote_sync is not None:
@@ -276,6 +274,8 @@ def _train_and_evaluate(
     if trainer is None and cfg.optim.ema_decay is not None:
         state.average = WeightAverage(model, cfg.optim.ema_decay)
     _resume(state, checkpoint, resume_from, cfg.checkpoint)
+    if trainer is not None:
+        trainer.rehearses = checkpoint is not None and world.distributed
     del checkpoint
     saver = None
     if trainer is not None and folder is not None:

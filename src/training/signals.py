@@ -48,7 +48,9 @@ class StopSignals(contextlib.AbstractContextManager):
             self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Stopped):
+            return  # the launcher, seeing one process end, may tell the others once more, who are about to
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

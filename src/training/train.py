@@ -51,6 +51,7 @@ class Trainer:
     pairs_at_peak: what a device could do in a second, for the log's MFU; None where that is not known.
     guard: skips steps whose numbers are not finite; None: they are taken as they are.
     average: of the weights, updated after each step; None without.
+    rehearses: the first step is preceded by one that changes nothing, see `rehearse`.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Trainer:
     pairs_at_peak: float | None = None
     guard: StepGuard | None = None
     average: WeightAverage | None = None
+    rehearses: bool = False
 
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
@@ -78,6 +80,8 @@ class Trainer:
         """Update `number` (from 0) of the weights, from `accum_freq` batches on the device; the losses, there too."""
         if self.scheduler is not None:
             self.scheduler(number)
+        if self.rehearses:
+            self.rehearse(batches)
         if self.guard is not None:
             self.guard.begin(number, batches)
         self.optimizer.zero_grad()  # to None or to zero, as the optimizer prefers
@@ -90,6 +94,19 @@ class Trainer:
         if self.average is not None:
             self.average.update(number, None if self.guard is None else self.guard.skipped)
         return losses
+
+    def rehearse(self, batches: list[Batch]) -> None:
+        """Forward and backward, of which nothing remains but DDP's buckets, for a resumed run of several processes.
+
+        DDP arranges gradients anew after its first backward pass, and how they are arranged decides in which order the
+        ranks' are added up. The unbroken run did so long ago; without this the first step would round differently.
+        """
+        self.rehearses = False
+        state, buffers = rng.torch_state(self.device), [buffer.clone() for buffer in self.model.buffers()]
+        self.backward(batches)
+        rng.set_torch_state(state, self.device)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def backward(self, batches: list[Batch]) -> Outputs:
         """Adds the gradient of the loss over the samples of all batches (times the scaler's factor); the losses."""
