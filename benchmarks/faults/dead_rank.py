@@ -12,17 +12,15 @@ import signal
 
 from harness import STEPS, Runs, differences, main
 
-RANKS = 4
 
-
-def measure(runs: Runs, timeout: int, seed: int) -> tuple[dict, bool]:
+def measure(runs: Runs, ranks: int, timeout: int, seed: int) -> tuple[dict, bool]:
     choose = random.Random(seed)
     options = ("--save-every-n-steps", 3, "--resume", "latest", "--dist-timeout", timeout)
-    step, rank = choose.randrange(4, STEPS - 1), choose.randrange(RANKS)
+    step, rank = choose.randrange(4, STEPS - 1), choose.randrange(ranks)
     faults = {"signal": {"rank": rank, "step": step, "number": signal.SIGKILL}}
-    assert runs.run("unbroken", *options, ranks=RANKS).status == 0
-    alone = runs.run("alone", *options, ranks=RANKS, faults=faults)
-    restarted = runs.run("restarted", *options, ranks=RANKS, faults=faults, torchrun=("--max-restarts", 1))
+    assert runs.run("unbroken", *options, ranks=ranks).status == 0
+    alone = runs.run("alone", *options, ranks=ranks, faults=faults)
+    restarted = runs.run("restarted", *options, ranks=ranks, faults=faults, torchrun=("--max-restarts", 1))
     figures = {
         "rank, step": [rank, step],
         "exit status without restarts": alone.status,
@@ -38,4 +36,4 @@ def measure(runs: Runs, timeout: int, seed: int) -> tuple[dict, bool]:
 
 
 if __name__ == "__main__":
-    main(measure, timeout=30, seed=0)
+    main(measure, ranks=4, timeout=30, seed=0)

@@ -49,7 +49,8 @@ def run(saver: Saver, epochs: int, steps_per_epoch: int = 4) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"save_every_n_steps": 3}, ["epoch_1.pt", "epoch_1_step_6.pt", "epoch_2.pt", "epoch_2_step_9.pt", "epoch_3.pt"]),
+        ({"save_every_n_steps": 3},
+         ["epoch_1.pt", "epoch_1_step_6.pt", "epoch_2.pt", "epoch_2_step_9.pt", "epoch_3.pt"]),
         ({"save_every_n_steps": 3, "keep_last": 1, "save_frequency": 0}, ["epoch_2_step_9.pt", "epoch_3.pt"]),
         ({"save_every_n_steps": 4, "save_frequency": 3}, ["epoch_1_step_4.pt", "epoch_2_step_8.pt", "epoch_3.pt"]),
         ({"save_every_n_steps": 2, "keep_last": 1, "delete_previous_checkpoint": True, "sync_save": True},

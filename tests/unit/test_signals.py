@@ -29,7 +29,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "status"), zip(KINDS, (143, 143, 130), strict=True))
+@pytest.mark.parametrize(("number", "status"), list(zip(KINDS, (143, 143, 130), strict=True)))
 def test_while_things_are_built_a_signal_ends_the_process(number, status):
     with pytest.raises(SystemExit) as stopped, StopSignals():
         send(number)

@@ -149,6 +149,28 @@ def test_ranks_that_accumulate_have_the_gradient_of_one_large_batch(tmp_path):
             assert_equal(rank[name], gradients_of(model))
 
 
+def ranks_resume(rank: int, world_size: int) -> list[dict]:
+    """Three steps of a wrapper, and the third again by a new one, from a checkpoint and after a rehearsal."""
+    batches = batches_of(3 * world_size)[rank::world_size]
+    whole = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0)
+    for number, batch in enumerate(batches[:2]):
+        whole.step([batch], number)
+    again = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0, rehearses=True)
+    again.model.load_state_dict(whole.model.state_dict())
+    state, found = torch.get_rng_state(), []
+    for trainer in (whole, again):
+        torch.set_rng_state(state)
+        trainer.step([batches[2]], 2)
+        found.append({name: p.detach().clone() for name, p in unwrap_model(trainer.model).named_parameters()})
+    return found
+
+
+def test_a_resumed_run_of_several_ranks_adds_up_in_the_order_of_the_unbroken_one(tmp_path):
+    for whole, again in run_ranks(__file__, "ranks_resume", (4,), tmp_path)[4]:
+        for name, value in whole.items():
+            assert torch.equal(again[name], value), name
+
+
 class Scaler:
     """A gradient scaler that writes down in which order it is used."""
 
