@@ -40,7 +40,7 @@ def exit_statuses(ended: Ended, ranks: int) -> list[int]:
     if ranks == 1:
         return [ended.status]
     assert ended.status == 1, ended.printed[-3000:]
-    return [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", ended.printed)]
+    return [int(code) for code in re.findall(r"(?m)^ *exitcode +: (-?\d+)", ended.printed)]
 
 
 def measure(runs: Runs, signals: int, seed: int) -> tuple[dict, bool]:
