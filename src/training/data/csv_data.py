@@ -57,7 +57,8 @@ class CsvDataset(Dataset):
         if not path:
             raise BadSample("no_image", row, "the image's path is empty")
         image = load_image(path, self.transforms, row)
-        return {"image": image, "text": caption if self.tokenizer is None else self.tokenizer([caption])[0]}
+        text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
+        return {"image": image, "text": text, "key": row}
 
 
 def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tuple[StringTable, StringTable]:
