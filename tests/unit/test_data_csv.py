@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 
 import pytest
@@ -253,3 +254,36 @@ def test_string_table():
 def test_string_tables_are_as_large_as_their_text():
     table = StringTable(["x" * 90] * 1000)
     assert len(pickle.dumps(table)) < 1000 * (90 + 8) + 2000
+
+
+def test_single_rows_that_are_not_utf_8_or_too_long_are_bad_rows(tmp_path):
+    path = write_csv(tmp_path, 30)
+    rows = path.read_bytes().splitlines()
+    rows[1 + 4] = rows[1 + 4].replace(b"picture", b"pict\xfcre")
+    rows[1 + 5] = rows[1 + 5].replace(b"picture", b"x" * (2**20) + b" picture")
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    val = val_data(path)
+    assert [number for batch in epoch_numbers(val) for number in batch] == [0, 1, 2, 3, *range(6, 30)]
+    assert val.skipped.counts() == {"corrupt_caption": 1, "huge_caption": 1}
+
+
+def test_paths_that_are_no_files_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
+    (tmp_path / "link.jpg").symlink_to("/dev/zero")
+    strange = [str(tmp_path / "fifo"), str(tmp_path / "link.jpg"), "pipe:touch ran", "https://host/a.jpg", "/dev/zero"]
+    strange += [str(tmp_path), f"file://{tmp_path}/0.jpg", "a\0b.jpg", "x" * 5000]
+    path = write_csv(tmp_path, 2)
+    path.write_text(path.read_text() + "".join(f"{name}\tpicture 9\n" for name in strange if "\0" not in name))
+    val = val_data(path)
+    assert epoch_numbers(val) == [[0, 1]]
+    assert val.skipped.counts() == {"missing_image": 8}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_batches_name_their_samples(tmp_path):
+    path = write_csv(tmp_path, 8)
+    (tmp_path / "3.jpg").unlink()
+    batches = list(train_data(path, workers=0).dataloader)
+    for batch in batches:
+        assert batch["key"] == [f"{tmp_path}/{n}.jpg (row {n + 1} of {path})" for n in batch["text"][:, 0].tolist()]
+    assert not any("/3.jpg" in key for batch in batches for key in batch["key"])  # another one came in its place

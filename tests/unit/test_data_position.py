@@ -83,7 +83,8 @@ def test_what_comes_after_a_resume_is_what_would_have_come(tmp_path, monkeypatch
     unbroken = loader(monkeypatch, options)
     whole = [take(unbroken, epoch) for epoch in (4, 5)]
     unbroken.dataloader.close()
-    for place in (1, 5, len(whole[0]) - 1, len(whole[0])) if workers else range(len(whole[0]) + 1):
+    end = len(whole[0])
+    for place in {0: (0, 1, 4, 6, end - 1, end), 2: (1, 4, end), 3: (5, end - 1)}[workers]:
         broken = loader(monkeypatch, options)
         assert take(broken, 4, place) == whole[0][:place]
         state = stored(broken.state_dict())
@@ -235,7 +236,7 @@ def keys(batches):
 
 
 @pytest.mark.parametrize("kind", ["csv", "shards"])
-@pytest.mark.parametrize(("before", "after"), [pair for pair in itertools.permutations(range(5), 2)][::2])
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(range(5), 2))[::4])
 def test_the_rest_of_an_epoch_on_another_layout_has_nothing_twice(
     tmp_path, monkeypatch, small_blocks, kind, before, after
 ):
@@ -259,10 +260,8 @@ def test_the_rest_of_an_epoch_on_another_layout_has_nothing_twice(
     steps = min(map(len, rests))
     rest = [key for batches in rests for key in keys(batches[:steps])]
     assert len(set(seen)) == len(seen) > 0
-    if kind == "shards":
-        assert not set(seen) & set(rest)
-        assert max(Counter(rest).values(), default=1) == 1
-    assert steps >= (1 if after[0] < 3 else 0)
+    assert not set(seen) & set(rest)
+    assert len(set(rest)) == len(rest) >= (1 if after[0] < 3 else 0)
 
 
 def test_a_rest_is_a_whole_one_when_shares_are_even(tmp_path, monkeypatch, small_blocks):

@@ -7,8 +7,8 @@ would have got, wherever in an epoch it was. With others:
 * inside an epoch, what its first part has seen does not come again in the rest of that epoch, and nothing comes twice
   in the rest. Rows (CSV, folders): the rest misses less than one global batch, as every epoch does. Shards: what the
   old readers had left is dealt to the new ones; all ranks stop where the first has nothing more, so the rest may miss
-  what the others then have left, about a shard and a batch for each reader. With resampling the rest has new draws, as
-  many as were missing;
+  what the others then have left, about a block (2,048 samples), a shard and a batch for each reader. With resampling
+  the rest has new draws, as many as were missing;
 * with other data or another seed a place means nothing: the epoch begins anew, with a warning.
 
 (An epoch of shards that is longer than what a reader's share holds goes round and so repeats samples, unbroken too.)
