@@ -525,3 +525,15 @@ def test_single_bad_shards_do_not_end_a_run():
         streak.add(BadSample("missing_shard", "x", "y"))
     with pytest.raises(NoUsableSamples):
         streak.add(BadSample("missing_shard", "x", "y"))
+
+
+def test_a_reader_that_begins_with_a_bad_shard_does_not_end_the_run(tmp_path):
+    bad = [(f"{n}.{kind}", b"picture 1") for n in range(150) for kind in ("jpg", "txt")]
+    write_tar(tmp_path / "0.tar", bad)
+    for shard in range(1, 6):
+        write_tar(tmp_path / f"{shard}.tar", pairs(range(20)))
+    assert len(used(val_data(f"{tmp_path}/{{0..5}}.tar"))) == 100
+    for shard in range(1, 6):
+        write_tar(tmp_path / f"{shard}.tar", bad)
+    with pytest.raises(NoUsableSamples, match=r"601 that are not"):
+        used(val_data(f"{tmp_path}/{{0..5}}.tar"))

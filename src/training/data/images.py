@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import warnings
 from collections.abc import Callable
 from os import PathLike, fspath
 from typing import Any
@@ -33,18 +34,18 @@ def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], A
     else:
         _check_file(fspath(source), name)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else fspath(source)) as image:
+        with warnings.catch_warnings():
+            # between one and two times its limit Pillow only warns
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else fspath(source))
+        with opened as image:
             if image.format in _RUN_PROGRAMS:
                 raise Image.UnidentifiedImageError(f"{image.format} images are not opened")
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                # between one and two times the limit PIL itself only warns
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, the limit is {limit}")
             if transform is None:
                 image.load()
                 return image.copy()
             return transform(image)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("huge_image", name, str(error)) from error
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ValueError...
         raise BadSample("corrupt_image", name, f"{type(error).__name__}: {error}") from error

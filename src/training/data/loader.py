@@ -226,7 +226,8 @@ class WholeSamples(Dataset):
         self.seed = seed
         self.is_train = is_train
         self.skipped = skipped
-        self.streak = Streak(source)  # of this worker's copy
+        # (of this worker's copy)
+        self.streak = Streak(source, None if distributed.world().distributed else BAD_IN_A_ROW)
 
     def __len__(self) -> int:
         return self.length

@@ -18,7 +18,7 @@ import torch
 
 from training.data.sampling import stable_hash
 from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample, read_shard, unusable
-from training.data.skips import BadSample, SkipCounter, Streak
+from training.data.skips import BAD_IN_A_ROW, BAD_SHARDS, BadSample, SkipCounter, Streak
 
 # A block is full with so many samples, or with so many bytes of them. The next one is read while one is given out, so
 # that a reader holds about one block (still encoded), and at most two.
@@ -81,6 +81,7 @@ class Collection:
 
     endless: in training, passes follow one another, shuffled; in evaluation there is one, in order. resampled: shards
     are drawn with replacement, with probabilities proportional to `weights`. sizes: samples by shard, where known.
+    alone: there is one rank.
     """
 
     urls: Sequence[str]
@@ -89,6 +90,12 @@ class Collection:
     resampled: bool = False
     weights: Sequence[float] | None = None
     sizes: Mapping[str, int] | None = None
+    alone: bool = True
+
+    def streak(self, source: str) -> Streak:
+        """Tells useless data, in one reader's stream of samples."""
+        limit = BAD_IN_A_ROW if self.endless or self.alone else None
+        return Streak(source, limit, min(BAD_SHARDS, len(self.urls)), endless=self.endless)
 
     def regular_pass(self, epoch: int, turn: int, reader: int, readers: int, salt: int = 0) -> Pass | None:
         """Pass number `turn` of one reader among so many; None where there is no such pass.
@@ -181,7 +188,7 @@ class Reader:
         self.passes = passes
         self.order_key = order_key
         self.skipped = skipped
-        self.streak = Streak(source, endless=collection.endless)
+        self.streak = collection.streak(source)
 
     def samples(self, start: Cursor, give_up_after: int | None) -> Iterator[tuple[Sample, Cursor]]:
         """From `start` on. `give_up_after`: that many passes without any sample are an error.
@@ -259,7 +266,7 @@ class Reader:
             if counts_shard:
                 self._add(bad, visit.shard)
             else:
-                self.streak.add(bad)
+                self.streak.add(bad, visit.shard)
         expected = (self.collection.sizes or {}).get(url, 0)
         if counts_shard and position < expected:
             lost = BadSample("lost_sample", url, f"it has {position} samples of the {expected} that sizes.json says")
@@ -267,4 +274,4 @@ class Reader:
 
     def _add(self, bad: BadSample, shard: int) -> None:
         self.skipped.add(bad, shard)
-        self.streak.add(bad)
+        self.streak.add(bad, shard)

@@ -16,7 +16,7 @@ from training import distributed
 logger = logging.getLogger(__name__)
 
 # What is counted. The order is the layout of the shared table.
-_SAMPLE_CAUSES = (
+SAMPLE_CAUSES = (
     "missing_image",  # the file is not there
     "empty_image",  # it has 0 bytes
     "corrupt_image",  # cannot be decoded: truncated, not an image
@@ -28,14 +28,15 @@ _SAMPLE_CAUSES = (
     "torn_sample",  # its shard is damaged between its members: they may not belong together
     "lost_sample",  # by sizes.json it should be in its shard, and is not
 )
-_SHARD_CAUSES = (
+SHARD_CAUSES = (
     "missing_shard",  # cannot be opened
     "corrupt_shard",  # breaks off or is no tar: what is whole in it is used
     "empty_shard",  # has no samples
 )
-CAUSES = _SAMPLE_CAUSES + _SHARD_CAUSES
+CAUSES = SAMPLE_CAUSES + SHARD_CAUSES
 
 BAD_IN_A_ROW = 100  # a run whose first samples are all bad stops after so many
+BAD_SHARDS = 5  # ... from so many shards, where there are as many
 # ... and a run that had good ones after so many, where a shard that cannot be used counts as _SHARD_WEIGHT samples: one
 # bad shard must not end a run of days, but where the storage has gone, no batch would ever come.
 _LATER_IN_A_ROW = 100_000
@@ -141,7 +142,7 @@ class SkipReport:
 
     @property
     def bad(self) -> int:
-        return sum(self.counts.get(cause, 0) for cause in _SAMPLE_CAUSES)
+        return sum(self.counts.get(cause, 0) for cause in SAMPLE_CAUSES)
 
     @property
     def fraction(self) -> float:
@@ -180,7 +181,7 @@ def report(data: Any) -> SkipReport:
         counts.update(their_counts)
         worst.update(their_worst)
         good, shards = good + their_good, shards + their_shards
-    bad = sum(counts[cause] for cause in _SAMPLE_CAUSES)
+    bad = sum(counts[cause] for cause in SAMPLE_CAUSES)
     found = SkipReport(
         counts={cause: counts[cause] for cause in CAUSES if counts[cause]},
         samples=good + bad,
@@ -209,30 +210,38 @@ class NoUsableSamples(ValueError):
 class Streak:
     """Raises where nothing but bad samples comes, so that useless data is an error and not a hang.
 
-    From the start, after `limit` of them. After a good one, only with `endless` (the data go round without end), and
-    late: single bad shards are the counters' business.
+    From the start, after `limit` of them from `least_shards` shards: with hundreds of readers, one of them may well
+    begin with a bad shard. (None: never. The bad samples may be one rank's, whom the others wait for in the end.) After
+    a good one, only with `endless` (the data go round), and late: single bad shards are the counters' business.
     """
 
-    def __init__(self, source: str, limit: int = BAD_IN_A_ROW, endless: bool = False) -> None:
+    def __init__(
+        self, source: str, limit: int | None = BAD_IN_A_ROW, least_shards: int = 0, endless: bool = False
+    ) -> None:
         self.source = source
         self.limit = limit
+        self.least_shards = least_shards
         self.endless = endless
         self.any_good = False
         self.bad = 0
         self.first: BadSample | None = None  # of those in a row
+        self.shards: set[int | None] = set()  # that they are from, as far as that matters
 
     def good(self) -> None:
         self.any_good = True
         self.bad = 0
         self.first = None
 
-    def add(self, bad: BadSample) -> None:
+    def add(self, bad: BadSample, shard: int | None = None) -> None:
         """Raises NoUsableSamples when the limit is reached without a good sample."""
         if self.any_good and not self.endless:
             return
-        self.bad += _SHARD_WEIGHT if self.any_good and bad.cause in _SHARD_CAUSES else 1
+        if len(self.shards) < self.least_shards:
+            self.shards.add(shard)
+        self.bad += _SHARD_WEIGHT if self.any_good and bad.cause in SHARD_CAUSES else 1
         self.first = self.first or bad
-        if self.bad >= (_LATER_IN_A_ROW if self.any_good else self.limit):
+        limit = _LATER_IN_A_ROW if self.any_good else self.limit
+        if limit is not None and self.bad >= limit and (self.any_good or len(self.shards) >= self.least_shards):
             raise self.error() from self.first
 
     def error(self) -> NoUsableSamples:

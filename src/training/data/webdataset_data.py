@@ -26,7 +26,7 @@ from training.data.reading import Collection, Cursor, Pass, Reader
 from training.data.sampling import SharedEpoch, sample_rng
 from training.data.shard_lists import expand_urls, get_dataset_size, shard_sizes
 from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample
-from training.data.skips import BadSample, SkipCounter, Streak
+from training.data.skips import BadSample, SkipCounter
 
 
 class ShardBatch(NamedTuple):
@@ -97,7 +97,7 @@ class ShardBatches(IterableDataset):
                 yield ShardBatch([sample for sample, _ in batch], (worker, *batch[-1][1]))
 
     def _decoded(self, encoded: Iterator[tuple[Sample, Cursor]], epoch: int) -> Iterator[tuple[Sample, Cursor]]:
-        streak = Streak(self.source, endless=self.collection.endless)
+        streak = self.collection.streak(self.source)
         for sample, cursor in encoded:
             name = f"{sample['__url__']}/{sample['__key__']}"
             try:
@@ -105,7 +105,7 @@ class ShardBatches(IterableDataset):
                     decoded = self._decode(sample, name)
             except BadSample as bad:
                 self.skipped.add(bad, sample["__shard__"])
-                streak.add(bad)
+                streak.add(bad, sample["__shard__"])
                 continue
             streak.good()
             self.skipped.good()
@@ -159,7 +159,7 @@ def get_wds_dataset(
     here = distributed.world()
     num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
     seed = getattr(args, "seed", 0)
-    collection = Collection(urls, seed, is_train, resampled, weights, shard_sizes(urls))
+    collection = Collection(urls, seed, is_train, resampled, weights, shard_sizes(urls), alone=not here.distributed)
     layout = Layout(here.rank, here.world_size, max(1, args.workers), args.batch_size, num_batches)
     skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
     shared_epoch, handover = SharedEpoch(epoch), Handover()
