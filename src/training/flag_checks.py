@@ -38,6 +38,7 @@ _AT_LEAST_ZERO = (
     *("lr", "wd", "lr_cooldown_end", "lr_cooldown_power", "coca_caption_loss_weight", "coca_contrastive_loss_weight"),
 )
 _POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
+_FRACTIONS = ("max_bad_fraction",)
 _BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "ema_decay")
 _CHOICES = {
     "precision": PRECISIONS,
@@ -84,6 +85,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         (_AT_LEAST_ONE, lambda x: x >= 1, "1 or more"),
         (_AT_LEAST_ZERO, lambda x: x >= 0, "0 or more"),
         (_POSITIVE, lambda x: x > 0, "more than 0"),
+        (_FRACTIONS, lambda x: 0 <= x <= 1, "at least 0 and at most 1"),
         (_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ]
     for names, holds, wanted in rules:
@@ -224,7 +226,7 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     training, validating = trains(args), bool(args.val_data)
     yield reads_csv, ("csv_separator", "csv_img_key", "csv_caption_key"), "the data are not CSV"
     yield reads_shards, ("dataset_resampled",), "the data are not webdataset shards"
-    yield training, ("train_num_samples",), "there is no --train-data"
+    yield training, ("train_num_samples", "max_bad_fraction"), "there is no --train-data"
     if training:
         counted = reads_shards or args.dataset_type == "synthetic"
         yield counted, ("train_num_samples",), "a CSV file says itself how many samples it has"

@@ -87,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data", "What is trained and validated on.").add_argument
     add("--train-data", metavar="PATH", help="training data: a CSV/TSV file, or webdataset shards with braces "
-        "(`/data/{0000..0099}.tar`), several sources joined by `::`. Without it (and without --dataset-type "
-        "synthetic) nothing is trained: the model is only evaluated")
+        "(`/data/{0000..0099}.tar`) or a .txt file that lists them, several sources joined by `::`. Without it (and "
+        "without --dataset-type synthetic) nothing is trained: the model is only evaluated")
     add("--train-data-upsampling-factors", metavar="F::F", help="weights of the sources of --train-data, as many "
         "numbers joined by `::`, relative per sample (`1::2::0.5`: the second is seen twice as often). Needs "
         "--dataset-resampled. Default: every shard is equally likely")
@@ -106,6 +106,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add("--csv-separator", metavar="CHAR", help="between a CSV file's columns (a comma needs `--csv-separator ,`)")
     add("--csv-img-key", metavar="COLUMN", help="column with the images' paths")
     add("--csv-caption-key", metavar="COLUMN", help="column with the captions")
+    add("--max-bad-fraction", type=float, metavar="X", help="stop the run, saying why, when more than this part of the "
+        "samples (or shards) that it read, over all processes, cannot be used: 0 to 1, looked at with each line of "
+        "log. Bad ones are skipped and counted either way; 1 never stops")
     add("--workers", type=int, metavar="N", help="processes that decode images, per training process; they live as "
         "long as the run. More when the log's data time is not near 0; 0 decodes in the training process itself")
     add("--batch-size", type=int, metavar="N", help="samples per process and forward pass. The contrastive loss "

@@ -35,6 +35,7 @@ class DataConfig:
     csv_separator: str = "\t"
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
+    max_bad_fraction: float = 0.5
     imagenet_val: str | None = None
     imagenet_v2: str | None = None
     zeroshot_data: str | None = None

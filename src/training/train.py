@@ -22,6 +22,7 @@ from open_clip import device as devices
 from training import precision as precisions
 from training import rng
 from training.checkpoint import TrainState
+from training.data.skips import report as report_skips
 from training.distributed import world
 from training.ema import WeightAverage
 from training.guard import StepGuard
@@ -326,7 +327,7 @@ def run_epoch(
 
     Raises:
         RuntimeError: where the data give not a single step.
-        TooManyBadSteps: see training.guard.
+        TooManyBadSteps: see training.guard. TooManyBadSamples: see training.data.skips.
     """
     trainer.model.train()
     data.set_epoch(state.epoch)
@@ -366,7 +367,8 @@ def _report(trainer: Trainer, progress: Progress, state: TrainState, data: Any, 
     if trainer.pairs_at_peak is not None:
         numbers["mfu"] = numbers["samples_per_second_per_gpu"] / trainer.pairs_at_peak
     numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]
-    logger.info(_line(numbers, progress, state, trainer.device, data))
+    skips = "" if getattr(data, "skipped", None) is None else str(report_skips(data))
+    logger.info(" ".join(filter(None, (_line(numbers, progress, state, trainer.device), skips))))
     if writer is not None:
         writer.write(numbers, state.step - 1, "train")
     if trainer.guard is not None:
@@ -403,7 +405,6 @@ def _line(
     progress: Progress,
     state: TrainState,
     device: torch.device,
-    data: Any,
 ) -> str:
     """A line of log, in the form that open_clip's have."""
     total = str(state.samples_per_epoch)
@@ -429,9 +430,6 @@ def _line(
     memory = devices.row(device).memory(device.index)
     if memory:
         parts.append(f"Memory: {memory['allocated'] / 2**30:.2f} GiB (peak {memory['peak'] / 2**30:.2f})")
-    skipped = getattr(data, "skipped", None)
-    if skipped is not None and skipped.total():
-        parts.append(f"Skipped: {skipped.total()}")
     return " ".join(parts)
 
 

@@ -17,6 +17,7 @@ THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
 DIFFERENT = {"device": "auto", "precision": None}
 # What ours have more. A new option is added here, and to docs, on purpose.
 OURS = {
+    "max_bad_fraction": 0.5,
     "zeroshot_data": None,
     "zeroshot_classnames": None,
     "zeroshot_templates": None,

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gloo_ranks import run_ranks
 from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training import rng
+from training.data.skips import BadSample, SkipCounter
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective
 from training.params import ObjectiveConfig
 from training.train import Trainer, run_epoch, train_one_epoch, unwrap_model
@@ -253,10 +254,12 @@ def test_an_epoch_counts_schedules_and_reports(caplog):
 
 def test_skipped_samples_are_in_the_line(caplog):
     model, data = Towers(), data_of(1)
-    data.skipped = SimpleNamespace(total=lambda: 3)
+    data.skipped = SkipCounter(0)
+    for number in range(3):
+        data.skipped.add(BadSample("corrupt_image", f"{number}.png", "truncated"))
     with caplog.at_level(logging.INFO):
         run_epoch(trainer_of(model), data, state_of(model, 1))
-    assert "Skipped: 3" in caplog.messages[-1]
+    assert "Skipped: corrupt_image 3" in caplog.messages[-1]
 
 
 def test_the_share_of_the_peak_is_reported_where_that_is_known(caplog):
