@@ -49,10 +49,11 @@ class StopSignals(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Stopped):
-            return  # the launcher, seeing one process end, may tell the others once more, who are about to
+        # The launcher, seeing one process end, tells the others once more, who are about to. Python ends with its own
+        # handlers taken down: only what the system ignores is ignored to the last.
+        ends = kind is not None and issubclass(kind, Stopped)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends and number != signal.SIGINT else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None and time.monotonic() - self._since > _ANOTHER_CTRL_C
