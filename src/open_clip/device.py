@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -108,6 +108,12 @@ class DeviceRow:
 
     def synchronize(self) -> None:
         self.module.synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        """A function that returns when the device has done what is queued by now; any thread may call it."""
+        event = self.module.Event()
+        event.record()
+        return event.synchronize
 
     def manual_seed(self, seed: int) -> None:
         self.module.manual_seed_all(seed)
@@ -226,6 +232,9 @@ class CpuRow(DeviceRow):
 
     def synchronize(self) -> None:
         pass
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -396,6 +405,10 @@ class MpsRow(DeviceRow):
 
     def set_device(self, index: int) -> None:
         pass  # there is one
+
+    def mark(self) -> Callable[[], None]:
+        self.synchronize()  # copies from it are not asynchronous: nothing is gained by an event
+        return lambda: None
 
     def manual_seed(self, seed: int) -> None:
         self.module.manual_seed(seed)

@@ -1,9 +1,9 @@
 """What a run is made of, and its checkpoints: one state, saved whole and restored whole.
 
 A checkpoint is open_clip's: {"epoch", "name", "state_dict", "optimizer"[, "scaler"]}, with one key of our own,
-"train_state", for what open_clip does not keep: the step, the samples seen, and the state of every random generator of
-every rank. So each side's checkpoints resume on the other. Tensors and plain values only, which
-`torch.load(weights_only=True)` reads.
+"train_state", for what open_clip does not keep: the step, the position within the epoch and its data, and the state of
+every random generator of every rank; and with --ema-decay a second one, "state_dict_ema". So each side's checkpoints
+resume on the other. Tensors and plain values only, which `torch.load(weights_only=True)` reads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pickle
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from open_clip.checkpoint import refusal, strip_prefixes
 from training import distributed, file_utils, rng
-from training.params import CheckpointConfig
 
 logger = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainState:
@@ -34,7 +35,11 @@ class TrainState:
 
     model: the bare module (not DDP's or the compiler's wrapper).
     optimizer, scaler: None in a run that only evaluates, or without gradient scaling.
-    epoch: epochs completed. step: updates of the weights. samples_seen: over all ranks.
+    epoch: epochs completed. step: batches that were to update the weights. samples_seen: over all ranks.
+    epoch_step, epoch_samples: the part of them that is of the epoch under way.
+    samples_per_step: of all ranks; 0 where that is not known.
+    data: training.data.DataInfo, whose position is saved. progress: training.train.Progress, or its state.
+    average: training.ema.WeightAverage. guard: training.guard.StepGuard. None: the run has none.
     The schedule is a function of the step, so it has no state of its own.
     """
 
@@ -46,26 +51,47 @@ class TrainState:
     scaler: Any = None
     steps_per_epoch: int = 0
     samples_per_epoch: int = 0
+    samples_per_step: int = 0
     epoch: int = 0
     step: int = 0
     samples_seen: int = 0
+    epoch_step: int = 0
+    epoch_samples: int = 0
+    data: Any = None
+    progress: Any = field(default_factory=dict)
+    average: Any = None
+    guard: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint, referring to the live tensors. Collective: the ranks' random states are gathered."""
+        """The checkpoint, referring to the live tensors. Collective: the ranks' states are gathered."""
         here = distributed.world()
         weights = self.model.state_dict()
-        if here.distributed:  # as open_clip writes them from DDP; its own distributed resume wants them so
-            weights = {f"module.{name}": value for name, value in weights.items()}
-        checkpoint: dict[str, Any] = {"epoch": self.epoch, "name": self.name, "state_dict": weights}
+        # As open_clip writes them from DDP; its own distributed resume wants them so.
+        prefix = "module." if here.distributed else ""
+        checkpoint: dict[str, Any] = {
+            "epoch": self.epoch,
+            "name": self.name,
+            "state_dict": {prefix + name: value for name, value in weights.items()},
+        }
         if self.optimizer is not None:
             checkpoint["optimizer"] = self.optimizer.state_dict()
         if self.scaler is not None:
             checkpoint["scaler"] = self.scaler.state_dict()
+        if self.average is not None:
+            checkpoint["state_dict_ema"] = self.average.state_dict(weights)
+        own = {"rng": rng.rng_state(self.device)} | ({} if self.data is None else {"data": self.data.state_dict()})
+        ranks = _of_all_ranks(own)
         checkpoint["train_state"] = {
-            "version": 1,
+            "version": 2,
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "rng": _of_all_ranks(rng.rng_state(self.device)),
+            "epoch_step": self.epoch_step,
+            "epoch_samples": self.epoch_samples,
+            "samples_per_step": self.samples_per_step,
+            "rng": [rank["rng"] for rank in ranks],
+            "data": [rank["data"] for rank in ranks if "data" in rank],
+            "progress": self.progress if isinstance(self.progress, dict) else self.progress.state_dict(),
+            "guard": {} if self.guard is None else self.guard.state_dict(),
         }
         return checkpoint
 
@@ -77,9 +103,11 @@ class TrainState:
         """
         if not _is_training_checkpoint(checkpoint):
             load_weights(self.model, checkpoint.get("state_dict", checkpoint))
+            self._load_average(checkpoint)
             logger.info("The checkpoint has weights only: the run starts with them at epoch 0.")
             return
         load_weights(self.model, checkpoint["state_dict"])
+        self._load_average(checkpoint)
         self.epoch = int(checkpoint["epoch"])
         if self.optimizer is not None:
             self._load_optimizer(checkpoint)
@@ -90,7 +118,36 @@ class TrainState:
             logger.info("The checkpoint has no random states (it is open_clip's): they start from --seed.")
             return
         self.step, self.samples_seen = int(train_state["step"]), int(train_state["samples_seen"])
+        self._load_position(train_state)
+        if self.guard is not None and train_state.get("guard"):
+            self.guard.load_state_dict(train_state["guard"])
         self._load_rng(train_state["rng"])
+
+    def _load_average(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.average is None:
+            return
+        if "state_dict_ema" in checkpoint:
+            self.average.load_state_dict(strip_prefixes(dict(checkpoint["state_dict_ema"])))
+        else:
+            self.average.restart()
+            logger.info("The checkpoint has no averaged weights: --ema-decay starts from its weights.")
+
+    def _load_position(self, train_state: Mapping[str, Any]) -> None:
+        """Where in the epoch, and in its data, the run goes on."""
+        self.epoch_step = int(train_state.get("epoch_step", 0))
+        self.epoch_samples = int(train_state.get("epoch_samples", 0))
+        self.progress = train_state.get("progress", {})
+        if self.data is not None and train_state.get("data"):
+            self.data.load_state_dict(train_state["data"])
+        saved = int(train_state.get("samples_per_step", 0))
+        if self.epoch_step and self.samples_per_step and saved != self.samples_per_step:
+            # As many steps are left as the samples that are left are good for.
+            self.epoch_step = min(-(-self.epoch_samples // self.samples_per_step), self.steps_per_epoch)
+            self.step = self.epoch * self.steps_per_epoch + self.epoch_step
+            logger.info(
+                "A step of the checkpoint had %d samples and has %d now: the epoch goes on after %d of %d steps.",
+                saved, self.samples_per_step, self.epoch_step, self.steps_per_epoch,
+            )  # fmt: skip
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.optimizer is not None
@@ -199,29 +256,75 @@ def natural_key(string_: str) -> list[Any]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
-    """The newest checkpoint (*.pt) in a folder, or at a URL with `remote`; None where there is none.
+# A checkpoint after N epochs, and one within an epoch: so many epochs completed, so many steps in all. They sort as the
+# run went, for open_clip, too, which takes the last of all names.
+NUMBERED = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 
-    Newest by the epoch in the name. epoch_latest.pt counts by the epoch that is in it, so that one left behind by an
-    earlier run without --save-most-recent is not taken for new; the remote copy of a run never has it.
+
+def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
+    """The newest checkpoint (*.pt) in a folder that loads, or the newest at a URL with `remote`; None where none is.
+
+    Newest by the epoch and the step in the name. epoch_latest.pt counts by the epoch that is in it, so that one left
+    behind by an earlier run without --save-most-recent is not taken for new; the remote copy of a run never has it.
+
+    Raises:
+        ValueError: where there are checkpoints, and none of them loads.
     """
     if remote:
-        names = [name for name in _list_remote(str(path)) if re.fullmatch(r"epoch_\d+\.pt", name)]
+        names = [name for name in _list_remote(str(path)) if NUMBERED.fullmatch(name)]
         return f"{str(path).rstrip('/')}/{max(names, key=natural_key)}" if names else None
-    folder = Path(path)
-    numbered = sorted(folder.glob("epoch_[0-9]*.pt"), key=lambda file: natural_key(file.name))
-    candidates = [*numbered[-1:], *folder.glob("epoch_latest.pt")]
-    if not candidates:
-        others = sorted(folder.glob("[!.]*.pt"), key=lambda file: natural_key(file.name))
-        candidates = others[-1:]
-    if len(candidates) == 2:
-        candidates.sort(key=_epoch_of)
-    return str(candidates[-1]) if candidates else None
+    damaged = []
+    for file in _newest_first(Path(path)):
+        reason = _damage(file)
+        if reason is None:
+            return str(file)
+        logger.warning("%s is damaged and passed over: %s", file, reason)
+        damaged.append(file.name)
+    if damaged:
+        raise ValueError(
+            f"None of the checkpoints in {path} can be read ({', '.join(damaged)}; the log says why): restore one of "
+            "them from a copy, or remove them to start from the beginning."
+        )
+    return None
 
 
-def _epoch_of(path: Path) -> int:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped: the weights are not read
-    return int(checkpoint.get("epoch", 0))
+def _newest_first(folder: Path) -> list[Path]:
+    numbered = [file for file in folder.glob("epoch_*.pt") if NUMBERED.fullmatch(file.name)]
+    numbered.sort(key=_position, reverse=True)
+    latest = folder / "epoch_latest.pt"
+    if latest.exists():
+        place = sum(_position(file) > _position(latest) for file in numbered)
+        return [*numbered[:place], latest, *numbered[place:]]
+    return numbered or sorted(folder.glob("[!.]*.pt"), key=lambda file: natural_key(file.name), reverse=True)
+
+
+def _position(file: Path) -> tuple[int, int]:
+    """(epochs completed, step) of a numbered checkpoint, from its name; of epoch_latest.pt from what it says."""
+    match = NUMBERED.fullmatch(file.name)
+    if match:
+        return int(match[1]), int(match[2] or 0)
+    try:  # mapped: the weights are not read
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return int(checkpoint.get("epoch", 0)), 0
+    except _UNREADABLE:
+        return -1, 0
+
+
+# What torch.load raises for files that are no checkpoints, or hold code.
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError)
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a file as a checkpoint; None if nothing is. Reads it whole and compares its checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            return f"{broken} in it has another checksum than when it was written"
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (*_UNREADABLE, zipfile.BadZipFile) as error:
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None if isinstance(checkpoint, Mapping) else f"it holds a {type(checkpoint).__name__}"
 
 
 def _list_remote(url: str) -> list[str]:
@@ -238,30 +341,3 @@ def _list_remote(url: str) -> list[str]:
         return [name.rsplit("/", 1)[-1] for name in filesystem.ls(root, detail=False)]
     except FileNotFoundError:
         return []
-
-
-def save_epoch(state: TrainState, cfg: CheckpointConfig, folder: Path, epochs: int) -> None:
-    """Writes what the options ask for after an epoch. Collective; the master writes, and the others do not wait."""
-    last = state.epoch == epochs
-    due = last or (cfg.save_frequency > 0 and state.epoch % cfg.save_frequency == 0)
-    if not (due or cfg.save_most_recent):
-        return
-    checkpoint = state.state_dict()
-    if not distributed.world().is_master:
-        return
-    if due:
-        path = folder / f"epoch_{state.epoch}.pt"
-        file_utils.pt_save(checkpoint, path)
-        logger.info("Saved %s", path)
-        if cfg.delete_previous_checkpoint:
-            _delete_previous(folder, state.epoch)
-    if cfg.save_most_recent:
-        file_utils.pt_save(checkpoint, folder / "epoch_latest.pt")
-
-
-def _delete_previous(folder: Path, epoch: int) -> None:
-    """Removes the newest checkpoint before `epoch`, now that the new one is on disk."""
-    numbers = [int(match[1]) for file in folder.iterdir() if (match := re.fullmatch(r"epoch_(\d+)\.pt", file.name))]
-    earlier = [number for number in numbers if number < epoch]
-    if earlier:
-        (folder / f"epoch_{max(earlier)}.pt").unlink()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from open_clip import device as devices
 from training.params import DistributedConfig
@@ -55,6 +56,11 @@ class World:
 
 
 _world: World | None = None
+_host_group: Any = None  # of gloo, beside the devices' backend
+
+# What hosts tell each other has no time limit of its own: one of them may rightly be busy for long (it downloads, reads
+# a checkpoint, evaluates more than the others). One that died closes its connections, which ends the wait at once.
+_PATIENCE = datetime.timedelta(days=30)
 
 
 def init(cfg: DistributedConfig) -> World:
@@ -97,20 +103,42 @@ def world() -> World:
 
 def shutdown() -> None:
     """Leaves the run; safe to call twice or without `init`."""
-    global _world
+    global _world, _host_group
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # DDP's cycles hold the group; one that lives until the interpreter ends can abort the process
         dist.destroy_process_group()
-    _world = None
+    _world = _host_group = None
+
+
+def leave() -> None:
+    """`shutdown` of all ranks together: who leaves early takes with it what the others still use to leave."""
+    barrier()
+    shutdown()
 
 
 def barrier() -> None:
-    """Returns when every rank has called it. A reduction rather than `dist.barrier`, which guesses the device."""
+    """Returns when every rank has called it, however long that takes; raises RuntimeError where one has died.
+
+    A reduction rather than `dist.barrier`, which guesses the device.
+    """
     here = world()
     if here.distributed:
-        token = torch.ones(1, device=_collective_device(here))
-        dist.all_reduce(token)
+        group = host_group()
+        token = torch.ones(1, device=_collective_device(here) if group is None else "cpu")
+        dist.all_reduce(token, group=group)
         token.item()  # a device's collectives only queue: this waits
+
+
+def says_that_a_peer_died(error: BaseException) -> bool:
+    """Whether an error is only what another process's end looks like from here."""
+    text = str(error).lower()
+    signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "gloo/transport", "socket timeout")
+    return isinstance(error, RuntimeError) and world().distributed and any(sign in text for sign in signs)
+
+
+def host_group() -> Any:
+    """The group for what hosts tell each other: gloo, on CPU tensors. None (the default) in a group made by others."""
+    return _host_group
 
 
 def world_info_from_env() -> tuple[int, int, int]:
@@ -123,6 +151,11 @@ def world_info_from_env() -> tuple[int, int, int]:
     if not 0 <= rank < world_size:
         raise RuntimeError(f"{rank_name}={rank} is not below {size_name}={world_size}: these variables disagree.")
     return _integer(local_name) if local_name in os.environ else 0, rank, world_size
+
+
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has started these processes anew, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _launcher() -> str | None:
@@ -172,8 +205,15 @@ def _join(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     for name, value in devices.row(device).collective_env.items():
         os.environ.setdefault(name, value)
+    where: dict[str, Any] = {"init_method": url}
+    if restarts() > 0:
+        # The launcher's store is the one of the processes before, and has their addresses in it.
+        store = next(iter(rendezvous(url, rank, world_size, timeout=timeout)))[0]
+        where = {"store": dist.PrefixStore(f"restart_{restarts()}", store)}
     # No device_id: with one, a later mesh asks the backend to split a group, which HCCL cannot.
-    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
+    global _host_group
+    _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _set_rendezvous() -> None:
@@ -289,8 +329,9 @@ def broadcast_object(args: Any, obj: Any, src: int = 0) -> Any:
     here = world()
     if not here.distributed:
         return obj
-    objects = [obj]
-    dist.broadcast_object_list(objects, src=src, device=_collective_device(here))
+    objects, group = [obj], host_group()
+    device = _collective_device(here) if group is None else torch.device("cpu")
+    dist.broadcast_object_list(objects, src=src, device=device, group=group)
     return objects[0]
 
 
@@ -300,5 +341,5 @@ def all_gather_object(args: Any, obj: Any, dst: int = 0) -> list[Any]:
     if not here.distributed:
         return [obj]
     objects: list[Any] = [None] * here.world_size
-    dist.all_gather_object(objects, obj)
+    dist.all_gather_object(objects, obj, group=host_group())
     return objects

@@ -20,7 +20,7 @@ from open_clip import collectives
 from open_clip.utils import evaluating
 from training import precision as precisions
 from training.batches import to_device
-from training.distributed import world
+from training.distributed import barrier, world
 from training.metrics import AverageMeter, retrieval_metrics
 from training.objective import as_outputs
 from training.zero_shot import LOG_SECONDS, is_due, zero_shot_eval
@@ -120,6 +120,7 @@ def _over_ranks(
     sums = torch.tensor([meter.sum for meter in losses.values()], dtype=torch.float32, device=device)
     counts = torch.tensor([int(meter.count) for meter in losses.values()], dtype=torch.int64, device=device)
     if distributed:
+        barrier()  # a rank with more to evaluate is waited for, and the device's time limit starts when it is here
         sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
     pairs = zip(losses, sums.tolist(), counts.tolist(), strict=True)
     averages = {name: total / count for name, total, count in pairs if count}

@@ -35,15 +35,23 @@ def pt_save(pt_obj: Any, file_path: str | os.PathLike[str]) -> None:
     # In the same folder, or the rename would be a copy. The suffix keeps it from being taken for a checkpoint.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("xb") as file:
-            torch.save(pt_obj, file)
-            file.flush()
+        temporary.open("xb").close()
+        # By name: torch then writes from C++, and other threads of this process go on.
+        torch.save(pt_obj, temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what saves left behind whose process was killed: `pt_save`'s temporary files."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+        logger.info("Removed %s, the beginning of a save that was cut off.", path)
 
 
 def pt_load(file_path: str | os.PathLike[str], map_location: Any = None) -> Any:

@@ -7,7 +7,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from training.flags import FP32_MATMULS, FUSED_OPTIMIZERS, LOSS_DIST_IMPLS, LR_SCHEDULERS, PRECISIONS
+from training.flags import (
+    FP32_MATMULS,
+    FUSED_OPTIMIZERS,
+    LOSS_DIST_IMPLS,
+    LR_SCHEDULERS,
+    ON_SAVE_FAILURE,
+    PRECISIONS,
+)
 
 REPORTERS = ("tensorboard", "wandb", "all")
 
@@ -22,21 +29,24 @@ _REFUSED = {
 
 _AT_LEAST_ONE = (
     *("batch_size", "accum_freq", "log_every_n_steps", "train_num_samples", "val_num_samples"),
-    *("force_context_length", "remote_sync_frequency"),
+    *("force_context_length", "remote_sync_frequency", "keep_last"),
 )
 _AT_LEAST_ZERO = (
     *("workers", "seed", "epochs", "epochs_cooldown", "warmup", "save_frequency", "val_frequency"),
+    *("save_every_n_steps", "max_bad_steps"),
     *("zeroshot_frequency", "lock_image_unlocked_groups", "lock_text_unlocked_layers"),
     *("lr", "wd", "lr_cooldown_end", "lr_cooldown_power", "coca_caption_loss_weight", "coca_contrastive_loss_weight"),
 )
 _POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
-_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout")
+_FRACTIONS = ("max_bad_fraction",)
+_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "ema_decay")
 _CHOICES = {
     "precision": PRECISIONS,
     "fp32_matmul": FP32_MATMULS,
     "lr_scheduler": LR_SCHEDULERS,
     "loss_dist_impl": LOSS_DIST_IMPLS,
     "fused_optimizer": FUSED_OPTIMIZERS,
+    "on_save_failure": ON_SAVE_FAILURE,
 }
 
 
@@ -75,6 +85,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         (_AT_LEAST_ONE, lambda x: x >= 1, "1 or more"),
         (_AT_LEAST_ZERO, lambda x: x >= 0, "0 or more"),
         (_POSITIVE, lambda x: x > 0, "more than 0"),
+        (_FRACTIONS, lambda x: 0 <= x <= 1, "at least 0 and at most 1"),
         (_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ]
     for names, holds, wanted in rules:
@@ -215,7 +226,7 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     training, validating = trains(args), bool(args.val_data)
     yield reads_csv, ("csv_separator", "csv_img_key", "csv_caption_key"), "the data are not CSV"
     yield reads_shards, ("dataset_resampled",), "the data are not webdataset shards"
-    yield training, ("train_num_samples",), "there is no --train-data"
+    yield training, ("train_num_samples", "max_bad_fraction"), "there is no --train-data"
     if training:
         counted = reads_shards or args.dataset_type == "synthetic"
         yield counted, ("train_num_samples",), "a CSV file says itself how many samples it has"
@@ -261,16 +272,17 @@ def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
         cools = args.lr_scheduler == "const-cooldown"
         cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
         yield cools, cooldown, "it belongs to --lr-scheduler const-cooldown"
-    update = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer")
+    update = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer", "max_bad_steps")
     yield trains(args), (*update, "profile_steps"), "there is no --train-data"
 
 
 def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
     writes = not writes_nothing(args.logs)
     saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase", "profile_steps")
-    yield writes, saving, "--output-dir is None"
+    yield writes, (*saving, "save_every_n_steps", "on_save_failure", "sync_save"), "--output-dir is None"
     if writes and args.save_frequency == 0:
         yield False, ("delete_previous_checkpoint",), "--save-frequency 0 saves only once, after the last epoch"
+    yield args.save_every_n_steps > 0, ("keep_last",), "there is no --save-every-n-steps"
     to_wandb = bool({"wandb", "all"} & set(reporters(args.report_to)))
     yield writes or to_wandb, ("report_to",), "--output-dir is None"
     yield to_wandb, ("wandb_notes", "wandb_project_name"), "--report-to has no wandb"

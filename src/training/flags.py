@@ -16,6 +16,7 @@ DATASET_TYPES = ("webdataset", "csv", "imagefolder", "synthetic", "auto")
 LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
 FUSED_OPTIMIZERS = ("auto", "torch", "npu", "off")
 FP32_MATMULS = ("high", "highest")
+ON_SAVE_FAILURE = ("continue", "stop")
 LOSS_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
@@ -86,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data", "What is trained and validated on.").add_argument
     add("--train-data", metavar="PATH", help="training data: a CSV/TSV file, or webdataset shards with braces "
-        "(`/data/{0000..0099}.tar`), several sources joined by `::`. Without it (and without --dataset-type "
-        "synthetic) nothing is trained: the model is only evaluated")
+        "(`/data/{0000..0099}.tar`) or a .txt file that lists them, several sources joined by `::`. Without it (and "
+        "without --dataset-type synthetic) nothing is trained: the model is only evaluated")
     add("--train-data-upsampling-factors", metavar="F::F", help="weights of the sources of --train-data, as many "
         "numbers joined by `::`, relative per sample (`1::2::0.5`: the second is seen twice as often). Needs "
         "--dataset-resampled. Default: every shard is equally likely")
@@ -105,6 +106,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add("--csv-separator", metavar="CHAR", help="between a CSV file's columns (a comma needs `--csv-separator ,`)")
     add("--csv-img-key", metavar="COLUMN", help="column with the images' paths")
     add("--csv-caption-key", metavar="COLUMN", help="column with the captions")
+    add("--max-bad-fraction", type=float, metavar="X", help="stop the run, saying why, when more than this part of the "
+        "samples (or shards) that it read, over all processes, cannot be used: 0 to 1, looked at with each line of "
+        "log. Bad ones are skipped and counted either way; 1 never stops")
     add("--workers", type=int, metavar="N", help="processes that decode images, per training process; they live as "
         "long as the run. More when the log's data time is not near 0; 0 decodes in the training process itself")
     add("--batch-size", type=int, metavar="N", help="samples per process and forward pass. The contrastive loss "
@@ -210,6 +214,10 @@ def _optim(parser: argparse.ArgumentParser) -> None:
     add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="AdamW in one kernel: auto where that is known to be best; "
         "torch: torch's; npu: the NPU library's (weights in fp32 or fp16, all moved into one tensor); off: never. Same "
         "numbers within rounding, states interchangeable")
+    add("--ema-decay", type=float, metavar="D", help="keep an exponential moving average of the weights (0.999 to "
+        "0.9999), evaluated (`ema_...` beside each metric) and saved (`state_dict_ema`): 4 bytes more a parameter")
+    add("--max-bad-steps", type=int, metavar="N", help="a step whose loss or gradient is not finite, on any process, "
+        "is skipped by all; after N in a row the run stops and writes down which samples they had. 0: it never stops")
 
 
 def _schedule(parser: argparse.ArgumentParser) -> None:
@@ -250,10 +258,19 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
         "batch size, workers and precision")
     add("--save-frequency", type=int, metavar="EPOCHS", help="save after every so many epochs; 0: after the last only")
     add("--save-most-recent", action="store_true", help="besides, write epoch_latest.pt after every epoch")
-    add("--delete-previous-checkpoint", action="store_true", help="after each save remove the one before: a full run "
-        "then needs the space of two")
-    add("--resume", metavar="FILE|latest", help="continue from a checkpoint: weights, optimizer, step, random states. "
-        "latest: the newest of this run (needs --name, and starts afresh if there is none)")
+    add("--delete-previous-checkpoint", action="store_true", help="after each epoch's save remove the one before: a "
+        "full run then needs the space of two")
+    add("--save-every-n-steps", type=int, metavar="N", help="besides, save within the epochs, every N steps of the "
+        "run, as epoch_E_step_S.pt; 0: only at their ends. SIGTERM, SIGUSR1 and Ctrl-C save in any case, then stop")
+    add("--keep-last", type=int, metavar="K", help="of the saves within epochs keep the K newest")
+    add("--on-save-failure", choices=ON_SAVE_FAILURE, help="when a save fails (a full disk). The checkpoints before "
+        "are untouched. continue: train on and try again at the next one; stop: end the run. At the last save it is an "
+        "error in any case")
+    add("--sync-save", action="store_true", help="training waits while a checkpoint is written. Default: it goes on, "
+        "at the cost of a copy of the checkpoint in the host's memory")
+    add("--resume", metavar="FILE|latest", help="continue from a checkpoint, also within an epoch: weights, optimizer, "
+        "step, position in the data, random states. latest: the newest of this run that can be read (needs --name, and "
+        "starts afresh if there is none)")
     add("--remote-sync", metavar="URL", help="copy the run's folder there as it grows: s3://... or any fsspec URL")
     add("--remote-sync-frequency", type=int, metavar="SECONDS", help="between two copies")
     add("--remote-sync-protocol", choices=("s3", "fsspec"), help="s3: the `aws` command; fsspec: Python's fsspec")

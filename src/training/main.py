@@ -19,12 +19,14 @@ import open_clip
 from open_clip import device as devices
 from training import distributed, file_utils, logger, precision, rng
 from training.build import build_model, build_scheduler, build_teacher, parallelise, synchronise_batch_norms
-from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoint, natural_key, save_epoch
+from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoint, natural_key
 from training.data import DataInfo, get_data
 from training.distributed import World
+from training.ema import WeightAverage
 from training.evaluate import evaluate
 from training.flag_checks import step_range
 from training.flops import pairs_at_peak
+from training.guard import StepGuard
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import (
@@ -37,6 +39,8 @@ from training.params import (
     warnings_for,
 )
 from training.rng import random_seed
+from training.saver import Saver
+from training.signals import Agreement, Stopped, StopSignals
 from training.trace import StepTrace
 from training.train import Trainer, run_epoch
 from training.zero_shot import check
@@ -50,25 +54,25 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command with the given options (`sys.argv[1:]` where None).
 
     Raises:
-        SystemExit: for options that cannot be.
+        SystemExit: for options that cannot be; and, as signals.Stopped, where a signal has stopped the run.
         FileExistsError: where the run's folder has another run already.
         ValueError, FileNotFoundError, RuntimeError: what is wrong with data, weights, device..., with its mend.
     """
     options = parse_args(args)
     logger.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
-    try:
-        _run(options, distributed.init(sections(options).distributed))
-    except KeyboardInterrupt:
-        log.warning("Interrupted. `--resume latest` with this run's --name continues from the last checkpoint.")
-        raise
-    except Exception as error:
-        _log_end(error, options.debug)
-        # Nothing collective any more, leaving the group included: the others wait elsewhere. The launcher ends them.
-        if not distributed.world().distributed:
-            distributed.shutdown()
-        raise
-    distributed.barrier()  # who leaves early takes with it what the others still use to leave
-    distributed.shutdown()
+    with StopSignals() as signals:
+        try:
+            _run(options, distributed.init(sections(options).distributed), signals)
+        except (KeyboardInterrupt, Stopped) as stop:
+            name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
+            log.warning("Stopped by %s. `--resume latest` with this run's --name continues from the last save.", name)
+            raise
+        except Exception as error:
+            _log_end(error, options.debug)
+            # Nothing collective now, leaving the group included: the others wait elsewhere. The launcher ends them.
+            if not distributed.world().distributed:
+                distributed.shutdown()
+            raise
 
 
 def _log_end(error: Exception, debug: bool) -> None:
@@ -78,6 +82,10 @@ def _log_end(error: Exception, debug: bool) -> None:
             "Out of memory: %s Try --grad-checkpointing, or a smaller --batch-size with a larger --accum-freq.", error
         )
         return
+    if distributed.says_that_a_peer_died(error):
+        reason = str(error).strip().partition("\n")[0]
+        log.error("Another process of this run has ended, so this one does. The first error is the cause. %s", reason)
+        return
     own_files = Path(open_clip.__file__).parents[1]
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = isinstance(error, RuntimeError) and raised_in.is_relative_to(own_files)
@@ -86,7 +94,7 @@ def _log_end(error: Exception, debug: bool) -> None:
     log.error("The run ends: %s%s", error, hint, exc_info=debug or not is_for_reader)
 
 
-def _run(options: argparse.Namespace, world: World) -> None:
+def _run(options: argparse.Namespace, world: World, signals: StopSignals) -> None:
     cfg = _complete(sections(options), world)
     folder, resume_from = _prepare_folder(cfg.checkpoint, world)
     _start_log(cfg, options, world, folder)
@@ -94,7 +102,7 @@ def _run(options: argparse.Namespace, world: World) -> None:
         copy_codebase(options)
     metrics_writer = _metrics_writer(cfg, options, world, folder, resume_from)
     with metrics_writer as writer, _remote_copy(cfg.checkpoint, world, folder):
-        _train_and_evaluate(cfg, world, folder, resume_from, writer)
+        _train_and_evaluate(cfg, world, folder, resume_from, writer, signals)
 
 
 # What is decided before anything is built
@@ -131,7 +139,7 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
     folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
     found: tuple[bool, str | None] = (False, None)
     if world.is_master:
-        taken = folder is not None and (folder / "out.log").exists()
+        taken = folder is not None and (folder / "out.log").exists() and not distributed.restarts()
         found = (taken and cfg.resume is None, _find_checkpoint(cfg, folder))
     taken, resume_from = distributed.broadcast_object(None, found)
     if taken:
@@ -140,12 +148,16 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
         )
     if folder is not None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if world.is_master:
+            file_utils.remove_leftovers(folder / "checkpoints")
     return folder, resume_from
 
 
 def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:
     if cfg.resume != "latest":
-        return cfg.resume
+        # What a restart goes on from is this run's own, whatever it began with.
+        own = get_latest_checkpoint(folder / "checkpoints") if folder is not None and distributed.restarts() else None
+        return own or cfg.resume
     latest = None
     if cfg.remote_sync is not None:
         latest = get_latest_checkpoint(f"{cfg.remote_sync.rstrip('/')}/{cfg.name}/checkpoints", remote=True)
@@ -226,7 +238,12 @@ def _metrics_writer(
 
 
 def _train_and_evaluate(
-    cfg: TrainConfig, world: World, folder: Path | None, resume_from: str | None, writer: logger.MetricsWriter
+    cfg: TrainConfig,
+    world: World,
+    folder: Path | None,
+    resume_from: str | None,
+    writer: logger.MetricsWriter,
+    signals: StopSignals,
 ) -> None:
     """Builds everything once, in the order in which the parts need each other, and goes through the epochs."""
     chosen = str(cfg.model.precision)
@@ -251,27 +268,47 @@ def _train_and_evaluate(
             "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
         )
     check(data, cfg.eval)  # now, and not after an epoch
-    trainer = _build_trainer(cfg, world, state, data["train"]) if "train" in data else None
+    trainer = _build_trainer(cfg, world, state, data["train"], folder) if "train" in data else None
+    if trainer is None and cfg.optim.ema_decay is not None:
+        state.average = WeightAverage(model, cfg.optim.ema_decay)
     _resume(state, checkpoint, resume_from, cfg.checkpoint)
+    if trainer is not None:
+        trainer.rehearses = checkpoint is not None and world.distributed
     del checkpoint
+    saver = None
+    if trainer is not None and folder is not None:
+        saver = Saver(cfg.checkpoint, folder / "checkpoints", state, cfg.schedule.epochs)
     try:
         if trainer is None:
             # Whatever the frequencies say: this epoch counts as the last one.
             _evaluate(state, data, dataclasses.replace(cfg.eval, epochs=state.epoch), tokenizer, writer)
         else:
-            with _tracing(cfg.logging, world, folder) as around_step:
-                _train(cfg, state, trainer, data, tokenizer, folder, writer, around_step)
+            with _tracing(cfg.logging, world, folder) as around_step, signals.deferred():
+                _train(cfg, state, trainer, data, tokenizer, saver, writer, around_step, signals)
+        distributed.leave()
+        # What the master still writes and copies, nobody waits for.
+        if saver is not None:
+            saver.finish()
+    except KeyboardInterrupt:  # a second Ctrl-C: what is being written stays a beginning
+        saver = None
+        raise
     finally:
+        if saver is not None:
+            saver.close()
         for info in data.values():
             info.dataloader.close()  # type: ignore[attr-defined]  # training.data's own loaders have it
 
 
-def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: DataInfo) -> Trainer:
+def _build_trainer(
+    cfg: TrainConfig, world: World, state: TrainState, train: DataInfo, folder: Path | None
+) -> Trainer:
     """Everything that moves the weights; completes `state` with what of it must be saved."""
     model, chosen = state.model, str(cfg.model.precision)
     loader: Any = train.dataloader
     state.steps_per_epoch = loader.num_batches // cfg.optim.accum_freq
     state.samples_per_epoch = loader.num_samples
+    state.samples_per_step = cfg.data.batch_size * cfg.optim.accum_freq * world.world_size
+    state.data = train
     if state.steps_per_epoch == 0:
         raise ValueError(
             f"An epoch has {loader.num_batches} batches per process, fewer than --accum-freq {cfg.optim.accum_freq}: "
@@ -283,6 +320,10 @@ def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: Dat
     objective = create_objective(cfg.objective, model, teacher)
     state.optimizer = create_optimizer(model, cfg.optim, world.device)
     state.scaler = precision.grad_scaler(chosen, world.device)
+    if cfg.optim.ema_decay is not None:
+        state.average = WeightAverage(model, cfg.optim.ema_decay)
+    remembered = cfg.logging.log_every_n_steps + cfg.optim.max_bad_steps  # the host learns of them when it logs
+    state.guard = StepGuard(model, state.optimizer, world.device, cfg.optim.max_bad_steps, folder, remembered)
     at_peak = pairs_at_peak(model, teacher, chosen, cfg.model.fp32_matmul, world.device)
     if cfg.model.torchcompile:
         model.compile()  # in place: names in the checkpoint stay what they are
@@ -298,6 +339,8 @@ def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: Dat
         accum_freq=cfg.optim.accum_freq,
         grad_clip_norm=cfg.optim.grad_clip_norm,
         pairs_at_peak=at_peak,
+        guard=state.guard,
+        average=state.average,
     )
 
 
@@ -327,20 +370,45 @@ def _train(
     trainer: Trainer,
     data: Mapping[str, DataInfo],
     tokenizer: Any,
-    folder: Path | None,
+    saver: Saver | None,
     writer: logger.MetricsWriter,
     around_step: Callable[[int], contextlib.AbstractContextManager],
+    signals: StopSignals,
 ) -> None:
-    epochs = cfg.schedule.epochs
+    epochs, agreement = cfg.schedule.epochs, Agreement()
+
+    def after_step() -> float:
+        if saver is not None:
+            saver.after_step()
+        stop_if(agreement.tell(signals.received or 0))
+        return 0.0 if saver is None else saver.take_waited()
+
+    def stop_if(signal: int) -> None:
+        if signal:
+            if saver is not None:
+                saver.stop(together=True)
+            distributed.leave()
+            raise Stopped(signal)
+
     if state.epoch >= epochs:
         log.warning("The run has its %d epochs already: give more --epochs to train on.", state.epoch)
     while state.epoch < epochs:
         log.info("Start epoch %d", state.epoch)
-        run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer, around_step)
+        run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer, around_step, after_step)
         # Before the evaluation, which may fail, and with the random states that the next epoch begins with.
-        if folder is not None:
-            save_epoch(state, cfg.checkpoint, folder / "checkpoints", epochs)
-        _evaluate(state, data, cfg.eval, tokenizer, writer)
+        if saver is not None:
+            saver.after_epoch()
+        stop_if(agreement.tell(signals.received or 0) or agreement.settle())
+        try:
+            with signals.at_once():
+                _evaluate(state, data, cfg.eval, tokenizer, writer)
+        except Stopped:
+            # The others may be in the midst of it and know nothing.
+            if saver is not None:
+                saver.stop(together=False)
+            raise
+        if saver is not None:
+            saver.evaluated()
 
 
 def _evaluate(
@@ -354,6 +422,10 @@ def _evaluate(
     start = time.perf_counter()
     with rng.untouched(state.device):
         metrics = evaluate(state.model, data, state.epoch, cfg, tokenizer=tokenizer)
+        if metrics and state.average is not None:
+            with state.average.in_place():
+                averaged = evaluate(state.model, data, state.epoch, cfg, tokenizer=tokenizer)
+            metrics |= {f"ema_{name}": averaged[name] for name in averaged if name not in ("epoch", "num_samples")}
     if not metrics:
         return
     numbers = "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items() if name != "epoch")

@@ -35,6 +35,7 @@ class DataConfig:
     csv_separator: str = "\t"
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
+    max_bad_fraction: float = 0.5
     imagenet_val: str | None = None
     imagenet_v2: str | None = None
     zeroshot_data: str | None = None
@@ -98,6 +99,8 @@ class OptimConfig:
     grad_clip_norm: float | None = None
     accum_freq: int = 1
     fused_optimizer: str = "auto"
+    ema_decay: float | None = None
+    max_bad_steps: int = 10
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,10 @@ class CheckpointConfig:
     save_frequency: int = 1
     save_most_recent: bool = False
     delete_previous_checkpoint: bool = False
+    save_every_n_steps: int = 0
+    keep_last: int = 2
+    on_save_failure: str = "continue"
+    sync_save: bool = False
     resume: str | None = None
     remote_sync: str | None = None
     remote_sync_frequency: int = 300  # seconds

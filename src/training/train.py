@@ -26,8 +26,11 @@ from training import precision as precisions
 from training import rng
 from training.batches import to_device
 from training.checkpoint import TrainState
+from training.data.skips import report as report_skips
 from training.distributed import world
+from training.ema import WeightAverage
 from training.evaluate import maybe_compute_generative_loss
+from training.guard import StepGuard
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import SHARED, LossModule, Objective, Outputs, concatenate
 
@@ -39,7 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound, arXiv:2103.00020, section 2.5
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]  # tensors on the device; and "key", a list of the samples' names
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -57,6 +60,9 @@ class Trainer:
     autocast: makes the context for forward passes and losses. input_dtype: of images; None as they come.
     accum_freq: batches of one step, see `_accumulate`. grad_clip_norm: bound of the gradient's global 2-norm.
     pairs_at_peak: what a device could do in a second, for the log's MFU; None where that is not known.
+    guard: skips steps whose numbers are not finite; None: they are taken as they are.
+    average: of the weights, updated after each step; None without.
+    rehearses: the first step is preceded by one that changes nothing, see `rehearse`.
     """
 
     model: nn.Module
@@ -70,6 +76,9 @@ class Trainer:
     accum_freq: int = 1
     grad_clip_norm: float | None = None
     pairs_at_peak: float | None = None
+    guard: StepGuard | None = None
+    average: WeightAverage | None = None
+    rehearses: bool = False
 
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
@@ -82,6 +91,10 @@ class Trainer:
         """Update `number` (from 0) of the weights, from `accum_freq` batches on the device; the losses, there too."""
         if self.scheduler is not None:
             self.scheduler(number)
+        if self.rehearses:
+            self.rehearse(batches)
+        if self.guard is not None:
+            self.guard.begin(number, batches)
         self.optimizer.zero_grad()  # to None or to zero, as the optimizer prefers
         losses = self.backward(batches)
         self._update()
@@ -89,7 +102,22 @@ class Trainer:
         if logit_scale is not None:
             with torch.no_grad():
                 logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if self.average is not None:
+            self.average.update(number, None if self.guard is None else self.guard.skipped)
         return losses
+
+    def rehearse(self, batches: list[Batch]) -> None:
+        """Forward and backward, of which nothing remains but DDP's buckets, for a resumed run of several processes.
+
+        DDP arranges gradients anew after its first backward pass, and how they are arranged decides in which order the
+        ranks' are added up. The unbroken run did so long ago; without this the first step would round differently.
+        """
+        self.rehearses = False
+        state, buffers = rng.torch_state(self.device), [buffer.clone() for buffer in self.model.buffers()]
+        self.backward(batches)
+        rng.set_torch_state(state, self.device)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def backward(self, batches: list[Batch]) -> Outputs:
         """Adds the gradient of the loss over the samples of all batches (times the scaler's factor); the losses."""
@@ -155,22 +183,31 @@ class Trainer:
         return losses
 
     def _scaled(self, loss: Tensor) -> Tensor:
+        if self.guard is not None:
+            loss = self.guard.marked(loss)
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _update(self) -> None:
-        if self.scaler is None:
-            self._clip()
-            self.optimizer.step()
-            return
-        if self.grad_clip_norm is not None:
+        if self.scaler is not None and self.grad_clip_norm is not None:
             self.scaler.unscale_(self.optimizer)  # the bound is of the true gradient
-            self._clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = self._clip()
+        if self.guard is not None:
+            norm = self.guard.norm() if norm is None else norm
+            if self.scaler is None:
+                self.guard.step(self.optimizer, norm)
+            else:
+                self.guard.scaled_step(self.optimizer, self.scaler, norm)
+        elif self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
-    def _clip(self) -> None:
-        if self.grad_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm, norm_type=2.0)
+    def _clip(self) -> Tensor | None:
+        """The gradient's norm before it was bounded; None where it has no bound."""
+        if self.grad_clip_norm is None:
+            return None
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm, norm_type=2.0)
 
 
 def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs]]:
@@ -195,45 +232,90 @@ def _backward(outputs: Outputs, gradients: Outputs) -> None:
 class Progress:
     """What an epoch has come to: its losses, summed on the device, and its pace.
 
-    Numbers are of the steps since the last `report`, averages of the epoch.
+    Numbers are of the steps since the last `report`, averages of the epoch. `bad` of the steps were skipped by the
+    guard: their losses count for nothing.
     """
 
     objective_losses: dict[str, AverageMeter] = field(default_factory=dict)
     sums: Outputs = field(default_factory=dict)
+    bad: Tensor | float = 0
     steps: int = 0
     samples: int = 0
     data_seconds: float = 0.0
+    save_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, losses: Outputs, samples: int, data_seconds: float) -> None:
+    def add(self, losses: Outputs, samples: int, data_seconds: float, bad: Tensor | None = None) -> None:
         """One step: its losses on the device, its samples over all ranks, and how long it waited for data."""
+        if bad is not None:
+            losses = {name: torch.where(bad, 0, loss) for name, loss in losses.items()}
+            self.bad = self.bad + bad
         self.sums = {name: self.sums[name] + loss if name in self.sums else loss for name, loss in losses.items()}
         self.steps += 1
         self.samples += samples
         self.data_seconds += data_seconds
 
-    def report(self, logit_scale: Tensor | None) -> dict[str, float]:
-        """The numbers by TensorBoard's names, losses as means over the steps. Waits for the device."""
-        scalars = [value / self.steps for value in self.sums.values()]
+    def report(self, logit_scale: Tensor | None, counters: Outputs | None = None) -> dict[str, float]:
+        """The numbers by TensorBoard's names, losses as means over the steps. Waits for the device.
+
+        counters: scalars on the device that are fetched with them.
+        """
+        good = self.steps - self.bad
+        scalars = {name: value / good for name, value in self.sums.items()}
         if logit_scale is not None:
-            scalars.append(logit_scale.detach().exp().mean())
-        fetched = torch.stack([scalar.float() for scalar in scalars]).tolist()  # one copy for all
+            scalars["scale"] = logit_scale.detach().exp().mean()
+        if isinstance(self.bad, Tensor):
+            scalars["bad"] = self.bad
+        scalars |= counters or {}
+        # one copy for all
+        values = torch.stack([scalar.float() for scalar in scalars.values()]).tolist()
+        fetched = dict(zip(scalars, values, strict=True))
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        losses = dict(zip(self.sums, fetched, strict=False))
-        for name, value in losses.items():
-            self.objective_losses.setdefault(name, AverageMeter()).update(value, self.steps)
+        counted = self.steps - int(fetched.pop("bad", 0))
+        for name in self.sums if counted else ():
+            self.objective_losses.setdefault(name, AverageMeter()).update(fetched[name], counted)
         numbers = {
             "data_time": self.data_seconds / self.steps,
             "batch_time": seconds / self.steps,
             "samples_per_second": self.samples / seconds,
             "samples_per_second_per_gpu": self.samples / seconds / world().world_size,
-            **losses,
+            **fetched,
         }
-        if logit_scale is not None:
-            numbers["scale"] = fetched[-1]
-        self.sums, self.steps, self.samples, self.data_seconds = {}, 0, 0, 0.0
+        if self.save_seconds:
+            numbers["save_time"] = self.save_seconds
+        self.sums, self.bad, self.steps, self.samples = {}, 0, 0, 0
+        self.data_seconds, self.save_seconds = 0.0, 0.0
         self.started = time.perf_counter()
         return numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to log what the unbroken one would have; its tensors are on the device."""
+        return {
+            "meters": {name: vars(meter).copy() for name, meter in self.objective_losses.items()},
+            "sums": self.sums,
+            "bad": self.bad,
+            "steps": self.steps,
+            "samples": self.samples,
+            "data_seconds": self.data_seconds,
+            "seconds": time.perf_counter() - self.started,
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], device: torch.device) -> Progress:
+        """From `state_dict`; a new one from an empty dict."""
+        if not state:
+            return cls()
+        progress = cls(
+            sums={name: value.to(device) for name, value in state["sums"].items()},
+            bad=state["bad"].to(device) if isinstance(state["bad"], Tensor) else state["bad"],
+            steps=state["steps"],
+            samples=state["samples"],
+            data_seconds=state["data_seconds"],
+            started=time.perf_counter() - state["seconds"],
+        )
+        for name, values in state["meters"].items():
+            vars(progress.objective_losses.setdefault(name, AverageMeter())).update(values)
+        return progress
 
 
 def run_epoch(
@@ -243,43 +325,64 @@ def run_epoch(
     log_every_n_steps: int = 100,
     writer: Any = None,
     around_step: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    after_step: Callable[[], float] = lambda: 0.0,
 ) -> None:
     """Trains epoch number `state.epoch` on `data` (training.data.DataInfo), and keeps `state` up to date.
 
     Batches are dicts {"image": float [B, 3, H, W], "text": int64 [B, L]}. A step takes `trainer.accum_freq` of them; an
-    incomplete last one is left out, so an epoch has `state.steps_per_epoch` steps, those of a resumed run included.
-    `writer`: training.logger.MetricsWriter. `around_step`: makes a context for the step of a number.
+    incomplete last one is left out, so an epoch has `state.steps_per_epoch` steps. Where `state` is within an epoch,
+    the rest of it is done: `data` goes on where it was saved.
+    `writer`: training.logger.MetricsWriter. `around_step`: makes a context for the step of a number. `after_step`: is
+    called when `state` is one to save, but not at the epoch's end; returns the seconds that saving took from the loop.
 
     Raises:
         RuntimeError: where the data give not a single step.
+        TooManyBadSteps: see training.guard. TooManyBadSamples: see training.data.skips.
     """
     trainer.model.train()
     data.set_epoch(state.epoch)
     first_step, world_size = state.epoch * state.steps_per_epoch, world().world_size
-    progress, samples_done, done = Progress(), 0, 0
-    for batches, data_seconds in _steps(data.dataloader, trainer):
-        with around_step(first_step + done):
-            losses = trainer.step(batches, first_step + done)
+    state.progress = progress = Progress.restored(state.progress, trainer.device)
+    done = state.epoch_step >= state.steps_per_epoch  # resumed on more processes, there may be too few samples left
+    for batches, data_seconds in () if done else _steps(data.dataloader, trainer):
+        number = first_step + state.epoch_step
+        with around_step(number):
+            losses = trainer.step(batches, number)
         samples = sum(len(batch["image"]) for batch in batches) * world_size
-        done += 1
-        samples_done += samples
-        state.step = first_step + done
+        state.epoch_step += 1
+        state.epoch_samples += samples
+        state.step = number + 1
         state.samples_seen += samples
-        progress.add(losses, samples, data_seconds)
-        if (done - 1) % log_every_n_steps == 0 or done == state.steps_per_epoch:
-            numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None))
-            if trainer.pairs_at_peak is not None:
-                numbers["mfu"] = numbers["samples_per_second_per_gpu"] / trainer.pairs_at_peak
-            numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]
-            logger.info(_line(numbers, progress, state, samples_done, done, trainer.device, data))
-            if writer is not None:
-                writer.write(numbers, state.step - 1, "train")
-    if done == 0:
+        progress.add(losses, samples, data_seconds, None if trainer.guard is None else trainer.guard.bad)
+        at_end = state.epoch_step == state.steps_per_epoch
+        if (state.epoch_step - 1) % log_every_n_steps == 0 or at_end:
+            _report(trainer, progress, state, data, writer)
+        if at_end:
+            break
+        progress.save_seconds += after_step()
+    if state.epoch_step == 0:
         raise RuntimeError(
             f"The training data gave fewer batches than the {trainer.accum_freq} that one step takes: use a smaller "
             "--batch-size, fewer processes, or a smaller --accum-freq."
         )
     state.epoch += 1
+    state.epoch_step = state.epoch_samples = 0
+    state.progress = {}
+
+
+def _report(trainer: Trainer, progress: Progress, state: TrainState, data: Any, writer: Any) -> None:
+    """A line of log, and its numbers to the writer; on all ranks, so that all of them find a run that is stuck."""
+    counters = None if trainer.guard is None else trainer.guard.counters()
+    numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None), counters)
+    if trainer.pairs_at_peak is not None:
+        numbers["mfu"] = numbers["samples_per_second_per_gpu"] / trainer.pairs_at_peak
+    numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]
+    skips = "" if getattr(data, "skipped", None) is None else str(report_skips(data))
+    logger.info(" ".join(filter(None, (_line(numbers, progress, state, trainer.device), skips))))
+    if writer is not None:
+        writer.write(numbers, state.step - 1, "train")
+    if trainer.guard is not None:
+        trainer.guard.check(int(numbers["bad_in_a_row"]))
 
 
 def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]:
@@ -300,16 +403,13 @@ def _line(
     numbers: dict[str, float],
     progress: Progress,
     state: TrainState,
-    samples_done: int,
-    steps_done: int,
     device: torch.device,
-    data: Any,
 ) -> str:
     """A line of log, in the form that open_clip's have."""
     total = str(state.samples_per_epoch)
-    percent = 100 * steps_done / state.steps_per_epoch
+    percent = 100 * state.epoch_step / state.steps_per_epoch
     parts = [
-        f"Train Epoch: {state.epoch} [{samples_done:>{len(total)}}/{total} ({percent:.0f}%)]",
+        f"Train Epoch: {state.epoch} [{state.epoch_samples:>{len(total)}}/{total} ({percent:.0f}%)]",
         f"Data (t): {numbers['data_time']:.3f}",
         f"Batch (t): {numbers['batch_time']:.3f},",
         f"{numbers['samples_per_second']:.6g}/s, {numbers['samples_per_second_per_gpu']:.6g}/s/device",
@@ -321,12 +421,14 @@ def _line(
         parts.append(f"Logit Scale: {numbers['scale']:.3f}")
     for name, meter in progress.objective_losses.items():
         parts.append(f"{name.capitalize()}: {meter.val:#.5g} ({meter.avg:#.5g})")
+    if "save_time" in numbers:
+        parts.append(f"Save (t): {numbers['save_time']:.3f}")
+    for name, words in (("skipped_steps", "Bad steps"), ("scaler_overflows", "Overflows")):
+        if numbers.get(name):
+            parts.append(f"{words}: {numbers[name]:.0f}")
     memory = devices.row(device).memory(device.index)
     if memory:
         parts.append(f"Memory: {memory['allocated'] / 2**30:.2f} GiB (peak {memory['peak'] / 2**30:.2f})")
-    skipped = getattr(data, "skipped", None)
-    if skipped is not None and skipped.total():
-        parts.append(f"Skipped: {skipped.total()}")
     return " ".join(parts)
 
 

@@ -19,7 +19,7 @@ from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from training import precision as precisions
 from training.batches import to_device
-from training.distributed import world
+from training.distributed import barrier, world
 from training.metrics import accuracy
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def run(model: nn.Module, classifier: Tensor, dataloader: Any, args: Any) -> tup
                     "Zero-shot [%d / %s]", counts[2] * world().world_size, getattr(dataloader, "num_samples", "?")
                 )
     if world().distributed:
+        barrier()  # however long the others have to do
         counts = collectives.all_reduce(counts.to(device)).cpu()
     top1, top5, total = counts.tolist()
     if not total:
@@ -156,6 +157,7 @@ def _classifier(
     with autocast():
         classifier = build_zero_shot_classifier(model, tokenizer, classnames, templates, CLASSES_PER_BATCH, device)
     if split:
+        barrier()
         classifier = collectives.gather_rows(classifier.T.contiguous()).T
     if here.is_master:
         logger.info(

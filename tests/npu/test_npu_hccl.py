@@ -40,3 +40,46 @@ def test_fifty_steps_on_several_npus_lose_as_on_the_cpu(world_size: int) -> None
         assert waits == 0, "no step waits for the device"
         assert (device, backend, wrapper) == (f"npu:{rank}", "hccl", "DistributedDataParallel")
         assert losses == pytest.approx(reference, abs=5e-4)
+
+
+NOT_A_NUMBER = """
+    import json
+    import open_clip, torch
+    from npu_training import *
+    from training import distributed
+    from training.guard import StepGuard
+    from training.params import DistributedConfig
+
+    world = distributed.init(DistributedConfig())
+    trainer = make_trainer(world.device, 'fp32', FORM, linked=LINKED)
+    if not LINKED:
+        trainer.model = build.parallelise(trainer.model, DistributedConfig(), world)
+    trainer.guard = StepGuard(trainer.model.module, trainer.optimizer, world.device)
+
+    def sums():
+        return [float(p.detach().double().cpu().abs().sum()) for p in trainer.model.parameters()]
+
+    found = []
+    for step in range(3):
+        batch = move(make_batch(step, world.rank, world.world_size), world.device)
+        if (step, world.rank) == (1, 2):
+            batch["image"] = batch["image"] * float("nan")
+        trainer.step([batch], step)
+        found.append(sums())
+    counters = [int(value) for value in trainer.guard.counters().values()]
+    distributed.leave()
+    print(json.dumps([found, counters]))
+"""
+
+
+@pytest.mark.parametrize(("form", "linked"), [("torch", True), ("auto", False)])
+def test_a_nan_on_one_of_four_ranks_is_skipped_by_all(form: str, linked: bool) -> None:
+    """`linked`: features are gathered, and the loss is NaN everywhere; else on one rank alone."""
+    script = NOT_A_NUMBER.replace("FORM", repr(form)).replace("LINKED", repr(linked))
+    ranks = [json.loads(lines[-1]) for lines in run_ranks(script, 4)]
+    for found, counters in ranks:
+        first, second, third = found
+        assert second == first
+        assert third != second
+        assert found == ranks[0][0]
+        assert counters == [1, 0, 0]

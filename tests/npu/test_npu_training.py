@@ -13,6 +13,9 @@ from npu_training import CONFIGURATIONS, CPU, NPU, Calls, encode, make_batch, ma
 import open_clip
 from open_clip import device as devices
 from training.checkpoint import TrainState
+from training.ema import WeightAverage
+from training.guard import StepGuard
+from training.train import Trainer
 
 
 @pytest.fixture
@@ -226,3 +229,73 @@ def test_strict_npu_and_late_copies_change_nothing() -> None:
     plain = run_script(ONE_STEP_EACH)
     assert sum("[" in line for line in plain) == len(CONFIGURATIONS) + 2
     assert run_script(ONE_STEP_EACH, strict=1, delay_copies=1, poison=1) == plain
+
+
+def guarded(form: str, chosen: str = "fp32") -> Trainer:
+    trainer = make_trainer(NPU, chosen, form)
+    trainer.guard = StepGuard(trainer.model, trainer.optimizer, NPU)
+    trainer.average = WeightAverage(trainer.model, 0.9)
+    return trainer
+
+
+def everything(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights, moments and averages, on the CPU."""
+    states = trainer.optimizer.state.values()
+    moments = [value for state in states for value in state.values() if torch.is_tensor(value)]
+    averages = trainer.average.state_dict({}).values()
+    return [value.detach().cpu().clone() for value in (*trainer.model.parameters(), *moments, *averages)]
+
+
+@pytest.mark.parametrize("form", ["auto", "torch", "npu", "off"])
+@pytest.mark.parametrize("chosen", ["fp32", "amp"])
+def test_a_step_that_is_no_number_changes_nothing(form: str, chosen: str) -> None:
+    trainer = guarded(form, chosen)
+    batches = [move(make_batch(step), NPU) for step in range(3)]
+    trainer.step([batches[0]], 0)
+    before = everything(trainer)
+    trainer.step([{**batches[1], "image": batches[1]["image"] * float("nan")}], 1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(everything(trainer), before, strict=True))
+    assert int(trainer.guard.counters()["skipped_steps"]) == 1
+    trainer.step([batches[2]], 2)
+    assert all(torch.isfinite(value).all() for value in everything(trainer))
+    assert not torch.equal(everything(trainer)[0], before[0])
+
+
+def test_the_guard_waits_only_where_the_optimizer_cannot_be_told_on_the_device(synchronised: list[str]) -> None:
+    assert count(guarded("torch"), steps=3).waits == 0
+    assert count(guarded("off"), steps=3).waits == 3
+    assert synchronised == []
+
+
+SAVED_WHILE_TRAINING = """
+    import threading
+    from pathlib import Path
+    import open_clip, torch
+    from npu_training import *
+    from training import file_utils
+    from training.checkpoint import TrainState
+    from training.params import CheckpointConfig
+    from training.saver import Saver
+
+    trainer = make_trainer(NPU)
+    train(trainer, 2)
+    state = TrainState(model=trainer.model, optimizer=trainer.optimizer, device=NPU, step=2)
+    before = {name: value.cpu().clone() for name, value in trainer.model.state_dict().items()}
+    go, save = threading.Event(), file_utils.pt_save
+    file_utils.pt_save = lambda *args: (go.wait(30), save(*args))
+    saver = Saver(CheckpointConfig(save_every_n_steps=2), Path(FOLDER), state, 1)
+    saver.after_step()
+    for step in range(2, 5):
+        trainer.step([move(make_batch(step), NPU)], step)
+    go.set()
+    saver.finish()
+    saved = torch.load(Path(FOLDER) / "epoch_0_step_2.pt", weights_only=True)
+    print(all(torch.equal(saved["state_dict"][name], value) for name, value in before.items()))
+    moved = not torch.equal(trainer.model.visual.proj.cpu(), before["visual.proj"])
+    print(saved["state_dict"]["visual.proj"].device, moved)
+"""
+
+
+def test_a_save_has_its_step_s_weights_though_copies_land_late(tmp_path: Path) -> None:
+    script = SAVED_WHILE_TRAINING.replace("FOLDER", repr(str(tmp_path)))
+    assert run_script(script, delay_copies=1)[-2:] == ["True", "cpu True"]

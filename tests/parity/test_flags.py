@@ -17,6 +17,7 @@ THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
 DIFFERENT = {"device": "auto", "precision": None}
 # What ours have more. A new option is added here, and to docs, on purpose.
 OURS = {
+    "max_bad_fraction": 0.5,
     "zeroshot_data": None,
     "zeroshot_classnames": None,
     "zeroshot_templates": None,
@@ -24,6 +25,12 @@ OURS = {
     "dist_timeout": 1800.0,
     "fp32_matmul": "high",
     "profile_steps": None,
+    "save_every_n_steps": 0,
+    "keep_last": 2,
+    "on_save_failure": "continue",
+    "sync_save": False,
+    "ema_decay": None,
+    "max_bad_steps": 10,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 
 import pytest
@@ -139,7 +140,7 @@ def spoil(path):
     rows[1 + 5] = f"\t{caption(5)}"
     Image.new("1", (200, 200)).save(folder / "6.jpg")
     path.write_text("\n".join(rows) + "\n")
-    return {"missing_image": 1, "corrupt_image": 3, "no_image": 1, "no_caption": 1}
+    return {"missing_image": 1, "empty_image": 1, "corrupt_image": 1, "huge_image": 1, "no_image": 1, "no_caption": 1}
 
 
 @pytest.fixture
@@ -163,13 +164,13 @@ def test_bad_rows_are_dropped_from_validation_and_counted(tmp_path, small_bombs,
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_rows_are_replaced_in_training_alike_on_any_number_of_workers(tmp_path, small_bombs):
     path = write_csv(tmp_path, 12)
-    spoil(path)
+    causes = spoil(path)
     seen = []
     for workers in (0, 2):
         train = train_data(path, workers=workers)
         seen.append(epoch_numbers(train, epoch=3))
         assert train.skipped.total() >= 6
-        assert set(train.skipped.counts()) == {"missing_image", "corrupt_image", "no_image", "no_caption"}
+        assert set(train.skipped.counts()) == set(causes)
         train.dataloader.close()
     assert seen[0] == seen[1]
     assert [len(batch) for batch in seen[0]] == [4, 4, 4]
@@ -253,3 +254,36 @@ def test_string_table():
 def test_string_tables_are_as_large_as_their_text():
     table = StringTable(["x" * 90] * 1000)
     assert len(pickle.dumps(table)) < 1000 * (90 + 8) + 2000
+
+
+def test_single_rows_that_are_not_utf_8_or_too_long_are_bad_rows(tmp_path):
+    path = write_csv(tmp_path, 30)
+    rows = path.read_bytes().splitlines()
+    rows[1 + 4] = rows[1 + 4].replace(b"picture", b"pict\xfcre")
+    rows[1 + 5] = rows[1 + 5].replace(b"picture", b"x" * (2**20) + b" picture")
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    val = val_data(path)
+    assert [number for batch in epoch_numbers(val) for number in batch] == [0, 1, 2, 3, *range(6, 30)]
+    assert val.skipped.counts() == {"corrupt_caption": 1, "huge_caption": 1}
+
+
+def test_paths_that_are_no_files_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
+    (tmp_path / "link.jpg").symlink_to("/dev/zero")
+    strange = [str(tmp_path / "fifo"), str(tmp_path / "link.jpg"), "pipe:touch ran", "https://host/a.jpg", "/dev/zero"]
+    strange += [str(tmp_path), f"file://{tmp_path}/0.jpg", "a\0b.jpg", "x" * 5000]
+    path = write_csv(tmp_path, 2)
+    path.write_text(path.read_text() + "".join(f"{name}\tpicture 9\n" for name in strange if "\0" not in name))
+    val = val_data(path)
+    assert epoch_numbers(val) == [[0, 1]]
+    assert val.skipped.counts() == {"missing_image": 8}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_batches_name_their_samples(tmp_path):
+    path = write_csv(tmp_path, 8)
+    (tmp_path / "3.jpg").unlink()
+    batches = list(train_data(path, workers=0).dataloader)
+    for batch in batches:
+        assert batch["key"] == [f"{tmp_path}/{n}.jpg (row {n + 1} of {path})" for n in batch["text"][:, 0].tolist()]
+    assert not any("/3.jpg" in key for batch in batches for key in batch["key"])  # another one came in its place

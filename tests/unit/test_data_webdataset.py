@@ -200,7 +200,7 @@ def test_a_failing_pipe_is_counted(tmp_path, capfd):
 
 def test_an_epoch_that_ends_inside_a_pipe_closes_it(tmp_path):
     pytest.importorskip("webdataset")
-    write_tar(tmp_path / "a.tar", pairs(range(1500)))  # more than the shuffle waits for, and than a pipe holds
+    write_tar(tmp_path / "a.tar", pairs(range(2500)))  # more than the shuffle waits for, and than a pipe holds
     train = train_data(f"pipe:cat {tmp_path}/a.tar", train_num_samples=8)
     assert [len(batch) for batch in epoch_numbers(train)] == [4, 4]
     assert train.skipped.total() == 0

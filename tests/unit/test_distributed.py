@@ -125,6 +125,8 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **kwargs: joined.update(kwargs, backend=backend)
     )
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(distributed, "_host_group", None)
     return joined
 
 

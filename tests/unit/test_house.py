@@ -45,13 +45,14 @@ FLOORS = [
     ["training.params"],
     [
         "training.distributed", "training.precision", "training.scheduler", "training.metrics", "training.logger",
-        "training.file_utils", "training.rng", "training.combined_adamw", "training.batches",
+        "training.file_utils", "training.rng", "training.combined_adamw", "training.batches", "training.ema",
     ],
+    ["training.guard", "training.signals"],
     [
         "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
         "training.build", "training.flops", "training.trace",
     ],
-    ["training.evaluate"],
+    ["training.evaluate", "training.saver"],
     ["training.train"],
     ["training.main", "training.profiler", "training.doctor"],
     ["open_clip_train"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,6 +183,86 @@ def test_the_latest_checkpoint_continues_the_run_in_its_folder(inputs, plain, tm
         assert torch.equal(weights(folder, "epoch_2.pt")[key], value), key
     train(inputs, tmp_path, "--resume", "latest")
     assert "has its 2 epochs already" in (folder / "out.log").read_text()
+
+
+def stopped(inputs: Inputs, logs: Path, *more: object) -> SystemExit:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train(inputs, logs, *more)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return ended.value
+
+
+def test_a_run_that_is_told_to_stop_in_a_step_goes_on_after_it(inputs, plain, tmp_path, monkeypatch):
+    step = main.Trainer.step
+
+    def told(self, batches, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches, number)
+
+    monkeypatch.setattr(main.Trainer, "step", told)
+    assert stopped(inputs, tmp_path).code == 143
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")] == ["epoch_0_step_2.pt"]
+    train(inputs, tmp_path, "--resume", "latest")
+    assert losses(tmp_path / "run") == losses(plain)
+    assert "Stopped by SIGTERM" in (tmp_path / "run/out.log").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_told_to_stop_in_an_evaluation_it_saves_too(inputs, plain, tmp_path, monkeypatch, number, code):
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
+        assert stopped(inputs, tmp_path, "--save-frequency", 0).code == code
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")] == ["epoch_1_step_3.pt"]
+    train(inputs, tmp_path, "--resume", "latest")
+    assert losses(tmp_path / "run") == losses(plain)
+
+
+def test_told_to_stop_while_the_model_is_built_it_ends(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped(inputs, tmp_path).code == 143
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_torchrun_s_restart_goes_on_in_the_folder(inputs, plain, tmp_path, monkeypatch):
+    folder = train(inputs, tmp_path)
+    (folder / "checkpoints/epoch_2.pt").unlink()
+    (folder / "checkpoints/.epoch_2.pt.12345678.tmp").write_bytes(b"half")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(inputs, tmp_path, "--resume", plain / "checkpoints/epoch_2.pt")  # not again what it began with
+    assert "Resumed from " + str(folder / "checkpoints/epoch_1.pt") in (folder / "out.log").read_text()
+    assert losses(folder) == losses(plain)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_averaged_weights_are_evaluated_saved_and_loaded(inputs, plain, tmp_path):
+    folder = train(inputs, tmp_path, "--ema-decay", 0.5, "--val-data", inputs.csv)
+    assert losses(folder) == losses(plain)
+    last = results(folder)[-1]
+    assert last["ema_clip_val_loss"] != last["clip_val_loss"]
+    assert sorted(scalars(folder)["val/ema_clip_val_loss"]) == [1, 2]
+    saved = torch.load(folder / "checkpoints/epoch_2.pt", weights_only=True)
+    assert saved["state_dict_ema"].keys() == saved["state_dict"].keys()
+    torch.save(saved["state_dict_ema"], tmp_path / "ema.pt")
+    model = open_clip.create_model(inputs.model, pretrained=str(tmp_path / "ema.pt"))
+    assert torch.equal(model.visual.proj, saved["state_dict_ema"]["visual.proj"])
+
+
+def test_a_run_whose_last_save_fails_is_an_error(inputs, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file_utils, "pt_save", full)
+    with pytest.raises(OSError, match="No space"):
+        train(inputs, tmp_path)
+    assert len(losses(tmp_path / "run")) == 6, "it went on after the first"
+    with pytest.raises(OSError, match="No space"):
+        train(inputs, tmp_path / "other", "--on-save-failure", "stop")
+    assert len(scalars(tmp_path / "other/run")["train/loss"]) < 6
 
 
 def test_a_run_without_a_name_has_that_of_open_clip(inputs, tmp_path):

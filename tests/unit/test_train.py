@@ -10,54 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gloo_ranks import run_ranks
+from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training import rng
-from training.checkpoint import TrainState
+from training.data.skips import BadSample, SkipCounter
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective
 from training.params import ObjectiveConfig
 from training.train import Trainer, run_epoch, train_one_epoch, unwrap_model
-
-CPU = torch.device("cpu")
-SIZE = 4  # samples of a batch
-
-
-class Towers(nn.Module):
-    """Two small towers with dropout, in float64, so that only a wrong formula makes a difference."""
-
-    def __init__(self, dropout: float = 0.0, bias: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.visual = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(dropout), nn.Linear(8, 4))
-        self.text = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Dropout(dropout), nn.Linear(8, 4))
-        self.logit_scale = nn.Parameter(torch.tensor(1.5))
-        self.logit_bias = nn.Parameter(torch.tensor(-1.0)) if bias else None
-        self.double()
-        self.grad_forwards = self.forwards = 0
-
-    def forward(self, image=None, text=None):
-        self.forwards += 1
-        self.grad_forwards += torch.is_grad_enabled()
-        outputs = {
-            "image_features": F.normalize(self.visual(image), dim=-1),
-            "text_features": F.normalize(self.text(text), dim=-1),
-            "logit_scale": self.logit_scale.exp(),
-        }
-        return outputs if self.logit_bias is None else {**outputs, "logit_bias": self.logit_bias}
-
-
-def batches_of(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        {
-            "image": torch.randn(SIZE, 6, generator=generator, dtype=torch.float64),
-            "text": torch.randn(SIZE, 5, generator=generator, dtype=torch.float64),
-        }
-        for _ in range(count)
-    ]
 
 
 def trainer_of(model: nn.Module, objective=None, **options) -> Trainer:
@@ -188,6 +150,28 @@ def test_ranks_that_accumulate_have_the_gradient_of_one_large_batch(tmp_path):
             assert_equal(rank[name], gradients_of(model))
 
 
+def ranks_resume(rank: int, world_size: int) -> list[dict]:
+    """Three steps of a wrapper, and the third again by a new one, from a checkpoint and after a rehearsal."""
+    batches = batches_of(3 * world_size)[rank::world_size]
+    whole = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0)
+    for number, batch in enumerate(batches[:2]):
+        whole.step([batch], number)
+    again = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0, rehearses=True)
+    again.model.load_state_dict(whole.model.state_dict())
+    state, found = torch.get_rng_state(), []
+    for trainer in (whole, again):
+        torch.set_rng_state(state)
+        trainer.step([batches[2]], 2)
+        found.append({name: p.detach().clone() for name, p in unwrap_model(trainer.model).named_parameters()})
+    return found
+
+
+def test_a_resumed_run_of_several_ranks_adds_up_in_the_order_of_the_unbroken_one(tmp_path):
+    for whole, again in run_ranks(__file__, "ranks_resume", (4,), tmp_path)[4]:
+        for name, value in whole.items():
+            assert torch.equal(again[name], value), name
+
+
 class Scaler:
     """A gradient scaler that writes down in which order it is used."""
 
@@ -242,32 +226,6 @@ def test_the_logit_scale_stays_within_clips_bounds(start, end):
     assert model.logit_scale.item() == pytest.approx(end)
 
 
-class Loader(list):
-    num_samples = 0
-
-    @property
-    def num_batches(self) -> int:
-        return len(self)
-
-
-def data_of(count: int) -> SimpleNamespace:
-    epochs: list[int] = []
-    loader = Loader(batches_of(count))
-    loader.num_samples = count * SIZE
-    return SimpleNamespace(dataloader=loader, set_epoch=epochs.append, epochs=epochs, skipped=None)
-
-
-class Writer(list):
-    def write(self, metrics, step, prefix):
-        self.append((step, prefix, dict(metrics)))
-
-
-def state_of(model: nn.Module, count: int, accum_freq: int = 1, **values) -> TrainState:
-    return TrainState(
-        model=model, device=CPU, steps_per_epoch=count // accum_freq, samples_per_epoch=count * SIZE, **values
-    )
-
-
 def test_an_epoch_counts_schedules_and_reports(caplog):
     model, writer, steps = Towers(), Writer(), []
     trainer = trainer_of(model, scheduler=steps.append)
@@ -296,10 +254,12 @@ def test_an_epoch_counts_schedules_and_reports(caplog):
 
 def test_skipped_samples_are_in_the_line(caplog):
     model, data = Towers(), data_of(1)
-    data.skipped = SimpleNamespace(total=lambda: 3)
+    data.skipped = SkipCounter(0)
+    for number in range(3):
+        data.skipped.add(BadSample("corrupt_image", f"{number}.png", "truncated"))
     with caplog.at_level(logging.INFO):
         run_epoch(trainer_of(model), data, state_of(model, 1))
-    assert "Skipped: 3" in caplog.messages[-1]
+    assert "Skipped: corrupt_image 3" in caplog.messages[-1]
 
 
 def test_the_share_of_the_peak_is_reported_where_that_is_known(caplog):

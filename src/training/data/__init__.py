@@ -1,7 +1,9 @@
 """Training and evaluation data: `get_data` gives the loaders that the options ask for.
 
 Batches are dicts: {"image": float [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]} of
-classified images. Order and augmentation are functions of (seed, epoch, sample): see `training.data.sampling`.
+classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Order and
+augmentation are functions of (seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved:
+see `training.data.position`.
 """
 
 from __future__ import annotations
@@ -15,15 +17,14 @@ from training.data.csv_data import CsvDataset, get_csv_dataset
 from training.data.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
 from training.data.loader import DataInfo
 from training.data.sampling import SharedEpoch
+from training.data.shard_lists import expand_urls, get_dataset_size, is_list
 from training.data.shards import (
-    expand_urls,
     filter_no_caption_or_no_image,
-    get_dataset_size,
     group_by_keys_nothrow,
     log_and_continue,
     tarfile_to_samples_nothrow,
 )
-from training.data.skips import BadSample, SkipCounter
+from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report
 from training.data.stages import ResampledShards2, count_samples, detshuffle2, pytorch_worker_seed
 from training.data.synthetic import SyntheticDataset, get_synthetic_dataset
 from training.data.webdataset_data import get_wds_dataset
@@ -36,7 +37,9 @@ __all__ = [
     "ResampledShards2",
     "SharedEpoch",
     "SkipCounter",
+    "SkipReport",
     "SyntheticDataset",
+    "TooManyBadSamples",
     "count_samples",
     "detshuffle2",
     "expand_urls",
@@ -53,6 +56,7 @@ __all__ = [
     "group_by_keys_nothrow",
     "log_and_continue",
     "pytorch_worker_seed",
+    "report",
     "tarfile_to_samples_nothrow",
 ]
 
@@ -68,7 +72,8 @@ _TAR = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
 def get_dataset_fn(data_path: str | None, dataset_type: str) -> Callable[..., DataInfo]:
     """The function that makes a loader of `dataset_type`; "auto" goes by the path.
 
-    A folder is imagefolder, .csv and .tsv are csv; .tar, braces, `::` and `pipe:` are webdataset.
+    A folder is imagefolder, .csv and .tsv are csv; .tar, braces, `::`, `pipe:` and .txt (a list of shards) are
+    webdataset.
 
     Raises:
         ValueError: an unknown type, or a path that tells nothing.
@@ -79,15 +84,15 @@ def get_dataset_fn(data_path: str | None, dataset_type: str) -> Callable[..., Da
     if dataset_type != "auto":
         raise ValueError(f"Unknown --dataset-type {dataset_type!r}: choose one of {choices}.")
     path = data_path or ""
-    if path.startswith("pipe:") or "::" in path or ("{" in path and "}" in path) or _TAR.search(path):
+    if path.startswith("pipe:") or "::" in path or ("{" in path and "}" in path) or _TAR.search(path) or is_list(path):
         return get_wds_dataset
     if path.lower().endswith((".csv", ".tsv")):
         return get_csv_dataset
     if path and os.path.isdir(path):
         return get_imagefolder_dataset
     raise ValueError(
-        f"The form of the data does not follow from {data_path!r} (webdataset: .tar or braces; csv: .csv, .tsv; "
-        f"imagefolder: an existing folder). Give --dataset-type, one of {choices}."
+        f"The form of the data does not follow from {data_path!r} (webdataset: .tar, braces or a .txt list; "
+        f"csv: .csv, .tsv; imagefolder: an existing folder). Give --dataset-type, one of {choices}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,14 @@ from torch.utils.data import Dataset
 
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.shards import CAPTION_LIMIT
 from training.data.skips import BadSample
 from training.data.strings import StringTable
 
 _ROWS_AT_ONCE = 200_000
+# More rows than this part in another encoding: then it is the file that is, and not single rows that are damaged.
+_MOST_NOT_UTF8 = 0.05
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what bytes become that are not UTF-8
 _SEPARATORS = (",", "\t", ";", "|", " ")
 
 
@@ -23,12 +28,13 @@ class CsvDataset(Dataset):
 
     `dataset[i]` is a dict: "image", what `transforms` makes of the PIL image, and "text", token ids int64 [L] where a
     tokenizer is given, otherwise the caption. Relative image paths are relative to the working directory.
-    A caption that is empty, blank or "nan" is none; "NA", "None" and "null" are captions.
+    A caption that is empty, blank or "nan" is none; "NA", "None" and "null" are captions. Images are files: nothing
+    else that a row names (a URL, a pipe, a device) is opened.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, the file has no rows, rows do not fit the header, it is not UTF-8. And from
-            `dataset[i]`: training.data.skips.BadSample for a row that cannot be used.
+        ValueError: a column is missing, the file has no rows, rows do not fit the header, its text is not UTF-8. And
+            from `dataset[i]`: training.data.skips.BadSample for a row that cannot be used.
     """
 
     def __init__(
@@ -54,20 +60,31 @@ class CsvDataset(Dataset):
         caption = self.captions[index]
         if not caption.strip() or caption in ("nan", "NaN"):
             raise BadSample("no_caption", row, "the caption is empty")
+        if len(caption) > CAPTION_LIMIT:
+            raise BadSample("huge_caption", row, f"{len(caption)} characters, the limit is {CAPTION_LIMIT}")
+        if _is_torn(caption):
+            raise BadSample("corrupt_caption", row, "the caption is not UTF-8")
         if not path:
             raise BadSample("no_image", row, "the image's path is empty")
         image = load_image(path, self.transforms, row)
-        return {"image": image, "text": caption if self.tokenizer is None else self.tokenizer([caption])[0]}
+        text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
+        return {"image": image, "text": text, "key": row}
+
+
+def _is_torn(text: str) -> bool:
+    return not text.isascii() and _NOT_UTF8.search(text) is not None
 
 
 def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tuple[StringTable, StringTable]:
     import pandas as pd
 
     sep = "\t" if sep == "\\t" else sep  # as a shell hands over '\t'
-    options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "encoding": "utf-8"}
+    options: dict[str, Any] = {"sep": sep, "dtype": object, "keep_default_na": False, "encoding": "utf-8"}
+    options["encoding_errors"] = "surrogateescape"  # a row that is not UTF-8 is a bad row, not the end of all
     if len(sep) > 1:
         options["engine"] = "python"  # the C parser knows one character only
     columns: tuple[list[StringTable], list[StringTable]] = ([], [])
+    not_utf8 = 0
     try:
         _check_header(filename, list(pd.read_csv(filename, nrows=0, **options).columns), img_key, caption_key, sep)
         with warnings.catch_warnings():
@@ -77,6 +94,7 @@ def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tu
             for rows in pd.read_csv(filename, index_col=False, chunksize=_ROWS_AT_ONCE, **options):
                 for column, key in zip(columns, (img_key, caption_key), strict=True):
                     column.append(StringTable(rows[key].fillna("").tolist()))
+                not_utf8 += sum(map(_is_torn, rows[caption_key].fillna("").tolist()))
     except FileNotFoundError:
         raise FileNotFoundError(f"{filename}: no such CSV file (looked for {Path(filename).absolute()}).") from None
     except pd.errors.EmptyDataError:
@@ -86,11 +104,14 @@ def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tu
             f"{filename}: rows do not fit the header ({error}). A field that has the separator {sep!r} in it must be "
             'quoted with ".'
         ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{filename} is not UTF-8 ({error}). Convert it, e.g. with iconv.") from error
     images, captions = (StringTable.concatenate(column) for column in columns)
     if not len(images):
         raise ValueError(f"{filename} has a header and no rows.")
+    if not_utf8 > _MOST_NOT_UTF8 * len(images):
+        raise ValueError(
+            f"{filename} is not UTF-8 (the captions of {not_utf8} of its {len(images)} rows are not). Convert it, e.g. "
+            "with iconv."
+        )
     return images, captions
 
 
@@ -98,6 +119,8 @@ def _check_header(filename: str, header: list[str], img_key: str, caption_key: s
     missing = [key for key in (img_key, caption_key) if key not in header]
     if not missing:
         return
+    if any(map(_is_torn, header)):
+        raise ValueError(f"{filename} is not UTF-8: its header is not. Convert it, e.g. with iconv.")
     wrong = f"{filename} has no column {' nor '.join(map(repr, missing))}"
     if len(header) > 1:
         raise ValueError(

@@ -29,8 +29,8 @@ class ImageFolder(Dataset):
 
     The same classes, order and labels as torchvision's ImageFolder, but an empty class folder keeps its label (with a
     warning) and paths are stored compactly. `numbered`: class folders are named by their labels (as in ImageNet-V2).
-    `dataset[i]` is {"image": transform's result, "label": int}; with `caption` (a template for the class name)
-    {"image", "text": str} instead, text being int64 [L] where there is a tokenizer.
+    `dataset[i]` is {"image": transform's result, "label": int, "key": its path}; with `caption` (a template for the
+    class name) {"image", "text": str, "key"} instead, text being int64 [L] where there is a tokenizer.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: no class folders, no images, or `numbered` and a name that is no
@@ -69,9 +69,10 @@ class ImageFolder(Dataset):
         label = int(self.labels[index])
         image = load_image(path, self.transform, path)
         if self.caption is None:
-            return {"image": image, "label": label}
+            return {"image": image, "label": label, "key": path}
         text = self.caption.format(self.classes[label].replace("_", " "))
-        return {"image": image, "text": text if self.tokenizer is None else self.tokenizer([text])[0]}
+        text = text if self.tokenizer is None else self.tokenizer([text])[0]
+        return {"image": image, "text": text, "key": path}
 
 
 def _class_names(root: Path, numbered: bool) -> list[str]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from open_clip import device
 from training import distributed
+from training.data.position import Position, RowPosition
 from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
 from training.data.skips import BAD_IN_A_ROW, BadSample, SkipCounter, Streak
 
 logger = logging.getLogger(__name__)
 
 _PREFETCHED_BATCHES = 2  # per worker
+CURSOR = "__cursor__"  # in a batch on its way here: the place behind it
+KEY = "key"  # in a batch: list of str, what names each sample
 
 
 @dataclass
@@ -36,6 +40,27 @@ class DataInfo:
             self.shared_epoch.set_value(epoch)
         if self.sampler is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's place behind the batch that the loop received last: a few numbers and tensors; of training data.
+
+        What workers have prefetched does not count. See `training.data.position` for what a place is good for.
+        """
+        return self._position().state_dict()
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """The next pass begins at a place that was saved. states: of all ranks of that run, in their order.
+
+        `set_epoch` with the same epoch keeps the place; another epoch begins at its begin.
+        """
+        self._position().load_state_dict(states)
+        self.dataloader.close()  # type: ignore[attr-defined]  # workers learn of it when they start
+
+    def _position(self) -> Position:
+        position = getattr(self.dataloader, "position", None)
+        if position is None:
+            raise TypeError("Only training data of training.data have a place to save.")
+        return position
 
 
 class Loader(DataLoader):
@@ -57,6 +82,7 @@ class Loader(DataLoader):
         collate: Collate,
         batch_sampler: Sampler | None = None,
         classes: list[str] | None = None,
+        position: Position | None = None,
     ) -> None:
         world = distributed.world()
         options: dict[str, Any] = {"pin_memory": device.row(world.device).pin_memory}
@@ -81,16 +107,21 @@ class Loader(DataLoader):
         self.num_batches = num_batches
         self.skipped = skipped
         self.classes = classes
+        self.position = position
         self._alone = not world.distributed
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        if self.position is not None:
+            yield from self._training_batches(self.position)
+            return
         skipped_before = self.skipped.total()
         empty = True
         for batch in self._batches():
             if batch is not None:  # None: every sample of it was bad
+                batch.pop(CURSOR, None)
                 empty = False
                 yield batch
         if empty and self.skipped.total() > skipped_before:
@@ -98,6 +129,19 @@ class Loader(DataLoader):
             if self._alone:
                 raise ValueError(f"{message} The log has the first names.")
             logger.error("%s This is this rank's part; the others may have more.", message)
+
+    def _training_batches(self, position: Position) -> Iterator[dict[str, Any]]:
+        position.begin()
+        batches = self._batches()
+        while True:
+            batch = next(batches, None)
+            if position.may_end_early and not self._alone and not _everybody_has(batch is not None):
+                batch = None
+            if batch is None:
+                batches.close()  # type: ignore[attr-defined]  # a generator
+                return
+            position.received(batch.pop(CURSOR, None))
+            yield batch
 
     def _batches(self) -> Iterator[dict[str, Any] | None]:
         try:
@@ -118,15 +162,26 @@ class Loader(DataLoader):
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
+def _everybody_has(it: bool) -> bool:
+    """Whether it is so on every rank. Collective, between the hosts: no device is waited for."""
+    group = distributed.host_group()
+    device = distributed._collective_device(distributed.world()) if group is None else "cpu"
+    token = torch.tensor([int(it)], device=device)
+    dist.all_reduce(token, dist.ReduceOp.MIN, group=group)
+    return bool(token.item())
+
+
 def _torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
 def _init_worker(worker_id: int) -> None:
-    # Ctrl-C goes to the whole process group: the main process alone answers it, and ends the workers.
+    # Signals that stop a run go to the whole process group: the main process alone answers them, and ends the workers.
     # (That torch computes with one thread in a worker is DataLoader's own doing.)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def tokenizes_randomly(tokenizer: Any) -> bool:
@@ -140,7 +195,8 @@ def tokenizes_randomly(tokenizer: Any) -> bool:
 class Collate:
     """Samples (dicts, None for a dropped one) to a batch: tensors stacked, captions tokenised in one call.
 
-    Returns a dict such as {"image": float [B, 3, H, W], "text": int64 [B, L]}, or None where no sample is left.
+    Returns a dict such as {"image": float [B, 3, H, W], "text": int64 [B, L], "key": B strings}, or None where no
+    sample is left.
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
@@ -150,9 +206,11 @@ class Collate:
         whole = [sample for sample in samples if sample is not None]
         if not whole:
             return None
-        return {key: self._column([sample[key] for sample in whole]) for key in whole[0]}
+        return {key: self._column(key, [sample[key] for sample in whole]) for key in whole[0]}
 
-    def _column(self, values: list[Any]) -> Any:
+    def _column(self, key: str, values: list[Any]) -> Any:
+        if key == KEY:
+            return values
         if isinstance(values[0], str):
             return values if self.tokenizer is None else self.tokenizer(values)
         return default_collate(values)  # in a worker: straight into shared memory
@@ -172,7 +230,8 @@ class WholeSamples(Dataset):
         self.seed = seed
         self.is_train = is_train
         self.skipped = skipped
-        self.streak = Streak(source)  # of this worker's copy
+        # (of this worker's copy)
+        self.streak = Streak(source, None if distributed.world().distributed else BAD_IN_A_ROW)
 
     def __len__(self) -> int:
         return self.length
@@ -189,6 +248,7 @@ class WholeSamples(Dataset):
                 streak.add(bad)
             else:
                 streak.good()
+                self.skipped.good()
                 return sample
             if not self.is_train:
                 return None
@@ -215,12 +275,14 @@ def map_loader(
     """
     world = distributed.world()
     seed = getattr(args, "seed", 0)
-    skipped = SkipCounter(args.workers)
+    skipped = SkipCounter(args.workers, max_bad_fraction=getattr(args, "max_bad_fraction", 1.0))
     size = len(dataset)  # type: ignore[arg-type]
     sampler: TrainSampler | EvalSampler
+    position = None
     if is_train:
         check_one_batch(size, args.batch_size, world.world_size, source)
         sampler = TrainSampler(size, args.batch_size, world.rank, world.world_size, seed, epoch)
+        position = RowPosition(sampler, source)
     else:
         sampler = EvalSampler(size, args.batch_size, world.rank, world.world_size)
     loader = Loader(
@@ -234,6 +296,7 @@ def map_loader(
         collate=Collate(tokenizer),
         batch_sampler=sampler,
         classes=classes,
+        position=position,
     )
     return DataInfo(loader, sampler=sampler, skipped=skipped)
 

@@ -65,7 +65,10 @@ class SampleRef(NamedTuple):
 
 
 class TrainSampler(Sampler[list[SampleRef]]):
-    """Batches of this rank: `num_samples` shuffled by (seed, epoch), the last incomplete global batch dropped."""
+    """Batches of this rank: `num_samples` shuffled by (seed, epoch), the last incomplete global batch dropped.
+
+    The first `start` of the shuffled samples (over all ranks) are passed over, once they have been seen.
+    """
 
     def __init__(
         self, num_samples: int, batch_size: int, rank: int, world_size: int, seed: int, epoch: int = 0
@@ -76,6 +79,7 @@ class TrainSampler(Sampler[list[SampleRef]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = epoch
+        self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -86,8 +90,9 @@ class TrainSampler(Sampler[list[SampleRef]]):
     def __iter__(self) -> Iterator[list[SampleRef]]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
-        mine = torch.randperm(self.num_samples, generator=generator)[self.rank :: self.world_size]
-        for step in range(len(self)):
+        order = torch.randperm(self.num_samples, generator=generator)[self.start :]
+        mine = order[self.rank :: self.world_size]
+        for step in range(len(order) // (self.batch_size * self.world_size)):
             batch = mine[step * self.batch_size : (step + 1) * self.batch_size]
             yield [SampleRef(row, epoch) for row in batch.tolist()]
 

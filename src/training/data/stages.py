@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from training import distributed
 from training.data.sampling import SharedEpoch, stable_hash
-from training.data.shards import Sample, expand_urls
+from training.data.shard_lists import expand_urls
+from training.data.shards import Sample
 
 
 def pytorch_worker_seed(increment: int = 0) -> int:

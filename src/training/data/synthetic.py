@@ -39,7 +39,8 @@ class SyntheticDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.image if self.transform is None else self.transform(self.image)
-        return {"image": image, "text": self.caption if self.tokenizer is None else self.tokenizer([self.caption])[0]}
+        text = self.caption if self.tokenizer is None else self.tokenizer([self.caption])[0]
+        return {"image": image, "text": text, "key": f"synthetic {index}"}
 
 
 def get_synthetic_dataset(

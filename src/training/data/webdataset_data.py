@@ -2,171 +2,114 @@
 
 Readers are the workers of all ranks. In one pass each shard goes to one reader (reader i of N: shards i, i + N, ... of
 the epoch's order); where there are fewer shards than readers, every reader goes through all of them and takes each
-N-th sample. A reader's sequence of samples is a function of (seed, epoch, reader, N): its position is one number.
+N-th sample. A reader's sequence of samples is a function of (seed, epoch, reader, N): see `training.data.reading`.
+Every batch carries the place behind it: see `training.data.position`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import logging
 import math
 import os
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import distributed
+from training.data.archives import is_local
 from training.data.images import load_image
-from training.data.loader import Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
-from training.data.sampling import SharedEpoch, sample_rng, stable_hash
-from training.data.shards import (
-    CAPTION_KEY,
-    IMAGE_KEYS,
-    Sample,
-    expand_urls,
-    get_dataset_size,
-    is_local,
-    read_shard,
-)
-from training.data.skips import BadSample, SkipCounter, Streak
-from training.data.stages import ResampledShards2, detshuffle2
+from training.data.loader import CURSOR, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
+from training.data.position import Handover, Layout, ShardPlace, ShardPosition, fresh_place
+from training.data.reading import Collection, Cursor, Pass, Reader
+from training.data.sampling import SharedEpoch, sample_rng
+from training.data.shard_lists import expand_urls, get_dataset_size, shard_sizes
+from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample
+from training.data.skips import BadSample, SkipCounter
 
-logger = logging.getLogger(__name__)
 
-# Samples (still encoded) that a reader holds to draw from, and how many it waits for before the first.
-_SAMPLE_SHUFFLE_SIZE = 5000
-_SAMPLE_SHUFFLE_INITIAL = 1000
+class ShardBatch(NamedTuple):
+    """Samples, and the place behind them: (worker, *Cursor)."""
+
+    samples: list[Sample]
+    cursor: tuple[int, ...]
 
 
 class ShardBatches(IterableDataset):
-    """Batches (lists of samples) of this rank's readers. In training `num_batches` a worker, going round if need be.
+    """Batches of this rank's readers. In training as many as the layout says, going round if need be.
 
-    Every sample has random numbers of its own, from (seed, epoch, shard, key, earlier visits to the shard).
-    Bad samples and shards are counted and left out.
+    Every sample has random numbers of its own, from (seed, epoch, shard, key, visit). Bad samples and shards are
+    counted and left out.
     """
 
     def __init__(
         self,
-        urls: list[str],
+        collection: Collection,
+        layout: Layout,
         *,
         transform: Callable[[Any], Any] | None,
         tokenizer: Callable[[list[str]], Any] | None,
-        batch_size: int,
-        seed: int,
         shared_epoch: SharedEpoch,
-        rank: int,
-        world_size: int,
+        handover: Handover,
         source: str,
         skipped: SkipCounter,
-        num_batches: int | None,
-        resampled: bool = False,
-        weights: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.urls = urls
+        self.collection = collection
+        self.layout = layout
         self.transform = transform
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.seed = seed
         self.shared_epoch = shared_epoch
-        self.rank = rank
-        self.world_size = world_size
+        self.handover = handover
         self.source = source
         self.skipped = skipped
-        self.num_batches = num_batches
-        self.resampled = resampled
-        self.weights = weights
 
-    def __iter__(self) -> Iterator[list[Sample]]:
-        worker = get_worker_info()
-        worker_id, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        reader, readers = self.rank + self.world_size * worker_id, self.world_size * workers
+    def __iter__(self) -> Iterator[ShardBatch]:
+        info = get_worker_info()
         epoch = self.shared_epoch.get_value()
-        samples = self._decoded(self._encoded(epoch, reader, readers), epoch)
-        return itertools.islice(self._batches(samples), self.num_batches)
+        place = self.handover.due() or fresh_place(epoch, self.layout)
+        # batches come from the workers in turn, and the first worker's is the first
+        worker = (place.next_worker + (0 if info is None else info.id)) % self.layout.workers
+        samples = self._encoded(place, worker)
+        batches = self._batches(self._decoded(samples, epoch), worker)
+        return itertools.islice(batches, place.left(worker) if self.collection.endless else None)
 
-    def _batches(self, samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-        while batch := list(itertools.islice(samples, self.batch_size)):
-            yield batch
+    def _encoded(self, place: ShardPlace, worker: int) -> Iterator[tuple[Sample, Cursor]]:
+        reader, readers = self.layout.reader(worker), self.layout.readers
+        order_key: tuple[object, ...] = (self.collection.seed, place.epoch)
+        if self.collection.resampled:  # two readers may draw one shard
+            order_key += (reader, readers, place.salt)
+        passes: Callable[[int], Pass | None] = functools.partial(self._regular_pass, place, reader, readers)
+        give_up_after = readers if self.collection.endless else None
+        if place.passes is not None:
+            passes, give_up_after = dict(enumerate(place.passes[worker])).get, None
+        reading = Reader(self.collection, passes, order_key, self.source, self.skipped)
+        return reading.samples(place.cursors[worker], give_up_after)
 
-    def _encoded(self, epoch: int, reader: int, readers: int) -> Iterator[Sample]:
-        """This reader's samples with image and caption, still encoded: one pass, or passes without end in training."""
-        streak = Streak(self.source)
-        visits: Counter[str] = Counter()
-        for turn in itertools.count():
-            # In the next pass another reader's share: after N passes a reader has met everything that there is.
-            share = (reader + turn) % readers
-            shards = self._shards(epoch, turn // readers, share, readers)
-            samples = self._one_pass(shards, share, readers, streak, visits)
-            if self.num_batches is None:
-                yield from samples
-                return
-            # pass by pass, or a small collection would meet itself in the buffer: samples twice, others not at all
-            seed = stable_hash("samples", self.seed, reader, readers, turn)
-            yield from detshuffle2(_SAMPLE_SHUFFLE_SIZE, _SAMPLE_SHUFFLE_INITIAL, seed, self.shared_epoch).run(samples)
-            if turn + 1 >= readers and not streak.any_good:
-                raise streak.error()
+    def _regular_pass(self, place: ShardPlace, reader: int, readers: int, turn: int) -> Pass | None:
+        return self.collection.regular_pass(place.epoch, turn, reader, readers, place.salt)
 
-    def _one_pass(
-        self, shards: Iterable[str], share: int, readers: int, streak: Streak, visits: Counter[str]
-    ) -> Iterator[Sample]:
-        """The usable samples of `shards`: all, or where the readers go through the same shards, this share's."""
-        split_samples = self._splits_samples(readers)
-        position = 0  # among all samples of the pass
-        for number, url in enumerate(shards):
-            try:
-                for sample in read_shard(url):
-                    position += 1
-                    if split_samples and (position - 1) % readers != share:
-                        continue
-                    if (unusable := _unusable(sample)) is not None:
-                        self.skipped.add(unusable)
-                        streak.add(unusable)
-                        continue
-                    streak.good()
-                    sample["__visit__"] = visits[url]
-                    yield sample
-            except BadSample as bad:
-                if not split_samples or number % readers == share:
-                    self.skipped.add(bad)
-                streak.add(bad)
-            visits[url] += 1
+    def _batches(self, samples: Iterator[tuple[Sample, Cursor]], worker: int) -> Iterator[ShardBatch]:
+        """Of whole batches in training: ranks compare them."""
+        while batch := list(itertools.islice(samples, self.layout.batch_size)):
+            if len(batch) == self.layout.batch_size or not self.collection.endless:
+                yield ShardBatch([sample for sample, _ in batch], (worker, *batch[-1][1]))
 
-    def _splits_samples(self, readers: int) -> bool:
-        return not self.resampled and len(self.urls) < readers
-
-    def _shards(self, epoch: int, round_: int, share: int, readers: int) -> Iterable[str]:
-        """The shards of one share of a pass."""
-        if self.resampled:
-            return (draw["url"] for draw in self._draws(share, readers))
-        order = list(self.urls)
-        if self.num_batches is not None:
-            random.Random(stable_hash("shards", self.seed, epoch, round_)).shuffle(order)
-        return order if self._splits_samples(readers) else order[share::readers]
-
-    def _draws(self, reader: int, readers: int) -> ResampledShards2:
-        """Shards without end, for this reader in this epoch."""
-        seed = stable_hash("draws", self.seed, reader, readers)
-        return ResampledShards2(
-            self.urls, self.weights, worker_seed=lambda _: seed, deterministic=True, epoch=self.shared_epoch
-        )
-
-    def _decoded(self, encoded: Iterator[Sample], epoch: int) -> Iterator[Sample]:
-        streak = Streak(self.source)
-        for sample in encoded:
+    def _decoded(self, encoded: Iterator[tuple[Sample, Cursor]], epoch: int) -> Iterator[tuple[Sample, Cursor]]:
+        streak = self.collection.streak(self.source)
+        for sample, cursor in encoded:
             name = f"{sample['__url__']}/{sample['__key__']}"
             try:
-                with sample_rng(self.seed, epoch, name, sample["__visit__"]):
+                with sample_rng(self.collection.seed, epoch, name, sample["__visit__"]):
                     decoded = self._decode(sample, name)
             except BadSample as bad:
-                self.skipped.add(bad)
-                streak.add(bad)
+                self.skipped.add(bad, sample["__shard__"])
+                streak.add(bad, sample["__shard__"])
                 continue
             streak.good()
-            yield decoded
+            self.skipped.good()
+            yield decoded, cursor
 
     def _decode(self, sample: Sample, name: str) -> Sample:
         try:
@@ -175,17 +118,16 @@ class ShardBatches(IterableDataset):
             raise BadSample("corrupt_caption", name, f"the caption is not UTF-8 ({error.reason})") from error
         key = next(key for key in IMAGE_KEYS if key in sample)
         image = load_image(sample[key], self.transform, f"{name}.{key}")
-        return {"image": image, "text": caption if self.tokenizer is None else self.tokenizer([caption])[0]}
+        text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
+        return {"image": image, "text": text, "key": name}
 
 
-def _unusable(sample: Sample) -> BadSample | None:
-    name = f"{sample['__url__']}/{sample['__key__']}"
-    has = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
-    if not sample.get(CAPTION_KEY, b"").strip():
-        return BadSample("no_caption", name, f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {has}")
-    if not any(key in sample for key in IMAGE_KEYS):
-        return BadSample("no_image", name, f"no image ({', '.join(IMAGE_KEYS)}); the sample has: {has}")
-    return None
+class _ShardCollate(Collate):
+    """`Collate` of a ShardBatch; the batch keeps its cursor until `Loader` takes it."""
+
+    def __call__(self, batch: Any) -> dict[str, Any] | None:
+        collated = super().__call__(batch.samples)
+        return None if collated is None else {**collated, CURSOR: batch.cursor}
 
 
 def get_wds_dataset(
@@ -214,25 +156,22 @@ def get_wds_dataset(
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
     urls, weights = expand_urls(source, factors)
     _check_present(urls, source)
-    world = distributed.world()
-    per_worker, num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
+    here = distributed.world()
+    num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
     seed = getattr(args, "seed", 0)
-    skipped = SkipCounter(args.workers)
-    shared_epoch = SharedEpoch(epoch)
+    collection = Collection(urls, seed, is_train, resampled, weights, shard_sizes(urls), alone=not here.distributed)
+    layout = Layout(here.rank, here.world_size, max(1, args.workers), args.batch_size, num_batches)
+    skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
+    shared_epoch, handover = SharedEpoch(epoch), Handover()
     dataset = ShardBatches(
-        urls,
+        collection,
+        layout,
         transform=preprocess_img,
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
-        batch_size=args.batch_size,
-        seed=seed,
         shared_epoch=shared_epoch,
-        rank=world.rank,
-        world_size=world.world_size,
+        handover=handover,
         source=source,
         skipped=skipped,
-        num_batches=per_worker,
-        resampled=resampled,
-        weights=weights,
     )
     loader = Loader(
         dataset,
@@ -242,21 +181,22 @@ def get_wds_dataset(
         num_samples=num_samples,
         num_batches=num_batches,
         skipped=skipped,
-        collate=Collate(tokenizer),
+        collate=_ShardCollate(tokenizer),
+        position=ShardPosition(collection, layout, shared_epoch, handover, source) if is_train else None,
     )
     return DataInfo(loader, shared_epoch=shared_epoch, skipped=skipped)
 
 
 def _epoch_size(
     args: Any, urls: list[str], source: str, is_train: bool, resampled: bool, floor: bool
-) -> tuple[int | None, int, int]:
-    """(batches a worker, batches a rank, samples over all ranks); in evaluation None and what is known, else 0."""
+) -> tuple[int, int]:
+    """(batches a rank, samples over all ranks); in evaluation what is known, else 0."""
     workers, global_batch = max(1, args.workers), args.batch_size * distributed.world().world_size
     num_samples = args.train_num_samples if is_train else args.val_num_samples
     if num_samples is None:
         num_samples = get_dataset_size(urls)[0]
     if not is_train:
-        return None, math.ceil((num_samples or 0) / global_batch), num_samples or 0
+        return math.ceil((num_samples or 0) / global_batch), num_samples or 0
     if num_samples is None:
         raise ValueError(
             f"The number of samples in {source} is unknown: give --train-num-samples, or put a sizes.json "
@@ -269,7 +209,7 @@ def _epoch_size(
     per_worker = whole(batches / workers)
     if per_worker == 0:
         raise ValueError(f"{source}: {batches} batches an epoch for {workers} workers: lower --workers.")
-    return per_worker, per_worker * workers, per_worker * workers * global_batch
+    return per_worker * workers, per_worker * workers * global_batch
 
 
 def _check_present(urls: list[str], source: str) -> None:

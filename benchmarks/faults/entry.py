@@ -1,0 +1,76 @@
+"""`python -m training.main` with its steps written down and faults put in: a stand-in for what happens to machines.
+
+FAULTS_LOSSES names a file that gets a JSON line a step, {"step", "loss"}, the loss exactly as it was logged; it is
+there when the step is done, whatever happens to the process afterwards. FAULTS is a JSON object of:
+
+    signal        {"rank", "step", "number"}: the process sends itself a signal while it makes that step
+    kill_in_save  n: SIGKILL in the middle of the n-th save (from 1) of the process
+    nan           {"rank", "steps"}: images of these steps that are no numbers
+    file_limit    bytes: no file grows beyond (RLIMIT_FSIZE), as on a disk that is full
+
+A process that torchrun has started again has no faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from typing import Any
+
+import torch
+
+from training import file_utils, logger, main
+from training.train import Trainer
+
+RANK = int(os.environ.get("RANK", 0))
+AGAIN = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+FAULTS: dict[str, Any] = {} if AGAIN else json.loads(os.environ.get("FAULTS", "{}"))
+
+
+def record(metrics: dict[str, float], step: int, prefix: str) -> None:
+    if prefix == "train" and RANK == 0:
+        with open(os.environ["FAULTS_LOSSES"], "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loss": metrics["loss"]}) + "\n")
+
+
+def is_due(fault: str, step: int) -> bool:
+    wanted = FAULTS.get(fault)
+    return wanted is not None and wanted["rank"] == RANK and step in wanted.get("steps", [wanted.get("step")])
+
+
+def install() -> None:
+    write, make_step, save = logger.MetricsWriter.write, Trainer.step, torch.save
+    saves = 0
+
+    def writing(self: Any, metrics: Any, step: int, prefix: str = "") -> None:
+        record(metrics, step, prefix)
+        write(self, metrics, step, prefix)
+
+    def stepping(self: Any, batches: list, number: int) -> Any:
+        if is_due("signal", number):
+            os.kill(os.getpid(), FAULTS["signal"]["number"])
+        if is_due("nan", number):
+            batches = [{**batch, "image": batch["image"] * float("nan")} for batch in batches]
+        return make_step(self, batches, number)
+
+    def saving(checkpoint: Any, path: Any) -> None:
+        nonlocal saves
+        saves += 1
+        save(checkpoint, path)
+        if saves == FAULTS.get("kill_in_save"):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    logger.MetricsWriter.write = writing  # type: ignore[method-assign]
+    Trainer.step = stepping  # type: ignore[method-assign]
+    file_utils.torch = type("torch", (), {"save": staticmethod(saving), "load": staticmethod(torch.load)})  # type: ignore
+    if "file_limit" in FAULTS:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FAULTS["file_limit"],) * 2)
+
+
+if __name__ == "__main__":
+    install()
+    main.command()

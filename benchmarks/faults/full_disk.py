@@ -1,0 +1,51 @@
+"""Bar 6: a disk that fills up during a save.
+
+The stand-in for a small tmpfs, which only root can mount, is a limit on the size of files (RLIMIT_FSIZE): a write
+beyond it fails half-way, as on a full disk. The checkpoints before still load, no partial file can be resumed from,
+`continue` trains on and ends with an error since its last save failed, `stop` ends at once, and with space again
+`--resume latest` goes on to the weights of the run that had space all along.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+from harness import STEPS, Runs, differences, main
+
+from training.checkpoint import get_latest_checkpoint
+
+
+def measure(runs: Runs) -> tuple[dict, bool]:
+    options = ("--save-every-n-steps", 3, "--keep-last", 9, "--resume", "latest")
+    assert runs.run("unbroken", *options).status == 0
+    size = min(path.stat().st_size for path in runs.checkpoints("unbroken").glob("*.pt"))
+    figures: dict = {}
+    met = True
+    for policy in ("continue", "stop"):
+        killed = {"signal": {"rank": 0, "step": 7, "number": signal.SIGKILL}}
+        runs.run(policy, *options, faults=killed)
+        before = {path.name: path.read_bytes() for path in runs.checkpoints(policy).glob("*.pt")}
+        full = runs.run(policy, *options, "--on-save-failure", policy, faults={"file_limit": size * 2 // 3})
+        left = {path.name: path.read_bytes() for path in runs.checkpoints(policy).iterdir()}
+        latest = get_latest_checkpoint(runs.checkpoints(policy))
+        assert latest is not None
+        made = max(runs.losses(policy)) + 1
+        again = runs.run(policy, *options)
+        figures[policy] = {
+            "exit status": full.status,
+            "steps made": made,
+            "checkpoints that changed": differences(left, before),
+            "the newest loads": torch.load(latest, weights_only=True)["train_state"]["step"] >= 3,
+            "tensors that differ in the end": differences(runs.final_weights(policy), runs.final_weights("unbroken")),
+        }
+        found = figures[policy]
+        met &= again.status == 0 and full.status == 1 and found["the newest loads"]
+        met &= not found["checkpoints that changed"] and not found["tensors that differ in the end"]
+        met &= made == STEPS if policy == "continue" else made < STEPS
+        met &= "failed" in full.printed
+    return figures, met
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,164 @@
+"""Bar 10: ten malicious pickles through every loader of the training command: nothing of theirs runs.
+
+Each would make a file if it were unpickled (which is shown first, with pickle itself). They come as a new and as an old
+file of torch, and bare; in place of a checkpoint, and deep in one.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import io
+import os
+import pickle
+import runpy
+import shutil
+import subprocess
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Runs, main
+from torch import nn
+
+import open_clip
+from open_clip.checkpoint import load_state_dict
+from training import checkpoint, file_utils
+
+OTHERS = (ValueError, RuntimeError, OSError, pickle.UnpicklingError)
+
+
+class Call:
+    """Unpickled, it calls."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+class Sets:
+    """Unpickled, its state is set by a function of the attacker's choice."""
+
+    def __init__(self, setter: Callable) -> None:
+        self.setter = setter
+
+    def __reduce__(self) -> tuple:
+        return OrderedDict, (), {"a": 1}, None, None, self.setter
+
+
+def payloads(marker: Path, script: Path) -> dict[str, Any]:
+    code = f"open({str(marker)!r}, 'w').close()"
+    script.write_text(code)
+    (script.with_suffix(".pkl")).write_bytes(pickle.dumps(Call(os.mkdir, str(marker))))
+    return {
+        "os.mkdir": Call(os.mkdir, str(marker)),
+        "os.system": Call(os.system, f"touch {marker}"),
+        "eval": Call(builtins.eval, code),
+        "exec": Call(builtins.exec, code),
+        "subprocess": Call(subprocess.check_call, ["touch", str(marker)]),
+        "open": Call(builtins.open, str(marker), "w"),
+        "runpy": Call(runpy.run_path, str(script)),
+        "copy": Call(shutil.copyfile, str(script), str(marker)),
+        "a pickle in it": Call(pickle.loads, pickle.dumps(Call(os.mkdir, str(marker)))),
+        "a state's setter": Sets(functools.partial(make_folder, str(marker))),
+    }
+
+
+def make_folder(path: str, *_: Any) -> None:
+    os.mkdir(path)
+
+
+def forms(payload: Any) -> dict[str, bytes]:
+    def saved(content: Any, **how: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(content, buffer, **how)
+        return buffer.getvalue()
+
+    deep = {"epoch": 1, "name": "x", "state_dict": OrderedDict(weight=torch.ones(2)), "train_state": {"rng": [payload]}}
+    return {
+        "a checkpoint": saved(deep),
+        "an old checkpoint": saved(deep, _use_new_zipfile_serialization=False),
+        "in place of one": saved(payload),
+        "a bare pickle": pickle.dumps(payload),
+    }
+
+
+def loaders(folder: Path, model: str) -> dict[str, Callable[[Path], Any]]:
+    def latest(path: Path) -> Any:
+        (folder / "run").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "run/epoch_1.pt")
+        return checkpoint.get_latest_checkpoint(folder / "run")
+
+    def most_recent(path: Path) -> Any:
+        (folder / "recent").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "recent/epoch_latest.pt")
+        return checkpoint.get_latest_checkpoint(folder / "recent")
+
+    return {
+        "--resume FILE": checkpoint.load_checkpoint,
+        "--resume latest": latest,
+        "--resume latest, epoch_latest.pt": most_recent,
+        "pt_load": file_utils.pt_load,
+        "load_state_dict": load_state_dict,
+        "load_checkpoint": lambda path: open_clip.load_checkpoint(nn.Linear(2, 2), str(path)),
+        "--pretrained FILE": lambda path: open_clip.create_model(model, pretrained=str(path)),
+    }
+
+
+def measure(runs: Runs) -> tuple[dict, bool]:
+    folder, marker = runs.folder, runs.folder / "ran"
+    loaded, ran, refused, live = [], [], 0, 0
+    all_payloads = payloads(marker, folder / "script.py")
+    for name, payload in all_payloads.items():
+        pickle.loads(pickle.dumps(payload))
+        live += gone(marker)
+        for form, content in forms(payload).items():
+            for loader, load in loaders(folder, runs.model).items():
+                (folder / "evil.pt").write_bytes(content)
+                try:
+                    load(folder / "evil.pt")
+                    loaded.append(f"{name}, {form}, {loader}")
+                except OTHERS:
+                    refused += 1
+                if gone(marker):
+                    ran.append(f"{name}, {form}, {loader}")
+    figures = {
+        "pickles": len(all_payloads),
+        "of them that would run": live,
+        "attempts refused": refused,
+        "attempts that loaded": loaded,
+        "attempts that ran": ran,
+        "names of runs refused": names_refused(),
+    }
+    return figures, not loaded and not ran and live == len(all_payloads) and figures["names of runs refused"] == 6
+
+
+def names_refused() -> int:
+    from training.params import parse_args
+
+    refused = 0
+    for name in ("..", "../x", "/tmp/x", "a/b", "a\\b", "."):
+        try:
+            parse_args(["--name", name])
+        except SystemExit:
+            refused += 1
+    return refused
+
+
+def gone(marker: Path) -> bool:
+    """Whether the marker was there; it no longer is."""
+    if marker.is_dir():
+        marker.rmdir()
+    elif marker.exists():
+        marker.unlink()
+    else:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main(measure)

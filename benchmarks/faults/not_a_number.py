@@ -1,0 +1,49 @@
+"""Bar 7: images that are no numbers, on one of 4 ranks (gloo; on NPUs see tests/npu/test_npu_training.py).
+
+After a step of them the parameters of all ranks, the moments and the averaged weights equal those of the step before;
+two such steps are counted and the run goes on; --max-bad-steps of them in a row stop it, with the samples' names
+written down.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import torch
+from harness import Runs, differences, main
+
+RANKS, RANK, STEP = 4, 2, 5
+
+
+def measure(runs: Runs) -> tuple[dict, bool]:
+    options = ("--save-every-n-steps", 1, "--keep-last", 99, "--max-bad-steps", 3)
+    hurt = {"nan": {"rank": RANK, "steps": [STEP, STEP + 1]}}
+    goes_on = runs.run("goes-on", *options, ranks=RANKS, faults=hurt)
+    folder = runs.checkpoints("goes-on")
+    saved = [torch.load(folder / f"epoch_0_step_{STEP + n}.pt", weights_only=True) for n in range(3)]
+    changed = [differences(flat(saved[0]), flat(later)) for later in saved[1:]]
+
+    hurt = {"nan": {"rank": RANK, "steps": list(range(STEP, 99))}}
+    stops = runs.run("stops", *options, ranks=RANKS, faults=hurt)
+    named = [json.loads(path.read_text()) for path in sorted((runs.folder / "logs/stops").glob("bad_steps-*.json"))]
+    figures = {
+        "exit status": goes_on.status,
+        "tensors that a bad step changed": changed,
+        "bad steps in the log": int(re.findall(r"Bad steps: (\d+)", goes_on.printed)[-1]),
+        "exit status of the run that stops": stops.status,
+        "ranks that wrote the samples down": len(named),
+        "steps that they name": sorted({step for entry in named for step in entry}),
+    }
+    met = goes_on.status == 0 and changed == [0, 0] and figures["bad steps in the log"] == 2 and stops.status == 1
+    return figures, met and len(named) == RANKS and figures["steps that they name"] == ["5", "6", "7"]
+
+
+def flat(saved: dict) -> dict:
+    moments = {f"{n} {key}": value for n, state in saved["optimizer"]["state"].items() for key, value in state.items()}
+    average = {f"average {key}": value for key, value in saved["state_dict_ema"].items()}
+    return {**saved["state_dict"], **moments, **average}
+
+
+if __name__ == "__main__":
+    main(measure)

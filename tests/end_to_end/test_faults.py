@@ -1,0 +1,55 @@
+"""Runs that are hurt on purpose, by the scripts of benchmarks/faults in small."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import processes
+
+sys.path.insert(0, str(processes.ROOT / "benchmarks/faults"))
+
+import dead_rank
+import full_disk
+import kill
+import malicious
+import terminate
+from harness import Runs
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def test_killed_and_resumed_it_is_the_run_that_nobody_killed(runs):
+    figures, met = kill.measure(runs, kills=4, seed=1)
+    assert met, figures
+    assert figures["of them in a save"] == 1
+
+
+def test_one_rank_is_told_to_stop_and_no_step_is_lost(runs):
+    figures = terminate.stop(runs, "stopped", 2, [signal.SIGTERM], seed=0)
+    assert set(figures.items()) == {
+        ("signals", 1), ("steps lost", 0), ("exits with another status", 0), ("losses that differ", 0),
+        ("tensors that differ", 0),
+    }  # fmt: skip
+
+
+def test_a_rank_dies_and_torchrun_starts_all_anew(runs):
+    figures, met = dead_rank.measure(runs, ranks=2, timeout=30, seed=0)
+    assert met, figures
+
+
+@pytest.mark.slow
+def test_the_disk_is_full(runs):
+    figures, met = full_disk.measure(runs)
+    assert met, figures
+
+
+def test_ten_malicious_pickles(runs, capfd):
+    figures, met = malicious.measure(runs)
+    assert met, figures

@@ -1,0 +1,376 @@
+"""A place in the data: what comes after a resume is what would have come, on any number of workers, from any batch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_files import data_args, fake_world, jpeg, noisy, pairs, tokenize, write_csv, write_tar
+from training.data import get_data
+from training.data.reading import Collection, Cursor, Pass, Visit
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("training.data.reading.BLOCK_SAMPLES", 5)
+
+
+def uneven_shards(folder: Path, shards: int = 7) -> str:
+    """Shards of 3 to 9 samples, some of them bad, one missing and one damaged in its middle."""
+    number = 0
+    for shard in range(shards):
+        members = []
+        for position in range(3 + shard % 7):
+            members += [(f"{position:04d}.jpg", jpeg(number)), (f"{position:04d}.txt", f"picture {number}".encode())]
+            number += 1
+        if shard % 3 == 0:
+            members[2] = ("0001.jpg", b"no image")
+        if shard % 3 == 1:
+            del members[3]  # a caption
+        write_tar(folder / f"{shard}.tar", members)
+    (folder / "2.tar").unlink()
+    data = bytearray((folder / "4.tar").read_bytes())
+    data[3072:3584] = bytes(range(256)) * 2
+    (folder / "4.tar").write_bytes(data)
+    return f"{folder}/{{0..{shards - 1}}}.tar"
+
+
+def source(kind: str, folder: Path) -> dict:
+    if kind == "csv":
+        (folder / "csv").mkdir(exist_ok=True)
+        path = folder / "csv" / "pairs.csv"
+        return {"train_data": str(path if path.exists() else write_csv(folder / "csv", 45))}
+    shards = f"{folder}/{{0..6}}.tar" if (folder / "0.tar").exists() else uneven_shards(folder)
+    return {"train_data": shards, "train_num_samples": 44, "dataset_resampled": kind == "resampled"}
+
+
+def loader(monkeypatch, options, rank=0, world_size=1, **more):
+    monkeypatch.setattr("training.distributed.world", lambda: fake_world(rank, world_size))
+    args = data_args(**{"batch_size": 4, "seed": 3, **options, **more})
+    return get_data(args, (noisy, noisy), tokenizer=tokenize)["train"]
+
+
+def content(batch):
+    return batch["key"], batch["text"].tolist(), batch["image"].flatten(1)[:, :3].tolist()
+
+
+def take(data, epoch, count=None):
+    data.set_epoch(epoch)
+    return [content(batch) for batch in itertools.islice(data.dataloader, count)]
+
+
+def stored(state):
+    """Through a file, as a checkpoint has it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert file.tell() < 20_000
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# --- the same run goes on
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards", "resampled"])
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_what_comes_after_a_resume_is_what_would_have_come(tmp_path, monkeypatch, small_blocks, kind, workers):
+    options = source(kind, tmp_path) | {"workers": workers}
+    unbroken = loader(monkeypatch, options)
+    whole = [take(unbroken, epoch) for epoch in (4, 5)]
+    unbroken.dataloader.close()
+    end = len(whole[0])
+    for place in {0: (0, 1, 4, 6, end - 1, end), 2: (1, 4, end), 3: (5, end - 1)}[workers]:
+        broken = loader(monkeypatch, options)
+        assert take(broken, 4, place) == whole[0][:place]
+        state = stored(broken.state_dict())
+        broken.dataloader.close()
+        resumed = loader(monkeypatch, options)
+        resumed.load_state_dict([state])
+        assert stored(resumed.state_dict()).keys() == state.keys()
+        assert take(resumed, 4) == whole[0][place:]
+        assert take(resumed, 5) == whole[1]
+        assert take(resumed, 4) == whole[0]  # a place is gone on from once
+        resumed.dataloader.close()
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards", "resampled"])
+def test_a_resumed_run_is_resumed_again(tmp_path, monkeypatch, small_blocks, kind):
+    options = source(kind, tmp_path) | {"workers": 2}
+    data = loader(monkeypatch, options)
+    whole = take(data, 1)
+    seen = []
+    while len(seen) < len(whole):
+        data.dataloader.close()
+        state = stored(data.state_dict()) if seen else None
+        data = loader(monkeypatch, options)
+        if state:
+            data.load_state_dict([state])
+        seen += take(data, 1, 3)
+    assert seen == whole
+    data.dataloader.close()
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards"])
+def test_a_place_survives_until_it_is_used_and_ends_with_its_epoch(tmp_path, monkeypatch, kind):
+    options = source(kind, tmp_path)
+    data = loader(monkeypatch, options)
+    whole = take(data, 1)
+    take(data, 1, 3)
+    state = data.state_dict()
+    resumed = loader(monkeypatch, options)
+    resumed.load_state_dict([state])  # the epoch is in it
+    assert stored(resumed.state_dict())["epoch"] == 1
+    assert str(resumed.state_dict()) == str(state)  # a checkpoint before the first batch
+    assert [content(batch) for batch in resumed.dataloader] == whole[3:]
+    resumed.load_state_dict([state])
+    assert take(resumed, 2) == take(data, 2)  # another epoch begins at its begin
+    assert take(resumed, 1) == whole
+    resumed.set_epoch(7)
+    begin = resumed.state_dict()
+    resumed.load_state_dict([begin])
+    assert take(resumed, 7) == take(data, 7)
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards"])
+def test_the_place_is_the_loop_s_and_not_the_workers(tmp_path, monkeypatch, kind):
+    options = source(kind, tmp_path)
+    data = loader(monkeypatch, options, workers=2)
+    data.set_epoch(0)
+    batches = iter(data.dataloader)
+    states = []
+    for _ in range(3):
+        next(batches)
+        states.append(data.state_dict())
+    alone = loader(monkeypatch, options, workers=2)
+    whole = take(alone, 0)
+    for number, state in enumerate(states, start=1):
+        data.load_state_dict([state])
+        assert take(data, 0) == whole[number:]
+    for each in (data, alone):
+        each.dataloader.close()
+
+
+def test_all_ranks_go_on(tmp_path, monkeypatch, small_blocks):
+    for kind in ("csv", "shards", "resampled"):
+        options = source(kind, tmp_path) | {"batch_size": 2}
+        whole, states = [], []
+        for rank in range(2):
+            data = loader(monkeypatch, options, rank, 2)
+            whole.append(take(data, 2))
+            take(data, 2, 4)
+            states.append(stored(data.state_dict()))
+        for rank in range(2):
+            data = loader(monkeypatch, options, rank, 2)
+            data.load_state_dict(states)
+            assert take(data, 2) == whole[rank][4:]
+
+
+def test_a_resume_does_not_read_the_epoch(tmp_path, monkeypatch):
+    """From the tar's place on, and a block at most."""
+    from training.data import archives
+
+    monkeypatch.setattr("training.data.reading.BLOCK_SAMPLES", 8)
+    write_tar(tmp_path / "0.tar", pairs(range(200)))
+    options = {"train_data": str(tmp_path / "0.tar"), "train_num_samples": 200}
+    data = loader(monkeypatch, options)
+    whole = take(data, 0)
+    take(data, 0, 40)
+    state = data.state_dict()
+    read = []
+    contents = archives.TarStream.contents
+    monkeypatch.setattr(archives.TarStream, "contents", lambda self: read.append(1) or contents(self))
+    resumed = loader(monkeypatch, options)
+    resumed.load_state_dict([state])
+    resumed.set_epoch(0)
+    assert content(next(iter(resumed.dataloader))) == whole[40]
+    assert len(read) <= 2 * (8 + 2 * 4 + 1)
+
+
+def test_compressed_shards_and_pipes_too(tmp_path, monkeypatch, small_blocks):
+    pytest.importorskip("webdataset")
+    import bz2
+    import gzip
+    import lzma
+
+    plain_tar = write_tar(tmp_path / "a.tar", pairs(range(24))).read_bytes()
+    for name, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+        (tmp_path / f"a.tar.{name}").write_bytes(compress(plain_tar))
+    expected = None
+    for train_data in (*(f"{tmp_path}/a.tar{end}" for end in ("", ".gz", ".bz2", ".xz")), f"pipe:cat {tmp_path}/a.tar"):
+        options = {"train_data": train_data, "train_num_samples": 24, "dataset_type": "webdataset"}
+        data = loader(monkeypatch, options)
+        whole = [batch[1] for batch in take(data, 0)]
+        expected = expected or whole
+        assert whole == expected
+        take(data, 0, 3)
+        data.load_state_dict([stored(data.state_dict())])
+        assert [batch[1] for batch in take(data, 0)] == whole[3:]
+
+
+def test_memory_of_a_block_is_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.reading.BLOCK_BYTES", 2000)
+    write_tar(tmp_path / "0.tar", pairs(range(40)))
+    options = {"train_data": str(tmp_path / "0.tar"), "train_num_samples": 40}
+    data = loader(monkeypatch, options)
+    whole = take(data, 0)
+    assert sorted(row[0] for batch in whole for row in batch[1]) == list(range(40))
+    take(data, 0, 7)
+    data.load_state_dict([stored(data.state_dict())])
+    assert take(data, 0) == whole[7:]
+
+
+# --- another number of ranks and workers
+
+
+def layouts():
+    return [(1, 0, 4), (2, 2, 2), (3, 0, 4), (1, 3, 4), (2, 0, 4)]
+
+
+def keys(batches):
+    return [key for batch in batches for key in batch[0]]
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards"])
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations(range(5), 2))[::4])
+def test_the_rest_of_an_epoch_on_another_layout_has_nothing_twice(
+    tmp_path, monkeypatch, small_blocks, kind, before, after
+):
+    options = source(kind, tmp_path)
+    if kind == "shards":
+        options |= {"train_num_samples": 24}  # no more than each reader's share: unbroken, nothing comes twice
+    before, after = layouts()[before], layouts()[after]
+    seen, states = [], []
+    for rank in range(before[0]):
+        data = loader(monkeypatch, options, rank, before[0], workers=before[1], batch_size=before[2])
+        seen += keys(take(data, 1, 1))
+        states.append(stored(data.state_dict()))
+        data.dataloader.close()
+    monkeypatch.setattr("training.data.loader._everybody_has", lambda it: it)  # (ranks one after the other)
+    rests = []
+    for rank in range(after[0]):
+        data = loader(monkeypatch, options, rank, after[0], workers=after[1], batch_size=after[2])
+        data.load_state_dict(states)
+        rests.append(take(data, 1))
+        data.dataloader.close()
+    steps = min(map(len, rests))
+    rest = [key for batches in rests for key in keys(batches[:steps])]
+    assert len(set(seen)) == len(seen) > 0
+    assert not set(seen) & set(rest)
+    assert len(set(rest)) == len(rest) >= (1 if after[0] < 3 else 0)
+
+
+def test_a_rest_is_a_whole_one_when_shares_are_even(tmp_path, monkeypatch, small_blocks):
+    """8 shards of 12, of 2 x 2 readers and then of 1 x 2: all samples once in the epoch."""
+    for shard in range(8):
+        write_tar(tmp_path / f"{shard}.tar", pairs(range(12 * shard, 12 * shard + 12)))
+    options = {"train_data": f"{tmp_path}/{{0..7}}.tar", "train_num_samples": 96}
+    seen, states = [], []
+    for rank in range(2):
+        data = loader(monkeypatch, options, rank, 2, workers=2, batch_size=3)
+        seen += keys(take(data, 1, 8))
+        states.append(stored(data.state_dict()))
+        data.dataloader.close()
+    data = loader(monkeypatch, options, workers=2, batch_size=3)
+    data.load_state_dict(states)
+    rest = keys(take(data, 1))
+    assert Counter(seen + rest) == Counter(f"{tmp_path}/{s}.tar/{n:04d}" for s in range(8) for n in range(12))
+    # and that rest is gone on from exactly, on the same layout
+    data.load_state_dict(states)
+    first = take(data, 1, 5)
+    state = stored(data.state_dict())
+    data.load_state_dict([state])
+    assert keys(first) + keys(take(data, 1)) == rest
+    # and on a third one without repeating
+    data.dataloader.close()
+    data = loader(monkeypatch, options, workers=0, batch_size=4)
+    data.load_state_dict([state])
+    third = keys(take(data, 1))
+    assert not set(third) & set(seen + keys(first))
+    assert len(third) == len(set(third)) >= 96 - len(seen) - len(keys(first)) - 4
+    assert keys(take(data, 2)) == keys(take(loader(monkeypatch, options, workers=0, batch_size=4), 2))
+    data.dataloader.close()
+
+
+def test_rows_on_another_layout_are_gone_on_from_exactly(tmp_path, monkeypatch):
+    """45 rows: the steps of any number of ranks are the same sets while the global batch is."""
+    options = source("csv", tmp_path)
+    alone = loader(monkeypatch, options, batch_size=8)
+    steps = [set(batch[0]) for batch in take(alone, 3)]
+    take(alone, 3, 2)
+    rests = []
+    for rank in range(4):
+        data = loader(monkeypatch, options, rank, 4, batch_size=2, workers=2)
+        data.load_state_dict([alone.state_dict()])
+        rests.append(take(data, 3))
+        data.dataloader.close()
+    assert [{key for batch in step for key in batch[0]} for step in zip(*rests, strict=True)] == steps[2:]
+
+
+def test_new_draws_for_the_rest_of_a_resampled_epoch(tmp_path, monkeypatch):
+    options = source("resampled", tmp_path)
+    data = loader(monkeypatch, options)
+    first = take(data, 0, 5)
+    states = [data.state_dict()]
+    other = loader(monkeypatch, options, workers=2, batch_size=2)
+    other.load_state_dict(states)
+    rest = take(other, 0)
+    assert [len(batch[0]) for batch in rest] == [2] * 12
+    assert keys(rest)[:20] != keys(take(loader(monkeypatch, options, workers=0), 0))[:20]
+    other.load_state_dict(states)
+    assert take(other, 0) == rest
+    assert first
+    other.dataloader.close()
+
+
+def test_a_finished_epoch_has_no_rest(tmp_path, monkeypatch):
+    for kind in ("csv", "shards", "resampled"):
+        options = source(kind, tmp_path)
+        data = loader(monkeypatch, options)
+        take(data, 0)
+        other = loader(monkeypatch, options, workers=2, batch_size=3)
+        other.load_state_dict([data.state_dict()])
+        assert len(take(other, 0)) <= (1 if kind == "csv" else 0)  # 45 rows: 44 were seen
+        assert keys(take(other, 1))
+        other.dataloader.close()
+
+
+def test_other_data_begin_the_epoch_anew(tmp_path, monkeypatch, caplog):
+    options = source("csv", tmp_path)
+    data = loader(monkeypatch, options)
+    take(data, 2, 3)
+    state = data.state_dict()
+    for change in ({"seed": 8}, source("shards", tmp_path)):
+        caplog.clear()
+        other = loader(monkeypatch, options | change)
+        other.load_state_dict([state])
+        assert "epoch 2 begins anew" in caplog.text
+        assert take(other, 2) == take(loader(monkeypatch, options | change), 2)
+
+
+def test_evaluation_data_have_no_place(tmp_path):
+    args = data_args(val_data=str(write_csv(tmp_path, 4)))
+    val = get_data(args, (noisy, noisy), tokenizer=tokenize)["val"]
+    with pytest.raises(TypeError, match="Only training data"):
+        val.state_dict()
+
+
+def test_visits_and_cursors_are_stored_as_tensors():
+    part = Pass([Visit(3, 1, 2, 0), Visit(4)], Cursor(0, 0, 5, 1024, 2, 1))
+    assert Pass.from_state(part.to_state()) == part
+    assert Pass.from_state(Pass([]).to_state()) == Pass([])
+
+
+def test_shares_of_a_pass_are_a_partition():
+    for shards, readers in ((10, 3), (2, 5)):
+        collection = Collection([f"{n}.tar" for n in range(shards)], seed=0, endless=True)
+        for turn in range(readers + 1):
+            visits = [v for r in range(readers) for v in collection.regular_pass(1, turn, r, readers).visits]
+            parts = Counter((visit.shard, visit.share) for visit in visits)
+            assert set(parts.values()) == {1}
+            assert {shard for shard, _ in parts} == set(range(shards))
+            assert len(parts) == (shards if shards >= readers else shards * readers)

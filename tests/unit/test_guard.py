@@ -1,0 +1,301 @@
+"""Steps that are no numbers: skipped whole, on all ranks, counted, and in the end a reason to stop. And the average."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gloo_ranks import run_ranks
+from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
+from training.ema import WeightAverage
+from training.guard import StepGuard, TooManyBadSteps
+from training.objective import ContrastiveObjective
+from training.train import Trainer, run_epoch
+
+
+def trainer_of(model: nn.Module, fused: bool | None = True, folder=None, limit: int = 3, **options) -> Trainer:
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=0.01, fused=fused)
+    guard = StepGuard(bare, optimizer, CPU, limit, folder, remembered=8)
+    average = WeightAverage(bare, 0.9)
+    return Trainer(model, ContrastiveObjective(), optimizer, CPU, guard=guard, average=average, **options)
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, buffers, moments, step counts, averages, cloned."""
+    bare = trainer.model.module if isinstance(trainer.model, DistributedDataParallel) else trainer.model
+    found = {name: value.clone() for name, value in bare.state_dict().items()}
+    for number, state in enumerate(trainer.optimizer.state.values()):
+        found |= {f"{number} {name}": value.clone() for name, value in state.items()}
+    averages = trainer.average.state_dict(bare.state_dict())
+    return found | {f"average {name}": value.clone() for name, value in averages.items()}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    changed = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert changed == []
+
+
+def bad(batch: dict) -> dict:
+    return {**batch, "image": batch["image"].index_fill(0, torch.tensor([1]), float("nan"))}
+
+
+class Normed(Towers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual.insert(1, nn.BatchNorm1d(8).double())
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("options", [{}, {"grad_clip_norm": 1.0}])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", [Towers, Normed])
+def test_a_bad_step_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(fused, options, count, kind):
+    model = kind()
+    trainer, reference = trainer_of(model, fused, **options), trainer_of(copy.deepcopy(model), fused, **options)
+    batches = batches_of(2 * count)
+    for each in (trainer, reference):
+        each.step(batches[:count], 0)
+    before = everything(trainer)
+    trainer.step([bad(batches[0]), *batches[1:count]], 1)
+    assert_same(everything(trainer), before)
+    for each in (trainer, reference):
+        each.step(batches[count:], 1)
+    assert_same(everything(trainer), everything(reference))
+    assert trainer.guard.counters()["skipped_steps"] == 1
+    assert trainer.guard.counters()["bad_in_a_row"] == 0
+
+
+def test_a_good_step_is_the_one_without_a_guard():
+    model = Towers()
+    guarded, plain = trainer_of(model), trainer_of(copy.deepcopy(model))
+    plain.guard = None
+    for number, batch in enumerate(batches_of(3)):
+        assert torch.equal(guarded.step([batch], number)["loss"], plain.step([batch], number)["loss"])
+    assert_same(everything(guarded), everything(plain))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    model = Towers()
+    trainer = trainer_of(model)
+    (batch,) = batches_of(1)
+    trainer.step([batch], 0)
+    before = everything(trainer)
+    model.visual.append(nn.Identity())
+    model.visual[-1].forward = Steep.apply
+    assert torch.isfinite(trainer.step([batch], 1)["loss"])
+    assert_same(everything(trainer), before)
+
+
+def test_bad_losses_are_left_out_of_the_means_and_counted_in_the_log(caplog):
+    model, data, writer = Towers(), data_of(4), Writer()
+    reference = trainer_of(copy.deepcopy(model))
+    good = [data.dataloader[0], data.dataloader[1], data.dataloader[3]]
+    losses = [reference.step([batch], 0)["loss"].item() for batch in good]
+    data.dataloader[2] = bad(data.dataloader[2])
+    with caplog.at_level(logging.INFO):
+        run_epoch(trainer_of(model), data, state_of(model, 4), log_every_n_steps=100, writer=writer)
+    assert writer[-1][2]["skipped_steps"] == 1
+    assert writer[-1][2]["loss"] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-6)
+    assert "Bad steps: 1" in caplog.messages[-1]
+
+
+def test_too_many_in_a_row_stop_the_run_where_it_was_and_name_the_samples(tmp_path):
+    model, data = Towers(), data_of(8)
+    for number, batch in enumerate(data.dataloader):
+        batch["key"] = [f"{number}-{i}" for i in range(SIZE)]
+    data.dataloader[2:6] = [bad(batch) for batch in data.dataloader[2:6]]  # the last two good ones come too late
+    trainer = trainer_of(model, folder=tmp_path, limit=3)
+    after_two = trainer_of(copy.deepcopy(model))
+    for number in range(2):
+        after_two.step([data.dataloader[number]], number)
+    with pytest.raises(TooManyBadSteps, match="3 steps in a row"):
+        run_epoch(trainer, data, state_of(model, 8), log_every_n_steps=100)
+    assert_same(everything(trainer), everything(after_two))
+    named = json.loads((tmp_path / "bad_steps-0.json").read_text())
+    assert named == {str(step): [f"{step}-{i}" for i in range(SIZE)] for step in (2, 3, 4)}
+
+
+def test_without_a_limit_it_goes_on(tmp_path):
+    model, data = Towers(), data_of(6)
+    data.dataloader[1:5] = [bad(batch) for batch in data.dataloader[1:5]]
+    trainer = trainer_of(model, folder=tmp_path, limit=0)
+    run_epoch(trainer, data, state_of(model, 6), log_every_n_steps=1)
+    assert trainer.guard.counters()["skipped_steps"] == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+class Scaler:
+    """torch's protocol: a factor, and a step that is left out where a gradient is not finite."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def scale(self, value):
+        return value * self.factor
+
+    def step(self, optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        self.found = any(not torch.isfinite(gradient).all() for gradient in gradients)
+        if not self.found:
+            for gradient in gradients:
+                gradient /= self.factor
+            optimizer.step()
+
+    def update(self):
+        self.factor *= 0.5 if self.found else 1
+
+
+def test_a_scaler_s_overflow_is_its_own_affair_and_counted_apart():
+    model = Towers()
+    trainer = trainer_of(model, scaler=Scaler(2.0))
+    (batch,) = batches_of(1)
+    trainer.step([batch], 0)
+    before = everything(trainer)
+    for factor, overflows, skipped in [(1e308, 1, 0), (2.0, 1, 1), (1.0, 1, 2)]:
+        trainer.scaler.factor = factor
+        hurt = batch if factor > 2 else bad(batch)
+        if factor > 2:
+            trainer.scaler.scale = lambda value: value * 1e308 * 10  # more than there is
+        else:
+            trainer.scaler.scale = lambda value, factor=factor: value * factor
+        trainer.step([hurt], 1)
+        assert_same(everything(trainer), before)
+        counters = trainer.guard.counters()
+        assert (counters["scaler_overflows"], counters["skipped_steps"]) == (overflows, skipped)
+
+
+def ranks_skip(rank: int, world_size: int) -> dict:
+    """A NaN on rank 1 alone, then a good step: what each rank has after each."""
+    wrapped = DistributedDataParallel(Towers())
+    trainer = trainer_of(wrapped)
+    batches = batches_of(3 * world_size)[rank::world_size]
+    found = []
+    for number, batch in enumerate(batches):
+        trainer.step([bad(batch) if (number, rank) == (1, 1) else batch], number)
+        found.append(everything(trainer))
+    return {"after": found, "counters": {name: int(value) for name, value in trainer.guard.counters().items()}}
+
+
+def test_all_ranks_skip_together(tmp_path):
+    ranks = run_ranks(__file__, "ranks_skip", (4,), tmp_path)[4]
+    for rank in ranks:
+        first, second, third = rank["after"]
+        assert_same(second, first)
+        assert_same(third, ranks[0]["after"][2])
+        assert not torch.equal(third["logit_scale"], second["logit_scale"])
+        assert rank["counters"] == {"skipped_steps": 1, "bad_in_a_row": 0, "scaler_overflows": 0}
+
+
+# The average of the weights
+
+
+def test_the_average_follows_its_formula():
+    model = nn.Linear(2, 1)
+    average, expected = WeightAverage(model, 0.5), model.weight.detach().clone()
+    for number in range(20):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update(number, torch.tensor(number == 4))
+        decay = min(0.5, (1 + number) / (10 + number)) if number != 4 else 1.0
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(average.state_dict({})["weight"], expected)
+
+
+def test_the_model_computes_with_the_average_for_a_while():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).bfloat16()
+    model[0].requires_grad_(False)
+    average = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    own = model[1].weight.data_ptr()
+    average.update(100)
+    mean = average.state_dict(model.state_dict())["1.weight"]
+    assert mean.dtype == torch.float32, "in half precision small changes would be lost"
+    with average.in_place():
+        assert torch.equal(model[1].weight, mean.bfloat16())
+        assert model[1].weight.dtype == torch.bfloat16
+    assert model[1].weight.data_ptr() == own
+    assert list(average.state_dict(model.state_dict())) == list(model.state_dict()), "a whole model's weights"
+    with pytest.raises(ValueError, match="another model"):
+        average.load_state_dict({"0.weight": torch.zeros(1)})
+
+
+def test_averaged_weights_are_saved_and_resumed_and_begin_where_there_are_none():
+    model = Towers()
+    trainer = trainer_of(model)
+    state = state_of(model, 4)
+    state.average, state.guard = trainer.average, trainer.guard
+    for number, batch in enumerate(batches_of(2)):
+        trainer.step([batch], number)
+    saved = copy.deepcopy(state.state_dict())
+    other = Towers()
+    other.logit_scale.data.fill_(3.0)
+    resumed = state_of(other, 4)
+    resumed.average = WeightAverage(other, 0.9)
+    resumed.load_state_dict(saved)
+    ours, theirs = resumed.average.state_dict({}), trainer.average.state_dict({})
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    del saved["state_dict_ema"]
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.average.state_dict({})["logit_scale"], model.logit_scale.float())
+
+
+def test_the_epoch_goes_on_in_its_midst_with_the_same_log():
+    """What `after_step` saves at step 3 of 7 is enough for the other four, and for what they log."""
+    whole, writer, saved = Towers(), Writer(), {}
+    trainer, state = trainer_of(whole), state_of(whole, 7)
+    state.optimizer, state.guard, state.average = trainer.optimizer, trainer.guard, trainer.average
+
+    def save() -> float:
+        if state.step == 3:
+            saved.update(copy.deepcopy(state.state_dict()))
+        return 0.0
+
+    data = data_of(7)
+    data.dataloader[1] = bad(data.dataloader[1])
+    run_epoch(trainer, data, state, 5, writer, after_step=save)
+
+    again, rest = Towers(), Writer()
+    resumed, state = trainer_of(again), state_of(again, 7)
+    state.optimizer, state.guard, state.average = resumed.optimizer, resumed.guard, resumed.average
+    state.load_state_dict(saved)
+    assert (state.epoch, state.step, state.epoch_step, state.epoch_samples) == (0, 3, 3, 3 * SIZE)
+    data = SimpleNamespace(dataloader=data_of(7).dataloader[3:], set_epoch=lambda epoch: None, skipped=None)
+    run_epoch(resumed, data, state, 5, rest)
+    assert_same(everything(resumed), everything(trainer))
+    assert [step for step, *_ in rest] == [5, 6]
+    for ours, theirs in zip(rest, writer[1:], strict=True):
+        for name in ("loss", "scale", "skipped_steps", "lr"):
+            assert ours[2][name] == theirs[2][name]
+    assert (state.epoch, state.epoch_step, state.step, state.samples_seen) == (1, 0, 7, 7 * SIZE)
+
+
+@pytest.mark.parametrize(("per_step", "steps", "expected"), [(8, 6, 3), (4, 12, 5), (16, 3, 2), (40, 1, 1)])
+def test_another_number_of_processes_goes_on_after_the_samples_that_are_done(per_step, steps, expected):
+    """5 steps of 4 samples are done: no more steps are left than there are samples for."""
+    model = Towers()
+    state = state_of(model, 12)
+    state.samples_per_step, state.epoch, state.step, state.epoch_step, state.epoch_samples = 4, 1, 17, 5, 20
+    other = state_of(Towers(), 12)
+    other.steps_per_epoch, other.samples_per_step = steps, per_step
+    other.load_state_dict(state.state_dict())
+    assert (other.epoch, other.epoch_step, other.step) == (1, expected, steps + expected)
+    assert (other.steps_per_epoch - other.epoch_step) * per_step <= 48 - 20
