@@ -92,4 +92,4 @@ def measure(folder: Path, samples: int, long: int, repeats: int) -> tuple[dict[s
 
 
 if __name__ == "__main__":
-    main(measure, samples=2000, long=30_000, repeats=3)
+    main(measure, samples=2000, long=20_000, repeats=7)

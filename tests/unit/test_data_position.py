@@ -314,17 +314,23 @@ def test_rows_on_another_layout_are_gone_on_from_exactly(tmp_path, monkeypatch):
 def test_new_draws_for_the_rest_of_a_resampled_epoch(tmp_path, monkeypatch):
     options = source("resampled", tmp_path)
     data = loader(monkeypatch, options)
-    first = take(data, 0, 5)
+    take(data, 0, 5)
     states = [data.state_dict()]
     other = loader(monkeypatch, options, workers=2, batch_size=2)
+    from_the_begin = keys(take(other, 0))
     other.load_state_dict(states)
     rest = take(other, 0)
     assert [len(batch[0]) for batch in rest] == [2] * 12
-    assert keys(rest)[:20] != keys(take(loader(monkeypatch, options, workers=0), 0))[:20]
+    assert keys(rest)[:20] != from_the_begin[:20]
     other.load_state_dict(states)
-    assert take(other, 0) == rest
-    assert first
+    assert take(other, 0, 3) == rest[:3]
+    states = [stored(other.state_dict())]
+    other.load_state_dict(states)
+    assert take(other, 0) == rest[3:]
     other.dataloader.close()
+    third = loader(monkeypatch, options, workers=0)
+    third.load_state_dict(states)  # 20 + 6 of 44 samples are seen
+    assert len(take(third, 0)) == 4
 
 
 def test_a_finished_epoch_has_no_rest(tmp_path, monkeypatch):

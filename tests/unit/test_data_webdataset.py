@@ -467,6 +467,15 @@ def test_resampled_training_follows_the_factors(tmp_path):
     assert share == pytest.approx(0.75, abs=0.06)
 
 
+def test_readers_that_draw_one_shard_give_it_in_different_orders(tmp_path, monkeypatch):
+    shard = write_tar(tmp_path / "a.tar", pairs(range(40)))
+    orders = []
+    for rank in range(2):
+        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        orders.append(flat(epoch_numbers(train_data(shard, dataset_resampled=True, train_num_samples=80))))
+    assert orders[0] != orders[1]
+
+
 def test_factors_need_resampling(tmp_path):
     with pytest.raises(ValueError, match="needs --dataset-resampled"):
         train_data(write_shards(tmp_path, 1, 4), train_num_samples=4, train_data_upsampling_factors="2")
