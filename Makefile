@@ -33,7 +33,7 @@ demo: install  ## train a small CLIP on handwritten digits and look at what it l
 	$(RUN) demo/digits.py --output $(DEMO_OUTPUT)
 
 test: install  ## run the tests (under 15 minutes on 2 cores, no network)
-	$(RUN) -m pytest -m "not npu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not npu"
 
 test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emulated (under 12 minutes on 2 cores)
 	$(NPU_RUN) tests/npu/emulator/build.py
