@@ -160,15 +160,6 @@ class CustomResidualAttentionBlock(nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-def run_block(block: nn.Module, x: torch.Tensor, checkpointing: bool, **kwargs: Any) -> torch.Tensor:
-    """`block(x, **kwargs)`; with `checkpointing` it is recomputed in the backward pass, if there is to be one."""
-    if checkpointing and torch.is_grad_enabled():
-        from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
-
-        return checkpoint(block, x, use_reentrant=False, **kwargs)
-    return block(x, **kwargs)
-
-
 def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
     """Normal distributions with the deviations of CLIP (https://arxiv.org/abs/2103.00020, from GPT-2)."""
     block: Any
@@ -238,7 +229,11 @@ class Transformer(nn.Module):
         return first.get_weight_dtype()
 
     def _run(self, block: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return run_block(block, x, self.grad_checkpointing, **kwargs)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
+
+            return checkpoint(block, x, use_reentrant=False, **kwargs)
+        return block(x, **kwargs)
 
     def forward(
         self,

@@ -176,7 +176,7 @@ class MultiheadAttention(nn.Module):
         batch_first: bool = True,
     ) -> None:
         super().__init__()
-        _check_heads(embed_dim, num_heads)
+        check_heads(embed_dim, num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -259,7 +259,8 @@ class MultiheadAttention(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 
-def _check_heads(width: int, num_heads: int) -> None:
+def check_heads(width: int, num_heads: int) -> None:
+    """Raise ValueError where attention of that width cannot have so many heads."""
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"a width of {width} cannot be divided into {num_heads} heads")
 
@@ -296,7 +297,7 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         if scaled_cosine and qk_norm:
             raise ValueError("scaled cosine attention already normalises queries and keys: switch off qk_norm or it")
         self.num_heads = num_heads

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import device
+from .layers import check_heads
 from .pos_embed import resize_table
 from .utils import expect, feature_take_indices, freeze_batch_norm_2d, set_trainable, to_2tuple
 
@@ -79,8 +80,7 @@ class AttentionPool2d(nn.Module):
         self, spacial_dim: int | tuple[int, int], embed_dim: int, num_heads: int, output_dim: int | None = None
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"a width of {embed_dim} cannot be divided into {num_heads} heads")
+        check_heads(embed_dim, num_heads)
         height, width = to_2tuple(spacial_dim)
         self.grid_size = (height, width)
         self.positional_embedding = nn.Parameter(embed_dim**-0.5 * torch.randn(height * width + 1, embed_dim))

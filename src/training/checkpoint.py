@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip.checkpoint import refusal, strip_prefixes
+from open_clip.mismatch import some
 from training import distributed, file_utils, rng
 
 logger = logging.getLogger(__name__)
@@ -211,16 +212,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         found = [("lacks", missing), ("has, unknown to the model,", unexpected), ("has other shapes:", shapes)]
         raise ValueError(
             "The checkpoint is of another model than this run's: it "
-            + "; it ".join(f"{what} {_some(names)}" for what, names in found if names)
+            + "; it ".join(f"{what} {some(names, limit=3)}" for what, names in found if names)
             + ". Give the --model (and --force-*) options that it was trained with, or, to start a new run from it, "
             "--pretrained instead of --resume."
         )
     model.load_state_dict(named)
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
