@@ -17,6 +17,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
+from . import aliases
 from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, get_pairs, load_merges
 from .hf_tokenizer import HFTokenizer, SigLipTokenizer
 from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn, get_words_fn, whitespace_clean
@@ -40,6 +41,8 @@ __all__ = [
     "tokenize",
     "whitespace_clean",
 ]
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")

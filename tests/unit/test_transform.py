@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from open_clip import image_resize
-from open_clip.image_resize import RandomResizedCrop
+from open_clip.image_resize import random_resized_crop
 from open_clip.transform import (
     AugmentationCfg,
     CenterCropOrPad,
@@ -228,12 +228,12 @@ def test_random_crops_are_those_of_torchvision(monkeypatch, with_torch, mode):
 
     monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: with_torch)
     theirs = transforms.RandomResizedCrop(16, scale=(0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC)
-    ours = RandomResizedCrop(16, scale=(0.2, 1))
     for seed in range(20):
         torch.manual_seed(seed)
         expected = np.asarray(theirs(odd_image(mode, "photo"))).astype(int)
         torch.manual_seed(seed)
-        assert np.abs(np.asarray(ours(odd_image(mode, "photo"))) - expected).max() <= 1
+        ours = random_resized_crop(odd_image(mode, "photo"), (16, 16), theirs.scale, theirs.ratio, "bicubic")
+        assert np.abs(np.asarray(ours) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_training_steps():
     assert steps[0].scale == (0.4, 1.0)
     assert steps[0].ratio == (3 / 4, 4 / 3)
     assert steps[2].transf.hue == (-0.1, 0.1)
-    assert steps[0].interpolation == "bicubic"
+    assert steps[0].interpolation.value == "bicubic"
     assert "color_jitter(p=0.8" in repr(steps[2])
 
 
