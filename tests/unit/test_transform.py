@@ -1,5 +1,6 @@
 """Transforms alone: configurations, odd images, sizes, augmentations, errors."""
 
+import copy
 import io
 import os
 import pickle
@@ -322,3 +323,55 @@ def test_import_does_not_load_torchvision():
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def counting_fast_path(transform):
+    calls = []
+    fast = transform._fast
+    transform._fast = lambda image: (calls.append(1), fast(image))[1]
+    return calls
+
+
+@pytest.mark.parametrize("is_train", [False, True])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_the_fast_path_is_taken_until_its_steps_change(is_train, resize_mode):
+    def edited(edit):
+        transform = image_transform(16, is_train, resize_mode=resize_mode)
+        calls = counting_fast_path(transform)
+        edit(transform)
+        transform(PHOTO)
+        return not calls
+
+    steps_after_it = [
+        lambda transform: None,
+        lambda transform: setattr(transform.transforms[-1], "mean", (0, 0, 0)),
+        lambda transform: transform.transforms.pop(),
+        lambda transform: transform.transforms[0].eval(),
+    ]
+    its_own_steps = [
+        lambda transform: setattr(transform.transforms[0], "size", (16, 16) if resize_mode == "shortest" else 16),
+        lambda transform: setattr(transform.transforms[0], "size", np.array([16, 16])),
+        lambda transform: setattr(transform.transforms[0], "extra", 1),
+        lambda transform: setattr(transform.transforms[0], "forward", lambda image: image),
+        lambda transform: transform.transforms[0].register_forward_pre_hook(lambda module, args: None),
+        lambda transform: transform.transforms.insert(0, lambda image: image),
+        lambda transform: transform.transforms.pop(0),
+    ]
+    if is_train:  # whose size is a pair already
+        its_own_steps[0] = lambda transform: setattr(transform.transforms[0], "scale", (0.5, 1))
+    assert [edited(edit) for edit in steps_after_it] == [False] * len(steps_after_it)
+    assert [edited(edit) for edit in its_own_steps] == [True] * len(its_own_steps)
+
+
+def test_copies_take_the_fast_path():
+    transform = image_transform(16, False)
+    for same in (pickle.loads(pickle.dumps(transform)), copy.deepcopy(transform)):
+        calls = counting_fast_path(same)
+        same(PHOTO)
+        assert calls
+
+
+def test_an_empty_list_returns_the_image():
+    transform = image_transform(16, False)
+    transform.transforms.clear()
+    assert transform(PHOTO) is PHOTO
