@@ -131,10 +131,12 @@ def _box_pays(image: Image, side: int, resized: tuple[int, int]) -> bool:
     """Whether Pillow computes the square alone: the same pixels within one level, and faster than `resize`.
 
     Not with palettes and 1 bit, where it picks other pixels, nor with alpha, which magnifies a last bit, nor where
-    it would take the passes in another order.
+    it would take the passes in another order, nor where the image grows: single weights are large then, and one value
+    in 10 million would be two levels off.
     """
     return (
         image.mode in ("RGB", "L", "CMYK", "YCbCr")
+        and min(image.size) >= side
         and (image.height, image.width) != resized
         and _vertical_first(image, (side, side)) == _vertical_first(image, resized)
         and (max(resized) > 4 * side or not _torch_agrees(image, resized))

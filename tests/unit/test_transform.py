@@ -375,3 +375,19 @@ def test_an_empty_list_returns_the_image():
     transform = image_transform(16, False)
     transform.transforms.clear()
     assert transform(PHOTO) is PHOTO
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "levels"), [(135, 337, 0), (134, 214, 0), (223, 225, 0), (224, 300, 0), (300, 900, 1)]
+)
+def test_noise_gives_torchvisions_pixels(height, width, levels):
+    """To the bit where the image grows, else within one level."""
+    from torchvision import transforms
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    theirs = transforms.Compose([transforms.Resize(224, bicubic), transforms.CenterCrop(224)])
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        ours = np.asarray(image_resize.resize_center_crop(image, 224, "bicubic")).astype(int)
+        assert np.abs(ours - np.asarray(theirs(image))).max() <= levels
