@@ -59,7 +59,11 @@ def isolate() -> None:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ["HOME"] = home
     os.umask(0o022)
-    if sys.warnoptions:  # of PYTHONWARNINGS; pytest would keep them
+
+
+def reset_warnings() -> None:
+    """Forget the filters of PYTHONWARNINGS."""
+    if sys.warnoptions:
         sys.warnoptions.clear()
         warnings.resetwarnings()
 
@@ -68,4 +72,7 @@ isolate()
 
 
 def pytest_sessionstart() -> None:
-    os.chdir(ROOT)  # not earlier: paths among pytest's options are relative to where it was started
+    # Not earlier: paths among pytest's options are relative to where it was started, and while conftest files are
+    # loaded pytest keeps the filters to restore them.
+    os.chdir(ROOT)
+    reset_warnings()

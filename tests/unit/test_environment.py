@@ -35,12 +35,12 @@ HOSTILE = {
     "LANG": "C",
 }
 REPORT = """
-import json, os, sys, warnings
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 os.umask(0o077)
 import conftest
 mask = os.umask(0)
-print(json.dumps({"environment": dict(os.environ), "umask": mask, "filters": len(warnings.filters)}))
+print(json.dumps({"environment": dict(os.environ), "umask": mask}))
 """
 
 
@@ -60,7 +60,18 @@ def test_a_hostile_environment_is_removed() -> None:
     assert left["HOME"] != "/nonexistent"
     assert not Path(left["HOME"]).exists()  # removed at exit
     assert left["ASCEND_HOME_PATH"] == "/opt/cann"
-    assert (found["umask"], found["filters"]) == (0o022, 0)
+    assert found["umask"] == 0o022
+
+
+def test_warnings_stay_warnings(tmp_path: Path) -> None:
+    (tmp_path / "test_warns.py").write_text("import warnings\ndef test(): warnings.warn('only this')\n")
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", str(tmp_path)],
+        env={**os.environ, "PYTHONWARNINGS": "error", "PYTHONPATH": str(root / "tests")},
+        cwd=tmp_path,
+        check=True,
+    )
 
 
 def test_this_process_is_isolated() -> None:
