@@ -9,18 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import generation
+from . import aliases, generation
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .layers import KeyValueCache
-from .model import INIT_LOGIT_SCALE, TextTowerApart
+from .model import INIT_LOGIT_SCALE, TextTowerApart, _build_text_tower, _build_vision_tower
 from .multimodal_transformer import DecoderCaches, MultimodalTransformer
 from .text_transformer import TextEncoder
-from .towers import build_text_tower, build_vision_tower, layer_types
+from .towers import layer_types
 from .utils import evaluating, expect
 
 __all__ = ["CoCa", "MultimodalCfg", "prepare_inputs_for_generation"]
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 # Of CLIP's vocabulary
 START_OF_TEXT = 49406
@@ -29,9 +31,14 @@ END_OF_TEXT = 49407
 GENERATION_TYPES = ("beam_search", "top_p", "top_k", "greedy")
 
 
-def _build_decoder(
-    multimodal_cfg: MultimodalCfg, vocab_size: int, quick_gelu: bool, cast_dtype: torch.dtype | None
+def _build_text_decoder_tower(
+    embed_dim: int,
+    multimodal_cfg: MultimodalCfg | Mapping[str, Any],
+    quick_gelu: bool = False,
+    cast_dtype: torch.dtype | None = None,
 ) -> MultimodalTransformer:
+    """The decoder that a configuration describes; `embed_dim` is the width of its output, the size of a vocabulary."""
+    multimodal_cfg = as_config(MultimodalCfg, multimodal_cfg)
     return MultimodalTransformer(
         multimodal_cfg.width,
         multimodal_cfg.layers,
@@ -39,7 +46,7 @@ def _build_decoder(
         multimodal_cfg.context_length,
         multimodal_cfg.mlp_ratio,
         multimodal_cfg.ls_init_value,
-        output_dim=vocab_size,
+        output_dim=embed_dim,
         batch_first=True,
         **layer_types(multimodal_cfg, quick_gelu, cast_dtype),
     )
@@ -91,7 +98,9 @@ class CoCa(TextTowerApart):
                 self.vocab_size,
                 text_cfg.vocab_size,
             )
-        self.text_decoder = _build_decoder(multimodal_cfg, text_cfg.vocab_size, quick_gelu, cast_dtype)
+        self.text_decoder = _build_text_decoder_tower(
+            text_cfg.vocab_size, multimodal_cfg, quick_gelu, cast_dtype
+        )
         self.context_length = multimodal_cfg.context_length
         self.pad_id = pad_id
 
@@ -99,8 +108,8 @@ class CoCa(TextTowerApart):
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
         # open_clip's checkpoints, and random weights, begin with the text tower's
-        self._place_text_tower(build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
-        self.visual = build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
+        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks of towers and decoder in the backward pass in place of keeping their activations."""

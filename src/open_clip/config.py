@@ -12,6 +12,7 @@ import difflib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,12 +149,15 @@ def _hint(key: str, fields: list[str]) -> str:
 
 # ---- the registry ----
 
-_BUNDLED = Path(__file__).parent / "model_configs"
+# JSON files, and folders of them. `rescan_model_configs` reads what is appended here.
+MODEL_CONFIG_PATHS = [Path(__file__).parent / "model_configs"]
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
-_registry: dict[str, dict[str, Any]] | None = None
+_registry: dict[str, dict[str, Any]] = {}
+_registry_lock = threading.RLock()
 
 
 def _natural_key(name: str) -> list[Any]:
+    """Sort key under which ViT-B-16 comes after ViT-B-8."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
@@ -172,15 +176,29 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _models() -> dict[str, dict[str, Any]]:
-    """The registry, in natural order of names; the bundled files are read when it is first asked for."""
-    global _registry
-    if _registry is None:
-        _registry = _sorted(_read_configs(_BUNDLED))
+    """Return the registry itself, configurations by name. Writing to it registers a model, deleting removes one.
+
+    The bundled files are read at the first call.
+    """
+    with _registry_lock:
+        if not _registry:
+            rescan_model_configs()
     return _registry
 
 
-def _sorted(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: models[name] for name in sorted(models, key=_natural_key)}
+def rescan_model_configs() -> None:
+    """Read MODEL_CONFIG_PATHS again. What was registered otherwise stays, and names are in natural order."""
+    _register(*MODEL_CONFIG_PATHS)
+
+
+def _register(*paths: str | Path) -> None:
+    with _registry_lock:
+        found = dict(_registry)
+        for path in paths:
+            found.update(_read_configs(Path(path)))
+        # The same dict always: programs hold it as `open_clip.factory._MODEL_CONFIGS`.
+        _registry.clear()
+        _registry.update({name: found[name] for name in sorted(found, key=_natural_key)})
 
 
 def list_models() -> list[str]:
@@ -195,20 +213,18 @@ def add_model_config(path: str | Path | Iterable[str | Path]) -> None:
         FileNotFoundError: nothing is at `path`.
         ValueError: a file that is no model configuration was named.
     """
-    global _registry
-    added: dict[str, dict[str, Any]] = {}
-    for entry in [path] if isinstance(path, (str, Path)) else path:
-        entry = Path(entry)
+    added = [Path(entry) for entry in ([path] if isinstance(path, (str, Path)) else path)]
+    for entry in added:
         if not entry.exists():
             raise FileNotFoundError(f"no model configuration at {entry}: give a JSON file or a folder of them")
-        added.update(_read_configs(entry))
-    _registry = _sorted({**_models(), **added})
+    _models()
+    _register(*added)
+    MODEL_CONFIG_PATHS.extend(added)
 
 
 def get_model_config(model_name: str) -> dict[str, Any] | None:
     """A copy of the configuration of `model_name` (a bundled or an added one), None where there is none."""
-    cfg = _models().get(model_name)
-    return copy.deepcopy(cfg)
+    return copy.deepcopy(_models().get(model_name))
 
 
 def parse_model_name(model_name: str) -> tuple[str | None, str]:

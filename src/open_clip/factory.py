@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import aliases
 from . import device as devices
 from .checkpoint import (
     check_precision,
@@ -58,6 +59,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 Device = str | torch.device
 

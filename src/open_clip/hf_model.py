@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import aliases
 from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
 from .layers import GELU
 from .utils import expect, feature_take_indices, set_trainable
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 DEFAULT_CONTEXT_LENGTH = 77  # of models that take any number of tokens
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .hf_configs import import_transformers, unavailable
@@ -117,13 +118,13 @@ class HFTokenizer:
         if not texts:
             return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
         if self.tokenizer_mode == "clips":
-            return self._clips_ids(texts, context_length)
+            return self._clips_tokenize(texts, context_length)
         ids = _padded_ids(self.tokenizer, texts, context_length)
         if self.strip_sep_token:
             ids[ids == self.tokenizer.sep_token_id] = 0
         return ids
 
-    def _clips_ids(self, texts: list[str], context_length: int) -> torch.LongTensor:
+    def _clips_tokenize(self, texts: list[str], context_length: int) -> torch.LongTensor:
         special = self.tokenizer
         rows = []
         for ids in special(texts, add_special_tokens=False)["input_ids"]:
@@ -133,9 +134,8 @@ class HFTokenizer:
         return torch.tensor(rows)  # type: ignore[return-value]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids (ints, or a tensor [L]) without special tokens."""
-        ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of ids (ints or 0-d tensors, or a tensor [L]) without special tokens."""
+        return self.tokenizer.decode(ids_to_list(tokens), skip_special_tokens=True)
 
 
 class SigLipTokenizer:
@@ -187,6 +187,13 @@ class SigLipTokenizer:
         if not texts:
             return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
         return _padded_ids(self.tokenizer, texts, context_length)
+
+
+def ids_to_list(tokens: Iterable[Any]) -> list[Any]:
+    """Ids as a list of ints, from a tensor, an array, or a sequence of ints and 0-d tensors."""
+    if isinstance(tokens, (torch.Tensor, np.ndarray)):
+        return tokens.tolist()
+    return [token.item() if isinstance(token, torch.Tensor) and token.ndim == 0 else token for token in tokens]
 
 
 def _padded_ids(tokenizer: Any, texts: list[str], context_length: int) -> torch.LongTensor:

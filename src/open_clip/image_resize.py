@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos")
+
+
 def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a side, of a sequence of one side, or of a pair.
 
@@ -31,10 +34,10 @@ def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def to_interpolation(interpolation: Any) -> str:
-    """Name of an interpolation that is given as a name or as torchvision's InterpolationMode."""
+    """Return the name of an interpolation given as a name or as torchvision's InterpolationMode."""
     name = getattr(interpolation, "value", interpolation)
-    if name not in ("bicubic", "bilinear", "nearest"):
-        raise ValueError(f"interpolation={interpolation!r}: choose from bicubic, bilinear, nearest")
+    if name not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation={interpolation!r} is not known. Choose from {', '.join(_INTERPOLATIONS)}.")
     return name
 
 
@@ -77,14 +80,14 @@ def to_resizable(image: Image) -> Image:
     return image.convert("RGBA") if image.mode == "PA" else image
 
 
-def _resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
+def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
     """The whole image at `size` (height, width), with antialiasing; palette and 1-bit images take nearest pixels."""
     from PIL.Image import Resampling, fromarray
 
     height, width = size
     if image.size == (width, height):
         return image
-    if interpolation != "nearest" and _torch_agrees(image, size):
+    if interpolation in ("bicubic", "bilinear") and _torch_agrees(image, size):
         pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
         pixels = nn.functional.interpolate(pixels[None], (height, width), mode=interpolation, antialias=True)[0]
         return fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
@@ -92,77 +95,66 @@ def _resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
 
 
 def _resize_any(image: Image | torch.Tensor, size: tuple[int, int], interpolation: str) -> Image | torch.Tensor:
-    """`_resize`, or for a tensor [..., H, W] what torchvision does."""
+    """`resize`, or for a tensor [..., H, W] what torchvision does."""
     if isinstance(image, torch.Tensor):
         from torchvision.transforms import InterpolationMode, functional
 
         return functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
-    return _resize(to_resizable(image), size, interpolation)
+    return resize(to_resizable(image), size, interpolation)
 
 
 def _height_width(image: Image | torch.Tensor) -> tuple[int, int]:
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)  # type: ignore
 
 
-class ResizeCenterCrop:
-    """The shortest side to a square's side, then the square in the middle.
+def resize_center_crop(image: Image, side: int, interpolation: str) -> Image:
+    """Resize the shortest side to `side` and crop the square in the middle, as torchvision's Resize and CenterCrop do.
 
-    Only what the square shows is computed, where the image is long enough for that to matter.
+    Only the pixels of the square are computed, where the image is long enough for that to be faster.
     """
+    width, height = image.size
+    shortest = min(height, width)
+    # The long side is rounded down, as torchvision's Resize does.
+    new_height, new_width = (side if edge == shortest else int(side * edge / shortest) for edge in (height, width))
+    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
+    crop = (left, top, left + side, top + side)
+    if not _box_pays(image, side, (new_height, new_width)):
+        return resize(image, (new_height, new_width), interpolation).crop(crop)
+    from PIL.Image import Resampling
 
-    def __init__(self, size: int, interpolation: Any = "bicubic") -> None:
-        self.size = size
-        self.interpolation = to_interpolation(interpolation)
-
-    def __call__(self, image: Image | torch.Tensor) -> Image | torch.Tensor:
-        height, width = _height_width(image)
-        side, shortest = self.size, min(height, width)
-        # The long side is rounded down, as torchvision's Resize does.
-        new_height, new_width = (side if edge == shortest else int(side * edge / shortest) for edge in (height, width))
-        top, left = round((new_height - side) / 2), round((new_width - side) / 2)
-        if isinstance(image, torch.Tensor):
-            resized = _resize_any(image, (new_height, new_width), self.interpolation)
-            return resized[..., top : top + side, left : left + side]  # type: ignore[index]
-        image = to_resizable(image)
-        crop = (left, top, left + side, top + side)
-        if not self._box_pays(image, (new_height, new_width)):
-            return _resize(image, (new_height, new_width), self.interpolation).crop(crop)
-        from PIL.Image import Resampling
-
-        scale_x, scale_y = width / new_width, height / new_height
-        box = (crop[0] * scale_x, crop[1] * scale_y, min(crop[2] * scale_x, width), min(crop[3] * scale_y, height))
-        return image.resize((side, side), Resampling[self.interpolation.upper()], box)
-
-    def _box_pays(self, image: Image, resized: tuple[int, int]) -> bool:
-        """Whether Pillow shall compute the square alone: the same pixels within one level, and faster than `_resize`.
-
-        Not with palettes and 1 bit, where it picks other pixels, nor with alpha, which magnifies a last bit, nor where
-        it would take the passes in another order.
-        """
-        cropped = (self.size, self.size)
-        return (
-            image.mode in ("RGB", "L", "CMYK", "YCbCr")
-            and (image.height, image.width) != resized
-            and _vertical_first(image, cropped) == _vertical_first(image, resized)
-            and (max(resized) > 4 * self.size or not _torch_agrees(image, resized))
-        )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, interpolation={self.interpolation})"
+    scale_x, scale_y = width / new_width, height / new_height
+    box = (crop[0] * scale_x, crop[1] * scale_y, min(crop[2] * scale_x, width), min(crop[3] * scale_y, height))
+    return image.resize((side, side), Resampling[interpolation.upper()], box)
 
 
-class ResizeExact:
-    """To (height, width), whatever the image's aspect ratio."""
+def _box_pays(image: Image, side: int, resized: tuple[int, int]) -> bool:
+    """Whether Pillow computes the square alone: the same pixels within one level, and faster than `resize`.
 
-    def __init__(self, size: int | Sequence[int], interpolation: Any = "bicubic") -> None:
-        self.size = to_pair(size)
-        self.interpolation = to_interpolation(interpolation)
+    Not with palettes and 1 bit, where it picks other pixels, nor with alpha, which magnifies a last bit, nor where
+    it would take the passes in another order, nor where the image grows: single weights are large then, and one value
+    in 10 million would be two levels off.
+    """
+    return (
+        image.mode in ("RGB", "L", "CMYK", "YCbCr")
+        and min(image.size) >= side
+        and (image.height, image.width) != resized
+        and _vertical_first(image, (side, side)) == _vertical_first(image, resized)
+        and (max(resized) > 4 * side or not _torch_agrees(image, resized))
+    )
 
-    def __call__(self, image: Image | torch.Tensor) -> Image | torch.Tensor:
-        return _resize_any(image, self.size, self.interpolation)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, interpolation={self.interpolation})"
+def random_resized_crop(
+    image: Image,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    interpolation: str,
+) -> Image:
+    """What torchvision's RandomResizedCrop does, with the same draws from torch's generator."""
+    from torchvision.transforms import RandomResizedCrop
+
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
+    return resize(image.crop((left, top, left + width, top + height)), size, interpolation)
 
 
 class ResizeKeepRatio:
@@ -186,8 +178,10 @@ class ResizeKeepRatio:
         random_aspect_prob: float = 0.0,
         random_aspect_range: tuple[float, float] = (0.9, 1.11),
     ) -> None:
+        from torchvision.transforms import InterpolationMode
+
         self.size = to_pair(size)
-        self.interpolation = to_interpolation(interpolation)
+        self.interpolation = InterpolationMode(to_interpolation(interpolation))
         self.longest = float(longest)
         self.random_scale_prob = random_scale_prob
         self.random_scale_range = random_scale_range
@@ -222,10 +216,10 @@ class ResizeKeepRatio:
             self.random_scale_prob, self.random_scale_range, self.random_aspect_prob, self.random_aspect_range,
         )  # fmt: skip
         # The short side of a very long image that has to fit in `size` rounds to nothing; one pixel of it is kept.
-        return _resize_any(img, (max(height, 1), max(width, 1)), self.interpolation)
+        return _resize_any(img, (max(height, 1), max(width, 1)), to_interpolation(self.interpolation))
 
     def __repr__(self) -> str:
-        settings = f"size={self.size}, interpolation={self.interpolation}, longest={self.longest:.3f}"
+        settings = f"size={self.size}, interpolation={self.interpolation.value}, longest={self.longest:.3f}"
         return f"{type(self).__name__}({settings})"
 
 
@@ -275,41 +269,3 @@ class CenterCropOrPad(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(size={self.size}, fill={self.fill})"
-
-
-class RandomResizedCrop:
-    """A crop of random area and aspect ratio, resized (Szegedy et al. 2015, arXiv:1409.4842).
-
-    Args:
-        size: side, or (height, width).
-        scale: range of the crop's share of the image's area.
-        ratio: range of its aspect ratio.
-        interpolation: name, or torchvision's InterpolationMode.
-    """
-
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        interpolation: Any = "bicubic",
-    ) -> None:
-        self.size = to_pair(size)
-        self.scale = scale
-        self.ratio = ratio
-        self.interpolation = to_interpolation(interpolation)
-
-    def __call__(self, image: Image | torch.Tensor) -> Image | torch.Tensor:
-        from torchvision import transforms
-
-        top, left, height, width = transforms.RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
-        if isinstance(image, torch.Tensor):
-            return _resize_any(image[..., top : top + height, left : left + width], self.size, self.interpolation)
-        image = to_resizable(image)
-        return _resize(image.crop((left, top, left + width, top + height)), self.size, self.interpolation)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(size={self.size}, scale={self.scale}, "
-            f"ratio={tuple(round(r, 4) for r in self.ratio)}, interpolation={self.interpolation})"
-        )

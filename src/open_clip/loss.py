@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import collectives, pairwise
+from . import aliases, collectives, pairwise
 from .collectives import (  # noqa: F401  their place in open_clip 3.3.0
     NeighbourExchange,
     NeighbourExchangeBidir,
@@ -17,6 +17,8 @@ from .collectives import (  # noqa: F401  their place in open_clip 3.3.0
     neighbour_exchange_bidir_with_grad,
     neighbour_exchange_with_grad,
 )
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import aliases
 from .config import CLIPTextCfg, CLIPVisionCfg
 from .hf_model import HFTextEncoder
 from .layers import Attention, MultiheadAttention
@@ -24,7 +25,8 @@ from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_transformer import TextEncoder, TextTransformer
 from .timm_model import TimmModel
-from .towers import build_text_tower, build_vision_tower
+from .towers import build_text_tower as _build_text_tower  # names of open_clip 3.3, which programs import and patch
+from .towers import build_vision_tower as _build_vision_tower
 from .transformer import VisionTransformer
 from .utils import to_2tuple
 
@@ -48,6 +50,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
 
@@ -114,8 +118,8 @@ class TwoTowers(nn.Module):
     def _build_towers(
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
-        self.visual = build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
-        self._place_text_tower(build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
+        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
 
     def _place_text_tower(self, text: Any) -> None:
         self.context_length = text.context_length

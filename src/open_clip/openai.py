@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import aliases
 from . import device as devices
 from .checkpoint import check_precision, load_state_dict, no_initialisation, set_precision
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -19,6 +20,8 @@ from .transform import PreprocessCfg
 __all__ = ["list_openai_models", "load_openai_model"]
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 
 def list_openai_models() -> list[str]:

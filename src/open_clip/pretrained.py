@@ -24,10 +24,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from . import aliases
 from .constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from .version import __version__
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 DEFAULT_CACHE_DIR = "~/.cache/clip"
 _CHUNK = 1 << 20  # bytes read at a time

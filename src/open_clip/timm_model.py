@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import aliases
 from .config import closest
 from .layers import GELU, QuickGELU
 from .utils import expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 POOLERS = ("abs_attn", "rot_attn")  # of timm, and put behind the trunk here; all others are the trunk's own
 PROJECTIONS = ("linear", "mlp", "none", "", None)

@@ -13,12 +13,14 @@ import re
 from array import array
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from . import aliases
 from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, get_pairs, load_merges
-from .hf_tokenizer import HFTokenizer, SigLipTokenizer
+from .hf_tokenizer import HFTokenizer, SigLipTokenizer, ids_to_list
 from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn, get_words_fn, whitespace_clean
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "tokenize",
     "whitespace_clean",
 ]
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
@@ -164,15 +168,20 @@ class SimpleTokenizer:
 
     @cached_property
     def _find_ascii(self) -> Callable[[str], list[str]]:
-        """Cuts ASCII text into tokens as `_find_any` does, with the standard library's quicker engine."""
+        """Cuts ASCII text into tokens as `pat` does, with the standard library's quicker engine."""
         return re.compile(self._pattern("[a-z]+", "[0-9]", r"[^\sa-z0-9]+"), re.IGNORECASE | re.ASCII).findall
 
     @cached_property
-    def _find_any(self) -> Callable[[str], list[str]]:
-        """Cuts text into special tokens, English contractions, runs of letters, single digits, runs of the rest."""
+    def pat(self) -> Any:
+        """The pattern of special tokens, contractions, runs of letters, single digits and runs of the rest."""
         import regex
 
-        return regex.compile(self._pattern(r"\p{L}+", r"\p{N}", r"[^\s\p{L}\p{N}]+"), regex.IGNORECASE).findall
+        return regex.compile(self._pattern(r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+"), regex.IGNORECASE)
+
+    @cached_property
+    def cache(self) -> dict[str, str]:
+        """What `bpe` returned so far, by token."""
+        return {token: token for token in self.special_tokens}
 
     def _pattern(self, letters: str, digit: str, rest: str) -> str:
         specials = [re.escape(token) for token in self.special_tokens]
@@ -187,7 +196,7 @@ class SimpleTokenizer:
         if self._letters_are_a_token and word.isalpha() and word.isascii():
             return self._table.encode(word)
         ids: list[int] = []
-        for token in self._find_ascii(word) if word.isascii() else self._find_any(word):
+        for token in self._find_ascii(word) if word.isascii() else self.pat.findall(word):
             special = self._special_ids.get(token)
             if special is not None:
                 ids.append(special)
@@ -213,18 +222,20 @@ class SimpleTokenizer:
 
     def bpe(self, token: str) -> str:
         """The symbols of a token, between spaces. The token is spelled in the characters of `bytes_to_unicode`."""
-        if token in self._special_ids:
-            return token
-        text = bytes(self.byte_decoder[char] for char in token)
-        return " ".join(self._table.symbols[i] for i in self._table.merge(text))
+        if token not in self.cache:
+            text = bytes(self.byte_decoder[char] for char in token)
+            self.cache[token] = " ".join(self._table.symbols[i] for i in self._table.merge(text))
+        return self.cache[token]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids (ints, or a tensor [L]), a space after each word; bytes that are not UTF-8 become U+FFFD.
+        """Text of ids (ints or 0-d tensors, or a tensor [L]), with a space after each word.
+
+        Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id is not in the vocabulary.
         """
-        ids = tokens.tolist() if isinstance(tokens, (torch.Tensor, np.ndarray)) else list(tokens)
+        ids = ids_to_list(tokens)
         try:
             return b"".join(map(self._id_to_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
         except (KeyError, TypeError):

@@ -7,6 +7,7 @@ Augmentations draw only from the global generators of Python's `random`, numpy a
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import aliases
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from .image_resize import (
     CenterCropOrPad,
-    RandomResizedCrop,
-    ResizeCenterCrop,
-    ResizeExact,
     ResizeKeepRatio,
     center_crop_or_pad,
+    random_resized_crop,
+    resize,
+    resize_center_crop,
     to_pair,
     to_resizable,
 )
@@ -34,7 +36,7 @@ __all__ = [
     "AugmentationCfg",
     "CenterCropOrPad",
     "MaybeConvertMode",
-    "MaybeToTensor",
+    "MaybeToTensor",  # noqa: F822  given by __getattr__
     "PreprocessCfg",
     "ResizeKeepRatio",
     "center_crop_or_pad",
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # torchvision's classes and others that open_clip 3.3 has here
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -136,13 +140,15 @@ def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> Au
 
 
 class MaybeConvertMode:
-    """To a PIL mode, 16 bits a pixel scaled; a tensor stays as it is."""
+    """Convert to a PIL mode, 16-bit grayscale scaled to 8 bits. What is not a PIL image is returned unchanged."""
 
     def __init__(self, mode: str = "RGB") -> None:
         self.mode = mode
 
     def __call__(self, pic: Image | torch.Tensor) -> Image | torch.Tensor:
-        if isinstance(pic, torch.Tensor) or pic.mode == self.mode:
+        from PIL import Image
+
+        if not isinstance(pic, Image.Image) or pic.mode == self.mode:
             return pic
         pic = to_resizable(pic)
         if pic.mode == "P" and isinstance(pic.info.get("transparency"), bytes):
@@ -151,20 +157,6 @@ class MaybeConvertMode:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mode={self.mode})"
-
-
-class MaybeToTensor:
-    """A PIL image to a float tensor [C, H, W] of values from 0 to 1; a tensor stays as it is."""
-
-    def __call__(self, pic: Image | torch.Tensor) -> torch.Tensor:
-        if isinstance(pic, torch.Tensor):
-            return pic
-        from torchvision.transforms import functional
-
-        return functional.to_tensor(pic)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
 
 class color_jitter:
@@ -219,10 +211,10 @@ def _warn_unused(cfg: AugmentationCfg, names: Sequence[str], instead: str) -> No
         logger.warning("aug_cfg: %s %s no effect %s", ", ".join(unused), "have" if len(unused) > 1 else "has", instead)
 
 
-def _timm_train_steps(
-    cfg: AugmentationCfg, size: tuple[int, int], normalize: Any, interpolation: str
-) -> list[Callable]:
+def _timm_train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any, interpolation: str) -> Callable:
     from timm.data import create_transform
+
+    from .preprocess import Preprocess
 
     _warn_unused(cfg, _NOT_TIMM, "with use_timm")
     given: dict[str, Any] = {name: getattr(cfg, name) for name in _ONLY_TIMM if getattr(cfg, name) is not None}
@@ -237,12 +229,17 @@ def _timm_train_steps(
         scale=cfg.scale,
         **{"color_jitter": cfg.color_jitter, **given},
     )
-    return [MaybeConvertMode(), *transform.transforms]
+    return Preprocess(transform.transforms, before=MaybeConvertMode())
 
 
-def _train_steps(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any) -> list[Callable]:
+def _train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any) -> Callable:
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+    from .preprocess import MaybeToTensor, Preprocess
+
     _warn_unused(cfg, _ONLY_TIMM, "without use_timm")
-    steps: list[Callable] = [RandomResizedCrop(size, scale=cfg.scale), MaybeConvertMode()]
+    crop = RandomResizedCrop(size, scale=cfg.scale, interpolation=InterpolationMode.BICUBIC)
+    steps: list[Callable] = [crop, MaybeConvertMode()]
     if cfg.color_jitter_prob:
         strengths = cfg.color_jitter
         if not isinstance(strengths, Sequence) or len(strengths) != 4:
@@ -255,7 +252,32 @@ def _train_steps(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any) ->
         logger.warning("aug_cfg: color_jitter has no effect without color_jitter_prob or use_timm")
     if cfg.gray_scale_prob:
         steps.append(gray_scale(cfg.gray_scale_prob))
-    return [*steps, MaybeToTensor(), normalize]
+    fast = functools.partial(
+        random_resized_crop, size=size, scale=crop.scale, ratio=crop.ratio, interpolation="bicubic"
+    )
+    return Preprocess([*steps, MaybeToTensor(), normalize], fast, num_fast=1)
+
+
+def _val_transform(
+    size: tuple[int, int], normalize: Any, resize_mode: str, interpolation: str, fill_color: int
+) -> Callable:
+    """Resize (and crop), convert to RGB, convert to a tensor and normalize: the steps of open_clip 3.3."""
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    from .preprocess import MaybeToTensor, Preprocess
+
+    last = [MaybeConvertMode(), MaybeToTensor(), normalize]
+    mode = InterpolationMode(interpolation)
+    if resize_mode == "squash":
+        fast = functools.partial(resize, size=size, interpolation=interpolation)
+        return Preprocess([Resize(size, mode), *last], fast, num_fast=1)
+    if resize_mode == "longest":
+        fit = ResizeKeepRatio(size, longest=1.0, interpolation=mode)
+        return Preprocess([fit, CenterCropOrPad(size, fill_color), *last])
+    if size[0] != size[1]:
+        return Preprocess([ResizeKeepRatio(size, interpolation=mode), CenterCrop(size), *last])
+    fast = functools.partial(resize_center_crop, side=size[0], interpolation=interpolation)
+    return Preprocess([Resize(size[0], mode), CenterCrop(size), *last], fast, num_fast=2)
 
 
 def image_transform(
@@ -268,7 +290,10 @@ def image_transform(
     fill_color: int = 0,
     aug_cfg: dict[str, Any] | AugmentationCfg | None = None,
 ) -> Callable[[Image], torch.Tensor]:
-    """The transform (a torchvision Compose) from a PIL image of any mode to a normalised float tensor [3, H, W].
+    """Build a torchvision Compose from an image to a normalized float tensor [3, H, W].
+
+    The image is a PIL image of any mode, a uint8 array [H, W, 3], [H, W, 4] or [H, W], or a float tensor [3, H, W].
+    The steps are those of open_clip 3.3 (`Resize`, `CenterCrop`, ... of torchvision), and the list may be edited.
 
     Args:
         image_size: side, or (height, width), in pixels.
@@ -282,7 +307,7 @@ def image_transform(
     Raises:
         ValueError: an argument, or a key of `aug_cfg`, is not known.
     """
-    from torchvision.transforms import Compose, Normalize
+    from torchvision.transforms import Normalize
 
     size = to_pair(image_size)
     interpolation = interpolation or "bicubic"
@@ -291,21 +316,12 @@ def image_transform(
     _check_choice("resize_mode", resize_mode, RESIZE_MODES)
     normalize = Normalize(_to_channels(mean, OPENAI_DATASET_MEAN), _to_channels(std, OPENAI_DATASET_STD))
     cfg = _to_augmentation_cfg(aug_cfg)
-    if is_train:
-        if cfg.use_timm:
-            return Compose(_timm_train_steps(cfg, size, normalize, interpolation))
-        return Compose(_train_steps(cfg, size, normalize))
-    fixed = "bilinear" if interpolation == "bilinear" else "bicubic"
-    resize: list[Callable]
-    if resize_mode == "squash":
-        resize = [ResizeExact(size, fixed)]
-    elif resize_mode == "longest":
-        resize = [ResizeKeepRatio(size, longest=1.0, interpolation=fixed), CenterCropOrPad(size, fill_color)]
-    elif size[0] == size[1]:
-        resize = [ResizeCenterCrop(size[0], fixed)]
-    else:
-        resize = [ResizeKeepRatio(size, interpolation=fixed), CenterCropOrPad(size, fill_color)]
-    return Compose([*resize, MaybeConvertMode(), MaybeToTensor(), normalize])
+    if not is_train:
+        fixed = "bilinear" if interpolation == "bilinear" else "bicubic"
+        return _val_transform(size, normalize, resize_mode, fixed, fill_color)
+    if cfg.use_timm:
+        return _timm_train_transform(cfg, size, normalize, interpolation)
+    return _train_transform(cfg, size, normalize)
 
 
 def image_transform_v2(

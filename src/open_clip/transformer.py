@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import aliases
 from .blocks import CustomResidualAttentionBlock, CustomTransformer, ResidualAttentionBlock, Transformer
 from .layers import (
     GELU,
@@ -27,6 +28,8 @@ from .text_transformer import TextTransformer, lock_text_tower, text_global_pool
 from .utils import expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 __all__ = [
     "GELU",

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import aliases
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
+
 
 def expect(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise a ValueError where the option `name` has a value that is not among the `known`."""

@@ -41,7 +41,7 @@ def run(package: Path, arguments: list[str]) -> dict[str, str]:
                 *(sys.executable, "-m", "pytest", "-q", str(HERE), f"--junit-xml={report}", "-o", "pythonpath="),
                 *("-p", "no:cacheprovider", *arguments),
             ],
-            env={**os.environ, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": str(package)},
             check=False,
             cwd=ROOT,
         )

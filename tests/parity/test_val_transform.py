@@ -53,8 +53,7 @@ def test_both_ways_of_resizing_are_taken(monkeypatch):
     assert not image_resize._torch_agrees(odd_image("RGB", "photo"), (50, 75))
     assert not image_resize._torch_agrees(odd_image("RGBA", "photo"), (16, 24))
     assert not image_resize._torch_agrees(odd_image("RGB", "tall"), (16, 16))
-    crop = image_resize.ResizeCenterCrop(16)
-    assert crop._box_pays(odd_image("RGB", "wide"), (16, 377))
-    assert not crop._box_pays(odd_image("RGB", "photo"), (16, 24))
+    assert image_resize._box_pays(odd_image("RGB", "wide"), 16, (16, 377))
+    assert not image_resize._box_pays(odd_image("RGB", "photo"), 16, (16, 24))
     for mode in ("P", "1", "LA", "RGBA"):
-        assert not crop._box_pays(odd_image(mode, "wide"), (16, 377))
+        assert not image_resize._box_pays(odd_image(mode, "wide"), 16, (16, 377))

@@ -15,7 +15,8 @@ from open_clip.config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_confi
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     config.list_models()
-    monkeypatch.setattr(config, "_registry", dict(config._registry or {}))
+    monkeypatch.setattr(config, "_registry", dict(config._registry))
+    monkeypatch.setattr(config, "MODEL_CONFIG_PATHS", list(config.MODEL_CONFIG_PATHS))
 
 
 def tiny(**changes: object) -> dict:

@@ -404,7 +404,7 @@ def test_a_captioner_is_one_by_its_configuration(monkeypatch, tmp_path):
     options = {"coca_caption_loss_weight": 2.0, "coca_contrastive_loss_weight": 1.0}
     (tmp_path / "my_captioner.json").write_text(json.dumps(open_clip.get_model_config("coca_ViT-B-32")))
     (tmp_path / "cocatoo.json").write_text(json.dumps(tiny_clip.config()))
-    monkeypatch.setattr(config, "_registry", config._registry)
+    monkeypatch.setattr(config, "_registry", dict(config._models()))
     open_clip.add_model_config(tmp_path)
     assert type(factory.create_loss(SimpleNamespace(model="my_captioner", **options))) is open_clip.CoCaLoss
     assert type(factory.create_loss(SimpleNamespace(model="cocatoo", **options))) is open_clip.ClipLoss

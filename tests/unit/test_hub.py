@@ -147,7 +147,8 @@ def test_a_row_of_the_registry_comes_from_the_hub(hub, tiny, monkeypatch, tmp_pa
     """Its repository, its file, its preprocessing; into cache_dir."""
     model, files = tiny
     (tmp_path / "Tiny-Row.json").write_text(json.dumps(tiny_clip.config()))
-    monkeypatch.setattr("open_clip.config._registry", None)
+    monkeypatch.setattr("open_clip.config._registry", {})
+    monkeypatch.setattr("open_clip.config.MODEL_CONFIG_PATHS", open_clip.config.MODEL_CONFIG_PATHS[:1])
     open_clip.add_model_config(tmp_path / "Tiny-Row.json")
     row = {"url": "", "hf_hub": "org/row/pytorch_model.bin", **PREPROCESS}
     monkeypatch.setitem(pretrained._registry(), "Tiny-Row", {"some_tag": row})

@@ -333,7 +333,8 @@ def registered(monkeypatch, tmp_path, built):
     """The tiny model under a name, and a file of weights for it: (name, file, model)"""
     model, config = built(text={"vocab_size": VOCABULARY})
     (tmp_path / "Tiny-Pushed.json").write_text(json.dumps(config))
-    monkeypatch.setattr("open_clip.config._registry", None)
+    monkeypatch.setattr("open_clip.config._registry", {})
+    monkeypatch.setattr("open_clip.config.MODEL_CONFIG_PATHS", open_clip.config.MODEL_CONFIG_PATHS[:1])
     open_clip.add_model_config(tmp_path / "Tiny-Pushed.json")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     return "Tiny-Pushed", str(tmp_path / "weights.pt"), model

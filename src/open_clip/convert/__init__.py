@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import aliases
 from ..npz import read_npz
 from ..pos_embed import resize_pos_embed, resize_text_pos_embed
 from .big_vision import from_big_vision, is_big_vision
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 StateDict = dict[str, torch.Tensor]
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 # Parameters of the native text tower that CLIP keeps at the top.
 _TEXT_PARTS = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final", "cls_emb")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import aliases
 from ..checkpoint import some, strip_prefixes
 from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 _PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")  # the image's size is the model's own
 _WEIGHTS_NAMES = {

@@ -1,0 +1,153 @@
+"""Names that open_clip 3.3 has in a module and that this package defines or imports elsewhere.
+
+Programs import such names: `from open_clip.model import LayerNorm`, `open_clip.factory._MODEL_CONFIGS`. A module
+gives them away with `__getattr__ = aliases.of(__name__)`. They are resolved at first use, so that this costs nothing
+at import and takes no part in the order of imports.
+
+Imports of open_clip 3.3 from the standard library and whole modules (`np`, `F`, `nn`) are not names of its own and are
+left out. `tests/compat/test_names.py` compares the modules with 3.3.0's.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+_LAYERS = dict.fromkeys(("LayerNorm", "LayerNormFp32", "QuickGELU"), "open_clip.layers")
+_TOKENIZERS = dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), "open_clip.hf_tokenizer")
+_CHECKPOINT = {"checkpoint": "torch.utils.checkpoint"}
+
+
+def _legacy(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "open_clip.legacy")
+
+
+# Module -> name there -> the module that has it, as "module", or as "module:name" where the name differs.
+NAMES: dict[str, dict[str, str]] = {
+    "open_clip.coca_model": {
+        **_LAYERS,
+        **_legacy("_has_transformers", "_token_to_tensor"),
+        **dict.fromkeys(
+            (
+                *("EosTokenCriteria", "LogitsProcessorList", "MaxLengthCriteria", "MinLengthLogitsProcessor"),
+                *("RepetitionPenaltyLogitsProcessor", "StopStringCriteria", "StoppingCriteriaList"),
+                *("TopKLogitsWarper", "TopPLogitsWarper"),
+            ),
+            "transformers",
+        ),
+    },
+    "open_clip.convert": {
+        "CLIP": "open_clip.model",
+        "CustomTextCLIP": "open_clip.model",
+        "TextTransformer": "open_clip.text_transformer",
+        "Transformer": "open_clip.blocks",
+    },
+    "open_clip.factory": {
+        **_legacy("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS", "_find_checkpoint_in_dir", "_get_hf_config"),
+        **_legacy("_set_model_device_and_precision"),
+        **dict.fromkeys(("HF_HUB_PREFIX", "LOCAL_DIR_PREFIX", "_natural_key"), "open_clip.config"),
+        "_rescan_model_configs": "open_clip.config:rescan_model_configs",
+        "SigLipTokenizer": "open_clip.hf_tokenizer",
+        "convert_state_dict": "open_clip.convert",
+        **dict.fromkeys(("convert_to_custom_text_state_dict", "convert_weights_to_lp"), "open_clip.model"),
+        **dict.fromkeys(
+            (
+                *("download_pretrained", "download_pretrained_from_hf", "get_pretrained_cfg", "is_pretrained_cfg"),
+                "list_pretrained_tags_by_model",
+            ),
+            "open_clip.pretrained",
+        ),
+        "merge_preprocess_kwargs": "open_clip.transform",
+        **dict.fromkeys(("resize_pos_embed", "resize_text_pos_embed"), "open_clip.pos_embed"),
+    },
+    "open_clip.hf_model": {
+        **_legacy("_camel2snake"),
+        **dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "PretrainedConfig", "TensorType"), "transformers"),
+        **dict.fromkeys(
+            ("BaseModelOutput", "BaseModelOutputWithPooling", "BaseModelOutputWithPoolingAndCrossAttentions"),
+            "transformers.modeling_outputs",
+        ),
+    },
+    "open_clip.loss": _legacy("has_distributed", "hvd"),
+    "open_clip.model": {
+        **_LAYERS,
+        **_CHECKPOINT,
+        "ModifiedResNet": "open_clip.modified_resnet",
+        **dict.fromkeys(("lock_text_tower", "text_global_pool"), "open_clip.text_transformer"),
+    },
+    "open_clip.openai": {"convert_weights_to_lp": "open_clip.model"},
+    "open_clip.pretrained": {
+        **_legacy("_has_hf_hub", "_has_safetensors", "_get_safe_alternatives"),
+        **_legacy("_pcfg", "_slpcfg", "_apcfg", "_mccfg", "_mc2cfg", "_pecfg"),
+        **_legacy("_PRETRAINED", "_PRETRAINED_quickgelu", "quick_gelu_tags"),
+        **_legacy("_RN50", "_RN101", "_RN50x4", "_RN50x16", "_RN50x64"),
+        **_legacy("_VITB32", "_VITB32_256", "_VITB16", "_VITB16_PLUS_240", "_VITL14", "_VITL14_336"),
+        **_legacy("_VITH14", "_VITH14_378", "_VITg14", "_VITbigG14", "_coca_VITB32", "_coca_VITL14"),
+        **_legacy("_robertaViTB32", "_xlmRobertaBaseViTB32", "_xlmRobertaLargeFrozenViTH14"),
+        **_legacy("_convnext_base", "_convnext_base_w", "_convnext_base_w_320"),
+        **_legacy("_convnext_large_d", "_convnext_large_d_320", "_convnext_xxlarge"),
+        **dict.fromkeys(
+            (
+                *("IMAGENET_MEAN", "IMAGENET_STD", "INCEPTION_MEAN", "INCEPTION_STD"),
+                *("OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD"),
+            ),
+            "open_clip.constants",
+        ),
+        "hf_hub_download": "huggingface_hub",
+        "tqdm": "tqdm",
+    },
+    "open_clip.push_to_hf_hub": {
+        **_TOKENIZERS,
+        **_legacy("_has_hf_hub", "_has_safetensors"),
+        "get_model_config": "open_clip.config",
+        **dict.fromkeys(
+            ("create_repo", "get_hf_file_metadata", "hf_hub_download", "hf_hub_url"), "huggingface_hub"
+        ),
+    },
+    "open_clip.timm_model": {
+        "freeze_batch_norm_2d": "open_clip.utils",
+        **dict.fromkeys(("Mlp", "RotAttentionPool2d"), "timm.layers"),
+        "AbsAttentionPool2d": "timm.layers:AttentionPool2d",
+    },
+    "open_clip.tokenizer": {
+        **_legacy("_nltk_init"),
+        **dict.fromkeys(("_clean_canonicalize", "_clean_lower", "_clean_whitespace"), "open_clip.text_cleaning"),
+    },
+    "open_clip.transform": {
+        **_legacy("_convert_to_rgb", "_setup_size"),
+        **dict.fromkeys(
+            (
+                *("CenterCrop", "ColorJitter", "Compose", "Grayscale", "InterpolationMode", "Normalize"),
+                *("RandomResizedCrop", "Resize", "ToTensor"),
+            ),
+            "torchvision.transforms",
+        ),
+        "MaybeToTensor": "open_clip.preprocess",
+        "to_2tuple": "open_clip.utils",
+    },
+    "open_clip.transformer": {
+        **_legacy("_expand_token"),
+        **_CHECKPOINT,
+        "feature_take_indices": "open_clip.utils",
+    },
+    "open_clip.utils": {
+        **_legacy("_out_indices_as_tuple"),
+        "FrozenBatchNorm2d": "torchvision.ops.misc",
+        "_assert": "torch",
+    },
+}
+
+
+def of(module_name: str) -> Callable[[str], Any]:
+    """Return the module-level `__getattr__` of a module: it resolves the names that NAMES lists for it."""
+    names = NAMES[module_name]
+
+    def get(name: str) -> Any:
+        source = names.get(name)
+        if source is None:
+            raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
+        module, _, renamed = source.partition(":")
+        return getattr(importlib.import_module(module), renamed or name)
+
+    return get

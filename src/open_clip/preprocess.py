@@ -1,0 +1,132 @@
+"""A torchvision `Compose` that runs its first steps as one faster function while nobody has changed them.
+
+Importing this module imports torchvision.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torchvision.transforms import Compose, ToTensor
+
+from .image_resize import to_resizable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class MaybeToTensor(ToTensor):
+    """Convert a PIL image or array to a float tensor [C, H, W] of values from 0 to 1; return a tensor unchanged."""
+
+    def __call__(self, pic: Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+        return pic if isinstance(pic, torch.Tensor) else super().__call__(pic)
+
+
+class Preprocess(Compose):
+    """The steps that turn an image into a normalized tensor, as a list that may be read and edited.
+
+    While the list starts with the steps that it was built with, and those have their original attributes, `fast` runs
+    instead of them for PIL images. It gives the same pixels within one level of 255. After any change to these steps
+    each step of the list is called, as in torchvision.
+
+    Args:
+        steps: all steps.
+        fast: does what the first `num_fast` steps do, for a PIL image. None if nothing does that faster.
+        num_fast: how many steps `fast` replaces.
+        before: applied to PIL images before the first step.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Callable],
+        fast: Callable[[Image], Image] | None = None,
+        num_fast: int = 0,
+        before: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(list(steps))
+        self._first = steps[0]
+        self._fast = fast
+        self._replaced = [(step, _settings(step)) for step in steps[:num_fast]]
+        self._before = before
+
+    def __call__(self, img: Any) -> torch.Tensor:
+        """Preprocess a PIL image, an array (uint8 [H, W], or [H, W, C] with 1, 3 or 4 channels) or a float tensor.
+
+        Raises:
+            TypeError: `img` is something else.
+        """
+        steps = self.transforms
+        if not steps or steps[0] is not self._first:
+            return super().__call__(img)  # the client's own first step may take anything
+        if not isinstance(img, torch.Tensor):
+            img = to_resizable(to_image(img))
+            if self._before is not None:
+                img = self._before(img)
+            if self._fast is not None and self._is_unchanged():
+                img = self._fast(img)
+                steps = steps[len(self._replaced) :]
+        for step in steps:
+            img = step(img)
+        return img
+
+    def _is_unchanged(self) -> bool:
+        if len(self.transforms) < len(self._replaced):
+            return False
+        return all(
+            step is built and _has_settings(step, settings)
+            for step, (built, settings) in zip(self.transforms, self._replaced, strict=False)
+        )
+
+    def __repr__(self) -> str:
+        return repr(Compose(self.transforms))
+
+
+def _settings(step: Callable) -> dict[str, Any]:
+    """A step's attributes, hooks included, in their present state."""
+    return {name: copy.copy(value) for name, value in vars(step).items() if name != "training"}
+
+
+def _has_settings(step: Callable, settings: dict[str, Any]) -> bool:
+    current = vars(step)
+    if len(current) - ("training" in current) != len(settings):
+        return False
+    for name, value in settings.items():
+        found = current.get(name)
+        # Types first: an array that was put in place of a number compares element by element.
+        if found is not value and (type(found) is not type(value) or found != value):
+            return False
+    return True
+
+
+def to_image(value: Any) -> Image:
+    """A PIL image from a PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    Raises:
+        TypeError: it is something else.
+    """
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, np.ndarray):
+        grayscale = value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value
+        is_image = grayscale.ndim == 2 or (grayscale.ndim == 3 and grayscale.shape[-1] in (3, 4))
+        if value.dtype == np.uint8 and is_image and value.size:
+            return Image.fromarray(grayscale)
+        raise TypeError(
+            f"An image array must be uint8 of shape [height, width] or [height, width, 1, 3 or 4], got {value.dtype} "
+            f"of shape {list(value.shape)}. Float images are given as tensors [3, height, width] from 0 to 1."
+        )
+    raise TypeError(f"preprocess takes a PIL image, a uint8 array or a float tensor, got {_describe(value)}.")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+        return f"the path {str(value)[:100]!r}: open it with PIL.Image.open"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}: call it once per image and use torch.stack"
+    return "None" if value is None else f"a {type(value).__name__}"
