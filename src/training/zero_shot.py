@@ -184,7 +184,7 @@ def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
                 )
             names = [names[folder] for folder in folders]
     else:
-        names = _read(path, "--zeroshot-classnames").rstrip().split("\n")
+        names = read_text(path, "--zeroshot-classnames").rstrip().split("\n")
     if len(names) != len(folders):
         raise ValueError(
             f"{path} has {len(names)} class names and --zeroshot-data {len(folders)} class folders. "
@@ -198,7 +198,7 @@ def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
 
 def _read_json(path: str) -> list | dict:
     try:
-        names = json.loads(_read(path, "--zeroshot-classnames"))
+        names = json.loads(read_text(path, "--zeroshot-classnames"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(names, (list, dict)):
@@ -213,7 +213,7 @@ def read_templates(name: str | None) -> Sequence[Template]:
     if name == "simple":
         return SIMPLE_IMAGENET_TEMPLATES
     assert name is not None
-    lines = [line.strip() for line in _read(name, "--zeroshot-templates").splitlines()]
+    lines = [line.strip() for line in read_text(name, "--zeroshot-templates").splitlines()]
     for number, line in enumerate(lines, start=1):
         if line and "{}" not in line:
             raise ValueError(f"{name}, line {number}: no {{}} for the class's name in {line!r}.")
@@ -223,7 +223,7 @@ def read_templates(name: str | None) -> Sequence[Template]:
     return [functools.partial(line.replace, "{}") for line in lines if line]
 
 
-def _read(path: str, flag: str) -> str:
+def read_text(path: str, flag: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
