@@ -18,6 +18,7 @@ from typing import Any
 import open_clip
 from open_clip import device as devices
 from open_clip import progress
+from open_clip.utils import check_folder
 from training import distributed, file_utils, logger, precision, preflight, rng, run_warnings
 from training.build import (
     build_model,
@@ -158,9 +159,10 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
             f"{folder} has a run already. Choose another --name, or continue that run with --resume latest."
         )
     if folder is not None:
+        if world.is_master:
+            check_folder(folder / "checkpoints", "--output-dir")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if world.is_master:
-            preflight.check_folder(folder / "checkpoints")
             file_utils.remove_leftovers(folder / "checkpoints")
     return folder, resume_from
 

@@ -1,7 +1,7 @@
 """What is tried before the first step, so that a run does not fail hours later for a reason known at its start.
 
-In the order of their cost: options, files and packages before anything is built; the run's folder; then what needs the
-model, and one batch of each evaluation set.
+In the order of their cost: options, files and packages before anything is built; then what needs the model, and one
+batch of each evaluation set.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,29 +147,6 @@ def _check_protocol(flag: str, url: str) -> None:
         raise ModuleNotFoundError(f"{flag} {url}: {error} (pip install it).") from error
     except ValueError as error:
         raise ValueError(f"{flag} {url}: {error}.") from error
-
-
-def check_folder(folder: Path, flag: str = "--output-dir") -> None:
-    """Makes a folder and tries to write a file in it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    probe = folder / f".probe-{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with probe.open("xb") as file:
-            file.write(b"x")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise type(error)(
-            f"{flag}: {folder} cannot be written ({error.strerror or error}). Choose another folder, or give this user "
-            "the right to write there."
-        ) from error
-    finally:
-        if probe.exists():
-            probe.unlink()
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
