@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from open_clip.mismatch import some
 from training import scheduler
 from training.flag_checks import step_range
 from training.params import ScheduleConfig
 
-SCALARS = frozenset(("logit_scale", "logit_bias"))
 _SAME_RATE = 0.01  # relative difference of two learning rates that count as equal
 _USUAL_WARMUP = 10  # of the steps, one in so many
 _HIGHEST_ADVISED_WARMUP = 10000
 
 
 def frozen(model: nn.Module) -> Iterator[str]:
-    """Says that nothing but the scalars of the logits is trained."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if trained and trained <= SCALARS:
-        names = " and ".join(sorted(trained))
-        verb = "is" if len(trained) == 1 else "are"
+    """Says that no weight matrix is trained, but only scalars, biases and the gains of norms."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained and all(p.ndim < 2 for p in trained.values()):
+        count, total = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
         yield (
-            f"Only {names} {verb} trained: --lock-image and --lock-text freeze both towers. Leave one of them out, or "
-            "add --lock-image-unlocked-groups or --lock-text-unlocked-layers."
+            f"Only {some(trained, limit=3)} {'is' if len(trained) == 1 else 'are'} trained, {count:,} of {total:,} "
+            "parameters: --lock-image and --lock-text freeze both towers. Leave one of them out, or add "
+            "--lock-image-unlocked-groups or --lock-text-unlocked-layers."
         )
 
 
