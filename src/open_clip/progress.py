@@ -85,9 +85,9 @@ class Task:
 
     def line(self, seconds: float) -> str:
         """The log line after so many seconds."""
-        done = _amount(self.count, self.unit)
-        parts = [done] if self.count else []
+        parts = [_amount(self.count, self.unit)] if self.count else []
         if self.total is not None:
+            done = _amount(self.count, "B") if self.unit == "B" else f"{self.count:,}"
             parts = [f"{done} of {_amount(self.total, self.unit)} ({100 * self.count / self.total:.0f}%)"]
         parts.append(_duration(seconds))
         if self.total is not None and 0 < self.count < self.total:
@@ -100,16 +100,17 @@ class Task:
 
             layout = "{desc}: {elapsed}" if self.total is None and not self.unit else None
             self._bar = tqdm(
-                total=self.total, desc=self.description, unit=f" {self.unit}" if self.unit else " it",
+                total=self.total, desc=self.description, unit=self.unit if self.unit == "B" else f" {self.unit or 'it'}",
                 unit_scale=self.unit == "B", bar_format=layout, leave=False, dynamic_ncols=True, file=sys.stderr,
             )  # fmt: skip
             # The bar counts from the start of the task.
             self._bar.start_t -= now - self._started
             self._bar.last_print_t = self._bar.start_t
             _bars.add(self._bar)
-        self._bar.update(self.count - self._bar.n)
-        if self.count == self._bar.last_print_n:  # the elapsed time alone has changed
-            self._bar.refresh()
+        if self.count == self._bar.n:
+            self._bar.refresh()  # the elapsed time alone has changed
+        else:
+            self._bar.update(self.count - self._bar.n)
 
     def close(self) -> None:
         """Removes the bar. Nothing is shown afterwards."""

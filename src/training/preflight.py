@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -143,8 +144,10 @@ def _check_protocol(flag: str, url: str) -> None:
     protocol = url.partition("://")[0] if "://" in url else "file"
     try:
         fsspec.get_filesystem_class(protocol)
-    except ImportError as error:  # it names the package, such as s3fs
-        raise ModuleNotFoundError(f"{flag} {url}: {error} (pip install it).") from error
+    except ImportError as error:
+        package = re.search(r"nstall (\w+)", str(error))  # "Install s3fs to access S3"
+        advice = f": pip install {package[1]}" if package else ""
+        raise ModuleNotFoundError(f"{flag} {url}: {error}{advice}") from error
     except ValueError as error:
         raise ValueError(f"{flag} {url}: {error}.") from error
 
@@ -211,7 +214,7 @@ def _try_loader(loader: Any, vocab_size: int | None) -> tuple[bool, str, bool]:
     try:
         batch = read_first_batch(loader)
         if batch is None:
-            return False, f"{loader.source}: not one usable sample at its start. The log has the first names.", False
+            return False, f"{loader.source}: there are no samples.", False
         if vocab_size is not None and isinstance(batch.get("text"), Tensor):
             _check_ids(batch["text"], vocab_size)
     except NoUsableSamples as error:
