@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -98,11 +99,17 @@ class Task:
         if self._bar is None:
             from tqdm import tqdm
 
-            layout = "{desc}: {elapsed}" if self.total is None and not self.unit else None
             self._bar = tqdm(
-                total=self.total, desc=self.description, unit=self.unit if self.unit == "B" else f" {self.unit or 'it'}",
-                unit_scale=self.unit == "B", bar_format=layout, leave=False, dynamic_ncols=True, file=sys.stderr,
-            )  # fmt: skip
+                total=self.total,
+                desc=self.description,
+                unit="B" if self.unit == "B" else f" {self.unit}",
+                unit_scale=self.unit == "B",
+                bar_format=None if self.total or self.unit else "{desc}: {elapsed}",
+                leave=False,
+                ncols=None if _has_width() else 80,
+                dynamic_ncols=_has_width(),
+                file=sys.stderr,
+            )
             # The bar counts from the start of the task.
             self._bar.start_t -= now - self._started
             self._bar.last_print_t = self._bar.start_t
@@ -146,8 +153,11 @@ def watch(
     with Task(description, total, unit) as task:
 
         def look() -> None:
+            done = 0
             while not is_over.wait(_POLL_SECONDS):
-                task.move_to(0 if measure is None else measure())
+                with contextlib.suppress(OSError):  # the file that is measured may be gone, or not there yet
+                    done = 0 if measure is None else measure()
+                task.move_to(done)
 
         thread = threading.Thread(target=look, name="progress", daemon=True)
         thread.start()
@@ -175,6 +185,14 @@ def _is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):  # no stderr, or a closed one
+        return False
+
+
+def _has_width() -> bool:
+    """Whether the terminal knows its width; tqdm draws nothing on one that says 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # not a terminal of the system
         return False
 
 
