@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gloo_ranks import run_ranks
+from open_clip import progress
 from train_runs import write_classes, write_csv, write_model, write_shards
 from training import data, distributed, main, preflight
 from training.data.probe import SAMPLES, read_first_batch
@@ -429,3 +430,26 @@ def test_siglip_starts_from_weights_without_a_bias_at_its_own(inputs, tmp_path, 
     resumed = log_of(inputs, tmp_path / "siglip", "--siglip", "--resume", "latest", "--epochs", 2)
     assert resumed.count("no logit_bias") == 1, "only as the run began"
     assert "no logit_bias" not in log_of(inputs, tmp_path / "random", "--siglip")
+
+
+# --- progress
+
+
+def test_what_takes_long_says_how_far_it_is(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 1e-4)
+    log = log_of(
+        inputs, tmp_path, "--val-data", inputs.csv, "--imagenet-val", inputs.classes, "--zeroshot-data", inputs.classes,
+        "--zeroshot-templates", "simple",
+    )  # fmt: skip
+    for words in (
+        f"Building {inputs.model}: ",
+        f"Reading {inputs.csv}: 12 rows, ",
+        f"Listing the images in {inputs.classes}: 1 of 4 classes (25%), ",
+        "Building the zero-shot classifier: 500 of 1,000 classes (50%), ",
+        "Evaluating imagenet-val: 4 of 12 images (33%), ",
+        "Evaluating zero-shot data: 12 of 12 images (100%), ",
+        "Evaluating the validation data: 8 of 12 samples (67%), ",
+    ):
+        assert f"INFO | {words}" in log
+    assert not progress._is_shown, "a later run in this process starts silent"
