@@ -427,7 +427,8 @@ def test_siglip_starts_from_weights_without_a_bias_at_its_own(inputs, tmp_path, 
     bias = torch.load(trained, weights_only=True)["state_dict"]["logit_bias"]
     assert started[1] == pytest.approx(float(bias))
     assert "no logit_bias" not in log, "these weights have one"
-    resumed = log_of(inputs, tmp_path / "siglip", "--siglip", "--resume", "latest", "--epochs", 2)
+    again = ["--siglip", "--pretrained", weights, "--resume", "latest", "--epochs", 2]
+    resumed = log_of(inputs, tmp_path / "siglip", *again)
     assert resumed.count("no logit_bias") == 1, "only as the run began"
     assert "no logit_bias" not in log_of(inputs, tmp_path / "random", "--siglip")
 
