@@ -23,7 +23,7 @@ from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_
 from training.data.archives import is_local
 from training.data.probe import read_first_batch
 from training.data.skips import NoUsableSamples
-from training.flag_checks import reporters
+from training.flag_checks import reporters, trains
 from training.params import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
 
 _SAMPLE_CAPTION = "a photo of a cat"
@@ -39,13 +39,13 @@ def check_options(cfg: TrainConfig) -> None:
         ModuleNotFoundError: a package that an option needs is missing.
     """
     data = cfg.data
-    if not (is_training(data) or data.val_data or any(getattr(data, name) for name in _LABELLED.values())):
+    if not (trains(data) or data.val_data or any(getattr(data, name) for name in _LABELLED.values())):
         raise ValueError(
             "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, "
             "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
         )
     _check_packages(cfg)
-    if is_training(data):
+    if trains(data):
         optim.check_name(cfg.optim.opt)
     _check_pairs(data)
     for name in _LABELLED.values():
@@ -62,13 +62,8 @@ def check_options(cfg: TrainConfig) -> None:
         raise FileNotFoundError(
             f"--resume {resume!r}: there is no such file. (--resume latest finds the newest one of a run.)"
         )
-    if cfg.objective.distill_model is not None and is_training(data):
+    if cfg.objective.distill_model is not None and trains(data):
         read_recipe(cfg.objective.distill_model, cfg.objective.distill_pretrained, cfg.model.cache_dir)
-
-
-def is_training(data: DataConfig) -> bool:
-    """Whether there is training data; else the run only evaluates."""
-    return bool(data.train_data) or data.dataset_type == "synthetic"
 
 
 def _pairs(data: DataConfig) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -118,7 +113,7 @@ def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
         if make is get_wds_dataset:
             yield "webdataset", path
             yield "braceexpand", path
-    if cfg.optim.opt.lower().startswith("timm/") and is_training(cfg.data):
+    if cfg.optim.opt.lower().startswith("timm/") and trains(cfg.data):
         yield "timm", f"--opt {cfg.optim.opt}"
     for flag, url in _urls(cfg.checkpoint):
         yield "fsspec", f"{flag} {url}"
