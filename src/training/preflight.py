@@ -27,7 +27,7 @@ from training.flag_checks import reporters, trains
 from training.params import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
 
 _SAMPLE_CAPTION = "a photo of a cat"
-_LABELLED = {"imagenet-val": "imagenet_val", "imagenet-v2": "imagenet_v2", "zeroshot": "zeroshot_data"}
+_LABELLED = ("imagenet_val", "imagenet_v2", "zeroshot_data")
 
 
 def check_options(cfg: TrainConfig) -> None:
@@ -39,7 +39,7 @@ def check_options(cfg: TrainConfig) -> None:
         ModuleNotFoundError: a package that an option needs is missing.
     """
     data = cfg.data
-    if not (trains(data) or data.val_data or any(getattr(data, name) for name in _LABELLED.values())):
+    if not (trains(data) or data.val_data or any(getattr(data, name) for name in _LABELLED)):
         raise ValueError(
             "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, "
             "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
@@ -48,7 +48,7 @@ def check_options(cfg: TrainConfig) -> None:
     if trains(data):
         optim.check_name(cfg.optim.opt)
     _check_pairs(data)
-    for name in _LABELLED.values():
+    for name in _LABELLED:
         folder = getattr(data, name)
         if folder and not os.path.isdir(folder):
             flag = "--" + name.replace("_", "-")
