@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from . import device as devices
+from . import progress
 from .factory import create_model
 from .model import get_model_preprocess_cfg
 from .recipe import read_recipe
 from .tokenizer import DEFAULT_CONTEXT_LENGTH
-from .utils import expect, to_2tuple
+from .utils import check_folder, expect, to_2tuple
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ def export_model(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: at least 1 is needed, or None for any")
     device = next(model.parameters()).device
-    writer: _Onnx | _TorchExport = _Onnx(opset) if format == "onnx" else _TorchExport()
+    writer = _writer(format, opset)
     if format == "onnx" and devices.row(device) is not devices.ROWS["cpu"]:
         raise ValueError(f"the model is on {device}, whose fused operators ONNX does not have: move it to the CPU")
     if format == "onnx" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
@@ -283,6 +284,10 @@ def export_model(
     return content
 
 
+def _writer(format: str, opset: int) -> _Onnx | _TorchExport:
+    return _Onnx(opset) if format == "onnx" else _TorchExport()
+
+
 def _export_tower(
     tower: _Tower, writer: _Onnx | _TorchExport, batch_size: int | None, tolerance: float | None, folder: Path
 ) -> dict[str, Any]:
@@ -290,15 +295,17 @@ def _export_tower(
     shown = f"batches of {batch_size}" if batch_size else "any batch"
     logger.info("%s tower: exporting for %s (%.0f MB of weights)", tower.name, shown, _bytes(tower.graph) / 1e6)
     started = time.monotonic()
-    writer.write(tower, batch_size, path)
+    with progress.watch(f"Exporting the {tower.name} tower"):
+        writer.write(tower, batch_size, path)
     logger.info("%s tower: exported in %.1f s; comparing with the model", tower.name, time.monotonic() - started)
     batches = (batch_size,) if batch_size else CHECKED_BATCHES
-    run = writer.load(path)
     difference, inputs, features = 0.0, torch.empty(0), torch.empty(0)
-    for batch in batches:
-        inputs = tower.inputs(batch)
-        features = tower.graph(inputs)
-        difference = max(difference, _difference(run(inputs), features))
+    with progress.watch(f"Comparing the {tower.name} tower with the model"):
+        run = writer.load(path)
+        for batch in batches:
+            inputs = tower.inputs(batch)
+            features = tower.graph(inputs)
+            difference = max(difference, _difference(run(inputs), features))
     tolerance = TOLERANCES[features.dtype] if tolerance is None else tolerance
     sizes = ", ".join(map(str, batches))
     verdict = f"{tower.name} tower: largest difference {difference:.1e} of the largest feature, in batches of {sizes}"
@@ -405,12 +412,20 @@ def _describe(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 where the model, its weights or a package is missing, or a graph failed its check."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", handlers=[progress.LogHandler()])
     for ours in (logger, logging.getLogger("open_clip")):  # the exporter's own lines are about each operator
         ours.setLevel(logging.INFO)
     options = _parse(argv)
+    with progress.showing():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        model = _create(options)
+        _writer(options.format, options.opset)
+        check_folder(options.output, "--output")
+        with progress.watch(f"Building {options.model}"):
+            model = _create(options)
     except (RuntimeError, ValueError, OSError, ImportError, NotImplementedError) as error:
         logger.error("%s", error)
         return 1

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from . import aliases
+from . import aliases, progress
 from .constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from .version import __version__
 
@@ -131,9 +131,10 @@ def _expected_sha256(url: str) -> str:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb") as file, progress.Task(f"Verifying {path.name}", path.stat().st_size, "B") as task:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            task.advance(len(chunk))
     return digest.hexdigest()
 
 
@@ -203,18 +204,14 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def _copy(response: Any, part: Path, offset: int, total: int | None) -> None:
-    from tqdm import tqdm
-
     with (
         part.open("r+b" if offset else "wb") as file,
-        tqdm(
-            total=total, initial=offset, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem, disable=None
-        ) as progress,
+        progress.Task(f"Downloading {part.stem}", total, "B", is_shown=True) as task,  # in scripts, too
     ):
         file.seek(offset)
         while chunk := response.read(_CHUNK):
             file.write(chunk)
-            progress.update(len(chunk))
+            task.move_to(file.tell())
         file.flush()
         os.fsync(file.fileno())
 
@@ -238,8 +235,13 @@ def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) 
         return str(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f"{target.name}.lock")):
+        lock = FileLock(target.with_name(f"{target.name}.lock"))
+        with progress.watch(f"Waiting for {target.name}, which another process downloads"):
+            lock.acquire()
+        try:
             _bring(url, target)
+        finally:
+            lock.release()
     except OSError as error:
         raise RuntimeError(f"{target.parent} cannot be written ({error}). Give another folder as cache_dir.") from error
     return str(target)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +109,33 @@ to_4tuple = _ntuple(4)
 def to_ntuple(n: int, x: Any) -> tuple:
     """`x` as a tuple: what can be iterated over (strings excepted) as it is, anything else repeated `n` times."""
     return _ntuple(n)(x)
+
+
+def check_folder(folder: str | os.PathLike[str], argument: str) -> None:
+    """Try to write a file where a folder is, or will be made, before the work whose result is written there.
+
+    Args:
+        argument: what named the folder, such as "--output".
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    probe = existing / f".probe-{os.urandom(4).hex()}.tmp"
+    try:
+        with probe.open("xb") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise type(error)(
+            f"{argument} {folder} cannot be written ({existing}: {error.strerror or error}). Choose another folder, or "
+            "give this user the right to write there."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def replace_linear(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .progress import Task
+
 Item = TypeVar("Item")
 Template = Callable[[str], str] | str
 
@@ -37,6 +39,7 @@ def build_zero_shot_classifier(
     model: has `encode_text(tokens, normalize=True)`, and is on `device`.
     templates: functions from a class name to a caption, or format strings ("a photo of a {}."), all of one kind.
     num_classes_per_batch: this many times len(templates) captions are encoded at once; None: all.
+    use_tqdm: show a bar at once. Without it, `progress.showing` decides.
 
     The embeddings are normalised, averaged over the templates and normalised again (https://arxiv.org/abs/2103.00020,
     3.1.4).
@@ -51,8 +54,13 @@ def build_zero_shot_classifier(
         from tqdm.auto import tqdm
 
         batches = tqdm(batches, unit_scale=num_classes_per_batch or len(classnames), desc="zero-shot classifier")
-    with torch.no_grad():
-        return torch.cat([_class_weights(model, tokenizer, names, templates, device) for names in batches], dim=1)
+    weights = []
+    is_shown = False if use_tqdm else None
+    with torch.no_grad(), Task("Building the zero-shot classifier", len(classnames), "classes", is_shown) as task:
+        for names in batches:
+            weights.append(_class_weights(model, tokenizer, names, templates, device))
+            task.advance(len(names))
+    return torch.cat(weights, dim=1)
 
 
 def build_zero_shot_classifier_legacy(

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import open_clip
 from open_clip import device as devices
+from open_clip import progress
 from open_clip.timm_model import TimmModel
-from training import scheduler
+from training import distributed, scheduler
 from training.distributed import World
 from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
 
@@ -35,26 +36,27 @@ def build_model(
     The weights are in the dtype that `precision` stands for; towers are locked after their weights are loaded.
     """
     model: Any  # a CLIP by its methods, whatever its class
-    model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
-        cfg.model,
-        cfg.pretrained,
-        precision=precision,
-        device=device,
-        force_quick_gelu=cfg.force_quick_gelu,
-        force_custom_text=cfg.force_custom_text,
-        force_patch_dropout=cfg.force_patch_dropout,
-        force_image_size=cfg.force_image_size,
-        force_context_length=cfg.force_context_length,
-        image_mean=cfg.image_mean,
-        image_std=cfg.image_std,
-        image_interpolation=cfg.image_interpolation,
-        image_resize_mode=cfg.image_resize_mode,
-        aug_cfg=cfg.aug_cfg,
-        pretrained_image=cfg.pretrained_image,
-        cache_dir=cfg.cache_dir,
-        output_dict=True,
-        **(SIGLIP_INIT if objective.siglip else {}),
-    )
+    with progress.watch(f"Building {cfg.model}"):
+        model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            cfg.model,
+            cfg.pretrained,
+            precision=precision,
+            device=device,
+            force_quick_gelu=cfg.force_quick_gelu,
+            force_custom_text=cfg.force_custom_text,
+            force_patch_dropout=cfg.force_patch_dropout,
+            force_image_size=cfg.force_image_size,
+            force_context_length=cfg.force_context_length,
+            image_mean=cfg.image_mean,
+            image_std=cfg.image_std,
+            image_interpolation=cfg.image_interpolation,
+            image_resize_mode=cfg.image_resize_mode,
+            aug_cfg=cfg.aug_cfg,
+            pretrained_image=cfg.pretrained_image,
+            cache_dir=cfg.cache_dir,
+            output_dict=True,
+            **(SIGLIP_INIT if objective.siglip else {}),
+        )
     if cfg.lock_image:
         model.lock_image_tower(
             unlocked_groups=cfg.lock_image_unlocked_groups, freeze_bn_stats=cfg.lock_image_freeze_bn_stats
@@ -72,6 +74,23 @@ def build_model(
     return model, preprocess_train, preprocess_val
 
 
+def start_logit_bias(model: Any) -> None:
+    """Sets the bias of weights that were trained without one to SigLIP's initial value.
+
+    Loading such weights leaves the bias at exactly 0, where most of the loss comes from pairs that are plainly
+    different.
+    """
+    bias = model.logit_bias
+    if bool((bias == 0).all()):
+        with torch.no_grad():
+            bias.fill_(SIGLIP_INIT["init_logit_bias"])
+        if distributed.world().is_master:
+            logger.warning(
+                "--siglip: the weights have no logit_bias, so it starts at %g (arXiv:2303.15343, section 3.2).",
+                SIGLIP_INIT["init_logit_bias"],
+            )
+
+
 def synchronise_batch_norms(model: nn.Module) -> nn.Module:
     """`model` with batch norms over all processes; those of timm keep the activation that they have in them."""
     if isinstance(model.visual, TimmModel):
@@ -87,15 +106,16 @@ def build_teacher(
     """The model that is distilled from, frozen and in evaluation mode; None where none is asked for."""
     if cfg.distill_model is None:
         return None
-    teacher = open_clip.create_model(
-        cfg.distill_model,
-        cfg.distill_pretrained,
-        precision=precision,
-        device=device,
-        cache_dir=cache_dir,
-        output_dict=True,
-        require_pretrained=True,
-    )
+    with progress.watch(f"Building the teacher {cfg.distill_model}"):
+        teacher = open_clip.create_model(
+            cfg.distill_model,
+            cfg.distill_pretrained,
+            precision=precision,
+            device=device,
+            cache_dir=cache_dir,
+            output_dict=True,
+            require_pretrained=True,
+        )
     return teacher.eval().requires_grad_(False)
 
 
@@ -104,7 +124,7 @@ def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
     if not world.distributed:
         return model
     static_graph = cfg.ddp_static_graph and accum_freq == 1
-    if cfg.ddp_static_graph and not static_graph:
+    if cfg.ddp_static_graph and not static_graph and world.is_master:
         logger.warning("--ddp-static-graph has no effect: with --accum-freq the passes of a step are not alike.")
     indexed = devices.row(world.device).indexed
     return DistributedDataParallel(model, device_ids=[world.device] if indexed else None, static_graph=static_graph)

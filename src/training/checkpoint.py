@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip import progress
 from open_clip.checkpoint import refusal, strip_prefixes
 from open_clip.mismatch import some
 from training import distributed, file_utils, rng
@@ -198,7 +199,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies weights into the model, every one or none.
 
     Raises:
-        ValueError: naming what is missing, too much, or of another shape.
+        ValueError: see `check_fit`.
+    """
+    model.load_state_dict(check_fit(model, weights))
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the prefixes of wrappers, if they are this model's.
+
+    Raises:
+        ValueError: a weight is missing, unknown to the model, or has another shape.
     """
     named, own = strip_prefixes(dict(weights)), model.state_dict()
     missing = [name for name in own if name not in named]
@@ -216,7 +226,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             + ". Give the --model (and --force-*) options that it was trained with, or, to start a new run from it, "
             "--pretrained instead of --resume."
         )
-    model.load_state_dict(named)
+    return named
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -231,7 +241,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"--resume {str(path)!r}: there is no such file. (--resume latest finds the newest one of a run.)"
         )
     try:
-        checkpoint = file_utils.pt_load(path, map_location="cpu")
+        with progress.watch(f"Loading {path}"):
+            checkpoint = file_utils.pt_load(path, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(f"--resume: {refusal(path, str(error))}") from None
     except (RuntimeError, OSError, EOFError) as error:
@@ -271,7 +282,8 @@ def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
         return f"{str(path).rstrip('/')}/{max(names, key=natural_key)}" if names else None
     damaged = []
     for file in _newest_first(Path(path)):
-        reason = _damage(file)
+        with progress.watch(f"Checking {file}"):
+            reason = _damage(file)
         if reason is None:
             return str(file)
         logger.warning("%s is damaged and passed over: %s", file, reason)

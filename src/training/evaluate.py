@@ -6,8 +6,6 @@ of batches, or none; what they found is put together after each loop.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,16 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import open_clip
-from open_clip import collectives
+from open_clip import collectives, progress
 from open_clip.utils import evaluating
 from training import precision as precisions
 from training.batches import to_device
 from training.distributed import barrier, world
 from training.metrics import AverageMeter, retrieval_metrics
 from training.objective import as_outputs
-from training.zero_shot import LOG_SECONDS, is_due, zero_shot_eval
-
-logger = logging.getLogger(__name__)
+from training.zero_shot import is_due, zero_shot_eval
 
 
 def evaluate(
@@ -63,37 +59,37 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
     losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
     pad_id = getattr(model, "pad_id", 0)
     image_features, text_features = [], []
-    logged = time.monotonic()
-    for batch in dataloader:
-        batch = to_device(batch, device, input_dtype)
-        with autocast():
-            outputs = as_outputs(model(batch["image"], batch["text"]))
-        image, text = outputs["image_features"].float(), outputs["text_features"].float()
-        loss = contrastive(image, text, outputs["logit_scale"].float())
-        losses["clip_val_loss"].update(loss.item(), len(image))
-        generative = maybe_compute_generative_loss(outputs)
-        if generative is not None:
-            losses["val_generative_loss"].update(generative.item(), len(image))
-            num_tokens = int((outputs["labels"] != pad_id).sum())
-            caption = maybe_compute_generative_loss(outputs, pad_id)
-            if caption is not None and num_tokens:
-                losses["val_caption_loss"].update(caption.item(), num_tokens)
-        # On the host, where there is room for many.
-        image_features.append(image.cpu())
-        text_features.append(text.cpu())
-        if time.monotonic() - logged > LOG_SECONDS and here.is_master:
-            logged = time.monotonic()
-            _log_progress(losses["clip_val_loss"], dataloader, epoch, here.world_size)
+    total = getattr(dataloader, "num_samples", None)
+    with progress.Task("Evaluating the validation data", total, "samples") as task:
+        for batch in dataloader:
+            batch = to_device(batch, device, input_dtype)
+            with autocast():
+                outputs = as_outputs(model(batch["image"], batch["text"]))
+            image, text = outputs["image_features"].float(), outputs["text_features"].float()
+            loss = contrastive(image, text, outputs["logit_scale"].float())
+            losses["clip_val_loss"].update(loss.item(), len(image))
+            generative = maybe_compute_generative_loss(outputs)
+            if generative is not None:
+                losses["val_generative_loss"].update(generative.item(), len(image))
+                num_tokens = int((outputs["labels"] != pad_id).sum())
+                caption = maybe_compute_generative_loss(outputs, pad_id)
+                if caption is not None and num_tokens:
+                    losses["val_caption_loss"].update(caption.item(), num_tokens)
+            # On the host, where there is room for many.
+            image_features.append(image.cpu())
+            text_features.append(text.cpu())
+            task.advance(len(image) * here.world_size)
     averages, num_samples = _over_ranks(losses, device, here.distributed)
     if not num_samples:
         raise ValueError(f"{getattr(dataloader, 'source', 'The validation data')}: there is not one usable sample.")
     none = torch.zeros(0, 0)
-    metrics = retrieval_metrics(
-        torch.cat(image_features) if image_features else none,
-        torch.cat(text_features) if text_features else none,
-        device,
-        here.distributed,
-    )
+    with progress.watch(f"Ranking {num_samples:,} pairs"):
+        metrics = retrieval_metrics(
+            torch.cat(image_features) if image_features else none,
+            torch.cat(text_features) if text_features else none,
+            device,
+            here.distributed,
+        )
     return metrics | averages | {"epoch": epoch, "num_samples": num_samples}
 
 
@@ -106,11 +102,6 @@ def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int |
         return None
     logits = model_out["logits"].float().transpose(1, 2)
     return F.cross_entropy(logits, model_out["labels"], ignore_index=-100 if pad_id is None else pad_id)
-
-
-def _log_progress(loss: AverageMeter, dataloader: Any, epoch: int, world_size: int) -> None:
-    total = getattr(dataloader, "num_samples", "?")
-    logger.info("Eval Epoch: %d [%d / %s]\tClip Loss: %.6f", epoch, loss.count * world_size, total, loss.avg)
 
 
 def _over_ranks(

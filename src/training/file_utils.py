@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from open_clip import progress
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,7 +30,7 @@ def pt_save(pt_obj: Any, file_path: str | os.PathLike[str]) -> None:
         OSError, RuntimeError: whatever writing raised, such as a full disk.
     """
     if _is_url(file_path):
-        with _fsspec().open(os.fspath(file_path), "wb") as file:
+        with progress.watch(f"Saving {file_path}"), _fsspec().open(os.fspath(file_path), "wb") as file:
             torch.save(pt_obj, file)
         return
     path = _local(file_path)
@@ -37,7 +39,8 @@ def pt_save(pt_obj: Any, file_path: str | os.PathLike[str]) -> None:
     try:
         temporary.open("xb").close()
         # By name: torch then writes from C++, and other threads of this process go on.
-        torch.save(pt_obj, temporary)
+        with progress.watch(f"Saving {path}", lambda: temporary.stat().st_size, unit="B"):
+            torch.save(pt_obj, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -139,10 +142,11 @@ def _seconds(info: dict[str, Any], filesystem: Any, target: str) -> float:
 
 def remote_sync(local_dir: str, remote_dir: str, protocol: str) -> bool:
     """One copy of the folder by "s3" or "fsspec"; whether it succeeded."""
-    if protocol == "s3":
-        return remote_sync_s3(local_dir, remote_dir)
-    if protocol == "fsspec":
-        return remote_sync_fsspec(local_dir, remote_dir)
+    with progress.watch(f"Copying {local_dir} to {remote_dir}"):
+        if protocol == "s3":
+            return remote_sync_s3(local_dir, remote_dir)
+        if protocol == "fsspec":
+            return remote_sync_fsspec(local_dir, remote_dir)
     logger.error("Remote sync: the protocol must be s3 or fsspec, got %r.", protocol)
     return False
 

@@ -60,8 +60,8 @@ def writes_nothing(logs: str | None) -> bool:
     return not logs or logs.lower() == "none"
 
 
-def trains(args: argparse.Namespace) -> bool:
-    """Whether the run has training data; else it only evaluates."""
+def trains(args: Any) -> bool:
+    """Whether the run has training data, by its flat namespace or DataConfig; else it only evaluates."""
     return bool(args.train_data) or args.dataset_type == "synthetic"
 
 

@@ -142,7 +142,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add("--force-patch-dropout", type=float, metavar="P", help="share of image patches left out in training (FLIP, "
         "arXiv:2212.00794): 0.5 halves the image tower's work; 0 for the last epochs regains the accuracy")
     add("--force-custom-text", action="store_true", help="CustomTextCLIP (text tower under `text.` in the checkpoint)")
-    add("--lock-image", action="store_true", help="freeze the image tower (LiT, arXiv:2111.07991)")
+    add("--lock-image", action="store_true", help="freeze the image tower (LiT, arXiv:2111.07991). With --lock-text "
+        "too, almost nothing is left to train")
     add("--lock-image-unlocked-groups", type=int, metavar="N", help="with --lock-image: leave its last N groups of "
         "layers trainable")
     add("--lock-image-freeze-bn-stats", action="store_true", help="with --lock-image: freeze BatchNorm's running "
@@ -182,8 +183,8 @@ def _objective(parser: argparse.ArgumentParser) -> None:
     add("--gather-with-grad", action="store_true", help="several processes: gradients flow back through the gather to "
         "the process that a sample is from. Without it the towers get 1/W of the gradient that the same batch has on "
         "one process (logit_scale gets all): AdamW hardly notices, --grad-clip-norm and SGD do")
-    add("--siglip", action="store_true", help="pairwise sigmoid loss (arXiv:2303.15343) instead of softmax; for models "
-        "with logit_bias")
+    add("--siglip", action="store_true", help="pairwise sigmoid loss (arXiv:2303.15343) instead of softmax. A model "
+        "gets a logit_bias for it, which starts at -10 unless the weights have one")
     add("--loss-dist-impl", choices=LOSS_DIST_IMPLS, help="how --siglip's processes exchange text features; all give "
         "the same loss. bidir, shift: around a ring; reduce, gather: by collectives. Default: bidir")
     add("--coca-caption-loss-weight", type=float, metavar="X", help="CoCa: weight of the captioning loss")
@@ -222,9 +223,11 @@ def _optim(parser: argparse.ArgumentParser) -> None:
 
 def _schedule(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("schedule", "Learning rate over the steps, and how many there are.").add_argument
-    add("--epochs", type=int, metavar="N", help="passes over the data (--train-num-samples samples each)")
-    add("--warmup", type=int, metavar="STEPS", help="the learning rate rises linearly from 0 for so many steps; take "
-        "less for short runs, or they never reach --lr")
+    add("--epochs", type=int, metavar="N", help="passes over the data (--train-num-samples samples each). The schedule "
+        "spans all of them: resumed with another number, the learning rate jumps")
+    add("--warmup", type=int, metavar="STEPS", help="the learning rate rises linearly from 0 for so many steps. A "
+        "run has samples / (batch size x processes x --accum-freq) x --epochs of them; a tenth is usual. More than the "
+        "run has, and it never reaches --lr")
     add("--lr-scheduler", choices=LR_SCHEDULERS, help="after warmup: cosine down to 0; const; const-cooldown, constant "
         "but for the last --epochs-cooldown epochs")
     add("--epochs-cooldown", type=int, metavar="N", help="const-cooldown: length of the descent at the end, in epochs")

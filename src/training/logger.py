@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_clip import progress
 from training.flag_checks import reporters
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def setup_logging(log_file: str | None, level: int, include_host: bool = False) 
         handler = _handlers.pop()
         root.removeHandler(handler)
         handler.close()
-    _handlers.append(logging.StreamHandler())
+    _handlers.append(progress.LogHandler())
     if log_file:
         _handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in _handlers:

@@ -10,16 +10,25 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from open_clip import device as devices
-from training import distributed, file_utils, logger, precision, rng
-from training.build import build_model, build_scheduler, build_teacher, parallelise, synchronise_batch_norms
-from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoint, natural_key
+from open_clip import progress
+from open_clip.utils import check_folder
+from training import distributed, file_utils, logger, precision, preflight, rng, run_warnings
+from training.build import (
+    build_model,
+    build_scheduler,
+    build_teacher,
+    parallelise,
+    start_logit_bias,
+    synchronise_batch_norms,
+)
+from training.checkpoint import TrainState, check_fit, get_latest_checkpoint, load_checkpoint, natural_key
 from training.data import DataInfo, get_data
 from training.distributed import World
 from training.ema import WeightAverage
@@ -43,7 +52,6 @@ from training.saver import Saver
 from training.signals import Agreement, Stopped, StopSignals
 from training.trace import StepTrace
 from training.train import Trainer, run_epoch
-from training.zero_shot import check
 
 __all__ = ["copy_codebase", "get_latest_checkpoint", "main", "natural_key", "random_seed"]
 
@@ -62,7 +70,11 @@ def main(args: list[str] | None = None) -> None:
     logger.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
     with StopSignals() as signals:
         try:
-            _run(options, distributed.init(sections(options).distributed), signals)
+            cfg = sections(options)
+            preflight.check_options(cfg)
+            world = distributed.init(cfg.distributed)
+            with progress.showing(world.is_master):
+                _run(options, world, signals)
         except (KeyboardInterrupt, Stopped) as stop:
             name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
             log.warning("Stopped by %s. `--resume latest` with this run's --name continues from the last save.", name)
@@ -147,6 +159,8 @@ def _prepare_folder(cfg: CheckpointConfig, world: World) -> tuple[Path | None, s
             f"{folder} has a run already. Choose another --name, or continue that run with --resume latest."
         )
     if folder is not None:
+        if world.is_master:
+            check_folder(folder / "checkpoints", "--output-dir")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if world.is_master:
             file_utils.remove_leftovers(folder / "checkpoints")
@@ -178,11 +192,16 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     row = devices.row(world.device)
     log.info("Run %s on %d x %s (%s), precision %s.", cfg.checkpoint.name, world.world_size, world.device.type,
              row.name(world.device.index), cfg.model.precision)  # fmt: skip
-    for sentence in warnings_for(options, world.world_size):
-        log.warning("%s.", sentence)
+    _warn((f"{sentence}." for sentence in warnings_for(options, world.world_size)), world)
     if folder is not None:
         lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
         (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def _warn(sentences: Iterable[str], world: World) -> None:
+    """Logs warnings that hold for all ranks once."""
+    for sentence in sentences if world.is_master else ():
+        log.warning("%s", sentence)
 
 
 def _decided(cfg: TrainConfig, world: World) -> dict[str, Any]:
@@ -254,26 +273,27 @@ def _train_and_evaluate(
     tokenizer = open_clip.get_tokenizer(
         cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
     )
+    preflight.check_tokenizer(model, tokenizer)
     state = TrainState(model=model, device=world.device, name=str(cfg.checkpoint.name), seed=cfg.data.seed)
     checkpoint = None if resume_from is None else load_checkpoint(resume_from)
+    if checkpoint is not None:
+        check_fit(model, checkpoint.get("state_dict", checkpoint))
     data = get_data(
         cfg.data,
         (preprocess_train, preprocess_val),
         epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
         tokenizer=tokenizer,
     )
-    if not data:
-        raise ValueError(
-            "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, "
-            "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
-        )
-    check(data, cfg.eval)  # now, and not after an epoch
+    preflight.check_evaluation_data(model, data, cfg.eval, world.device)
+    if "train" in data and cfg.objective.siglip and checkpoint is None:
+        start_logit_bias(model)
     trainer = _build_trainer(cfg, world, state, data["train"], folder) if "train" in data else None
     if trainer is None and cfg.optim.ema_decay is not None:
         state.average = WeightAverage(model, cfg.optim.ema_decay)
     _resume(state, checkpoint, resume_from, cfg.checkpoint)
     if trainer is not None:
         trainer.rehearses = checkpoint is not None and world.distributed
+        _warn(_run_warnings(cfg, state, trainer, checkpoint or {}, folder), world)
     del checkpoint
     saver = None
     if trainer is not None and folder is not None:
@@ -317,6 +337,8 @@ def _build_trainer(
     if cfg.model.use_bn_sync and world.distributed:
         state.model = model = synchronise_batch_norms(model)
     teacher = build_teacher(cfg.objective, chosen, world.device, cfg.model.cache_dir)
+    if teacher is not None:
+        preflight.check_teacher(model, teacher)
     objective = create_objective(cfg.objective, model, teacher)
     state.optimizer = create_optimizer(model, cfg.optim, world.device)
     state.scaler = precision.grad_scaler(chosen, world.device)
@@ -342,6 +364,23 @@ def _build_trainer(
         guard=state.guard,
         average=state.average,
     )
+
+
+def _run_warnings(
+    cfg: TrainConfig, state: TrainState, trainer: Trainer, checkpoint: Mapping[str, Any], folder: Path | None
+) -> Iterator[str]:
+    """What will not work as the options suggest, now that the number of steps and the first step are known."""
+    assert state.optimizer is not None
+    steps = state.steps_per_epoch * cfg.schedule.epochs
+    yield from run_warnings.frozen(state.model)
+    if state.step < steps:
+        rate = state.optimizer.defaults["lr"] if cfg.optim.lr is None else cfg.optim.lr
+        yield from run_warnings.schedule(cfg.schedule, rate, state.steps_per_epoch)
+        yield from run_warnings.jump_of_learning_rate(state.optimizer, trainer.scheduler, checkpoint, state.step)
+        yield from run_warnings.profiled_steps(cfg.logging.profile_steps, state.step, steps)
+    if folder is not None:
+        size = run_warnings.checkpoint_bytes(state.model, state.average is not None)
+        yield from run_warnings.disk_space(folder, size)
 
 
 @contextlib.contextmanager

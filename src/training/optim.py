@@ -37,15 +37,29 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameter: unlock a part of it (see --lock-image, --lock-text).")
+    check_name(cfg.opt)
     opt = cfg.opt.lower()
     if opt == "adamw":
         optimizer = _adamw(model, cfg, torch.device(device))
-    elif opt.startswith("timm/"):
-        optimizer = _timm(model, cfg, opt.removeprefix("timm/"))
     else:
-        raise ValueError(f"--opt {cfg.opt!r} is not known: adamw, or timm/NAME.")
+        optimizer = _timm(model, cfg, opt.removeprefix("timm/"))
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
     return optimizer
+
+
+def check_name(opt: str) -> None:
+    """Raises ValueError unless `opt` is "adamw" or "timm/NAME" with the name of one of timm's optimizers."""
+    name = opt.lower()
+    if name == "adamw":
+        return
+    if not name.startswith("timm/"):
+        raise ValueError(f"--opt {opt!r} is not known: adamw, or timm/NAME.")
+    import timm.optim
+
+    name, known = name.removeprefix("timm/"), timm.optim.list_optimizers()
+    if name not in known:
+        near = ", ".join(f"timm/{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5))
+        raise ValueError(f"--opt {opt!r}: timm has no such optimizer{near and f'; near it are {near}'}.")
 
 
 def has_no_decay(name: str, parameter: torch.Tensor) -> bool:
@@ -70,10 +84,6 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
 def _timm(model: nn.Module, cfg: OptimConfig, name: str) -> torch.optim.Optimizer:
     import timm.optim
 
-    known = timm.optim.list_optimizers()
-    if name not in known:
-        near = ", ".join(f"timm/{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5))
-        raise ValueError(f"--opt {cfg.opt!r}: timm has no such optimizer{near and f'; near it are {near}'}.")
     options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps, momentum=cfg.momentum)
     return timm.optim.create_optimizer_v2(model, name, weight_decay=cfg.wd, **options)
 

@@ -22,9 +22,10 @@ import torch
 import torch._dynamo  # the FLOP counter would import it inside the first count, which it does not belong to
 from torch import nn
 
-from open_clip import config, factory
+from open_clip import config, factory, progress
 from open_clip import device as devices
 from open_clip.model import get_input_dtype
+from open_clip.utils import check_folder
 from training import precision as precisions
 from training.flops import (
     count_params,
@@ -250,9 +251,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.device = devices.resolve(options.device) if options.measure else None
         if options.measure:
             options.precision = precisions.resolve(options.precision, options.device)
-    except (ValueError, RuntimeError) as error:
+        if options.results_file:
+            _check_results_file(Path(options.results_file))
+    except (ValueError, RuntimeError, OSError) as error:
         parser.error(str(error))
     return options
+
+
+def _check_results_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"--results-file {path} is a folder. Give the name of a file.")
+    check_folder(path.parent, "--results-file")
 
 
 def _names(text: str) -> list[str]:
@@ -274,7 +283,7 @@ def _profile(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status is 1 if a model that was named cannot be built yet; among `all` it is only left out."""
     options = _parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[progress.LogHandler()])
     logging.getLogger("open_clip.factory").setLevel(logging.ERROR)  # that weights are random does not matter here
     columns = COLUMNS + MEASURED_COLUMNS if options.measure else COLUMNS
     path = Path(options.results_file) if options.results_file else None
@@ -283,19 +292,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write_rows(path, columns, [], "w")
     rows: list[dict[str, Any]] = []
     skipped = False
-    for number, name in enumerate(options.names, 1):
-        started = time.perf_counter()
-        try:
-            row = _profile(name, options)
-        except NotImplementedError as error:
-            logger.info("[%d/%d] %s skipped: %s", number, len(options.names), name, error)
-            skipped = True
-            continue
-        rows.append(row)
-        if path:
-            _write_rows(path, columns, [row], "a")
-        seconds = time.perf_counter() - started
-        logger.info("[%d/%d] %s: %s GFLOPs (%.1f s)", number, len(options.names), name, row["gflops"], seconds)
+    with progress.showing(), progress.Task("Profiling", len(options.names), "models") as task:
+        for number, name in enumerate(options.names, 1):
+            started = time.perf_counter()
+            task.advance()
+            try:
+                row = _profile(name, options)
+            except NotImplementedError as error:
+                logger.info("[%d/%d] %s skipped: %s", number, len(options.names), name, error)
+                skipped = True
+                continue
+            rows.append(row)
+            if path:
+                _write_rows(path, columns, [row], "a")
+            seconds = time.perf_counter() - started
+            logger.info("[%d/%d] %s: %s GFLOPs (%.1f s)", number, len(options.names), name, row["gflops"], seconds)
     if rows:
         _finish(rows, columns, path)
     return 1 if skipped and options.model != "all" else 0

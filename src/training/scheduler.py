@@ -67,3 +67,12 @@ def cosine_lr(optimizer: torch.optim.Optimizer, base_lr: float, warmup_length: i
         return 0.5 * (1 + math.cos(math.pi * done)) * base_lr
 
     return _after_warmup(optimizer, base_lr, warmup_length, rate_at)
+
+
+def rate_at(schedule: Scheduler, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """The learning rate that the schedule sets for a step; the optimizer keeps the one that it has."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    rate = schedule(step)
+    for group, lr in zip(optimizer.param_groups, before, strict=True):
+        group["lr"] = lr
+    return rate

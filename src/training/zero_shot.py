@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import open_clip
-from open_clip import collectives
+from open_clip import collectives, progress
 from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from training import precision as precisions
@@ -25,7 +25,6 @@ from training.metrics import accuracy
 logger = logging.getLogger(__name__)
 
 TOP_K = 5
-LOG_SECONDS = 30.0  # between lines of progress
 CLASSES_PER_BATCH = 10
 FEWEST_CLASSES_TO_SPLIT = 4  # a rank; with fewer, each rank builds the whole classifier
 
@@ -59,7 +58,7 @@ def zero_shot_eval(
     if imagenet:
         classifier = _classifier(model, tokenizer, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, args)
         for key, prefix in imagenet:
-            metrics |= _named(prefix, run(model, classifier, data[key].dataloader, args), classifier)
+            metrics |= _named(prefix, run(model, classifier, data[key].dataloader, args, key), classifier)
     if "zeroshot" in data:
         classnames = read_classnames(args.zeroshot_classnames, data["zeroshot"].dataloader.classes)
         classifier = _classifier(model, tokenizer, classnames, read_templates(args.zeroshot_templates), args)
@@ -76,42 +75,51 @@ def _named(prefix: str, accuracies: tuple[float, float], classifier: Tensor) -> 
 
 
 def check(data: Mapping[str, Any], args: Any) -> None:
-    """Reads the class names and templates, so that what is wrong with them can be said before an epoch of training.
+    """Reads the class names and templates, so that what is wrong with them is found before an epoch of training.
 
-    Raises ValueError or FileNotFoundError.
+    Warns once for each data loader, on the first rank.
+
+    Raises:
+        ValueError: names or templates do not fit the data.
+        FileNotFoundError: a file of them does not exist.
     """
     for key in _IMAGENET:
-        classes = getattr(data[key].dataloader, "classes", None) if key in data else None
-        if classes is not None and len(classes) != len(IMAGENET_CLASSNAMES):
-            _check_imagenet(key, len(classes))
+        if key in data:
+            _check_imagenet(key, data[key].dataloader)
     if "zeroshot" in data:
         read_classnames(args.zeroshot_classnames, data["zeroshot"].dataloader.classes)
         read_templates(args.zeroshot_templates)
 
 
-def _check_imagenet(key: str, folders: int) -> None:
-    expected = len(IMAGENET_CLASSNAMES)
+def _check_imagenet(key: str, dataloader: Any) -> None:
+    classes, expected = getattr(dataloader, "classes", None), len(IMAGENET_CLASSNAMES)
+    if classes is None or len(classes) == expected:
+        return
     advice = "For other classes use --zeroshot-data with --zeroshot-classnames."
-    if folders > expected:
-        raise ValueError(f"--{key} has {folders} class folders, and ImageNet {expected} classes. {advice}")
-    logger.warning(
-        "--%s has %d class folders, and ImageNet %d classes: labels go by position, so the folders count as its first "
-        "%d, in sorted order. %s",
-        key, folders, expected, folders, advice,
-    )  # fmt: skip
+    if len(classes) > expected:
+        raise ValueError(f"--{key} has {len(classes)} class folders, and ImageNet {expected} classes. {advice}")
+    if world().is_master and not getattr(dataloader, "has_warned", False):
+        dataloader.has_warned = True
+        logger.warning(
+            "--%s has %d class folders, and ImageNet %d classes: labels go by position, so the folders count as its "
+            "first %d, in sorted order, and each evaluation takes the time to build a classifier of all %d. %s",
+            key, len(classes), expected, len(classes), expected, advice,
+        )  # fmt: skip
 
 
-def run(model: nn.Module, classifier: Tensor, dataloader: Any, args: Any) -> tuple[float, float]:
+def run(
+    model: nn.Module, classifier: Tensor, dataloader: Any, args: Any, name: str = "zero-shot data"
+) -> tuple[float, float]:
     """(top-1, top-5) accuracy over all ranks of images in batches {"image": [B, 3, H, W], "label": [B]}.
 
-    classifier: [embed_dim, classes]; with fewer than 5 of them, the top 5 are all.
+    classifier: [embed_dim, classes]; with fewer than 5 of them, the top 5 are all. name: of the data, in messages.
     """
     device, classifier = classifier.device, classifier.float()
     autocast, input_dtype = _precision(args, device)
     counts = torch.zeros(3, dtype=torch.int64)  # correct at the top, among the top 5, all
     encode_image: Any = model.encode_image
-    logged = time.monotonic()
-    with torch.no_grad():
+    total, ranks = getattr(dataloader, "num_samples", None), world().world_size
+    with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
         for batch in dataloader:
             batch = to_device(batch, device, input_dtype, names=("image", "label"))
             with autocast():
@@ -119,11 +127,7 @@ def run(model: nn.Module, classifier: Tensor, dataloader: Any, args: Any) -> tup
             scores, labels = features.float() @ classifier, batch["label"]
             correct = accuracy(scores, labels, (1, TOP_K))
             counts += torch.tensor([*map(int, correct), len(labels)])
-            if time.monotonic() - logged > LOG_SECONDS and world().is_master:
-                logged = time.monotonic()
-                logger.info(
-                    "Zero-shot [%d / %s]", counts[2] * world().world_size, getattr(dataloader, "num_samples", "?")
-                )
+            task.advance(len(labels) * ranks)
     if world().distributed:
         barrier()  # however long the others have to do
         counts = collectives.all_reduce(counts.to(device)).cpu()
@@ -184,7 +188,7 @@ def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
                 )
             names = [names[folder] for folder in folders]
     else:
-        names = _read(path, "--zeroshot-classnames").rstrip().split("\n")
+        names = read_text(path, "--zeroshot-classnames").rstrip().split("\n")
     if len(names) != len(folders):
         raise ValueError(
             f"{path} has {len(names)} class names and --zeroshot-data {len(folders)} class folders. "
@@ -198,7 +202,7 @@ def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
 
 def _read_json(path: str) -> list | dict:
     try:
-        names = json.loads(_read(path, "--zeroshot-classnames"))
+        names = json.loads(read_text(path, "--zeroshot-classnames"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(names, (list, dict)):
@@ -213,7 +217,7 @@ def read_templates(name: str | None) -> Sequence[Template]:
     if name == "simple":
         return SIMPLE_IMAGENET_TEMPLATES
     assert name is not None
-    lines = [line.strip() for line in _read(name, "--zeroshot-templates").splitlines()]
+    lines = [line.strip() for line in read_text(name, "--zeroshot-templates").splitlines()]
     for number, line in enumerate(lines, start=1):
         if line and "{}" not in line:
             raise ValueError(f"{name}, line {number}: no {{}} for the class's name in {line!r}.")
@@ -223,7 +227,7 @@ def read_templates(name: str | None) -> Sequence[Template]:
     return [functools.partial(line.replace, "{}") for line in lines if line]
 
 
-def _read(path: str, flag: str) -> str:
+def read_text(path: str, flag: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:

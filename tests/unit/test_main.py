@@ -312,8 +312,8 @@ def test_the_folder_is_copied_elsewhere_and_at_the_end_completely(inputs, tmp_pa
     remote = tmp_path / "remote"
     sync = ["--remote-sync", f"file://{remote}", "--remote-sync-protocol", "fsspec"]
     if fails:
-        with pytest.raises(FileNotFoundError):
-            train(inputs, tmp_path, *sync, "--resume", "none.pt")
+        with pytest.raises(ValueError, match="no column 'words'"):
+            train(inputs, tmp_path, *sync, "--csv-caption-key", "words")
     else:
         train(inputs, tmp_path, *sync)
         assert (remote / "run/checkpoints/epoch_2.pt").exists()
@@ -342,6 +342,8 @@ def other_checkpoint(folder: Path) -> Path:
     return folder / "other.pt"
 
 
+# Those that are refused before the run's folder is made: the same --name can be used again.
+BEFORE_THE_FOLDER = {"no data", "a missing CSV", "a device that is not there", "no checkpoint"}
 REFUSED = {
     "no data": (lambda i, t: [], ValueError, "--val-data"),
     "a missing CSV": (lambda i, t: ["--train-data", "nowhere.csv"], FileNotFoundError, "nowhere.csv"),
@@ -381,7 +383,9 @@ def test_what_cannot_be_ends_with_a_sentence(inputs, tmp_path, name, capfd):
         main.main(arguments)
     printed = capfd.readouterr()
     assert "this ran" not in printed.out
-    if name != "a device that is not there":  # that is before the log
+    if name in BEFORE_THE_FOLDER:
+        assert not (tmp_path / "logs").exists()
+    else:
         assert str(caught.value) in (tmp_path / "logs/run/out.log").read_text()
 
 

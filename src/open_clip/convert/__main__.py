@@ -7,12 +7,14 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from .. import progress
 from ..checkpoint import PRECISIONS
 from ..factory import create_model, get_tokenizer
 from ..push_to_hf_hub import save_for_hf
 from ..push_to_hf_hub.for_transformers import save_for_transformers
 from ..recipe import read_recipe
-from ..utils import run_command
+from ..utils import check_folder, run_command
+from . import model_cfg_to_transformers
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,20 +34,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[progress.LogHandler()])
     model_cfg = read_recipe(args.model, args.pretrained, args.cache_dir).model_cfg
-    model = create_model(
-        args.model,
-        args.pretrained,
-        precision=args.precision,
-        cache_dir=args.cache_dir,
-        require_pretrained=True,
-    )
-    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
+    check_folder(args.folder, "The folder")
     if args.to == "transformers":
-        save_for_transformers(model, tokenizer, model_cfg, args.folder, name=args.model)
-    else:
-        save_for_hf(model, tokenizer, model_cfg, args.folder, safe_serialization=True)
+        model_cfg_to_transformers(model_cfg, args.model)
+    with progress.showing():
+        with progress.watch(f"Building {args.model}"):
+            model = create_model(
+                args.model,
+                args.pretrained,
+                precision=args.precision,
+                cache_dir=args.cache_dir,
+                require_pretrained=True,
+            )
+        tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
+        with progress.watch(f"Writing {args.folder}"):
+            if args.to == "transformers":
+                save_for_transformers(model, tokenizer, model_cfg, args.folder, name=args.model)
+            else:
+                save_for_hf(model, tokenizer, model_cfg, args.folder, safe_serialization=True)
     logging.getLogger(__name__).info("%s is in %s, for %s.", args.model, args.folder, args.to)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import aliases
+from .. import aliases, progress
 from ..checkpoint import some, strip_prefixes
 from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
@@ -211,13 +211,14 @@ def push_to_hf_hub(
         ValueError: as `save_for_hf`, or a configuration that names files of this machine.
         RuntimeError: the hub refused, or cannot be reached, or huggingface_hub is not installed.
     """
-    has_hf_hub(necessary=True)
+    _check_hub_access(repo_id, token)
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, tokenizer, model_config or {}, folder, safe_serialization)
         check_untrusted(model_config or {}, f"The configuration for {repo_id}")
+        with progress.watch(f"Saving the files for {repo_id}"):
+            save_for_hf(model, tokenizer, model_config or {}, folder, safe_serialization)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and not create_pr:
@@ -238,6 +239,29 @@ def push_to_hf_hub(
                 "write (HF_TOKEN, or `hf auth login`)? Without network, save_for_hf() writes the folder to be uploaded "
                 "elsewhere."
             ) from error
+
+
+def _check_hub_access(repo_id: str, token: str | None) -> None:
+    """Check what can be known without the hub, before a model is built and saved for it.
+
+    Raises:
+        ValueError: `repo_id` cannot be the name of a repository.
+        RuntimeError: huggingface_hub is not installed or told to be offline, or there is no token.
+    """
+    has_hf_hub(necessary=True)
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise RuntimeError(f"{repo_id} cannot be written on Hugging Face's hub: HF_HUB_OFFLINE is set. Unset it.")
+    is_public = constants.ENDPOINT.startswith("https://huggingface.co")  # another one may need no token
+    if is_public and not (token or huggingface_hub.get_token()):
+        raise RuntimeError(
+            f"{repo_id} cannot be written on Hugging Face's hub: there is no token. Set HF_TOKEN to one that may "
+            "write, or use `hf auth login`."
+        )
 
 
 def push_pretrained_to_hf_hub(
@@ -265,20 +289,22 @@ def push_pretrained_to_hf_hub(
             itself, where the tokenizer's files are uploaded to.
         kwargs: of `create_model_from_pretrained`; what they change of the configuration is uploaded, too.
     """
+    _check_hub_access(repo_id, token)
     recipe = read_recipe(model_name, pretrained, kwargs.get("cache_dir"))
     if recipe.quick_gelu:
         kwargs["force_quick_gelu"] = True
-    model: Any = create_model_from_pretrained(
-        model_name,
-        pretrained=pretrained,
-        precision=precision,
-        image_mean=image_mean,
-        image_std=image_std,
-        image_interpolation=image_interpolation,
-        image_resize_mode=image_resize_mode,
-        return_transform=False,
-        **kwargs,
-    )
+    with progress.watch(f"Building {model_name}"):
+        model: Any = create_model_from_pretrained(
+            model_name,
+            pretrained=pretrained,
+            precision=precision,
+            image_mean=image_mean,
+            image_std=image_std,
+            image_interpolation=image_interpolation,
+            image_resize_mode=image_resize_mode,
+            return_transform=False,
+            **kwargs,
+        )
     model_config = _override(recipe.model_cfg, **kwargs)
     if hf_tokenizer_self:
         model_config["text_cfg"]["hf_tokenizer_name"] = repo_id

@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from .. import progress
 from ..checkpoint import PRECISIONS
 from ..utils import run_command
 from . import push_pretrained_to_hf_hub
@@ -35,18 +36,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    commit = push_pretrained_to_hf_hub(
-        args.model,
-        args.pretrained,
-        args.repo_id,
-        precision=args.precision,
-        image_mean=args.image_mean,
-        image_std=args.image_std,
-        image_interpolation=args.image_interpolation,
-        image_resize_mode=args.image_resize_mode,
-        hf_tokenizer_self=args.hf_tokenizer_self,
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[progress.LogHandler()])
+    with progress.showing():
+        commit = push_pretrained_to_hf_hub(
+            args.model,
+            args.pretrained,
+            args.repo_id,
+            precision=args.precision,
+            image_mean=args.image_mean,
+            image_std=args.image_std,
+            image_interpolation=args.image_interpolation,
+            image_resize_mode=args.image_resize_mode,
+            hf_tokenizer_self=args.hf_tokenizer_self,
+        )
     print(f"{args.model} saved: {commit}")
 
 

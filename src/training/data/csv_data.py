@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from open_clip import progress
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
 from training.data.shards import CAPTION_LIMIT
@@ -87,7 +88,7 @@ def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tu
     not_utf8 = 0
     try:
         _check_header(filename, list(pd.read_csv(filename, nrows=0, **options).columns), img_key, caption_key, sep)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), progress.Task(f"Reading {filename}", unit="rows") as task:
             # rows longer than the header would lose their end (or shift a caption under the images' heading)
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # index_col=False: a longer row's first field is never taken for an index
@@ -95,6 +96,7 @@ def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tu
                 for column, key in zip(columns, (img_key, caption_key), strict=True):
                     column.append(StringTable(rows[key].fillna("").tolist()))
                 not_utf8 += sum(map(_is_torn, rows[caption_key].fillna("").tolist()))
+                task.advance(len(rows))
     except FileNotFoundError:
         raise FileNotFoundError(f"{filename}: no such CSV file (looked for {Path(filename).absolute()}).") from None
     except pd.errors.EmptyDataError:

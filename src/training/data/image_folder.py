@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from open_clip import progress
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
 from training.data.strings import StringTable
@@ -51,7 +52,11 @@ class ImageFolder(Dataset):
         self.caption = caption
         self.tokenizer = tokenizer
         self.classes = _class_names(self.root, numbered)
-        per_class = [_images(self.root / name) for name in self.classes]
+        per_class = []
+        with progress.Task(f"Listing the images in {self.root}", len(self.classes), "classes") as task:
+            for name in self.classes:
+                per_class.append(_images(self.root / name))
+                task.advance()
         self.paths = StringTable(path for paths in per_class for path in paths)
         counts = torch.tensor([len(paths) for paths in per_class])
         self.labels = torch.repeat_interleave(torch.arange(len(counts)), counts)

@@ -1,0 +1,219 @@
+"""What is tried before the first step, so that a run does not fail hours later for a reason known at its start.
+
+In the order of their cost: options, files and packages before anything is built; then what needs the model, and one
+batch of each evaluation set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_clip.recipe import read_recipe
+from training import distributed, file_utils, optim, rng, zero_shot
+from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
+from training.data.archives import is_local
+from training.data.probe import read_first_batch
+from training.data.skips import NoUsableSamples
+from training.flag_checks import reporters, trains
+from training.params import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
+
+_SAMPLE_CAPTION = "a photo of a cat"
+_LABELLED = ("imagenet_val", "imagenet_v2", "zeroshot_data")
+
+
+def check_options(cfg: TrainConfig) -> None:
+    """Checks everything that needs neither a model nor other processes.
+
+    Raises:
+        ValueError: there is nothing to do, or an option names something that does not exist.
+        FileNotFoundError: a file or folder that an option names does not exist.
+        ModuleNotFoundError: a package that an option needs is missing.
+    """
+    data = cfg.data
+    if not (trains(data) or data.val_data or any(getattr(data, name) for name in _LABELLED)):
+        raise ValueError(
+            "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, "
+            "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
+        )
+    _check_packages(cfg)
+    if trains(data):
+        optim.check_name(cfg.optim.opt)
+    _check_pairs(data)
+    for name in _LABELLED:
+        folder = getattr(data, name)
+        if folder and not os.path.isdir(folder):
+            flag = "--" + name.replace("_", "-")
+            raise FileNotFoundError(f"{flag} {folder}: no such folder (looked for {os.path.abspath(folder)}).")
+    if data.zeroshot_data:
+        zero_shot.read_templates(cfg.eval.zeroshot_templates)
+        if cfg.eval.zeroshot_classnames is not None:
+            zero_shot.read_text(cfg.eval.zeroshot_classnames, "--zeroshot-classnames")
+    resume = cfg.checkpoint.resume
+    if resume not in (None, "latest") and not distributed.restarts() and not file_utils.check_exists(str(resume)):
+        raise FileNotFoundError(
+            f"--resume {resume!r}: there is no such file. (--resume latest finds the newest one of a run.)"
+        )
+    if cfg.objective.distill_model is not None and trains(data):
+        read_recipe(cfg.objective.distill_model, cfg.objective.distill_pretrained, cfg.model.cache_dir)
+
+
+def _pairs(data: DataConfig) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Image-text data: (path, function that opens it)."""
+    for path in (data.train_data, data.val_data):
+        if path:
+            yield path, get_dataset_fn(path, data.dataset_type)
+
+
+def _check_pairs(data: DataConfig) -> None:
+    for path, make in _pairs(data):
+        if make is get_csv_dataset and "://" not in path and not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such CSV file (looked for {os.path.abspath(path)}).")
+        if make is get_wds_dataset:
+            urls, _ = expand_urls(path)
+            if urls and all(is_local(url) for url in urls) and not any(os.path.exists(url) for url in urls):
+                first = os.path.abspath(urls[0])
+                raise FileNotFoundError(
+                    f"None of the {len(urls)} shards of {path} is there; the first should be {first}."
+                )
+
+
+def _check_packages(cfg: TrainConfig) -> None:
+    for package, reason in _packages(cfg):
+        if not _is_installed(package):
+            raise ModuleNotFoundError(f"{reason} needs the package {package}: pip install {package}")
+    sync = cfg.checkpoint
+    if sync.remote_sync is not None and sync.remote_sync_protocol == "s3" and shutil.which("aws") is None:
+        raise FileNotFoundError(
+            f"--remote-sync {sync.remote_sync} needs the command `aws`, which is not there: install the AWS CLI, or "
+            "use --remote-sync-protocol fsspec."
+        )
+    for flag, url in _urls(sync):
+        _check_protocol(flag, url)
+
+
+def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
+    """(package, what needs it)."""
+    wanted = set(reporters(cfg.logging.report_to))
+    if wanted & {"tensorboard", "all"} and cfg.logging.logs is not None:
+        yield "tensorboard", f"--report-to {cfg.logging.report_to}"
+    if wanted & {"wandb", "all"}:
+        yield "wandb", f"--report-to {cfg.logging.report_to}"
+    for path, make in _pairs(cfg.data):
+        if make is get_csv_dataset:
+            yield "pandas", path
+        if make is get_wds_dataset:
+            yield "webdataset", path
+            yield "braceexpand", path
+    if cfg.optim.opt.lower().startswith("timm/") and trains(cfg.data):
+        yield "timm", f"--opt {cfg.optim.opt}"
+    for flag, url in _urls(cfg.checkpoint):
+        yield "fsspec", f"{flag} {url}"
+
+
+def _urls(cfg: CheckpointConfig) -> Iterator[tuple[str, str]]:
+    """What fsspec opens: (flag, URL)."""
+    if cfg.remote_sync is not None and cfg.remote_sync_protocol == "fsspec":
+        yield "--remote-sync", cfg.remote_sync
+    if cfg.resume is not None and "://" in cfg.resume:
+        yield "--resume", cfg.resume
+
+
+def _is_installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
+
+
+def _check_protocol(flag: str, url: str) -> None:
+    import fsspec
+
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = re.search(r"nstall (\w+)", str(error))  # "Install s3fs to access S3"
+        advice = f": pip install {package[1]}" if package else ""
+        raise ModuleNotFoundError(f"{flag} {url}: {error}{advice}") from error
+    except ValueError as error:
+        raise ValueError(f"{flag} {url}: {error}.") from error
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    """Raises ValueError where the tokenizer gives ids that the model's token embedding does not have."""
+    vocab_size = getattr(model, "vocab_size", None)
+    if vocab_size is not None:
+        _check_ids(tokenizer([_SAMPLE_CAPTION]), vocab_size)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    highest = int(ids.max())
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token ids up to {highest} and the model's vocab_size is {vocab_size}: they do not "
+            "belong together. Set vocab_size, or hf_tokenizer_name, in the model's text_cfg."
+        )
+
+
+def check_teacher(model: Any, teacher: Any) -> None:
+    """Raises ValueError where student and teacher cannot take the same batches."""
+    for name, of in (("image size", lambda m: getattr(m.visual, "image_size", None)), ("vocab_size", _vocab_size)):
+        ours, theirs = of(model), of(teacher)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                f"--distill-model: the teacher's {name} is {theirs} and the model's is {ours}, and both take the same "
+                "batches. Choose a teacher with the same one (--force-image-size changes the model's image size)."
+            )
+
+
+def _vocab_size(model: Any) -> int | None:
+    return getattr(model, "vocab_size", None)
+
+
+def check_evaluation_data(
+    model: nn.Module, data: Mapping[str, Any], cfg: EvalConfig, device: torch.device
+) -> None:
+    """Reads class names, templates and a few samples of each evaluation set.
+
+    Collective: every rank reads of its own part, and all raise the same error.
+
+    Raises:
+        ValueError: not one of the first samples of a set can be used, on any rank; or names, templates or token ids do
+            not fit.
+        FileNotFoundError: a file of class names or templates does not exist.
+    """
+    zero_shot.check(data, cfg)
+    for key, info in data.items():
+        frequency = cfg.val_frequency if key == "val" else cfg.zeroshot_frequency
+        if key == "train" or frequency == 0:
+            continue
+        with rng.untouched(device):
+            usable, problem, is_fatal = _try_loader(info.dataloader, getattr(model, "vocab_size", None))
+        found = distributed.all_gather_object(None, (usable, problem, is_fatal))
+        problems = [problem for _, problem, _ in found if problem]
+        fatal = [problem for _, problem, is_fatal in found if is_fatal]
+        if fatal or not any(usable for usable, _, _ in found):
+            raise ValueError((fatal or problems)[0])
+
+
+def _try_loader(loader: Any, vocab_size: int | None) -> tuple[bool, str, bool]:
+    """(whether there is a usable sample, what is wrong, whether that ends the run whatever the other ranks have)."""
+    try:
+        batch = read_first_batch(loader)
+        if batch is None:
+            return False, f"{loader.source}: there are no samples.", False
+        if vocab_size is not None and isinstance(batch.get("text"), Tensor):
+            _check_ids(batch["text"], vocab_size)
+    except NoUsableSamples as error:
+        return False, str(error), False
+    except (ValueError, OSError, RuntimeError) as error:
+        return False, f"{loader.source}: {error}" if loader.source not in str(error) else str(error), True
+    return True, "", False

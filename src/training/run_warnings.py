@@ -1,0 +1,129 @@
+"""Warnings about a run that will not do what its options suggest. Each is a sentence with the numbers.
+
+What options alone tell is in `training.flag_checks`; here the model, the number of steps or the checkpoint is known.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from open_clip.mismatch import some
+from training import scheduler
+from training.flag_checks import step_range
+from training.params import ScheduleConfig
+
+_SAME_RATE = 0.01  # relative difference of two learning rates that count as equal
+_USUAL_WARMUP = 10  # of the steps, one in so many
+_HIGHEST_ADVISED_WARMUP = 10000
+
+
+def frozen(model: nn.Module) -> Iterator[str]:
+    """Says that no weight matrix is trained, but only scalars, biases and the gains of norms."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained and all(p.ndim < 2 for p in trained.values()):
+        count, total = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
+        yield (
+            f"Only {some(trained, limit=3)} {'is' if len(trained) == 1 else 'are'} trained, {count:,} of {total:,} "
+            "parameters: --lock-image and --lock-text freeze both towers. Leave one of them out, or add "
+            "--lock-image-unlocked-groups or --lock-text-unlocked-layers."
+        )
+
+
+def schedule(cfg: ScheduleConfig, lr: float, steps_per_epoch: int) -> Iterator[str]:
+    """Says that the warmup is too long for the run, or reaches into the cooldown.
+
+    Args:
+        lr: peak learning rate.
+        steps_per_epoch: optimizer steps.
+    """
+    steps = steps_per_epoch * cfg.epochs
+    if cfg.skip_scheduler or not steps or not cfg.warmup:
+        return
+    usual = max(1, min(steps // _USUAL_WARMUP, _HIGHEST_ADVISED_WARMUP))
+    advice = f"Use a shorter --warmup (a tenth of the run is {usual}) or more --epochs."
+    run = f"the run's {steps} step{'s' if steps > 1 else ''}"
+    if cfg.warmup > steps:
+        yield (
+            f"--warmup {cfg.warmup} is more than {run}: the learning rate reaches {100 * steps / cfg.warmup:.3g}% of "
+            f"--lr {lr:g}. {advice}"
+        )
+        return
+    cooldown = steps_per_epoch * (cfg.epochs_cooldown or 0) if cfg.lr_scheduler == "const-cooldown" else 0
+    if cooldown and cfg.warmup > steps - cooldown:
+        yield (
+            f"--warmup {cfg.warmup} reaches into the cooldown, which starts at step {steps - cooldown} of {steps}: the "
+            f"learning rate jumps down from --lr {lr:g} when the warmup ends. Use a --warmup of at most "
+            f"{steps - cooldown}, or fewer --epochs-cooldown."
+        )
+    elif 2 * cfg.warmup > steps:
+        yield f"--warmup {cfg.warmup} is more than half of {run}. {advice}"
+
+
+def jump_of_learning_rate(
+    optimizer: torch.optim.Optimizer, own: scheduler.Scheduler | None, checkpoint: Mapping[str, Any], step: int
+) -> Iterator[str]:
+    """Says that the schedule of a resumed run is another one than the checkpoint's.
+
+    The checkpoint has the learning rate of its last step, which is compared with this run's for the same step.
+
+    Args:
+        own: this run's schedule.
+        step: of the checkpoint, the number of steps that are done.
+    """
+    groups = checkpoint.get("optimizer", {}).get("param_groups", [])
+    if own is None or not groups or step == 0:
+        return
+    before = float(groups[0].get("lr", math.nan))
+    now = scheduler.rate_at(own, optimizer, step - 1)
+    if math.isfinite(before) and not math.isclose(before, now, rel_tol=_SAME_RATE, abs_tol=1e-12):
+        following = scheduler.rate_at(own, optimizer, step)
+        yield (
+            f"The learning rate goes from {before:.3g} to {following:.3g} at step {step}, where the run is resumed: "
+            "the schedule is not the checkpoint's. It follows from --epochs, --lr, --lr-scheduler, --warmup and the "
+            "steps per epoch (--batch-size, --accum-freq, processes, samples): keep them unless the jump is intended."
+        )
+
+
+def profiled_steps(profile_steps: str | None, first: int, steps: int) -> Iterator[str]:
+    """Says that not one, or not every, step of --profile-steps is made.
+
+    Args:
+        first: step that this run begins with. steps: of the whole run.
+    """
+    if profile_steps is None:
+        return
+    start, end = step_range(profile_steps)
+    if end <= first or start >= steps:
+        yield (
+            f"--profile-steps {profile_steps} traces nothing: this run makes the steps {first} to {steps - 1}. "
+            "Choose steps among them."
+        )
+    elif start < first or end > steps:
+        yield (
+            f"--profile-steps {profile_steps} is traced in part: this run makes the steps {first} to {steps - 1}."
+        )
+
+
+def disk_space(folder: Path, needed: int) -> Iterator[str]:
+    """Says that the disk has no room for a checkpoint of `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        yield (
+            f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes about {needed / 1e9:.1f} GB: saving will "
+            "fail. Free some space, or choose another --output-dir."
+        )
+
+
+def checkpoint_bytes(model: nn.Module, averaged: bool) -> int:
+    """Size of a checkpoint with AdamW's two moments per trained parameter, in bytes."""
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    average = 4 * sum(p.numel() for p in model.parameters()) if averaged else 0
+    return weights + moments + average
