@@ -22,7 +22,7 @@ from .layers import Attention, MultiheadAttention
 from .modified_resnet import STRIDE
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
-from .text_transformer import TextEncoder, TextTransformer
+from .text_transformer import TextEncoder, TextTransformer, text_option
 from .timm_model import TimmModel
 from .towers import build_text_tower, build_vision_tower
 from .transformer import VisionTransformer
@@ -91,6 +91,9 @@ class TwoTowers(nn.Module):
         cast_dtype: half precision that the weights will be cast to: norms then compute in float32.
         output_dict: forward returns a dictionary.
     """
+
+    # What DistributedDataParallel does not broadcast before each step: tables that are the same everywhere.
+    _ddp_params_and_buffers_to_ignore = ("attn_mask", "text.attn_mask", "text_decoder.attn_mask")
 
     def __init__(
         self,
@@ -280,14 +283,13 @@ class CLIP(TextEncoder, TwoTowers):
         self.cls_emb = text.cls_emb
         self.ln_final = text.ln_final
         self.text_projection = text.text_projection
+        if text.attn_mask is None:
+            self.attn_mask = None
+        else:
+            self._hold_causal_mask(text.attn_mask)
 
-    @property
-    def text_pool_type(self) -> str:
-        return self.text_options.pool_type
-
-    @property
-    def text_eos_id(self) -> int:
-        return self.text_options.eos_id
+    text_pool_type = text_option("pool_type")
+    text_eos_id = text_option("eos_id")
 
     def _text_tower(self, text: torch.Tensor) -> torch.Tensor:
         return self._encode_text(text)[0]
@@ -414,6 +416,8 @@ def build_model_from_openai_state_dict(
             cast_dtype=cast_dtype,
         )
     model.load_state_dict(state_dict, assign=True)
+    model.attn_mask = torch.empty_like(model.attn_mask, device="cpu")
+    model.init_non_persistent_buffers()
     # one parameter at a time, so that never the whole model is there twice
     low_precision = {id(tensor) for tensor in _low_precision_tensors(model)} if cast_dtype else set()
     for parameter in model.parameters():

@@ -8,6 +8,7 @@ for the final pooling.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from . import device
 from .layers import check_heads
 from .pos_embed import resize_table
-from .utils import expect, feature_take_indices, freeze_batch_norm_2d, set_trainable, to_2tuple
+from .utils import check_images, expect, feature_take_indices, freeze_batch_norm_2d, set_trainable, to_2tuple
 
 STRIDE = 32  # of the whole: pixels to a row of the last stage
 
@@ -83,7 +84,7 @@ class AttentionPool2d(nn.Module):
         check_heads(embed_dim, num_heads)
         height, width = to_2tuple(spacial_dim)
         self.grid_size = (height, width)
-        self.positional_embedding = nn.Parameter(embed_dim**-0.5 * torch.randn(height * width + 1, embed_dim))
+        self.positional_embedding = nn.Parameter(torch.randn(height * width + 1, embed_dim) / embed_dim**0.5)
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
@@ -196,6 +197,11 @@ class ModifiedResNet(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"attnpool.positional_embedding"}
 
+    def _takes_other_sizes(self) -> bool:
+        """Whether a program has put another pool there, or other positions into it."""
+        pool = self.attnpool
+        return not isinstance(pool, AttentionPool2d) or len(pool.positional_embedding) != 1 + math.prod(pool.grid_size)
+
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> [batch, width, height / 4, width / 4]"""
         x = self.act1(self.bn1(self.conv1(x)))
@@ -214,6 +220,7 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> features [batch, output_dim]"""
+        check_images(x, self.image_size, self._takes_other_sizes)
         x = self.stem(x)
         for stage in self._stages():
             x = self._run(stage, x)
@@ -247,6 +254,7 @@ class ModifiedResNet(nn.Module):
         expect("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(5, indices, as_set=True)
         stop_early = stop_early and intermediates_only
+        check_images(x, self.image_size, lambda: intermediates_only or self._takes_other_sizes())
         x = self.stem(x)
         intermediates = [x] if 0 in take else []
         for number, stage in enumerate(self._stages()[: last if stop_early else None], 1):
