@@ -224,11 +224,8 @@ class HoldsCausalMask(nn.Module):
     def _hold_causal_mask(self, mask: torch.Tensor) -> None:
         self.register_buffer("attn_mask", mask, persistent=False)
         self._is_mask_causal = True
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the table after the module was built on the meta device and given memory."""
-        if self.attn_mask is not None:
-            self._hold_causal_mask(causal_mask(len(self.attn_mask), like=self.attn_mask))
+        if mask.is_meta:
+            self.register_load_state_dict_post_hook(_fill_causal_mask)
 
     def _mask_table(self, num_tokens: int) -> torch.Tensor | None:
         """`attn_mask` cut to that many tokens, or a larger one where positions were added to the model."""
@@ -236,7 +233,7 @@ class HoldsCausalMask(nn.Module):
         if mask is None or mask.shape[-1] == num_tokens:
             return mask
         if self._is_mask_causal and num_tokens > mask.shape[-1]:
-            return causal_mask(num_tokens, like=mask)
+            return causal_mask(num_tokens, mask.dtype, mask.device)
         return mask[:num_tokens, :num_tokens]
 
     def _causal_mask_of(self, stack: Transformer, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
@@ -246,6 +243,13 @@ class HoldsCausalMask(nn.Module):
         # where nobody sees the mask, it need not be cut
         mask = self.attn_mask if stack.is_plain else self._mask_table(num_tokens)
         return mask, None if mask is None else KernelMask(mask)
+
+
+def _fill_causal_mask(module: HoldsCausalMask, incompatible_keys: Any) -> None:
+    """After weights came to a module that was built on the meta device: the table, which no state dict has."""
+    mask, weight = module.attn_mask, next(module.parameters())
+    if mask is not None and mask.is_meta and not weight.is_meta:
+        module._hold_causal_mask(causal_mask(len(mask), mask.dtype, weight.device))
 
 
 class Transformer(nn.Module):

@@ -108,10 +108,11 @@ class PatchDropout(nn.Module):
         return f"prob={self.prob}, exclude_first_token={self.exclude_first_token}"
 
 
-def causal_mask(length: int, like: torch.Tensor | None = None) -> torch.Tensor:
+def causal_mask(
+    length: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
     """Float [length, length], to be added to scores: -inf above the diagonal, so that no token sees a later one."""
-    options = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    mask = torch.empty(length, length, **options)
+    mask = torch.empty(length, length, dtype=dtype, device=device)
     return mask if mask.is_meta else mask.fill_(-math.inf).triu_(1)
 
 
@@ -313,7 +314,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights or key_padding_mask is not None:
             if is_causal and attn_mask is None:
-                attn_mask = causal_mask(q.shape[-2], like=q)
+                attn_mask = causal_mask(q.shape[-2], q.dtype, q.device)
             is_causal, kernel_mask = False, None
         if kernel_mask is not None and kernel_mask.shown is attn_mask:
             is_causal, mask = kernel_mask.allowed is None, kernel_mask.allowed

@@ -416,8 +416,6 @@ def build_model_from_openai_state_dict(
             cast_dtype=cast_dtype,
         )
     model.load_state_dict(state_dict, assign=True)
-    model.attn_mask = torch.empty_like(model.attn_mask, device="cpu")
-    model.init_non_persistent_buffers()
     # one parameter at a time, so that never the whole model is there twice
     low_precision = {id(tensor) for tensor in _low_precision_tensors(model)} if cast_dtype else set()
     for parameter in model.parameters():
