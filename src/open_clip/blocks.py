@@ -23,7 +23,7 @@ from .layers import (
     given,
     is_our_attention,
 )
-from .utils import expect, feature_take_indices, has_hooks, has_method
+from .utils import NotScriptable, expect, feature_take_indices, has_hooks, has_method
 
 
 class _Mlp(nn.Sequential):
@@ -47,7 +47,7 @@ def _layer_scale(width: int, init_value: float | None) -> nn.Module:
     return nn.Identity() if init_value is None else LayerScale(width, init_value)
 
 
-class ResidualAttentionBlock(nn.Module):
+class ResidualAttentionBlock(NotScriptable, nn.Module):
     """Pre-norm transformer block, optionally attending to another sequence.
 
     Args:
@@ -120,7 +120,7 @@ class ResidualAttentionBlock(nn.Module):
 _BLOCK_FORWARD, _BLOCK_ATTENTION = ResidualAttentionBlock.forward, ResidualAttentionBlock.attention
 
 
-class CustomResidualAttentionBlock(nn.Module):
+class CustomResidualAttentionBlock(NotScriptable, nn.Module):
     """Pre-norm transformer block around `Attention`, with its options and two more.
 
     Args:
@@ -189,11 +189,16 @@ def _is_our_block(block: nn.Module) -> bool:
     return has_method(block, _BLOCK_FORWARD) or has_method(block, _CUSTOM_BLOCK_FORWARD)
 
 
-def _is_plain_block(block: nn.Module) -> bool:
-    """Whether a block is as it was built, and nothing but this package sees what it and its attention are given."""
-    if not _is_our_block(block) or not is_our_attention(block.attn) or has_hooks(block) or has_hooks(block.attn):
+def takes_caches(block: Any) -> bool:
+    """Whether a cache and a kernel mask that a block is given come to its attention."""
+    if not _is_our_block(block) or not is_our_attention(block.attn):
         return False
     return not isinstance(block, ResidualAttentionBlock) or has_method(block, _BLOCK_ATTENTION, "attention")
+
+
+def is_plain_block(block: Any) -> bool:
+    """Whether a block is as it was built, and nothing but this package sees what it and its attention are given."""
+    return takes_caches(block) and not has_hooks(block) and not has_hooks(block.attn)
 
 
 def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
@@ -206,7 +211,7 @@ def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
 
-class HoldsCausalMask(nn.Module):
+class HoldsCausalMask(NotScriptable, nn.Module):
     """A module with `attn_mask`, the table that hides later tokens from each token, as open_clip's text towers have it.
 
     The kernels do without the table. It is for programs that step through the blocks themselves, and for hooks. A mask
@@ -236,12 +241,12 @@ class HoldsCausalMask(nn.Module):
             return causal_mask(num_tokens, mask.dtype, mask.device)
         return mask[:num_tokens, :num_tokens]
 
-    def _causal_mask_of(self, stack: Transformer, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
+    def _causal_mask_of(self, stack: nn.Module, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
         """`attn_mask` for that many tokens as the blocks of `stack` are to see it, and the kernel's form of it."""
         if not self._is_mask_causal:
             return self._mask_table(num_tokens), None
         # where nobody sees the mask, it need not be cut
-        mask = self.attn_mask if stack.is_plain else self._mask_table(num_tokens)
+        mask = self.attn_mask if getattr(stack, "is_plain", False) else self._mask_table(num_tokens)
         return mask, None if mask is None else KernelMask(mask)
 
 
@@ -252,7 +257,7 @@ def _fill_causal_mask(module: HoldsCausalMask, incompatible_keys: Any) -> None:
         module._hold_causal_mask(causal_mask(len(mask), mask.dtype, weight.device))
 
 
-class Transformer(nn.Module):
+class Transformer(NotScriptable, nn.Module):
     """A stack of residual attention blocks on [batch, tokens, width].
 
     Where the attribute `batch_first` is set to False later, inputs and outputs are [tokens, batch, width].
@@ -283,7 +288,6 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.width = width
-        self.heads = heads
         self.layers = layers
         self.batch_first = batch_first
         self.grad_checkpointing = False
@@ -318,7 +322,12 @@ class Transformer(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but this package sees what the blocks and their attention are given, such as masks."""
-        return has_method(self, _STACK_FORWARD) and not has_hooks(self) and all(map(_is_plain_block, self.resblocks))
+        return has_method(self, _STACK_FORWARD) and not has_hooks(self) and all(map(is_plain_block, self.resblocks))
+
+    @property
+    def takes_caches(self) -> bool:
+        """Whether all blocks and their attention are this package's, which know of caches."""
+        return has_method(self, _STACK_FORWARD) and all(map(takes_caches, self.resblocks))
 
     def _run(
         self,

@@ -19,7 +19,7 @@ from torch import nn
 from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
 from .layers import GELU
-from .utils import check_token_ids, expect, feature_take_indices, set_trainable
+from .utils import NotScriptable, check_token_ids, expect, feature_take_indices, set_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
 # --------------------------------------------------------------------------------------------------------------- tower
 
 
-class HFTextEncoder(nn.Module):
+class HFTextEncoder(NotScriptable, nn.Module):
     """A text tower that is an encoder of transformers.
 
     Args:

@@ -1,8 +1,8 @@
 """Layers of the native towers: norms, activations, attention, poolers.
 
-Attention goes through `device.attention` on [batch, heads, tokens, head_dim] tensors, with no mask, a bool mask (True: may
-be attended to) or `is_causal`: what accelerators have a fused kernel for. Callers and hooks see torch's form of a mask
-(True: hidden; float: added). `KernelMask` carries both forms, so that nothing is converted in each layer.
+Attention goes through `device.attention` on [batch, heads, tokens, head_dim] tensors, with no mask, a bool mask (True:
+may be attended to) or `is_causal`: what accelerators have a fused kernel for. Callers and hooks see torch's form of a
+mask (True: hidden; float: added). `KernelMask` carries both forms, so that nothing is converted in each layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import device
-from .utils import has_hooks, has_method, is_symbolic
+from .utils import NotScriptable, has_hooks, has_method, is_symbolic
 
 ModuleFactory = Callable[..., nn.Module]
 
@@ -217,7 +217,7 @@ class KeyValueCache:
             self.pair = keys.index_select(0, rows), values.index_select(0, rows)
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
     """nn.MultiheadAttention that runs through `device.attention` where no attention weights are asked for.
 
     `out_proj` is called, so that hooks and adapters on it count; it is a plain nn.Linear.
@@ -241,7 +241,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         check_heads(embed_dim, num_heads)
         super().__init__(embed_dim, num_heads, kdim=kdim, vdim=vdim, batch_first=batch_first)
         # torch's own class for it only keeps torch.ao.quantization away from a layer that torch never calls
-        self.out_proj.__class__ = nn.Linear
+        out_proj: Any = self.out_proj
+        out_proj.__class__ = nn.Linear
 
     def _reset_parameters(self) -> None:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
@@ -270,7 +271,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             q = q.expand(k.shape[0], -1, -1, -1)
         return q, k, v
 
-    def forward(  # type: ignore[override]  # with arguments that only modules of this package give
+    def forward(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -336,7 +337,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 def _attention_weights(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
-    """Softmax of the scaled scores, [(batch,) heads, tokens, context tokens]; `mask` is a mask of `device.attention`."""
+    """Softmax of the scaled scores, [(batch,) heads, tokens, context tokens]; `mask` as for `device.attention`."""
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
@@ -349,7 +350,7 @@ def check_heads(width: int, num_heads: int) -> None:
         raise ValueError(f"a width of {width} cannot be divided into {num_heads} heads")
 
 
-class Attention(nn.Module):
+class Attention(NotScriptable, nn.Module):
     """Self-attention with the stabilisers of newer vision transformers.
 
     Args:
@@ -444,7 +445,7 @@ class Attention(nn.Module):
         return self.out_drop(self.out_proj(self.ln_inner(_merge_heads(out))))
 
 
-class AttentionalPooler(nn.Module):
+class AttentionalPooler(NotScriptable, nn.Module):
     """Learned queries that attend to all tokens (CoCa, https://arxiv.org/abs/2205.01917).
 
     Args:
@@ -488,7 +489,7 @@ def attend(
     kernel_mask: KernelMask | None = None,
     cache: KeyValueCache | None = None,
 ) -> torch.Tensor:
-    """The output of `attn`: a MultiheadAttention, or what a program put there with nn.MultiheadAttention's interface."""
+    """The output of `attn`: a MultiheadAttention, or a program's own module with nn.MultiheadAttention's interface."""
     if is_our_attention(attn):
         options = given(kernel_mask=kernel_mask, cache=cache)
     else:

@@ -26,7 +26,7 @@ from .text_transformer import TextEncoder, TextTransformer, text_option
 from .timm_model import TimmModel
 from .towers import build_text_tower, build_vision_tower
 from .transformer import VisionTransformer
-from .utils import to_2tuple
+from .utils import NotScriptable, to_2tuple
 
 __all__ = [
     "CLIP",
@@ -78,7 +78,7 @@ def _unit_length(features: Features) -> Features:
     return F.normalize(features, dim=-1)
 
 
-class TwoTowers(nn.Module):
+class TwoTowers(NotScriptable, nn.Module):
     """What CLIP, CustomTextCLIP and CoCa share; the methods that raise NotImplementedError are where they differ.
 
     Args:

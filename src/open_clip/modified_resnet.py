@@ -19,7 +19,15 @@ from torch import nn
 from . import device
 from .layers import check_heads
 from .pos_embed import resize_table
-from .utils import check_images, expect, feature_take_indices, freeze_batch_norm_2d, set_trainable, to_2tuple
+from .utils import (
+    NotScriptable,
+    check_images,
+    expect,
+    feature_take_indices,
+    freeze_batch_norm_2d,
+    set_trainable,
+    to_2tuple,
+)
 
 STRIDE = 32  # of the whole: pixels to a row of the last stage
 
@@ -67,7 +75,7 @@ class Bottleneck(nn.Module):
         return self.act3(x + shortcut)
 
 
-class AttentionPool2d(nn.Module):
+class AttentionPool2d(NotScriptable, nn.Module):
     """Pools by attention of the mean to itself and to all places, each with a learned position.
 
     Args:
@@ -108,7 +116,7 @@ def _stage(inplanes: int, planes: int, blocks: int, stride: int = 2) -> nn.Seque
     return nn.Sequential(first, *(Bottleneck(planes * Bottleneck.expansion, planes) for _ in range(blocks - 1)))
 
 
-class ModifiedResNet(nn.Module):
+class ModifiedResNet(NotScriptable, nn.Module):
     """CLIP's ResNet: a stem of three convolutions, four stages of bottlenecks, an attention pool.
 
     Args:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import HoldsCausalMask, ResidualAttentionBlock, Transformer
+from .blocks import HoldsCausalMask, ResidualAttentionBlock, Transformer, is_plain_block, takes_caches
 from .layers import GELU, KeyValueCache, LayerNorm, ModuleFactory, causal_mask
+from .utils import has_hooks, has_method
 
 
 class DecoderCaches:
@@ -96,6 +97,14 @@ class MultimodalTransformer(HoldsCausalMask, Transformer):
             x = x.reshape(num_texts, num_tokens, width)
         return self.ln_final(x) @ self.text_projection
 
+    @property
+    def takes_caches(self) -> bool:
+        return has_method(self, _DECODER_FORWARD) and all(map(takes_caches, (*self.resblocks, *self.cross_attn)))
+
+    @property
+    def is_plain(self) -> bool:
+        return not has_hooks(self) and all(map(is_plain_block, self.resblocks))
+
     def _check_width(self, *sequences: torch.Tensor) -> None:
         for name, sequence in zip(("image", "text"), sequences, strict=True):
             if sequence.shape[-1] != self.width:
@@ -111,3 +120,6 @@ class MultimodalTransformer(HoldsCausalMask, Transformer):
     def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
         """Refused, as `forward_intermediates` is."""
         raise NotImplementedError("the decoder's blocks come in pairs, which are not pruned")
+
+
+_DECODER_FORWARD = MultimodalTransformer.forward

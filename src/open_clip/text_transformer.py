@@ -68,6 +68,7 @@ class TextOptions:
     use_pad_mask: bool = False
     correct_cls_mask: bool = False
     output_tokens: bool = False
+    heads: int = 8
 
 
 def text_option(name: str) -> property:
@@ -153,7 +154,7 @@ class TextEncoder(HoldsCausalMask):
         if table is not None:
             allowed = allowed & (table == 0)
         allowed = allowed.expand(-1, -1, num_tokens, -1)  # not every fused kernel takes one row for all
-        shown = allowed if self.transformer.is_plain else self._additive_mask(seen, table)
+        shown = allowed if getattr(self.transformer, "is_plain", False) else self._additive_mask(seen, table)
         return shown, KernelMask(shown, allowed)
 
     def _additive_mask(self, seen: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
@@ -164,7 +165,7 @@ class TextEncoder(HoldsCausalMask):
         mask = mask.masked_fill(~seen[:, None, :], -math.inf).expand(-1, num_tokens, -1)
         if table is not None:
             mask = mask + table.to(dtype)
-        return mask.repeat_interleave(self.transformer.heads, dim=0)
+        return mask.repeat_interleave(self.text_options.heads, dim=0)
 
     def _run_blocks(
         self,
@@ -331,6 +332,7 @@ class TextTransformer(TextEncoder):
             use_pad_mask=use_pad_mask and no_causal_mask,
             correct_cls_mask=correct_cls_mask,
             output_tokens=output_tokens,
+            heads=heads,
         )
         self.context_length = context_length
         self.vocab_size = vocab_size

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import closest
 from .layers import GELU, QuickGELU
-from .utils import check_images, expect, set_trainable, to_2tuple
+from .utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ POOLERS = ("abs_attn", "rot_attn")  # of timm, and put behind the trunk here; al
 PROJECTIONS = ("linear", "mlp", "none", "", None)
 
 
-class TimmModel(nn.Module):
+class TimmModel(NotScriptable, nn.Module):
     """An image tower of timm: its `trunk`, and a `head` that leads to the space of images and texts.
 
     Args:

@@ -25,7 +25,7 @@ from .layers import (
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import get_2d_sincos_pos_embed
 from .text_transformer import TextTransformer, lock_text_tower, text_global_pool
-from .utils import check_images, expect, set_trainable, to_2tuple
+from .utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(NotScriptable, nn.Module):
     """Vision transformer (https://arxiv.org/abs/2010.11929) as CLIP has it, with a class token.
 
     Args:

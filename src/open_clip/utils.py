@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import repeat
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,6 +24,16 @@ def run_command(main: Callable[[], object]) -> None:
         main()
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
+
+
+class NotScriptable:
+    """A mixin for modules that torch.jit.script cannot compile: it says what to use."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.jit.script does not compile {type(self).__name__}. Use torch.jit.trace (open_clip.trace_model), "
+            "torch.export.export or torch.compile."
+        )
 
 
 def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: bool) -> None:
@@ -58,7 +68,9 @@ def has_method(module: nn.Module, method: Callable, name: str = "forward") -> bo
     return getattr(type(module), name) is method and name not in vars(module)
 
 
-def check_images(x: torch.Tensor, image_size: int | tuple[int, int] | None, fits: Callable[[], bool] | None = None) -> None:
+def check_images(
+    x: torch.Tensor, image_size: int | tuple[int, int] | None, fits: Callable[[], bool] | None = None
+) -> None:
     """Raise ValueError unless `x` is a batch of images of the size that a tower takes.
 
     Args:
