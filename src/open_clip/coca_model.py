@@ -311,7 +311,7 @@ class CoCa(TextTowerApart):
         else:
             if not isinstance(self.text, TextEncoder) or self.vocab_size <= END_OF_TEXT:
                 raise ValueError(
-                    "text is a string, and this model does not have CLIP's vocabulary. Give ids of the model's tokenizer."
+                    "text is a string, and this model has another vocabulary than CLIP. Give ids of its tokenizer."
                 )
             texts = [text] * batch if isinstance(text, str) else text
             rows = [[sot, *tokenizer.encode(one)] for one in texts]
