@@ -14,12 +14,12 @@ import open_clip.transformer
 COCA = {
     "embed_dim": 64,
     "vision_cfg": {
-        **{"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "output_tokens": True},
-        **{"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
+        "image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "output_tokens": True,
+        "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4,
     },
     "text_cfg": {
-        **{"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-        **{"embed_cls": True, "output_tokens": True},
+        "context_length": 76, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2,
+        "embed_cls": True, "output_tokens": True,
     },
     "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
     "custom_text": True,
@@ -56,7 +56,8 @@ def test_the_mask(model, custom, coca):
 
 
 def test_no_mask_where_all_tokens_see_each_other():
-    text = open_clip.transformer.TextTransformer(context_length=8, vocab_size=9, width=16, heads=2, layers=1, no_causal_mask=True)
+    sizes = {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
+    text = open_clip.transformer.TextTransformer(**sizes, no_causal_mask=True)
     assert text.attn_mask is None
 
 

@@ -36,7 +36,7 @@ def test_images_of_another_size(tower: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_an_image_without_a_batch(tower: str) -> None:
-    with pytest.raises(ValueError, match=r"shape \[3, 64, 64\], and .* \[batch, channels, 64, 64\].*image.unsqueeze\(0\)"):
+    with pytest.raises(ValueError, match=r"shape \[3, 64, 64\], .* \[batch, channels, 64, 64\].*image.unsqueeze\(0\)"):
         build(tower).encode_image(torch.randn(3, 64, 64))
     with pytest.raises(ValueError, match=r"shape \[1, 1, 3, 64, 64\]"):
         build(tower).encode_image(torch.randn(1, 1, 3, 64, 64))
