@@ -44,7 +44,7 @@ setup(
         "demo": ["scikit-learn", "matplotlib"],
         "test": [
             *requirements("pytest", "pytest-timeout", "transformers", "sentencepiece"),
-            *("pytest-xdist", "setuptools>=70.1", "scikit-learn"),
+            *("pytest-xdist", "setuptools>=70.1", "scikit-learn", "peft"),
         ],
         "lint": ["ruff", "mypy"],
     },

@@ -9,8 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import GELU, Attention, KeyValueCache, LayerNorm, LayerScale, ModuleFactory, MultiheadAttention
-from .utils import expect, feature_take_indices
+from .layers import (
+    GELU,
+    Attention,
+    KernelMask,
+    KeyValueCache,
+    LayerNorm,
+    LayerScale,
+    ModuleFactory,
+    MultiheadAttention,
+    attend,
+    causal_mask,
+    given,
+    is_our_attention,
+)
+from .utils import NotScriptable, expect, feature_take_indices, has_hooks, has_method
 
 
 class _Mlp(nn.Sequential):
@@ -34,7 +47,7 @@ def _layer_scale(width: int, init_value: float | None) -> nn.Module:
     return nn.Identity() if init_value is None else LayerScale(width, init_value)
 
 
-class ResidualAttentionBlock(nn.Module):
+class ResidualAttentionBlock(NotScriptable, nn.Module):
     """Pre-norm transformer block, optionally attending to another sequence.
 
     Args:
@@ -77,11 +90,12 @@ class ResidualAttentionBlock(nn.Module):
         k_x: torch.Tensor | None = None,
         v_x: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Attention without norms and residual; to itself where `k_x` is None. Masks, cache: MultiheadAttention's."""
-        return self.attn(q_x, k_x, v_x, attn_mask=attn_mask, is_causal=is_causal, cache=cache)
+        k_x, v_x = (q_x if x is None else x for x in (k_x, v_x))
+        return attend(self.attn, q_x, k_x, v_x, attn_mask, kernel_mask, cache)
 
     def forward(
         self,
@@ -89,18 +103,24 @@ class ResidualAttentionBlock(nn.Module):
         k_x: torch.Tensor | None = None,
         v_x: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """[batch, tokens, d_model] -> the same; `k_x` and `v_x` are for blocks with cross-attention."""
         if hasattr(self, "ln_1_kv") and (cache is None or cache.pair is None):
+            same = v_x is k_x
             k_x = None if k_x is None else self.ln_1_kv(k_x)
-            v_x = None if v_x is None else self.ln_1_kv(v_x)
-        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), k_x, v_x, attn_mask, is_causal, cache))
+            v_x = k_x if same else None if v_x is None else self.ln_1_kv(v_x)
+        is_ours = has_method(self, _BLOCK_ATTENTION, "attention")
+        options = given(kernel_mask=kernel_mask, cache=cache) if is_ours else {}
+        x = q_x + self.ls_1(self.attention(q_x=self.ln_1(q_x), k_x=k_x, v_x=v_x, attn_mask=attn_mask, **options))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-class CustomResidualAttentionBlock(nn.Module):
+_BLOCK_FORWARD, _BLOCK_ATTENTION = ResidualAttentionBlock.forward, ResidualAttentionBlock.attention
+
+
+class CustomResidualAttentionBlock(NotScriptable, nn.Module):
     """Pre-norm transformer block around `Attention`, with its options and two more.
 
     Args:
@@ -151,13 +171,34 @@ class CustomResidualAttentionBlock(nn.Module):
         self,
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """[batch, tokens, d_model] -> the same; masks and cache as in MultiheadAttention."""
-        attended = self.attn(self.ln_1(x), attn_mask=attn_mask, is_causal=is_causal, cache=cache)
+        options = given(kernel_mask=kernel_mask, cache=cache) if is_our_attention(self.attn) else {}
+        attended = self.attn(self.ln_1(x), attn_mask=attn_mask, **options)
         x = x + self.ls_1(self.ln_attn(attended))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+_CUSTOM_BLOCK_FORWARD = CustomResidualAttentionBlock.forward
+
+
+def _is_our_block(block: nn.Module) -> bool:
+    """Whether a block's `forward` is this package's, and takes a kernel mask and a cache."""
+    return has_method(block, _BLOCK_FORWARD) or has_method(block, _CUSTOM_BLOCK_FORWARD)
+
+
+def takes_caches(block: Any) -> bool:
+    """Whether a cache and a kernel mask that a block is given come to its attention."""
+    if not _is_our_block(block) or not is_our_attention(block.attn):
+        return False
+    return not isinstance(block, ResidualAttentionBlock) or has_method(block, _BLOCK_ATTENTION, "attention")
+
+
+def is_plain_block(block: Any) -> bool:
+    """Whether a block is as it was built, and nothing but this package sees what it and its attention are given."""
+    return takes_caches(block) and not has_hooks(block) and not has_hooks(block.attn)
 
 
 def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
@@ -170,11 +211,59 @@ def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
 
-class Transformer(nn.Module):
+class HoldsCausalMask(NotScriptable, nn.Module):
+    """A module with `attn_mask`, the table that hides later tokens from each token, as open_clip's text towers have it.
+
+    The kernels do without the table. It is for programs that step through the blocks themselves, and for hooks. A mask
+    that a program assigns in its place is obeyed; editing the table in place has no effect on the module itself.
+    """
+
+    attn_mask: torch.Tensor | None
+    _is_mask_causal = False  # `attn_mask` is the table that was built
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "attn_mask":
+            self._is_mask_causal = False
+        super().__setattr__(name, value)
+
+    def _hold_causal_mask(self, mask: torch.Tensor) -> None:
+        self.register_buffer("attn_mask", mask, persistent=False)
+        self._is_mask_causal = True
+        if mask.is_meta:
+            self.register_load_state_dict_post_hook(_fill_causal_mask)
+
+    def _mask_table(self, num_tokens: int) -> torch.Tensor | None:
+        """`attn_mask` cut to that many tokens, or a larger one where positions were added to the model."""
+        mask = self.attn_mask
+        if mask is None or mask.shape[-1] == num_tokens:
+            return mask
+        if self._is_mask_causal and num_tokens > mask.shape[-1]:
+            return causal_mask(num_tokens, mask.dtype, mask.device)
+        return mask[:num_tokens, :num_tokens]
+
+    def _causal_mask_of(self, stack: nn.Module, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
+        """`attn_mask` for that many tokens as the blocks of `stack` are to see it, and the kernel's form of it."""
+        if not self._is_mask_causal:
+            return self._mask_table(num_tokens), None
+        # where nobody sees the mask, it need not be cut
+        mask = self.attn_mask if getattr(stack, "is_plain", False) else self._mask_table(num_tokens)
+        return mask, None if mask is None else KernelMask(mask)
+
+
+def _fill_causal_mask(module: HoldsCausalMask, incompatible_keys: Any) -> None:
+    """After weights came to a module that was built on the meta device: the table, which no state dict has."""
+    mask, weight = module.attn_mask, next(module.parameters())
+    if mask is not None and mask.is_meta and not weight.is_meta:
+        module._hold_causal_mask(causal_mask(len(mask), mask.dtype, weight.device))
+
+
+class Transformer(NotScriptable, nn.Module):
     """A stack of residual attention blocks on [batch, tokens, width].
 
+    Where the attribute `batch_first` is set to False later, inputs and outputs are [tokens, batch, width].
+
     Args:
-        batch_first: kept on record; sequences are [batch, tokens, width] either way, and the numbers are the same.
+        batch_first: False builds blocks that take [tokens, batch, width]. The stack transposes for them.
         block_type: "default" or "custom"; None takes custom blocks where one of the options after it asks for them.
         others: as in ResidualAttentionBlock and CustomResidualAttentionBlock.
     """
@@ -216,9 +305,11 @@ class Transformer(nn.Module):
 
         def block() -> nn.Module:
             if block_type == "default":
-                return ResidualAttentionBlock(width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer)
+                return ResidualAttentionBlock(
+                    width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first=batch_first
+                )
             return CustomResidualAttentionBlock(
-                width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, **options
+                width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first=batch_first, **options
             )
 
         self.resblocks = nn.ModuleList([block() for _ in range(layers)])
@@ -228,7 +319,26 @@ class Transformer(nn.Module):
         first: Any = self.resblocks[0]
         return first.get_weight_dtype()
 
-    def _run(self, block: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but this package sees what the blocks and their attention are given, such as masks."""
+        return has_method(self, _STACK_FORWARD) and not has_hooks(self) and all(map(is_plain_block, self.resblocks))
+
+    @property
+    def takes_caches(self) -> bool:
+        """Whether all blocks and their attention are this package's, which know of caches."""
+        return has_method(self, _STACK_FORWARD) and all(map(takes_caches, self.resblocks))
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        kernel_mask: KernelMask | None = None,
+        cache: KeyValueCache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if _is_our_block(block):
+            kwargs |= given(kernel_mask=kernel_mask, cache=cache)
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
 
@@ -239,14 +349,15 @@ class Transformer(nn.Module):
         self,
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> torch.Tensor:
         """[batch, tokens, width] -> the same; masks, and a cache for each block, as in layers.MultiheadAttention."""
+        x = x if self.batch_first else x.transpose(0, 1)
         for index, block in enumerate(self.resblocks):
             cache = caches[index] if caches else None
-            x = self._run(block, x, attn_mask=attn_mask, is_causal=is_causal, cache=cache)
-        return x
+            x = self._run(block, x, kernel_mask, cache, attn_mask=attn_mask)
+        return x if self.batch_first else x.transpose(0, 1)
 
     def forward_intermediates(
         self,
@@ -254,7 +365,7 @@ class Transformer(nn.Module):
         attn_mask: torch.Tensor | None = None,
         indices: int | list[int] | None = None,
         stop_early: bool = False,
-        is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Outputs of the blocks wanted (all, the last n, or those listed), in the order of the blocks.
 
@@ -267,11 +378,12 @@ class Transformer(nn.Module):
         take, last = feature_take_indices(len(self.resblocks), indices, as_set=True)
         blocks = self.resblocks[: last + 1] if stop_early else self.resblocks
         intermediates = []
+        x = x if self.batch_first else x.transpose(0, 1)
         for index, block in enumerate(blocks):
-            x = self._run(block, x, attn_mask=attn_mask, is_causal=is_causal)
+            x = self._run(block, x, kernel_mask, attn_mask=attn_mask)
             if index in take:
-                intermediates.append(x)
-        return x, intermediates
+                intermediates.append(x if self.batch_first else x.transpose(0, 1))
+        return x if self.batch_first else x.transpose(0, 1), intermediates
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
         """Drop the blocks after the last one wanted; returns the indices wanted."""
@@ -280,8 +392,11 @@ class Transformer(nn.Module):
         return list(take)
 
 
+_STACK_FORWARD = Transformer.forward
+
+
 class CustomTransformer(Transformer):
-    """A stack whose blocks are named, one name for all or one a layer, in place of chosen by options.
+    """A stack whose blocks are named, one name for all or one per layer, instead of chosen by options.
 
     Args:
         block_types: "CustomResidualAttentionBlock" or "ResidualAttentionBlock".
@@ -308,5 +423,8 @@ class CustomTransformer(Transformer):
         for name in names:
             expect("block_types", name, known)
         self.resblocks = nn.ModuleList(
-            [known[name](width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer) for name in names]
+            [
+                known[name](width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first=batch_first)
+                for name in names
+            ]
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .layers import KeyValueCache
 from .model import INIT_LOGIT_SCALE, TextTowerApart, _build_text_tower, _build_vision_tower
 from .multimodal_transformer import DecoderCaches, MultimodalTransformer
 from .text_transformer import TextEncoder
+from .tokenizer import SimpleTokenizer
 from .towers import layer_types
 from .utils import evaluating, expect
 
@@ -27,6 +28,8 @@ __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 # Of CLIP's vocabulary
 START_OF_TEXT = 49406
 END_OF_TEXT = 49407
+
+tokenizer = SimpleTokenizer()
 
 GENERATION_TYPES = ("beam_search", "top_p", "top_k", "greedy")
 
@@ -179,7 +182,7 @@ class CoCa(TextTowerApart):
     def generate(
         self,
         image: torch.Tensor,
-        text: torch.Tensor | None = None,
+        text: torch.Tensor | str | Sequence[str] | None = None,
         seq_len: int = 30,
         max_seq_len: int = 77,
         temperature: float = 1.0,
@@ -202,8 +205,9 @@ class CoCa(TextTowerApart):
 
         Args:
             image: [batch, 3, height, width].
-            text: ids that the captions begin with, [batch, tokens], or for a single image [tokens]; by default
-                `sot_token_id`.
+            text: what the captions begin with: a string for all, a list with one per image, or ids, [batch, tokens] or
+                for a single image [tokens]. The end of text and the padding that a tokenizer adds are dropped. By
+                default the captions begin with `sot_token_id`.
             seq_len: the most tokens of a caption, with its beginning and its end.
             max_seq_len: the most tokens that are looked back at; never more than the text tower has positions.
             temperature: below 1, sampling ("top_p", "top_k") keeps more to what is likely.
@@ -223,18 +227,21 @@ class CoCa(TextTowerApart):
 
         Returns:
             Ids, int64 [batch, up to seq_len]; [up to seq_len] where `text` is [tokens]. They begin with `text`, and
-            where a caption is shorter than the longest, padding is behind its end.
+            where a caption is shorter than the longest, padding follows its end.
 
         Raises:
-            ValueError: for a value outside of what it may be.
+            ValueError: a value is outside of its range, or a string is given to a model with another vocabulary.
         """
         expect("generation_type", generation_type, GENERATION_TYPES)
         pad, eos, sot = self._special_ids(pad_token_id, eos_token_id, sot_token_id)
         if min_seq_len >= seq_len:
             raise ValueError(f"min_seq_len={min_seq_len} has to be smaller than seq_len={seq_len}, which is the whole")
-        ids = self._beginning(text, len(image), sot, image.device)
-        if ids.shape[1] >= seq_len:
-            raise ValueError(f"text has {ids.shape[1]} tokens already, and the whole seq_len={seq_len}: raise it")
+        prompts = self._prompts(text, len(image), sot, eos, pad)
+        longest = max(map(len, prompts))
+        if longest >= seq_len:
+            raise ValueError(
+                f"text has {longest} tokens already, and a caption may have seq_len={seq_len}. Raise seq_len."
+            )
         ending = generation.Ending(seq_len, eos, pad, _criteria(stopping_criteria))
         process = [generation.min_length(min_seq_len, eos)]
         if repetition_penalty != 1.0:
@@ -246,16 +253,19 @@ class CoCa(TextTowerApart):
             process.append(generation.top_k(top_k))
         if generation_type in ("top_p", "top_k"):
             choose = generation.at_random(temperature)
+
+        def write(image_embs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            next_logits = _NextLogits(self, image_embs, max_seq_len)
+            if generation_type != "beam_search":
+                return generation.write(next_logits, ids, ending, generation.in_turn(process), choose)
+            options = (num_beams, num_beam_groups, diversity_penalty, sum_logits)
+            return generation.beam_search(next_logits, ids, ending, generation.in_turn(process), *options)
+
         with evaluating(self):
-            next_logits = _NextLogits(self, self._encode_image(image)[1], max_seq_len)
-            if generation_type == "beam_search":
-                options = (num_beams, num_beam_groups, diversity_penalty, sum_logits)
-                found = generation.beam_search(next_logits, ids, ending, generation.in_turn(process), *options)
-            else:
-                found = generation.write(next_logits, ids, ending, generation.in_turn(process), choose)
+            found = _write_by_length(write, self._encode_image(image)[1], prompts, pad)
         if fixed_output_length:
             found = F.pad(found, (0, seq_len - found.shape[1]), value=pad)
-        return found[0] if text is not None and text.dim() == 1 else found
+        return found[0] if isinstance(text, torch.Tensor) and text.dim() == 1 else found
 
     def _generate_beamsearch(
         self,
@@ -278,7 +288,7 @@ class CoCa(TextTowerApart):
         process = [logit_processor or generation.min_length(min_seq_len, eos)]
         if logit_warper is not None:
             process.append(logit_warper)
-        ids = self._beginning(None, len(image_inputs), sot, image_inputs.device)
+        ids = torch.full((len(image_inputs), 1), sot, dtype=torch.int64, device=image_inputs.device)
         ending = generation.Ending(seq_len, eos, pad, _criteria(stopping_criteria))
         with torch.no_grad(), evaluating(self):
             next_logits = _NextLogits(self, self._encode_image(image_inputs)[1], seq_len)
@@ -298,14 +308,56 @@ class CoCa(TextTowerApart):
                 raise ValueError(f"{name}={value} is not among the {vocab_size} ids of this model: give one of them")
         return ids["pad_token_id"], ids["eos_token_id"], ids["sot_token_id"]
 
-    def _beginning(self, text: torch.Tensor | None, batch: int, sot: int, device: torch.device) -> torch.Tensor:
-        """Ids that each of `batch` captions begins with, int64 [batch, tokens]."""
+    def _prompts(
+        self, text: torch.Tensor | str | Sequence[str] | None, batch: int, sot: int, eos: int, pad: int
+    ) -> list[list[int]]:
+        """Ids that each of `batch` captions begins with."""
         if text is None:
-            return torch.full((batch, 1), sot, dtype=torch.int64, device=device)
-        ids = text[None] if text.dim() == 1 else text
-        if ids.dim() != 2 or len(ids) != batch or not ids.shape[1]:
-            raise ValueError(f"text of the shape {list(text.shape)} begins no captions of {batch} images: one row each")
-        return ids.to(device, torch.int64)
+            return [[sot]] * batch
+        if isinstance(text, torch.Tensor):
+            rows = (text[None] if text.dim() == 1 else text).tolist() if text.dim() in (1, 2) and text.numel() else []
+            given = f"text has the shape {list(text.shape)}"
+        else:
+            if not isinstance(self.text, TextEncoder) or self.vocab_size <= END_OF_TEXT:
+                raise ValueError(
+                    "text is a string, and this model has another vocabulary than CLIP. Give ids of its tokenizer."
+                )
+            texts = [text] * batch if isinstance(text, str) else text
+            rows = [[sot, *tokenizer.encode(one)] for one in texts]
+            given = f"text has {len(texts)} strings"
+        if len(rows) != batch:
+            raise ValueError(f"{given}, and there are {batch} images. Give one row of ids or one string per image.")
+        return [_without_padding(row, eos, pad) for row in rows]
+
+
+def _without_padding(ids: list[int], eos: int, pad: int) -> list[int]:
+    """A prompt without what a tokenizer adds: padding, and the end of text before it."""
+    length = len(ids)
+    while length > 1 and ids[length - 1] == pad:
+        length -= 1
+    if 1 < length < len(ids) and ids[length - 1] == eos:
+        length -= 1
+    return ids[:length]
+
+
+def _write_by_length(
+    write: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    image_embs: torch.Tensor,
+    prompts: list[list[int]],
+    pad: int,
+) -> torch.Tensor:
+    """Captions of images, those whose prompts have the same length together; shorter ones are padded at the end."""
+    by_length: dict[int, list[int]] = {}
+    for number, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(number)
+    device = image_embs.device
+    captions: dict[int, torch.Tensor] = {}
+    for numbers in by_length.values():
+        rows = torch.tensor([prompts[number] for number in numbers], device=device)
+        embs = image_embs if len(numbers) == len(prompts) else image_embs[torch.tensor(numbers, device=device)]
+        captions.update(zip(numbers, write(embs, rows), strict=True))
+    ordered = [captions[number] for number in range(len(prompts))]
+    return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
 
 
 def _criteria(given: Any) -> tuple[Callable[..., Any], ...]:
@@ -315,23 +367,28 @@ def _criteria(given: Any) -> tuple[Callable[..., Any], ...]:
     return tuple(given) if isinstance(given, Iterable) else (given,)
 
 
+def _decoder_caches(decoder: Any) -> DecoderCaches | None:
+    return DecoderCaches(decoder.layers) if getattr(decoder, "takes_caches", False) else None
+
+
 class _NextLogits:
     """generation.NextLogits of a CoCa for texts about images, the same number of texts about each, in a row.
 
     A text tower whose tokens look back only is asked for the last token alone: what those before it were is cached in
-    each layer, and in the decoder, whose view of the images is computed once in any case. Once a text is longer than
-    what may be looked back at, all its positions change with each token, and it is read anew.
+    each layer, and in the decoder, whose view of the images is computed once. Once a text is longer than what may be
+    looked back at, all its positions change with each token, and it is read again. So it is where a program has put
+    its own blocks or attention there, which do not know of caches.
     """
 
     def __init__(self, model: CoCa, image_embs: torch.Tensor, window: int) -> None:
         self.model = model
         self.image_embs = image_embs
-        self.decoder = DecoderCaches(model.text_decoder.layers)
+        self.decoder = _decoder_caches(model.text_decoder)
         self.text: list[KeyValueCache] | None = None
         tower = model.text
         if isinstance(tower, TextEncoder):
             window = min(window, tower.positional_embedding.shape[0] - (tower.cls_emb is not None))
-            if tower.looks_back_only:
+            if tower.looks_back_only and getattr(tower.transformer, "takes_caches", False):
                 self.text = [KeyValueCache() for _ in tower.transformer.resblocks]
         self.window = window
 
@@ -344,14 +401,18 @@ class _NextLogits:
             tokens = self.model._encode_text(ids, normalize=False)[1]
         else:
             tokens = self.model.text._continue_text(ids, self.text)
-        return self.model.text_decoder(self.image_embs, tokens, caches=self.decoder)[:, -1]
+        options = {} if self.decoder is None else {"caches": self.decoder}
+        return self.model.text_decoder(self.image_embs, tokens, **options)[:, -1]
+
+    def _text_caches(self) -> list[KeyValueCache]:
+        return [*(self.text or ()), *(self.decoder.text if self.decoder else ())]
 
     def _forget_text(self) -> None:
-        for cache in (*(self.text or ()), *self.decoder.text):
+        for cache in self._text_caches():
             cache.pair = None
 
     def take(self, rows: torch.Tensor) -> None:
-        for cache in (*(self.text or ()), *self.decoder.text):
+        for cache in self._text_caches():
             cache.take(rows)
 
 

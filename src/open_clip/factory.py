@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def create_model(
         precision: of the weights. "fp32", "amp" and "amp_bf16": float32. "fp16", "bf16": half precision but for norms
             and embeddings. "pure_fp16", "pure_bf16": all of it.
         device: where the model is put; "auto" for the best one present, "meta" for a model without memory.
-        jit: refused; `torch.compile(model)` is its successor.
+        jit: no effect but a warning: TorchScript is deprecated, and `torch.compile(model)` is its successor.
         force_quick_gelu: QuickGELU in place of GELU, as OpenAI's weights need it.
         force_custom_text: a CustomTextCLIP, with the text tower under `model.text`.
         force_patch_dropout: fraction of patches left out in training.
@@ -174,8 +175,8 @@ def create_model(
         NotImplementedError: a kind of model that this package does not have yet.
     """
     if jit:
-        raise ValueError(
-            "jit=True is not supported: TorchScript is deprecated. Use torch.compile(model) on the result."
+        warnings.warn(
+            "jit=True has no effect: TorchScript is deprecated. Use torch.compile(model) on the result.", stacklevel=2
         )
     check_precision(precision)
     target = _resolve_device(device)

@@ -20,7 +20,7 @@ from . import aliases
 from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
 from .layers import GELU
-from .utils import expect, feature_take_indices, set_trainable
+from .utils import NotScriptable, check_token_ids, expect, feature_take_indices, set_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
 # --------------------------------------------------------------------------------------------------------------- tower
 
 
-class HFTextEncoder(nn.Module):
+class HFTextEncoder(NotScriptable, nn.Module):
     """A text tower that is an encoder of transformers.
 
     Args:
@@ -326,6 +326,7 @@ class HFTextEncoder(nn.Module):
 
     def _encode(self, text: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """The encoder's output, and the mask [batch, tokens]: true where there is no padding."""
+        check_token_ids(text)
         seen = text != self.config.pad_token_id
         mask = seen[:, None, None, :].expand(-1, -1, text.shape[1], -1)  # not every fused kernel takes one row for all
         return self.transformer(input_ids=text, attention_mask=mask), seen

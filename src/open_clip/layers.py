@@ -1,20 +1,23 @@
 """Layers of the native towers: norms, activations, attention, poolers.
 
-Attention always goes through `device.attention` on 4-D [batch, heads, tokens, head_dim] tensors, with no
-mask, a bool mask (True: may be attended to) or `is_causal`: what accelerators have a fused kernel for. An additive
-float mask is accepted too, and slower there. Parameter names are nn.MultiheadAttention's, which the checkpoints have.
+Attention goes through `device.attention` on [batch, heads, tokens, head_dim] tensors, with no mask, a bool mask (True:
+may be attended to) or `is_causal`: what accelerators have a fused kernel for. Callers and hooks see torch's form of a
+mask (True: hidden; float: added). `KernelMask` carries both forms, so that nothing is converted in each layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import device
+from .utils import NotScriptable, has_hooks, has_method, is_symbolic
 
 ModuleFactory = Callable[..., nn.Module]
 
@@ -105,28 +108,86 @@ class PatchDropout(nn.Module):
         return f"prob={self.prob}, exclude_first_token={self.exclude_first_token}"
 
 
+def causal_mask(
+    length: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Float [length, length], to be added to scores: -inf above the diagonal, so that no token sees a later one."""
+    mask = torch.empty(length, length, dtype=dtype, device=device)
+    return mask if mask.is_meta else mask.fill_(-math.inf).triu_(1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelMask:
+    """What `device.attention` takes for a mask, next to the form of it that callers and hooks see.
+
+    It counts only while `attn_mask` is `shown`, the same object: where a hook passes another mask, that one counts.
+
+    Args:
+        shown: what goes through the blocks as `attn_mask`.
+        allowed: bool [batch, 1, tokens, context tokens], True where a token may look; None: each token sees itself
+            and those before it.
+    """
+
+    shown: torch.Tensor
+    allowed: torch.Tensor | None = None
+
+
 def _split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[batch, tokens, width] -> [batch, heads, tokens, head_dim], a view"""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """[(batch,) tokens, width] -> [(batch,) heads, tokens, head_dim], a view"""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
 
 def _merge_heads(x: torch.Tensor) -> torch.Tensor:
-    """[batch, heads, tokens, head_dim] -> [batch, tokens, width]"""
-    return x.transpose(1, 2).flatten(2)
+    """[(batch,) heads, tokens, head_dim] -> [(batch,) tokens, width]"""
+    return x.transpose(-3, -2).flatten(-2)
 
 
 def _project_qkv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_heads: int
-) -> list[torch.Tensor]:
-    """One product for queries, keys and values of self-attention, each [batch, heads, tokens, head_dim]."""
-    return [_split_heads(part, num_heads) for part in F.linear(x, weight, bias).chunk(3, dim=-1)]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One product for queries, keys and values of self-attention, each [(batch,) heads, tokens, head_dim]."""
+    parts = F.linear(x, weight, bias).chunk(3, dim=-1)
+    return _split_heads(parts[0], num_heads), _split_heads(parts[1], num_heads), _split_heads(parts[2], num_heads)
 
 
-def _mask_for(query: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A float mask in the dtype of the queries, as the attention kernel asks; a bool mask as it is."""
-    if attn_mask is None or attn_mask.dtype == torch.bool:
-        return attn_mask
-    return attn_mask.to(query.dtype)
+def _converted_mask(
+    query: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """torch's masks (bool, True: hidden; float: added) as one for `device.attention`.
+
+    Args:
+        query: [(batch,) heads, tokens, head_dim].
+        attn_mask: [tokens, context tokens], [batch * heads, tokens, context tokens], or 4-D.
+        key_padding_mask: [(batch,) context tokens].
+    """
+    if attn_mask is not None and attn_mask.dim() == 3 and query.dim() == 4:
+        batch, num_heads = query.shape[:2]
+        if attn_mask.shape[0] != batch * num_heads:
+            raise ValueError(
+                f"attn_mask has {attn_mask.shape[0]} tables, and {batch} sequences with {num_heads} heads need "
+                f"{batch * num_heads}. Repeat the mask of each sequence for its heads."
+            )
+        attn_mask = attn_mask.unflatten(0, (batch, num_heads))
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[..., None, None, :].expand(*query.shape[:-3], 1, query.shape[-2], -1)
+    masks = [mask for mask in (attn_mask, key_padding_mask) if mask is not None]
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):
+        return ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
+    added = [_additive(mask, query.dtype) for mask in masks]
+    return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -math.inf)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None, for a call that must not name the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class KeyValueCache:
@@ -156,14 +217,16 @@ class KeyValueCache:
             self.pair = keys.index_select(0, rows), values.index_select(0, rows)
 
 
-class MultiheadAttention(nn.Module):
-    """Attention with the parameters, and the initialisation, of nn.MultiheadAttention.
+class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
+    """nn.MultiheadAttention that runs through `device.attention` where no attention weights are asked for.
+
+    `out_proj` is called, so that hooks and adapters on it count; it is a plain nn.Linear.
 
     Args:
         embed_dim: width of the queries and of the output.
         num_heads: a divisor of `embed_dim`.
         kdim, vdim: widths of keys and values; `embed_dim` where None. Where one differs, the three projections are
-            separate parameters (q_proj_weight, k_proj_weight, v_proj_weight) in place of in_proj_weight.
+            separate parameters (q_proj_weight, k_proj_weight, v_proj_weight) instead of in_proj_weight.
         batch_first: inputs and output are [batch, tokens, width], otherwise [tokens, batch, width].
     """
 
@@ -175,88 +238,110 @@ class MultiheadAttention(nn.Module):
         vdim: int | None = None,
         batch_first: bool = True,
     ) -> None:
-        super().__init__()
         check_heads(embed_dim, num_heads)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.head_dim = embed_dim // num_heads
-        self.batch_first = batch_first
-        kdim, vdim = kdim or embed_dim, vdim or embed_dim
-        if kdim == embed_dim == vdim:
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-        else:
-            self.register_parameter("in_proj_weight", None)
-            self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim))
-            self.k_proj_weight = nn.Parameter(torch.empty(embed_dim, kdim))
-            self.v_proj_weight = nn.Parameter(torch.empty(embed_dim, vdim))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
-        self.reset_parameters()
+        super().__init__(embed_dim, num_heads, kdim=kdim, vdim=vdim, batch_first=batch_first)
+        # torch's own class for it only keeps torch.ao.quantization away from a layer that torch never calls
+        out_proj: Any = self.out_proj
+        out_proj.__class__ = nn.Linear
 
-    def reset_parameters(self) -> None:
-        if self.in_proj_weight.is_meta if self.in_proj_weight is not None else self.q_proj_weight.is_meta:
-            return
-        if self.in_proj_weight is not None:
-            nn.init.xavier_uniform_(self.in_proj_weight)
-        else:
-            for weight in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-                nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.in_proj_bias)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def _weights(self) -> tuple[torch.Tensor, ...]:
-        if self.in_proj_weight is not None:
-            return self.in_proj_weight.chunk(3)
-        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+    def _reset_parameters(self) -> None:
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        if not weight.is_meta:
+            super()._reset_parameters()
 
     def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache | None
-    ) -> list[torch.Tensor]:
-        """Queries, and keys and values of another sequence, each [batch, heads, tokens, head_dim]."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of two sequences, each [(batch,) heads, tokens, head_dim]."""
         known = None if cache is None else cache.pair
-        inputs = (query,) if known is not None else (query, key, value)
-        weights_and_biases = zip(inputs, self._weights(), self.in_proj_bias.chunk(3), strict=False)
-        q, *made = (_split_heads(F.linear(x, w, b), self.num_heads) for x, w, b in weights_and_biases)
-        if cache is not None and known is None:
-            cache.extend(*made)
-        k, v = known or made
-        return [q.expand(k.shape[0], -1, -1, -1), k, v]
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q = _split_heads(F.linear(query, weights[0], biases[0]), self.num_heads)
+        if known is not None:
+            k, v = known
+        else:
+            k = _split_heads(F.linear(key, weights[1], biases[1]), self.num_heads)
+            v = _split_heads(F.linear(value, weights[2], biases[2]), self.num_heads)
+            if cache is not None:
+                cache.extend(k, v)
+        if is_symbolic(q) or q.dim() == 4:
+            q = q.expand(k.shape[0], -1, -1, -1)
+        return q, k, v
 
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor | None = None,
-        value: torch.Tensor | None = None,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
         attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
-    ) -> torch.Tensor:
-        """Self-attention where `key` is None.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As nn.MultiheadAttention.forward, which says what the first eight arguments are.
 
         Args:
             query: [batch or 1, tokens, embed_dim]; one set of queries may serve the whole batch of keys.
-            key: [batch, context tokens, kdim]. `value`, where None, is `key`.
-            attn_mask: broadcastable to [batch, heads, tokens, context tokens]; bool (True: attend) or additive float.
-            is_causal: each token sees itself and those before it; excludes `attn_mask`.
+            is_causal: `attn_mask` is the causal mask, and may be left out.
+            kernel_mask: the kernel's form of `attn_mask`.
             cache: of earlier calls. In self-attention `query` is of new tokens only, which see the cache's, too;
                 another sequence, `key`, is not looked at again.
+
+        Returns:
+            The output, and the attention weights [batch, tokens, context tokens], or with heads as the second
+            dimension unless `average_attn_weights`; None unless `need_weights`.
         """
-        if not self.batch_first:
-            query = query.transpose(0, 1)
-            key, value = (None if x is None else x.transpose(0, 1) for x in (key, value))
-        if key is None and self.in_proj_weight is not None:
+        if self.bias_k is not None or self.add_zero_attn:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        is_self_attention = key is query and value is query and self.in_proj_weight is not None
+        flipped = not self.batch_first and query.dim() == 3
+        if flipped:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        if is_self_attention:
             q, k, v = _project_qkv(query, self.in_proj_weight, self.in_proj_bias, self.num_heads)
             if cache is not None:
                 k, v = cache.extend(k, v)
         else:
-            key = query if key is None else key
-            q, k, v = self._project(query, key, key if value is None else value, cache)
-        out = device.attention(q, k, v, attn_mask=_mask_for(q, attn_mask), is_causal=is_causal)
+            q, k, v = self._project(query, key, value, cache)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights or key_padding_mask is not None:
+            if is_causal and attn_mask is None:
+                attn_mask = causal_mask(q.shape[-2], q.dtype, q.device)
+            is_causal, kernel_mask = False, None
+        if kernel_mask is not None and kernel_mask.shown is attn_mask:
+            is_causal, mask = kernel_mask.allowed is None, kernel_mask.allowed
+        else:
+            mask = None if is_causal else _converted_mask(q, attn_mask, key_padding_mask)
+        if need_weights:
+            weights = _attention_weights(q, k, mask, dropout)
+            out = weights @ v
+            weights = weights.mean(dim=-3) if average_attn_weights else weights
+        else:
+            out = device.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         out = self.out_proj(_merge_heads(out))
-        return out if self.batch_first else out.transpose(0, 1)
+        return out.transpose(0, 1) if flipped else out, weights
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+
+
+def _attention_weights(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Softmax of the scaled scores, [(batch,) heads, tokens, context tokens]; `mask` as for `device.attention`."""
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(dim=-1), dropout)
 
 
 def check_heads(width: int, num_heads: int) -> None:
@@ -265,7 +350,7 @@ def check_heads(width: int, num_heads: int) -> None:
         raise ValueError(f"a width of {width} cannot be divided into {num_heads} heads")
 
 
-class Attention(nn.Module):
+class Attention(NotScriptable, nn.Module):
     """Self-attention with the stabilisers of newer vision transformers.
 
     Args:
@@ -328,7 +413,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
+        kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """[batch, tokens, dim] -> [batch, tokens, dim]; masks and cache as in MultiheadAttention."""
@@ -341,11 +426,16 @@ class Attention(nn.Module):
             q, k = self.ln_q(q), self.ln_k(k)
         if cache is not None:
             k, v = cache.extend(k, v)
+        is_causal = False
+        if kernel_mask is not None and kernel_mask.shown is attn_mask:
+            is_causal, mask = kernel_mask.allowed is None, kernel_mask.allowed
+        else:
+            mask = _converted_mask(q, attn_mask)
         out = device.attention(
             q,
             k,
             v,
-            attn_mask=_mask_for(q, attn_mask),
+            attn_mask=mask,
             dropout_p=self.attn_drop if self.training else 0.0,
             is_causal=is_causal,
             scale=scale,
@@ -355,7 +445,7 @@ class Attention(nn.Module):
         return self.out_drop(self.out_proj(self.ln_inner(_merge_heads(out))))
 
 
-class AttentionalPooler(nn.Module):
+class AttentionalPooler(NotScriptable, nn.Module):
     """Learned queries that attend to all tokens (CoCa, https://arxiv.org/abs/2205.01917).
 
     Args:
@@ -381,5 +471,52 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, context_dim] -> [batch, n_queries, d_model]"""
-        query = self.ln_q(self.query.to(x.dtype)).unsqueeze(0)
-        return self.attn(query, self.ln_k(x))
+        query, context = self.ln_q(self.query.to(x.dtype)).unsqueeze(0), self.ln_k(x)
+        if not has_method(self.attn, _ATTENTION_FORWARD) or has_hooks(self.attn):
+            query = query.expand(x.shape[0], -1, -1)  # ours projects the queries once for the whole batch
+        return attend(self.attn, query, context, context)
+
+
+_ATTENTION_FORWARD = MultiheadAttention.forward
+
+
+def attend(
+    attn: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    kernel_mask: KernelMask | None = None,
+    cache: KeyValueCache | None = None,
+) -> torch.Tensor:
+    """The output of `attn`: a MultiheadAttention, or a program's own module with nn.MultiheadAttention's interface."""
+    if is_our_attention(attn):
+        options = given(kernel_mask=kernel_mask, cache=cache)
+    else:
+        options = {}
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(query.dtype)
+    output = attn(query, key, value, need_weights=False, attn_mask=attn_mask, **options)
+    return output[0] if isinstance(output, tuple) else output
+
+
+_CUSTOM_ATTENTION_FORWARD = Attention.forward
+
+
+def is_our_attention(attn: nn.Module) -> bool:
+    """Whether the `forward` of `attn` is this package's, and takes a kernel mask and a cache."""
+    return has_method(attn, _ATTENTION_FORWARD) or has_method(attn, _CUSTOM_ATTENTION_FORWARD)
+
+
+_NORM_FORWARDS = (LayerNorm.forward, LayerNormFp32.forward, nn.LayerNorm.forward, nn.Identity.forward)
+
+
+def may_wait_for_pooling(norm: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `norm` can be applied to the pooled token alone: it acts on each token by itself, and no hook, no
+    module that a program put there, and no graph that torch.fx records wants to see the others.
+    """
+    return (
+        any(has_method(norm, forward) for forward in _NORM_FORWARDS)
+        and not has_hooks(norm)
+        and not isinstance(x, torch.fx.Proxy)
+    )

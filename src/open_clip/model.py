@@ -23,12 +23,12 @@ from .layers import Attention, MultiheadAttention
 from .modified_resnet import STRIDE
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
-from .text_transformer import TextEncoder, TextTransformer
+from .text_transformer import TextEncoder, TextTransformer, text_option
 from .timm_model import TimmModel
 from .towers import build_text_tower as _build_text_tower  # names of open_clip 3.3, which programs import and patch
 from .towers import build_vision_tower as _build_vision_tower
 from .transformer import VisionTransformer
-from .utils import to_2tuple
+from .utils import NotScriptable, to_2tuple
 
 __all__ = [
     "CLIP",
@@ -82,7 +82,7 @@ def _unit_length(features: Features) -> Features:
     return F.normalize(features, dim=-1)
 
 
-class TwoTowers(nn.Module):
+class TwoTowers(NotScriptable, nn.Module):
     """What CLIP, CustomTextCLIP and CoCa share; the methods that raise NotImplementedError are where they differ.
 
     Args:
@@ -95,6 +95,9 @@ class TwoTowers(nn.Module):
         cast_dtype: half precision that the weights will be cast to: norms then compute in float32.
         output_dict: forward returns a dictionary.
     """
+
+    # What DistributedDataParallel does not broadcast before each step: tables that are the same everywhere.
+    _ddp_params_and_buffers_to_ignore = ("attn_mask", "text.attn_mask", "text_decoder.attn_mask")
 
     def __init__(
         self,
@@ -284,14 +287,13 @@ class CLIP(TextEncoder, TwoTowers):
         self.cls_emb = text.cls_emb
         self.ln_final = text.ln_final
         self.text_projection = text.text_projection
+        if text.attn_mask is None:
+            self.attn_mask = None
+        else:
+            self._hold_causal_mask(text.attn_mask)
 
-    @property
-    def text_pool_type(self) -> str:
-        return self.text_options.pool_type
-
-    @property
-    def text_eos_id(self) -> int:
-        return self.text_options.eos_id
+    text_pool_type = text_option("pool_type")
+    text_eos_id = text_option("eos_id")
 
     def _text_tower(self, text: torch.Tensor) -> torch.Tensor:
         return self._encode_text(text)[0]

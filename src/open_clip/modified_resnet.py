@@ -8,6 +8,7 @@ for the final pooling.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +19,15 @@ from torch import nn
 from . import device
 from .layers import check_heads
 from .pos_embed import resize_table
-from .utils import expect, feature_take_indices, freeze_batch_norm_2d, set_trainable, to_2tuple
+from .utils import (
+    NotScriptable,
+    check_images,
+    expect,
+    feature_take_indices,
+    freeze_batch_norm_2d,
+    set_trainable,
+    to_2tuple,
+)
 
 STRIDE = 32  # of the whole: pixels to a row of the last stage
 
@@ -66,7 +75,7 @@ class Bottleneck(nn.Module):
         return self.act3(x + shortcut)
 
 
-class AttentionPool2d(nn.Module):
+class AttentionPool2d(NotScriptable, nn.Module):
     """Pools by attention of the mean to itself and to all places, each with a learned position.
 
     Args:
@@ -83,7 +92,7 @@ class AttentionPool2d(nn.Module):
         check_heads(embed_dim, num_heads)
         height, width = to_2tuple(spacial_dim)
         self.grid_size = (height, width)
-        self.positional_embedding = nn.Parameter(embed_dim**-0.5 * torch.randn(height * width + 1, embed_dim))
+        self.positional_embedding = nn.Parameter(torch.randn(height * width + 1, embed_dim) / embed_dim**0.5)
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
@@ -107,7 +116,7 @@ def _stage(inplanes: int, planes: int, blocks: int, stride: int = 2) -> nn.Seque
     return nn.Sequential(first, *(Bottleneck(planes * Bottleneck.expansion, planes) for _ in range(blocks - 1)))
 
 
-class ModifiedResNet(nn.Module):
+class ModifiedResNet(NotScriptable, nn.Module):
     """CLIP's ResNet: a stem of three convolutions, four stages of bottlenecks, an attention pool.
 
     Args:
@@ -196,6 +205,11 @@ class ModifiedResNet(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"attnpool.positional_embedding"}
 
+    def _takes_other_sizes(self) -> bool:
+        """Whether a program has put another pool there, or other positions into it."""
+        pool = self.attnpool
+        return not isinstance(pool, AttentionPool2d) or len(pool.positional_embedding) != 1 + math.prod(pool.grid_size)
+
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> [batch, width, height / 4, width / 4]"""
         x = self.act1(self.bn1(self.conv1(x)))
@@ -214,6 +228,7 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> features [batch, output_dim]"""
+        check_images(x, self.image_size, self._takes_other_sizes)
         x = self.stem(x)
         for stage in self._stages():
             x = self._run(stage, x)
@@ -247,6 +262,7 @@ class ModifiedResNet(nn.Module):
         expect("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(5, indices, as_set=True)
         stop_early = stop_early and intermediates_only
+        check_images(x, self.image_size, lambda: intermediates_only or self._takes_other_sizes())
         x = self.stem(x)
         intermediates = [x] if 0 in take else []
         for number, stage in enumerate(self._stages()[: last if stop_early else None], 1):

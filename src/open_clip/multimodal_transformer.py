@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import ResidualAttentionBlock, Transformer, init_blocks
-from .layers import GELU, KeyValueCache, LayerNorm, ModuleFactory
+from .blocks import HoldsCausalMask, ResidualAttentionBlock, Transformer, is_plain_block, takes_caches
+from .layers import GELU, KeyValueCache, LayerNorm, ModuleFactory, causal_mask
+from .utils import has_hooks, has_method
 
 
 class DecoderCaches:
@@ -19,15 +20,15 @@ class DecoderCaches:
         self.image = [KeyValueCache() for _ in range(layers)]
 
 
-class MultimodalTransformer(Transformer):
+class MultimodalTransformer(HoldsCausalMask, Transformer):
     """Blocks that attend to the text so far and to an image, in turns; then logits of the next token.
 
     Args:
         width, layers, heads, mlp_ratio, ls_init_value: of the blocks of both kinds, `layers` of each.
-        context_length: the most tokens in a text; kept on record.
+        context_length: the most tokens in a text, which is the size of `attn_mask`.
         act_layer, norm_layer: called without arguments, and with a width.
         output_dim: size of the vocabulary.
-        batch_first: as in Transformer.
+        batch_first: kept on record; sequences are [batch, tokens, width] either way.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class MultimodalTransformer(Transformer):
         output_dim: int = 512,
         batch_first: bool = True,
     ) -> None:
-        super().__init__(width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first)
+        super().__init__(width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer)
+        self.batch_first = batch_first
         self.context_length = context_length
         self.cross_attn = nn.ModuleList(
             [
@@ -55,15 +57,17 @@ class MultimodalTransformer(Transformer):
         )
         self.ln_final = norm_layer(width)
         self.text_projection = nn.Parameter(torch.empty(width, output_dim))
+        self._hold_causal_mask(self.build_attention_mask())
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """As the text tower's."""
-        if self.text_projection.is_meta:
-            return
-        init_blocks(self.resblocks, self.width, self.layers)
-        init_blocks(self.cross_attn, self.width, self.layers)
-        nn.init.normal_(self.text_projection, std=self.width**-0.5)
+        """The final projection as the text tower's; the blocks keep the initial values of their layers."""
+        if not self.text_projection.is_meta:
+            nn.init.normal_(self.text_projection, std=self.width**-0.5)
+
+    def build_attention_mask(self) -> torch.Tensor:
+        """Float [context_length, context_length], to be added to scores: no token sees a later one."""
+        return causal_mask(self.context_length)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass in place of keeping its activations."""
@@ -82,15 +86,24 @@ class MultimodalTransformer(Transformer):
         self._check_width(image_embs, text_embs)
         num_images, (num_texts, num_tokens, width) = len(image_embs), text_embs.shape
         x = text_embs
+        masks = self._causal_mask_of(self, num_tokens)
         for i, (self_block, cross_block) in enumerate(zip(self.resblocks, self.cross_attn, strict=True)):
             text_cache, image_cache = (caches.text[i], caches.image[i]) if caches else (None, None)
-            is_causal = text_cache is None or text_cache.pair is None
-            x = self._run(self_block, x, is_causal=is_causal, cache=text_cache)
+            mask, kernel_mask = masks if text_cache is None or text_cache.pair is None else (None, None)
+            x = self._run(self_block, x, kernel_mask, text_cache, attn_mask=mask)
             # nothing is masked here, so that all texts about an image may be one sequence
             x = x.reshape(num_images, -1, width)
-            x = self._run(cross_block, x, k_x=image_embs, cache=image_cache)
+            x = self._run(cross_block, x, cache=image_cache, k_x=image_embs, v_x=image_embs)
             x = x.reshape(num_texts, num_tokens, width)
         return self.ln_final(x) @ self.text_projection
+
+    @property
+    def takes_caches(self) -> bool:
+        return has_method(self, _DECODER_FORWARD) and all(map(takes_caches, (*self.resblocks, *self.cross_attn)))
+
+    @property
+    def is_plain(self) -> bool:
+        return not has_hooks(self) and all(map(is_plain_block, self.resblocks))
 
     def _check_width(self, *sequences: torch.Tensor) -> None:
         for name, sequence in zip(("image", "text"), sequences, strict=True):
@@ -107,3 +120,6 @@ class MultimodalTransformer(Transformer):
     def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
         """Refused, as `forward_intermediates` is."""
         raise NotImplementedError("the decoder's blocks come in pairs, which are not pruned")
+
+
+_DECODER_FORWARD = MultimodalTransformer.forward

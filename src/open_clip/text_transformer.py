@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import Transformer, init_blocks
-from .layers import GELU, KeyValueCache, LayerNorm, ModuleFactory
-from .utils import expect, set_trainable
+from .blocks import HoldsCausalMask, Transformer, init_blocks
+from .layers import (
+    GELU,
+    KernelMask,
+    KeyValueCache,
+    LayerNorm,
+    ModuleFactory,
+    causal_mask,
+    given,
+    may_wait_for_pooling,
+)
+from .utils import check_token_ids, expect, has_method, is_symbolic, set_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +68,25 @@ class TextOptions:
     use_pad_mask: bool = False
     correct_cls_mask: bool = False
     output_tokens: bool = False
+    heads: int = 8
 
 
-class TextEncoder:
+def text_option(name: str) -> property:
+    """An attribute that reads and writes a field of `text_options`."""
+
+    def read(tower: TextEncoder) -> Any:
+        return getattr(tower.text_options, name)
+
+    def write(tower: TextEncoder, value: Any) -> None:
+        tower.text_options = dataclasses.replace(tower.text_options, **{name: value})
+
+    return property(read, write)
+
+
+_STACK_FORWARD = Transformer.forward
+
+
+class TextEncoder(HoldsCausalMask):
     """What a text tower does, for the module that holds its parameters: TextTransformer itself, or CLIP at its top.
 
     The holder has the attributes below, under these names, which are those of the checkpoints.
@@ -86,34 +112,71 @@ class TextEncoder:
         longest = int(text.argmax(dim=-1).max()) + 1
         return text[:, : -(-longest // 16) * 16]
 
-    def _embed_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-        """Ids [batch, tokens] -> [batch, tokens (+ 1), width], the mask, and whether it is plainly causal."""
+    def _embed_text(self, text: torch.Tensor) -> torch.Tensor:
+        """Ids [batch, tokens] -> [batch, tokens (+ 1), width]"""
+        check_token_ids(text)
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype)
         if self.cls_emb is not None:
             x = torch.cat([x, self.cls_emb.to(dtype).expand(x.shape[0], 1, -1)], dim=1)
-        num_tokens, num_positions = x.shape[1], self.positional_embedding.shape[0]
-        if num_tokens > num_positions:
-            raise ValueError(f"the text has {num_tokens} tokens and this model {num_positions} positions: truncate it")
-        x = x + self.positional_embedding[:num_tokens].to(dtype)
-        mask = self._text_mask(text, num_tokens)
-        return x, mask, mask is None and self.text_options.causal
+        return x + self._positions(x).to(dtype)
 
-    def _text_mask(self, text: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
-        """Bool, [batch, 1, tokens, tokens], True where a token may look; None where no padding is hidden."""
+    def _positions(self, x: torch.Tensor) -> torch.Tensor:
+        """Position embeddings of tokens [batch, tokens, width]; of a full context where torch.fx records."""
+        num_positions = self.positional_embedding.shape[0]
+        if is_symbolic(x) or x.shape[1] == num_positions:
+            return self.positional_embedding
+        if x.shape[1] > num_positions:
+            raise ValueError(
+                f"The text has {x.shape[1]} tokens, and this model has {num_positions} positions. Truncate the text, "
+                "as the model's tokenizer does."
+            )
+        return self.positional_embedding[: x.shape[1]]
+
+    def _seen_tokens(self, text: torch.Tensor) -> torch.Tensor | None:
+        """Bool [batch, tokens (+ 1)], False for what no token may look at; None where no padding is hidden."""
         options = self.text_options
         if self.cls_emb is not None:
             # Checkpoints of CoCa learned with this mask one column late: the class token sees one padding and not
             # itself, unless the text fills the context.
-            seen = F.pad(text != options.pad_id, (0, 1) if options.correct_cls_mask else (1, 0), value=True)
-        elif options.use_pad_mask:
-            seen = text != options.pad_id
-        else:
-            return None
-        mask = seen[:, None, None, :]
-        if options.causal:
-            mask = mask & torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=text.device).tril()
-        return mask.expand(-1, -1, num_tokens, -1)  # not every fused kernel takes one row for all
+            return F.pad(text != options.pad_id, (0, 1) if options.correct_cls_mask else (1, 0), value=True)
+        return text != options.pad_id if options.use_pad_mask else None
+
+    def _text_masks(self, text: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
+        """The mask of that many tokens as the blocks are to see it, and the kernel's form of it."""
+        seen = self._seen_tokens(text)
+        if seen is None:
+            return self._causal_mask_of(self.transformer, num_tokens)
+        table = self._mask_table(num_tokens)
+        if table is not None and not self._is_mask_causal:
+            return self._additive_mask(seen, table), None
+        allowed = seen[:, None, None, :]
+        if table is not None:
+            allowed = allowed & (table == 0)
+        allowed = allowed.expand(-1, -1, num_tokens, -1)  # not every fused kernel takes one row for all
+        shown = allowed if getattr(self.transformer, "is_plain", False) else self._additive_mask(seen, table)
+        return shown, KernelMask(shown, allowed)
+
+    def _additive_mask(self, seen: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+        """Float [batch * heads, tokens, tokens], to be added to scores: `table`, and -inf for what is not seen."""
+        batch, num_tokens = seen.shape
+        dtype = self.transformer.get_cast_dtype()
+        mask = torch.zeros(batch, 1, num_tokens, dtype=dtype, device=seen.device)
+        mask = mask.masked_fill(~seen[:, None, :], -math.inf).expand(-1, num_tokens, -1)
+        if table is not None:
+            mask = mask + table.to(dtype)
+        return mask.repeat_interleave(self.text_options.heads, dim=0)
+
+    def _run_blocks(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        kernel_mask: KernelMask | None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> torch.Tensor:
+        is_ours = has_method(self.transformer, _STACK_FORWARD)
+        options = given(kernel_mask=kernel_mask, caches=caches) if is_ours else {}
+        return self.transformer(x, attn_mask=attn_mask, **options)
 
     def _pool_text(self, x: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens of the last block -> features [batch, dim], and the tokens where they are an output."""
@@ -121,9 +184,10 @@ class TextEncoder:
         tokens = None
         if self.cls_emb is not None:
             pooled, tokens = self.ln_final(x[:, -1]), x[:, :-1]
-        elif options.output_tokens:
-            tokens = self.ln_final(x)
-            pooled = text_global_pool(tokens, text, options.pool_type, options.eos_id)
+        elif options.output_tokens or not may_wait_for_pooling(self.ln_final, x):
+            normed = self.ln_final(x)
+            pooled = text_global_pool(normed, text, options.pool_type, options.eos_id)
+            tokens = normed if options.output_tokens else None
         else:  # the norm acts on each token alone, so it can wait until there is one
             pooled = self.ln_final(text_global_pool(x, text, options.pool_type, options.eos_id))
         if isinstance(self.text_projection, nn.Linear):
@@ -133,13 +197,16 @@ class TextEncoder:
         return pooled, tokens
 
     def _encode_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, mask, is_causal = self._embed_text(text)
-        return self._pool_text(self.transformer(x, attn_mask=mask, is_causal=is_causal), text)
+        x = self._embed_text(text)
+        return self._pool_text(self._run_blocks(x, *self._text_masks(text, self._num_tokens(x))), text)
+
+    def _num_tokens(self, x: torch.Tensor) -> int:
+        return self.positional_embedding.shape[0] if is_symbolic(x) else x.shape[1]
 
     @property
     def looks_back_only(self) -> bool:
         """Whether a token's features depend on it and those before it alone, so that `_continue_text` can make them."""
-        return self.text_options.causal
+        return self._is_mask_causal
 
     def _continue_text(self, text: torch.Tensor, caches: Sequence[KeyValueCache]) -> torch.Tensor:
         """Ids [batch, tokens] -> the tokens that `_encode_text` gives for them, [batch, new, width]; but only those
@@ -148,10 +215,13 @@ class TextEncoder:
         known, num_tokens = caches[0].num_tokens, text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text[:, known:]).to(dtype) + self.positional_embedding[known:num_tokens].to(dtype)
-        mask = self._text_mask(text, num_tokens + (self.cls_emb is not None))
-        if mask is not None:  # of the class token nothing is seen: it comes last
-            mask = mask[:, :, known:num_tokens, :num_tokens]
-        x = self.transformer(x, attn_mask=mask, is_causal=mask is None and known == 0, caches=caches)
+        mask, kernel_mask = self._text_masks(text, num_tokens + (self.cls_emb is not None))
+        if kernel_mask is not None and kernel_mask.allowed is not None:  # nothing sees the class token: it comes last
+            mask = kernel_mask.allowed[:, :, known:num_tokens, :num_tokens]
+            kernel_mask = KernelMask(mask, mask)
+        elif known:  # one token, which sees all others
+            mask = kernel_mask = None
+        x = self._run_blocks(x, mask, kernel_mask, caches)
         return x if self.cls_emb is not None else self.ln_final(x)
 
     def _text_intermediates(
@@ -165,9 +235,10 @@ class TextEncoder:
         output_extra_tokens: bool,
     ) -> dict[str, Any]:
         expect("output_fmt of texts", output_fmt, ("NLC",))
-        x, mask, is_causal = self._embed_text(text)
+        x = self._embed_text(text)
+        mask, kernel_mask = self._text_masks(text, self._num_tokens(x))
         x, intermediates = self.transformer.forward_intermediates(
-            x, attn_mask=mask, indices=indices, stop_early=stop_early, is_causal=is_causal
+            x, attn_mask=mask, indices=indices, stop_early=stop_early, **given(kernel_mask=kernel_mask)
         )
         if normalize_intermediates:
             intermediates = [self.ln_final(tokens) for tokens in intermediates]
@@ -201,17 +272,17 @@ class TextEncoder:
         return names if self.cls_emb is None else names | {"cls_emb"}
 
 
-class TextTransformer(TextEncoder, nn.Module):
+class TextTransformer(TextEncoder):
     """Text transformer of CLIP (https://arxiv.org/abs/2103.00020).
 
     Args:
         context_length: the most tokens in a text, without the class token.
         width, heads, layers, mlp_ratio, ls_init_value: of the blocks.
         output_dim: of the features; falsy for no projection.
-        embed_cls: a learned class token behind the text, which the features are pooled from (CoCa).
+        embed_cls: a learned class token after the text, which the features are pooled from (CoCa).
         no_causal_mask: each token sees all others.
         use_pad_mask: padding is not looked at; only where there is no causal mask.
-        correct_cls_mask: the class token looks at the text and itself, not one column beside as CoCa's checkpoints do.
+        correct_cls_mask: the class token looks at the text and itself, not one column late as in CoCa's checkpoints.
         pad_id, eos_id: ids of padding and, for pool_type "eos", of the end of text.
         pool_type: as in text_global_pool.
         proj_type: "linear" or "none"; `proj_bias` gives the projection a bias.
@@ -261,6 +332,7 @@ class TextTransformer(TextEncoder, nn.Module):
             use_pad_mask=use_pad_mask and no_causal_mask,
             correct_cls_mask=correct_cls_mask,
             output_tokens=output_tokens,
+            heads=heads,
         )
         self.context_length = context_length
         self.vocab_size = vocab_size
@@ -296,22 +368,27 @@ class TextTransformer(TextEncoder, nn.Module):
             else:
                 self.text_projection = nn.Parameter(torch.empty(width, output_dim))
         self.init_parameters()
+        if no_causal_mask:
+            self.attn_mask = None
+        else:
+            self._hold_causal_mask(self.build_causal_mask())
 
-    @property
-    def pool_type(self) -> str:
-        return self.text_options.pool_type
+    pool_type = text_option("pool_type")
+    pad_id = text_option("pad_id")
+    eos_id = text_option("eos_id")
+    use_pad_mask = text_option("use_pad_mask")
+    correct_cls_mask = text_option("correct_cls_mask")
+    output_tokens = text_option("output_tokens")
 
-    @property
-    def pad_id(self) -> int:
-        return self.text_options.pad_id
+    def build_causal_mask(self) -> torch.Tensor:
+        """Float [positions, positions], to be added to scores: no token sees a later one."""
+        return causal_mask(self.num_pos)
 
-    @property
-    def eos_id(self) -> int:
-        return self.text_options.eos_id
-
-    @property
-    def output_tokens(self) -> bool:
-        return self.text_options.output_tokens
+    def _embeds(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids [batch, tokens] -> what the first block takes, [batch, tokens (+ 1), width], and its `attn_mask`."""
+        x = self._embed_text(text)
+        seen, table = self._seen_tokens(text), self._mask_table(self._num_tokens(x))
+        return x, table if seen is None else self._additive_mask(seen, table)
 
     def init_parameters(self) -> None:
         """Normal distributions with the deviations of CLIP (https://arxiv.org/abs/2103.00020, from GPT-2)."""

@@ -16,7 +16,7 @@ from torch import nn
 from . import aliases
 from .config import closest
 from .layers import GELU, QuickGELU
-from .utils import expect, set_trainable, to_2tuple
+from .utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ POOLERS = ("abs_attn", "rot_attn")  # of timm, and put behind the trunk here; al
 PROJECTIONS = ("linear", "mlp", "none", "", None)
 
 
-class TimmModel(nn.Module):
+class TimmModel(NotScriptable, nn.Module):
     """An image tower of timm: its `trunk`, and a `head` that leads to the space of images and texts.
 
     Args:
@@ -81,6 +81,7 @@ class TimmModel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> features [batch, embed_dim]"""
+        check_images(x, _fixed_size(self.trunk))
         return self.head(self.trunk(x))
 
     def set_input_size(self, image_size: int | tuple[int, int]) -> None:
@@ -256,6 +257,12 @@ def _create(timm: ModuleType, name: str, options: dict[str, Any]) -> Any:
 
 def _has_fixed_size(trunk: Any) -> bool:
     return bool(trunk.pretrained_cfg.get("fixed_input_size", False))
+
+
+def _fixed_size(trunk: Any) -> tuple[int, int] | None:
+    """The only size of images that a trunk takes, as timm's patch embedding checks it; None where it takes others."""
+    embedding = getattr(trunk, "patch_embed", None)
+    return getattr(embedding, "img_size", None) if getattr(embedding, "strict_img_size", False) else None
 
 
 def _remove_classifier(trunk: Any, name: str, pool: str) -> None:

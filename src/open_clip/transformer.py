@@ -21,11 +21,12 @@ from .layers import (
     MultiheadAttention,
     PatchDropout,
     QuickGELU,
+    may_wait_for_pooling,
 )
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import get_2d_sincos_pos_embed
 from .text_transformer import TextTransformer, lock_text_tower, text_global_pool
-from .utils import expect, set_trainable, to_2tuple
+from .utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(NotScriptable, nn.Module):
     """Vision transformer (https://arxiv.org/abs/2010.11929) as CLIP has it, with a class token.
 
     Args:
@@ -164,6 +165,9 @@ class VisionTransformer(nn.Module):
             table.data.copy_(torch.as_tensor(values, device="cpu").float())
         return table
 
+    def init_parameters(self) -> None:
+        """Nothing: the initial values are those of the layers, as in CLIP."""
+
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the tower but for its last groups: the projection; the last block with the final norm; the other
         blocks from the back, one a group; what makes the embeddings.
@@ -188,8 +192,19 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"positional_embedding", "class_embedding"}
 
+    def _fits_positions(self, height: int, width: int) -> bool:
+        """Whether images of another size than the tower's have one position per patch: a program has put other
+        position embeddings or another stride there.
+        """
+        stride = getattr(self.conv1, "stride", self.patch_size)
+        is_as_built = len(self.positional_embedding) == 1 + self.grid_size[0] * self.grid_size[1]
+        if is_as_built and stride == self.patch_size:
+            return False
+        return len(self.positional_embedding) == 1 + (height // stride[0]) * (width // stride[1])
+
     def _embeds(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, 3, height, width] -> tokens [batch, 1 + kept patches, width]"""
+        check_images(x, self.image_size, lambda: self._fits_positions(*x.shape[-2:]))
         x = self.conv1(x).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)
@@ -211,8 +226,8 @@ class VisionTransformer(nn.Module):
                 context = tokens if self.attn_pool_type == "cascade" else x
                 return self.attn_pool_contrastive(context).squeeze(1), tokens
             return self._global_pool(self.ln_post(self.attn_pool(x)))
-        # The norm acts on each token alone: where one token is all that is wanted, the others can do without.
-        only_class_token = self.pool_type == "tok" and not self.output_tokens
+        # only the class token is wanted
+        only_class_token = self.pool_type == "tok" and not self.output_tokens and may_wait_for_pooling(self.ln_post, x)
         if self.final_ln_after_pool or only_class_token:
             pooled, tokens = self._global_pool(x)
             return self.ln_post(pooled), tokens

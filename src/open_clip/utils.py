@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -32,6 +32,16 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(str(error))
 
 
+class NotScriptable:
+    """A mixin for modules that torch.jit.script cannot compile: it says what to use."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"torch.jit.script does not compile {type(self).__name__}. Use torch.jit.trace (open_clip.trace_model), "
+            "torch.export.export or torch.compile."
+        )
+
+
 def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: bool) -> None:
     """Let all parameters of a (nested) group of modules and parameters be trained, or not."""
     if group is None:
@@ -43,6 +53,66 @@ def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: 
     else:
         for member in group:
             set_trainable(member, trainable)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something listens to a module: hooks of its own, or those that torch calls for all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._global_forward_hooks
+        or nn.modules.module._global_forward_pre_hooks
+        or nn.modules.module._global_backward_hooks
+        or nn.modules.module._global_backward_pre_hooks
+    )
+
+
+def has_method(module: nn.Module, method: Callable, name: str = "forward") -> bool:
+    """Whether `method` is what runs as `name`: no subclass, instance or patched class has put another there."""
+    return getattr(type(module), name) is method and name not in vars(module)
+
+
+def check_images(
+    x: torch.Tensor, image_size: int | tuple[int, int] | None, fits: Callable[[], bool] | None = None
+) -> None:
+    """Raise ValueError unless `x` is a batch of images of the size that a tower takes.
+
+    Args:
+        x: [batch, channels, height, width].
+        image_size: the tower's; None for a tower that takes any size.
+        fits: asked about images of another size; False: no other size is taken.
+    """
+    if is_symbolic(x):
+        return
+    if x.dim() != 4:
+        height, width = ("height", "width") if image_size is None else to_2tuple(image_size)
+        fix = " Add the batch dimension with image.unsqueeze(0)." if x.dim() == 3 else ""
+        raise ValueError(
+            f"Images have the shape {list(x.shape)}, and this model takes [batch, channels, {height}, {width}].{fix}"
+        )
+    if image_size is None or tuple(x.shape[-2:]) == to_2tuple(image_size) or (fits is not None and fits()):
+        return
+    height, width = to_2tuple(image_size)
+    size = x.shape[-1] if x.shape[-2] == x.shape[-1] else tuple(x.shape[-2:])
+    raise ValueError(
+        f"Images have {x.shape[-2]} x {x.shape[-1]} pixels, and this model takes {height} x {width}. Prepare them with "
+        f"the model's preprocess, or build the model with force_image_size={size}."
+    )
+
+
+def check_token_ids(text: torch.Tensor) -> None:
+    """Raise ValueError unless `text` is [batch, tokens]."""
+    if is_symbolic(text) or text.dim() == 2:
+        return
+    fix = "Add the batch dimension with text.unsqueeze(0)." if text.dim() < 2 else "Use text.flatten(0, -2)."
+    raise ValueError(f"Token ids have the shape {list(text.shape)}, and this model takes [batch, tokens]. {fix}")
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether torch.fx or TorchScript records operations on `x`, so that code must not depend on its shape."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 @contextlib.contextmanager

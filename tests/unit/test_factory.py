@@ -275,7 +275,6 @@ def test_devices(name, weights, device):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"jit": True}, ValueError, "torch.compile"),
         ({"precision": "fp8"}, ValueError, "'fp8' is not known"),
         ({"device": "xpu"}, RuntimeError, "not there"),
         ({"device": "tpu"}, ValueError, "tpu"),

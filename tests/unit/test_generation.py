@@ -13,7 +13,9 @@ from torch import nn
 import coca_cases
 import naive_captions
 from open_clip import coca_model, generation
-from open_clip.layers import Attention, KeyValueCache, MultiheadAttention
+from open_clip.blocks import init_blocks
+from open_clip.layers import Attention, KeyValueCache, MultiheadAttention, causal_mask
+from open_clip.tokenizer import SimpleTokenizer, tokenize
 
 IDS = {"sot_token_id": coca_cases.START, "pad_token_id": 0}
 MODELS = {
@@ -30,8 +32,9 @@ def build(text: dict[str, Any] | None = None, seed: int = 0, **changes: Any) -> 
     """A random model whose captions about different images differ; "a word" is an id that is in one of them."""
     cfg = coca_cases.TEXT | (text or {})
     masking = {key: cfg.pop(key) for key in ("pad_id", "correct_cls_mask") if key in cfg}
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 1)
     model = coca_model.CoCa(coca_cases.WIDTH, coca_cases.DECODER, cfg, coca_cases.VISION, **changes).eval()
+    init_blocks([*model.text_decoder.resblocks, *model.text_decoder.cross_attn], coca_cases.WIDTH, 2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -50,7 +53,7 @@ def images(count: int = 3) -> torch.Tensor:
 def ends_of(model: Any) -> list[int]:
     """Ids that captions come to early, and in the middle."""
     found = model.generate(images(1), generation_type="greedy", eos_token_id=coca_cases.END, seq_len=9, **IDS)[0]
-    return sorted({found[1].item(), found[5].item()})
+    return sorted({found[1].item(), found[min(5, len(found) - 1)].item()})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -150,9 +153,16 @@ def test_each_token_is_read_once_and_each_image_too(kind):
 def test_attention_with_a_cache_is_attention_to_the_whole(cls):
     torch.manual_seed(0)
     layer, x = cls(12, 3), torch.randn(2, 5, 12)
-    whole = layer(x, is_causal=True)
+    mask = causal_mask(5)
+
+    def attend(x: torch.Tensor, mask: torch.Tensor | None = None, cache: KeyValueCache | None = None) -> torch.Tensor:
+        if cls is Attention:
+            return layer(x, attn_mask=mask, cache=cache)
+        return layer(x, x, x, need_weights=False, attn_mask=mask, cache=cache)[0]
+
+    whole = attend(x, mask)
     cache = KeyValueCache()
-    parts = [layer(x[:, :2], is_causal=True, cache=cache), *(layer(x[:, i : i + 1], cache=cache) for i in (2, 3, 4))]
+    parts = [attend(x[:, :2], mask[:2, :2], cache), *(attend(x[:, i : i + 1], cache=cache) for i in (2, 3, 4))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     cache.take(torch.tensor([1, 1, 0]))
     assert cache.pair[0].shape == (3, 3, 5, 4)
@@ -289,3 +299,49 @@ def test_what_cannot_be_written_is_refused(options, words):
     common = {"eos_token_id": coca_cases.END, "seq_len": 9, **IDS}
     with pytest.raises(ValueError, match=words):
         build().generate(images(), **common | options)
+
+
+# ---- prompts ----
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Any:
+    """A CoCa with CLIP's vocabulary."""
+    torch.manual_seed(0)
+    text = coca_cases.TEXT | {"vocab_size": 49408, "context_length": 76}
+    decoder = coca_cases.DECODER | {"vocab_size": 49408, "context_length": 76}
+    return coca_model.CoCa(coca_cases.WIDTH, decoder, text, coca_cases.VISION).eval()
+
+
+@pytest.mark.parametrize("kind", ["greedy", "beam_search"])
+def test_prompts_as_strings_and_as_the_tokenizer_gives_them(captioner, kind):
+    options = {"generation_type": kind, "seq_len": 9, "num_beams": 2, "num_beam_groups": 1}
+    ids = [[49406, *SimpleTokenizer().encode(text)] for text in ("a photo of", "two")]
+    one, two = (
+        captioner.generate(images(2)[i : i + 1], torch.tensor([ids[i]]), **options) for i in (0, 1)
+    )
+    assert one[0, :4].tolist() == ids[0]
+    assert torch.equal(captioner.generate(images(2)[:1], text="a photo of", **options), one)
+    both = captioner.generate(images(2), text=["a photo of", "two"], **options)
+    for row, alone in zip(both, (one[0], two[0]), strict=True):
+        assert row[: len(alone)].tolist() == alone.tolist()
+        assert not row[len(alone) :].any()
+    padded = tokenize(["a photo of", "two"], context_length=76)
+    assert torch.equal(captioner.generate(images(2), padded, **options), both)
+    assert torch.equal(captioner.generate(images(2)[:1], padded[0], **options), one[0])
+    same = captioner.generate(images(2), text="two", **options)
+    assert same[:, :2].tolist() == [ids[1]] * 2
+
+
+def test_a_prompt_that_has_ended_stays(captioner):
+    ended = torch.tensor([[49406, 320, 49407]])
+    assert captioner.generate(images(1), ended, generation_type="greedy", seq_len=9).tolist() == ended.tolist()
+
+
+def test_prompts_that_cannot_be(captioner):
+    with pytest.raises(ValueError, match="text has 2 strings, and there are 3 images"):
+        captioner.generate(images(3), text=["a", "b"])
+    with pytest.raises(ValueError, match="another vocabulary than CLIP"):
+        build().generate(images(1), text="a photo", eos_token_id=coca_cases.END, **IDS)
+    with pytest.raises(ValueError, match="text has 6 tokens already, and a caption may have seq_len=6"):
+        captioner.generate(images(1), text="a photo of a dog", seq_len=6)

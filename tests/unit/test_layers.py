@@ -69,24 +69,55 @@ def test_layer_scale_keeps_half_precision(inplace: bool) -> None:
     assert (out.data_ptr() == x.data_ptr()) is inplace
 
 
-def test_self_attention_is_pytorchs() -> None:
-    ours, theirs = pair()
-    x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
-    allowed = causal(5)
-    expected = theirs(x, x, x, attn_mask=~allowed)[0]  # PyTorch's bool masks say what is hidden
-    torch.testing.assert_close(ours(x, is_causal=True), expected)
-    torch.testing.assert_close(ours(x, attn_mask=allowed), expected)
-    additive = torch.zeros(5, 5).masked_fill(~allowed, -math.inf)
-    torch.testing.assert_close(ours(x, attn_mask=additive), expected)
+MASKS = {
+    "none": {},
+    "bool": {"attn_mask": ~causal(5)},
+    "added": {"attn_mask": torch.randn(5, 5).masked_fill(~causal(5), -math.inf)},
+    "bool per head": {"attn_mask": torch.stack([~causal(5), torch.eye(5) > 0] * 4)},
+    "added per head": {"attn_mask": torch.randn(8, 5, 5)},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
+    "added padding": {"key_padding_mask": torch.tensor([[0.0] * 5, [0.0] * 3 + [-1.0, -math.inf]])},
+    "bool and padding": {
+        "attn_mask": ~causal(5), "key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True]])
+    },
+    "causal": {"attn_mask": layers.causal_mask(5), "is_causal": True},
+}
 
 
-def test_a_mask_may_differ_between_the_batch() -> None:
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_is_pytorchs(masks: str, need_weights: bool, average: bool) -> None:
     ours, theirs = pair()
+    assert isinstance(ours, nn.MultiheadAttention)
     x = torch.randn(2, 5, 16)
-    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    expected = theirs(x, x, x, key_padding_mask=padding)[0]
-    torch.testing.assert_close(ours(x, attn_mask=~padding[:, None, None, :]), expected)
+    options = MASKS[masks] | {"need_weights": need_weights, "average_attn_weights": average}
+    out, weights = ours(x, x, x, **options)
+    expected, expected_weights = theirs(x, x, x, **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(weights, expected_weights)
+    assert (weights is None) == (not need_weights)
+
+
+def test_attention_weights_have_the_dropout_of_training() -> None:
+    ours, _ = pair()
+    ours.train().dropout = 0.5
+    x = torch.randn(2, 5, 16)
+    assert (ours(x, x, x)[1] == 0).any()
+    assert not torch.equal(ours(x, x, x, need_weights=False)[0], ours(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_without_a_batch_is_pytorchs(need_weights: bool) -> None:
+    ours, theirs = pair()
+    x, context = torch.randn(5, 16), torch.randn(7, 16)
+    for inputs, masks in (((x, x, x), {"attn_mask": torch.randn(4, 5, 5)}), ((x, context, context), {})):
+        for found, expected in zip(
+            ours(*inputs, need_weights=need_weights, **masks),
+            theirs(*inputs, need_weights=need_weights, **masks),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"kdim": 12, "vdim": 12}])
@@ -94,11 +125,41 @@ def test_cross_attention_is_pytorchs(kwargs: dict[str, int]) -> None:
     ours, theirs = pair(**kwargs)
     width = kwargs.get("kdim", 16)
     query, key, value = torch.randn(2, 3, 16), torch.randn(2, 7, width), torch.randn(2, 7, width)
-    torch.testing.assert_close(ours(query, key, value), theirs(query, key, value)[0])
-    torch.testing.assert_close(ours(query, key), theirs(query, key, key)[0])
+    for need_weights in (True, False):
+        torch.testing.assert_close(ours(query, key, value, need_weights=need_weights)[0], theirs(query, key, value)[0])
     shared = query[:1]
     expected = theirs(shared.expand(2, -1, -1), key, key)[0]
-    torch.testing.assert_close(ours(shared, key), expected)
+    torch.testing.assert_close(ours(shared, key, key)[0], expected)
+
+
+def test_added_keys_are_pytorchs() -> None:
+    ours, _ = pair()
+    theirs = nn.MultiheadAttention(16, 4, add_bias_kv=True, add_zero_attn=True, batch_first=True).eval()
+    ours.bias_k, ours.bias_v, ours.add_zero_attn = theirs.bias_k, theirs.bias_v, True
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(ours(x, x, x)[0], theirs(x, x, x)[0])
+
+
+def test_a_mask_with_a_wrong_number_of_tables_raises() -> None:
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(ValueError, match="attn_mask has 2 tables, and 2 sequences with 4 heads need 8"):
+        pair()[0](x, x, x, attn_mask=torch.zeros(2, 5, 5))
+
+
+def test_the_kernels_mask_counts_for_the_mask_that_it_belongs_to() -> None:
+    ours, theirs = pair()
+    x, shown = torch.randn(2, 5, 16), torch.randn(5, 5)
+    expected = theirs(x, x, x, attn_mask=~causal(5))[0]
+    for kernel_mask in (layers.KernelMask(shown), layers.KernelMask(shown, causal(5)[None, None])):
+        torch.testing.assert_close(
+            ours(x, x, x, need_weights=False, attn_mask=shown, kernel_mask=kernel_mask)[0], expected
+        )
+        other = shown.clone()
+        torch.testing.assert_close(
+            ours(x, x, x, need_weights=False, attn_mask=other, kernel_mask=kernel_mask)[0],
+            theirs(x, x, x, attn_mask=other)[0],
+        )
 
 
 def test_attention_has_parameters_and_initial_weights_of_pytorchs() -> None:
@@ -116,7 +177,9 @@ def test_sequence_first_attention() -> None:
     flipped = layers.MultiheadAttention(16, 4, batch_first=False)
     flipped.load_state_dict(ours.state_dict())
     x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(flipped(x.transpose(0, 1)).transpose(0, 1), ours(x))
+    y = x.transpose(0, 1)
+    torch.testing.assert_close(flipped(y, y, y)[0].transpose(0, 1), ours(x, x, x)[0])
+    torch.testing.assert_close(flipped(y, y, y)[1], ours(x, x, x)[1])
 
 
 @pytest.mark.parametrize("cls", [layers.MultiheadAttention, layers.Attention])
@@ -156,7 +219,11 @@ def test_attention_options_are_their_formulas(kwargs: dict[str, bool], masked: b
     attention = randomize(layers.Attention(16, 4, **kwargs))
     x = torch.randn(2, 5, 16)
     mask = causal(5) if masked else None
-    torch.testing.assert_close(attention(x, attn_mask=mask), manual_attention(attention, x, mask), rtol=1e-4, atol=1e-5)
+    expected = manual_attention(attention, x, mask)
+    hidden = None if mask is None else ~mask
+    torch.testing.assert_close(attention(x, attn_mask=hidden), expected, rtol=1e-4, atol=1e-5)
+    per_head = None if hidden is None else layers.causal_mask(5).expand(8, -1, -1)
+    torch.testing.assert_close(attention(x, attn_mask=per_head), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scaled_cosine_temperature_has_a_ceiling() -> None:
@@ -226,17 +293,18 @@ def test_attentional_pooler_is_attention_of_its_queries() -> None:
 def test_residual_block_is_its_formula() -> None:
     block = randomize(blocks.ResidualAttentionBlock(16, 4, mlp_ratio=2.5, ls_init_value=0.1))
     x = torch.randn(2, 5, 16)
-    middle = x + block.ls_1(block.attn(block.ln_1(x), is_causal=True))
+    mask, normed = layers.causal_mask(5), block.ln_1(x)
+    middle = x + block.ls_1(block.attn(normed, normed, normed, attn_mask=mask)[0])
     hidden = F.gelu(block.mlp.c_fc(block.ln_2(middle)))
     assert hidden.shape[-1] == 40
-    torch.testing.assert_close(block(x, is_causal=True), middle + block.ls_2(block.mlp.c_proj(hidden)))
+    torch.testing.assert_close(block(x, attn_mask=mask), middle + block.ls_2(block.mlp.c_proj(hidden)))
 
 
 def test_cross_attention_block_normalises_what_it_looks_at() -> None:
     block = randomize(blocks.ResidualAttentionBlock(16, 4, is_cross_attention=True))
     x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
     normed = block.ln_1_kv(context)
-    middle = x + block.attn(block.ln_1(x), normed, normed)
+    middle = x + block.attn(block.ln_1(x), normed, normed)[0]
     torch.testing.assert_close(block(x, context, context), middle + block.mlp(block.ln_2(middle)))
 
 

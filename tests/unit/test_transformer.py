@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from open_clip import transformer
+from open_clip import layers, transformer
 from open_clip.text_transformer import text_global_pool
 from open_clip.transformer import CustomTransformer, TextTransformer, Transformer, VisionTransformer
 from open_clip.utils import feature_take_indices
@@ -69,7 +69,7 @@ def test_checkpointing_changes_neither_output_nor_gradient(is_causal: bool) -> N
     for enable in (False, True):
         stack.grad_checkpointing = enable
         stack.zero_grad()
-        out = stack(x, is_causal=is_causal)
+        out = stack(x, attn_mask=layers.causal_mask(5) if is_causal else None)
         out.square().sum().backward()
         found.append([out.detach(), *(parameter.grad.clone() for parameter in stack.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -241,25 +241,25 @@ def test_pad_mask_hides_padding() -> None:
 @pytest.mark.parametrize("correct", [False, True])
 def test_class_token_sees_the_text_and_with_the_correct_mask_itself(correct: bool) -> None:
     tower = text(embed_cls=True, correct_cls_mask=correct)
-    mask = tower._text_mask(IDS, 7)
-    assert mask is not None
+    mask = tower._text_masks(IDS, 7)[1].allowed
     assert mask.shape == (2, 1, 7, 7)
     row = mask[1, 0, -1].tolist()
     assert row == ([True] * 4 + [False] * 2 + [True] if correct else [True] * 5 + [False] * 2)
-    assert not mask[:, :, :-1, -1].any(), "no word sees the class token behind it"
+    assert not mask[:, :, :-1, -1].any(), "no word sees the class token after it"
 
 
-def test_plain_text_needs_no_mask_and_no_buffer() -> None:
+def test_plain_text_is_causal_in_the_kernel() -> None:
     tower = text()
-    assert tower._text_mask(IDS, 6) is None
-    assert not list(tower.buffers())
+    assert tower._text_masks(IDS, 6)[1].allowed is None
+    assert text(no_causal_mask=True)._text_masks(IDS, 6) == (None, None)
+    assert list(tower.state_dict()) == [name for name, _ in tower.named_parameters()]
     assert not list(vision().buffers())
 
 
 def test_shorter_texts_are_fine_and_longer_ones_are_said() -> None:
     tower = text()
     torch.testing.assert_close(tower(IDS[1:, :4]), tower(IDS[1:]))
-    with pytest.raises(ValueError, match="the text has 7 tokens and this model 6 positions"):
+    with pytest.raises(ValueError, match="The text has 7 tokens, and this model has 6 positions"):
         tower(torch.ones(1, 7, dtype=torch.long))
 
 
