@@ -153,6 +153,27 @@ def test_evaluation_has_the_metrics_of_3_3_0(small_name, pairs, tmp_path):
     assert train.evaluate(model, {"val": data.DataInfo(pairs)}, 1, namespace(val_frequency=2, epochs=5)) == {}
 
 
+class Linear(torch.nn.Module):
+    """A model of a script: it has `forward`, and no `encode_image`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(4))
+
+    def forward(self, image=None, text=None):
+        return {"image_features": image @ self.weight, "text_features": text, "logit_scale": torch.tensor(1.0)}
+
+
+@pytest.mark.parametrize("outputs", ["dict", "tuple"])
+def test_zero_shot_classification_calls_the_model(monkeypatch, outputs):
+    monkeypatch.setattr(zero_shot, "accuracy", lambda scores, labels, topk: [(scores.argmax(1) == labels).sum()] * 2)
+    model = Linear()
+    if outputs == "tuple":
+        model.register_forward_hook(lambda module, args, output: tuple(output.values()))
+    batches = [(torch.eye(4)[[0, 1]], torch.tensor([0, 1])), (torch.eye(4)[[2, 3]], torch.tensor([2, 0]))]
+    assert zero_shot.run(model, torch.eye(4), batches, namespace()) == (0.75, 0.75)
+
+
 @pytest.mark.ours_only("its accuracy() fails with NumPy 2.4")
 def test_zero_shot_classification_of_tuples(small_name):
     model = build(small_name).eval()
