@@ -1,9 +1,9 @@
 """Training and evaluation data: `get_data` gives the loaders that the options ask for.
 
 Batches are dicts: {"image": float [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]} of
-classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Order and
-augmentation are functions of (seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved:
-see `training.data.position`.
+classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Scripts that pass a
+flat namespace get `[images, texts]` instead: see `training.data.namespace`. Order and augmentation are functions of
+(seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved: see `training.data.position`.
 """
 
 from __future__ import annotations
