@@ -39,8 +39,9 @@ test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emul
 	$(NPU_RUN) tests/npu/emulator/build.py
 	$(NPU_RUN) -m pytest -m npu tests/npu
 
-test-compat: install  ## run programs written for open_clip on open_clip_torch 3.3.0 and here, and compare
+test-compat: install  ## run programs written for open_clip on open_clip_torch 3.3.0 and here, and its own tests here
 	$(RUN) tests/compat/compare.py
+	OMP_NUM_THREADS=1 $(RUN) tests/compat/run_upstream_tests.py
 
 test-clip-benchmark: install  ## check that clip_benchmark, in a folder of its own, reports what we do (105 MB)
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target .clip_benchmark --requirement tests/clip_benchmark/requirements.txt
@@ -64,5 +65,5 @@ bench: install  ## measure against open_clip_torch, which is installed in a fold
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) .peer .clip_benchmark .installed build dist demo_output benchmarks/.peer benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NPU_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.peer benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import tarfile
@@ -83,8 +82,8 @@ def write_shards(folder: Path, shards: int, per_shard: int) -> str:
     return f"{folder}/{{000..{shards - 1:03d}}}.tar"
 
 
-def data_args(**options: Any) -> argparse.Namespace:
-    return argparse.Namespace(**(vars(DataConfig()) | {"workers": 0, "batch_size": 4} | options))
+def data_args(**options: Any) -> DataConfig:
+    return DataConfig(**({"workers": 0, "batch_size": 4} | options))
 
 
 def fake_world(rank: int = 0, world_size: int = 1) -> World:

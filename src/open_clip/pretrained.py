@@ -283,8 +283,10 @@ def _download(url: str, part: Path, expected: str) -> None:
         ) from error
     if expected and not (found := _sha256(part)).startswith(expected):
         part.unlink()
+        # The repeated "not" is open_clip's: programs look for these words.
         raise RuntimeError(
-            f"{url} was downloaded, but its SHA-256 is {found}, not {expected}. It was deleted; try again."
+            f"{url} was downloaded, but its checksum does not not match: the SHA-256 is {found}, not {expected}. "
+            "The file was deleted; try again."
         )
 
 

@@ -20,8 +20,6 @@ REPORTERS = ("tensorboard", "wandb", "all")
 
 _REFUSED = {
     "horovod": "Horovod is not supported: start the same command with `torchrun --nproc_per_node N -m training.main`",
-    "torchscript": "training a TorchScript model is not supported: use --torchcompile, and `torch.jit.script` on the "
-    "trained model if you deploy it so",
     "trace": "a traced model cannot be trained: train without it and call `open_clip.trace_model(model)` on the result",
     "use_bnb_linear": "the int8 layers of bitsandbytes that this asked for are gone and were CUDA-only: to save memory "
     "use --precision amp_bf16 or bf16, and --grad-checkpointing",
@@ -206,6 +204,11 @@ def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_siz
         for applies, names, reason in rules(args, world_size):
             if not applies:
                 found += [f"{flag(name)} has no effect: {reason}" for name in given(*names)]
+    if getattr(args, "torchscript", False):
+        found.append(
+            "--torchscript has no effect: the model trains in eager mode, with the same results. "
+            "--torchcompile compiles it"
+        )
     if world_size > 1 and args.local_loss and not args.gather_with_grad and not args.siglip:
         found.append(
             "--local-loss without --gather-with-grad: a sample's gradient as another one's negative is lost; "

@@ -309,8 +309,8 @@ def _logging(parser: argparse.ArgumentParser) -> None:
 
 def _refused(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("known and refused", "Options of open_clip that this project does not have; each "
-                                    "says what to use instead.").add_argument
+                                    "says what to use instead. --torchscript is ignored with a warning.").add_argument
     add("--horovod", action="store_true", help="use torchrun")
-    add("--torchscript", action="store_true", help="use --torchcompile")
+    add("--torchscript", action="store_true", help="has no effect: use --torchcompile")
     add("--trace", action="store_true", help="use open_clip.trace_model() on a trained model")
     add("--use-bnb-linear", metavar="NAME", help="use --precision amp_bf16")

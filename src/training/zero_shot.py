@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import open_clip
 from open_clip import collectives, progress
@@ -52,6 +53,7 @@ def zero_shot_eval(
     if not is_due(args.zeroshot_frequency, epoch, args):
         return {}
     check(data, args)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     tokenizer = tokenizer or open_clip.get_tokenizer(args.model)
     metrics: dict[str, float] = {}
     imagenet = [(key, prefix) for key, prefix in _IMAGENET.items() if key in data]
@@ -110,20 +112,22 @@ def _check_imagenet(key: str, dataloader: Any) -> None:
 def run(
     model: nn.Module, classifier: Tensor, dataloader: Any, args: Any, name: str = "zero-shot data"
 ) -> tuple[float, float]:
-    """(top-1, top-5) accuracy over all ranks of images in batches {"image": [B, 3, H, W], "label": [B]}.
+    """(top-1, top-5) accuracy over all ranks of images in batches {"image": [B, 3, H, W], "label": [B]}, or pairs.
 
-    classifier: [embed_dim, classes]; with fewer than 5 of them, the top 5 are all. name: of the data, in messages.
+    model: `model(image=...)` gives a dict with "image_features", or a tuple that begins with them.
+    classifier: [embed_dim, classes]; with fewer than 5 classes, the top 5 are all.
+    name: of the data, in messages.
     """
     device, classifier = classifier.device, classifier.float()
     autocast, input_dtype = _precision(args, device)
     counts = torch.zeros(3, dtype=torch.int64)  # correct at the top, among the top 5, all
-    encode_image: Any = model.encode_image
     total, ranks = getattr(dataloader, "num_samples", None), world().world_size
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
         for batch in dataloader:
             batch = to_device(batch, device, input_dtype, names=("image", "label"))
             with autocast():
-                features = encode_image(batch["image"], normalize=True)
+                outputs = model(image=batch["image"])
+            features = outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]
             scores, labels = features.float() @ classifier, batch["label"]
             correct = accuracy(scores, labels, (1, TOP_K))
             counts += torch.tensor([*map(int, correct), len(labels)])

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from data_files import caption, data_args, epoch_numbers, jpeg, plain, tokenize, write_csv
-from training.data import BadSample, CsvDataset, SkipCounter, get_data
+from training.data import BadSample, SkipCounter, get_data
+from training.data.csv_data import CsvDataset
 from training.data.skips import BAD_IN_A_ROW
 from training.data.strings import StringTable
 

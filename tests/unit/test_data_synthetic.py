@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from data_files import data_args, plain, tokenize
-from training.data import SyntheticDataset, get_data
+from training.data import get_data
+from training.data.synthetic import SyntheticDataset
 
 
 def count(captions):
@@ -21,7 +22,7 @@ def test_a_black_image_and_its_caption():
     assert not dataset[6]["image"].any()
     image = SyntheticDataset(image_size=(20, 30))[0]["image"]
     assert isinstance(image, Image.Image)
-    assert (image.height, image.width) == (20, 30)
+    assert image.size == (20, 30)
     assert len(SyntheticDataset()) == 100
     assert SyntheticDataset(tokenizer=count)[0]["text"].tolist() == [13, 16]
 

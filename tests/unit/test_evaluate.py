@@ -34,7 +34,9 @@ class Model(nn.Module):
     def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         return F.normalize(self.dropout(text.float()) @ self.weight, dim=-1)
 
-    def forward(self, image: torch.Tensor, text: torch.Tensor):
+    def forward(self, image: torch.Tensor, text: torch.Tensor | None = None):
+        if text is None:
+            return (self.encode_image(image),)
         self.modes.append((self.training, torch.is_grad_enabled()))
         features = (self.encode_image(image), self.encode_text(text), torch.tensor(10.0))
         if not self.captioner:

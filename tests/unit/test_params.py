@@ -97,7 +97,6 @@ def test_aug_cfg_refuses_what_is_no_pair(capsys, word):
     ("argv", "instead"),
     [
         (["--horovod"], "torchrun"),
-        (["--torchscript"], "--torchcompile"),
         (["--trace"], "trace_model"),
         (["--use-bnb-linear", "SwitchBackLinearGlobal"], "--precision"),
     ],
@@ -229,6 +228,7 @@ def test_what_can_be_is_no_error(argv):
         (["--wandb-notes", "x", "--report-to", "tensorboard"], "--wandb-notes"),
         (["--remote-sync-frequency", "3"], "--remote-sync-frequency"),
         (["--log-local"], "--log-local"),
+        (["--torchscript"], "--torchscript"),
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named_once(argv, named):

@@ -26,6 +26,9 @@ class Model(nn.Module):
     def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         return image.flatten(1) @ self.weight
 
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.encode_image(image),)
+
     def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         return nn.functional.one_hot(text[:, 0], len(self.weight)).float() @ self.weight
 

@@ -1,9 +1,9 @@
 """Training and evaluation data: `get_data` gives the loaders that the options ask for.
 
 Batches are dicts: {"image": float [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]} of
-classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Order and
-augmentation are functions of (seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved:
-see `training.data.position`.
+classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Scripts that pass a
+flat namespace get `[images, texts]` instead: see `training.data.namespace`. Order and augmentation are functions of
+(seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved: see `training.data.position`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from training.data.csv_data import CsvDataset, get_csv_dataset
+from training.data.csv_data import get_csv_dataset
 from training.data.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
 from training.data.loader import DataInfo
+from training.data.namespace import from_namespace
 from training.data.sampling import SharedEpoch
 from training.data.shard_lists import expand_urls, get_dataset_size, is_list
 from training.data.shards import (
@@ -25,9 +26,17 @@ from training.data.shards import (
     tarfile_to_samples_nothrow,
 )
 from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report
-from training.data.stages import ResampledShards2, count_samples, detshuffle2, pytorch_worker_seed
-from training.data.synthetic import SyntheticDataset, get_synthetic_dataset
+from training.data.stages import (
+    CsvDataset,
+    ResampledShards2,
+    SyntheticDataset,
+    count_samples,
+    detshuffle2,
+    pytorch_worker_seed,
+)
+from training.data.synthetic import get_synthetic_dataset
 from training.data.webdataset_data import get_wds_dataset
+from training.params import DataConfig
 
 __all__ = [
     "BadSample",
@@ -104,21 +113,26 @@ def get_data(
 ) -> dict[str, DataInfo]:
     """The loaders that are configured, under "train", "val", "imagenet-val", "imagenet-v2", "zeroshot".
 
-    args: params.DataConfig, or a flat namespace with the same names. preprocess_fns: (train, val), PIL image -> tensor.
-    epoch: the first one (a resumed run's next). tokenizer: list of captions -> int64 [B, L]; None leaves strings.
+    Args:
+        args: params.DataConfig, or the flat namespace of a script written for open_clip_train. With a namespace,
+            batches and the calls of `tokenizer` are open_clip_train's: see `training.data.namespace`.
+        preprocess_fns: (train, val), PIL image -> tensor.
+        epoch: the first epoch; that of a resumed run is its next.
+        tokenizer: list of captions -> int64 [B, L]; with None the captions stay strings.
     """
     preprocess_train, preprocess_val = preprocess_fns
+    options = args if isinstance(args, DataConfig) else from_namespace(args)
     data: dict[str, DataInfo] = {}
-    if args.train_data or args.dataset_type == "synthetic":
-        make = get_dataset_fn(args.train_data, args.dataset_type)
+    if options.train_data or options.dataset_type == "synthetic":
+        make = get_dataset_fn(options.train_data, options.dataset_type)
         data["train"] = make(args, preprocess_train, is_train=True, epoch=epoch, tokenizer=tokenizer)
-    if args.val_data:
-        make = get_dataset_fn(args.val_data, args.dataset_type)
+    if options.val_data:
+        make = get_dataset_fn(options.val_data, options.dataset_type)
         data["val"] = make(args, preprocess_val, is_train=False, tokenizer=tokenizer)
-    if getattr(args, "imagenet_val", None):
+    if options.imagenet_val:
         data["imagenet-val"] = get_imagenet(args, preprocess_fns, "val")
-    if getattr(args, "imagenet_v2", None):
+    if options.imagenet_v2:
         data["imagenet-v2"] = get_imagenet(args, preprocess_fns, "v2")
-    if getattr(args, "zeroshot_data", None):
-        data["zeroshot"] = get_labelled_folder(args, preprocess_val, args.zeroshot_data)
+    if options.zeroshot_data:
+        data["zeroshot"] = get_labelled_folder(args, preprocess_val, options.zeroshot_data)
     return data

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from open_clip import progress
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.namespace import CSV, takes_namespace
 from training.data.shards import CAPTION_LIMIT
 from training.data.skips import BadSample
 from training.data.strings import StringTable
@@ -135,10 +136,11 @@ def _check_header(filename: str, header: list[str], img_key: str, caption_key: s
     raise ValueError(f"{wrong}: it has one column only, {header[0]!r}. The separator is probably not {sep!r}; {mend}.")
 
 
+@takes_namespace(CSV)
 def get_csv_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """The loader of `args.train_data` or `args.val_data`, a CSV file. args: params.DataConfig."""
+    """The loader of `args.train_data` or `args.val_data`, a CSV file. args: params.DataConfig, or a flat namespace."""
     filename = args.train_data if is_train else args.val_data
     if not filename:
         raise ValueError(f"No CSV file: {'--train-data' if is_train else '--val-data'} is not given.")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from open_clip import progress
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.namespace import FOLDER, LABELLED, takes_namespace
 from training.data.strings import StringTable
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CAPTION = "a photo of a {}."
 
+_IMAGENET_TRAIN_IMAGES = 50  # of each class
 # The folder inside which the archives of ImageNet-V2 (https://imagenetv2.org) unpack.
 _IMAGENET_V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
@@ -66,6 +69,20 @@ class ImageFolder(Dataset):
             empty = [name for name, paths in zip(self.classes, per_class, strict=True) if not paths]
             logger.warning("%s: %d class folders have no images, first %r.", self.root, len(empty), empty[0])
 
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @property
+    def targets(self) -> list[int]:
+        return self.labels.tolist()
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        return list(zip(self.paths, self.targets, strict=True))  # type: ignore[call-overload]
+
+    imgs = samples
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -105,6 +122,7 @@ def _images(folder: Path) -> list[str]:
     ]
 
 
+@takes_namespace(FOLDER)
 def get_imagefolder_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
@@ -119,6 +137,7 @@ def get_imagefolder_dataset(
     )
 
 
+@takes_namespace(LABELLED)
 def get_labelled_folder(
     args: Any, preprocess_fn: Callable[[Any], Any], root: str | os.PathLike[str], numbered: bool = False
 ) -> DataInfo:
@@ -127,11 +146,15 @@ def get_labelled_folder(
     return map_loader(dataset, args, is_train=False, source=str(root), classes=dataset.classes)
 
 
+@takes_namespace(LABELLED)
 def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], split: str) -> DataInfo:
-    """Labelled ImageNet in order. split: "train", "val" or "v2", from args.imagenet_train, _val or _v2.
+    """The loader of a labelled split of ImageNet, for evaluation. args: params.DataConfig, or a flat namespace.
 
-    train and val are folders of classes; v2 the folder that ImageNet-V2's archive unpacks to, or the one it is in.
-    preprocess_fns: (train, val); each split is evaluated with val's.
+    Args:
+        args: has the folder as imagenet_train, imagenet_val or imagenet_v2. The first two have one folder per class.
+            The third is what ImageNet-V2's archive unpacks to, or the folder that has it.
+        preprocess_fns: (train, val), PIL image -> tensor.
+        split: "val" and "v2" give all images in order, "train" at most 50 random images of each class, shuffled.
     """
     if split not in ("train", "val", "v2"):
         raise ValueError(f"No ImageNet split {split!r}: there are 'train', 'val' and 'v2'.")
@@ -141,4 +164,21 @@ def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], spli
     if split == "v2":
         inside = [Path(root, name) for name in _IMAGENET_V2_FOLDERS if Path(root, name).is_dir()]
         root = inside[0] if inside else root
+    if split == "train":
+        folder = ImageFolder(root, preprocess_fns[0])
+        some = Subset(folder, _images_of_each_class(folder.labels, _IMAGENET_TRAIN_IMAGES, getattr(args, "seed", 0)))
+        return map_loader(some, args, is_train=False, source=str(root), classes=folder.classes)
     return get_labelled_folder(args, preprocess_fns[1], root, numbered=split == "v2")
+
+
+def _images_of_each_class(labels: torch.Tensor, count: int, seed: int) -> list[int]:
+    """Indices of at most `count` images of each class, in random order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    seen: Counter[int] = Counter()
+    chosen = []
+    for index in order.tolist():
+        label = int(labels[index])
+        seen[label] += 1
+        if seen[label] <= count:
+            chosen.append(index)
+    return chosen

@@ -44,7 +44,10 @@ def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], A
             if transform is None:
                 image.load()
                 return image.copy()
-            return transform(image)
+            transformed = transform(image)
+            if transformed is image:
+                image.load()  # its file is about to be closed
+            return transformed
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("huge_image", name, str(error)) from error
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ValueError...

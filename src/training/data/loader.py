@@ -67,7 +67,10 @@ class Loader(DataLoader):
     """A DataLoader of dict batches with `num_samples` (of an epoch, over all ranks) and `num_batches` (this rank's).
 
     Workers live until `close` or the end of the process. `classes` are the class names of a folder of classes.
+    With `members`, names of a batch's members, it gives a list of these instead of each dict.
     """
+
+    members: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -113,7 +116,12 @@ class Loader(DataLoader):
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.members is None:
+            return self._whole_batches()
+        return ([batch[name] for name in self.members or ()] for batch in self._whole_batches())
+
+    def _whole_batches(self) -> Iterator[dict[str, Any]]:
         if self.position is not None:
             yield from self._training_batches(self.position)
             return
@@ -201,19 +209,20 @@ class Collate:
 
     def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.column: Callable[..., Any] = default_collate  # in a worker: straight into shared memory
 
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
         whole = [sample for sample in samples if sample is not None]
         if not whole:
             return None
-        return {key: self._column(key, [sample[key] for sample in whole]) for key in whole[0]}
+        return {key: self._join(key, [sample[key] for sample in whole]) for key in whole[0]}
 
-    def _column(self, key: str, values: list[Any]) -> Any:
+    def _join(self, key: str, values: list[Any]) -> Any:
         if key == KEY:
             return values
         if isinstance(values[0], str):
             return values if self.tokenizer is None else self.tokenizer(values)
-        return default_collate(values)  # in a worker: straight into shared memory
+        return self.column(tuple(values))
 
 
 class WholeSamples(Dataset):
@@ -232,6 +241,12 @@ class WholeSamples(Dataset):
         self.skipped = skipped
         # (of this worker's copy)
         self.streak = Streak(source, None if distributed.world().distributed else BAD_IN_A_ROW)
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of the data set that is read, such as `classes` and `captions`."""
+        if name.startswith("__") or "dataset" not in vars(self):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
     def __len__(self) -> int:
         return self.length

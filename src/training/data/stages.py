@@ -1,15 +1,19 @@
-"""Stages for streams of shards and samples. They also work inside a `webdataset.DataPipeline`."""
+"""Names of open_clip_train.data for scripts: stages for streams of shards and samples, and data sets of pairs.
+
+The stages also work inside a `webdataset.DataPipeline`. Nothing in this project uses these names.
+"""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import distributed
+from training.data import csv_data, synthetic
 from training.data.sampling import SharedEpoch, stable_hash
 from training.data.shard_lists import expand_urls
 from training.data.shards import Sample
@@ -110,10 +114,41 @@ class ResampledShards2(IterableDataset):
             yield {"url": rng.choices(self.urls, cum_weights=cumulative)[0]}
 
 
-def count_samples(dataloader: Iterable[dict[str, Any]]) -> tuple[int, int]:
-    """(samples, batches) of one pass over a loader."""
+def count_samples(dataloader: Iterable[Any]) -> tuple[int, int]:
+    """Count the samples and batches of one pass over a loader of dicts, or of sequences that begin with the images."""
     samples = batches = 0
     for batch in dataloader:
         batches += 1
-        samples += len(batch["image"])
+        samples += len(batch["image"] if isinstance(batch, Mapping) else batch[0])
     return samples, batches
+
+
+class CsvDataset(csv_data.CsvDataset):
+    """A CSV file's rows as pairs `(image, text)`: `transforms(PIL image)` and `tokenizer([caption])[0]`."""
+
+    def __init__(
+        self,
+        input_filename: str,
+        transforms: Callable[[Any], Any] | None,
+        img_key: str,
+        caption_key: str,
+        sep: str = "\t",
+        tokenizer: Callable[[list[str]], Any] | None = None,
+    ) -> None:
+        super().__init__(input_filename, transforms, img_key, caption_key, sep, tokenizer)
+        self.tokenize = tokenizer
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:  # type: ignore[override]
+        sample = super().__getitem__(index)
+        return sample["image"], sample["text"]
+
+
+class SyntheticDataset(synthetic.SyntheticDataset):
+    """The same pair `(image, text)` for every index: `transform(PIL image)` and `tokenizer(caption)[0]`."""
+
+    tokenizer: Any
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:  # type: ignore[override]
+        image = self.image if self.transform is None else self.transform(self.image)
+        text = self.caption if self.tokenizer is None else self.tokenizer(self.caption)[0]
+        return image, text

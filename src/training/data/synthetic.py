@@ -8,12 +8,13 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.namespace import SYNTHETIC, takes_namespace
 
 
 class SyntheticDataset(Dataset):
     """`dataset_size` times a black image and the same caption.
 
-    `dataset[i]` is a dict: "image", what `transform` makes of a PIL image of `image_size` (height, width), and "text",
+    `dataset[i]` is a dict: "image", what `transform` makes of a PIL image of `image_size` (width, height), and "text",
     token ids int64 [L] where a tokenizer is given, otherwise the caption.
     """
 
@@ -27,8 +28,7 @@ class SyntheticDataset(Dataset):
     ) -> None:
         from PIL import Image
 
-        height, width = image_size
-        self.image = Image.new("RGB", (width, height))
+        self.image = Image.new("RGB", image_size)
         self.transform = transform
         self.caption = caption
         self.dataset_size = dataset_size
@@ -43,14 +43,18 @@ class SyntheticDataset(Dataset):
         return {"image": image, "text": text, "key": f"synthetic {index}"}
 
 
+@takes_namespace(SYNTHETIC)
 def get_synthetic_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """The loader of `args.train_num_samples` (or `args.val_num_samples`) synthetic samples, 100 where not given."""
-    size = args.train_num_samples if is_train else args.val_num_samples
+    """The loader of `args.train_num_samples` synthetic samples, 100 by default. args: params.DataConfig or a namespace.
+
+    Evaluation has `args.val_num_samples`, and as many as training by default.
+    """
+    sizes = [args.train_num_samples if is_train else args.val_num_samples, args.train_num_samples, 100]
     dataset = SyntheticDataset(
         transform=preprocess_fn,
-        dataset_size=100 if size is None else size,
+        dataset_size=next(size for size in sizes if size is not None),
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
     )
     option = "--train-num-samples" if is_train else "--val-num-samples"

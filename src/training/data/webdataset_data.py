@@ -21,6 +21,7 @@ from training import distributed
 from training.data.archives import is_local
 from training.data.images import load_image
 from training.data.loader import CURSOR, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
+from training.data.namespace import SHARDS, takes_namespace
 from training.data.position import Handover, Layout, ShardPlace, ShardPosition, fresh_place
 from training.data.reading import Collection, Cursor, Pass, Reader
 from training.data.sampling import SharedEpoch, sample_rng
@@ -130,6 +131,7 @@ class _ShardCollate(Collate):
         return None if collated is None else {**collated, CURSOR: batch.cursor}
 
 
+@takes_namespace(SHARDS)
 def get_wds_dataset(
     args: Any,
     preprocess_img: Callable[[Any], Any],
@@ -138,7 +140,7 @@ def get_wds_dataset(
     floor: bool = False,
     tokenizer: Any = None,
 ) -> DataInfo:
-    """The loader of `args.train_data` or `args.val_data`, webdataset shards. args: params.DataConfig.
+    """The loader of `args.train_data` or `args.val_data`, webdataset shards. args: params.DataConfig, or a namespace.
 
     In training an epoch has the samples of --train-num-samples (or of sizes.json, `__len__`), rounded up (`floor`:
     down) to the same number of whole batches for every worker of every rank. In evaluation, every sample once.

@@ -1,0 +1,134 @@
+"""Loaders for scripts written for open_clip_train.
+
+Such scripts call `get_data` and the `get_*_dataset` functions with a flat namespace, and expect what open_clip_train
+gives: batches `[images, texts]` (or `[images, labels]`), a tokenizer that is called with one caption at a time, and RGB
+images where it converts them. `takes_namespace` makes functions of a `DataConfig` accept a namespace as well. No other
+module knows the difference. Bad samples are skipped and positions can be saved for both kinds of callers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from training.data.loader import Collate, DataInfo, Loader
+from training.params import DataConfig
+
+PREPROCESS_PARAMETERS = ("preprocess_fn", "preprocess_img", "preprocess_fns")
+
+
+@dataclass(frozen=True)
+class NamespaceConfig(DataConfig):
+    """The data options of a flat namespace, with those that only scripts set."""
+
+    imagenet_train: str | None = None
+
+
+def from_namespace(args: Any) -> NamespaceConfig:
+    """Read the data options from an object's attributes. An option that it lacks has the flag's default."""
+    values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(NamespaceConfig)}
+    return NamespaceConfig(**values)
+
+
+@dataclass(frozen=True)
+class BatchForm:
+    """What open_clip_train's loader of one type of data gives.
+
+    Args:
+        members: names of the batch's members, in order.
+        rgb: whether images are RGB before they are preprocessed.
+        captions_in_lists: whether the tokenizer is called with `[caption]`; otherwise with `caption`.
+        column: joins the images, or the rows of token ids, of a batch.
+    """
+
+    members: tuple[str, str] = ("image", "text")
+    rgb: bool = False
+    captions_in_lists: bool = False
+    column: Callable[..., Any] = default_collate
+
+
+def stack_or_list(values: Sequence[Any]) -> Any:
+    """Join tensors, arrays and numbers to one tensor. Anything else stays a list."""
+    if isinstance(values[0], (torch.Tensor, np.ndarray, np.number, int, float)):
+        return default_collate(list(values))
+    return list(values)
+
+
+CSV = BatchForm(captions_in_lists=True)
+SYNTHETIC = BatchForm()
+SHARDS = BatchForm(rgb=True, column=stack_or_list)
+FOLDER = BatchForm(rgb=True, captions_in_lists=True)
+LABELLED = BatchForm(members=("image", "label"), rgb=True)
+
+
+@dataclass(frozen=True)
+class EachCaption:
+    """A tokenizer of a batch that calls `tokenizer` for each caption and takes the first row of each answer."""
+
+    tokenizer: Callable[[Any], Any]
+    form: BatchForm
+
+    @property
+    def reduction_fn(self) -> Any:
+        return getattr(self.tokenizer, "reduction_fn", None)
+
+    def __call__(self, captions: Sequence[str]) -> Any:
+        rows = tuple(self.tokenizer([text] if self.form.captions_in_lists else text)[0] for text in captions)
+        return self.form.column(rows)
+
+
+@dataclass(frozen=True)
+class InRGB:
+    """`preprocess` of the image's RGB form, a plain `PIL.Image.Image` that needs no open file."""
+
+    preprocess: Callable[[Any], Any]
+
+    def __call__(self, image: Any) -> Any:
+        return self.preprocess(image.convert("RGB"))
+
+
+def takes_namespace(form: BatchForm) -> Callable[[Callable[..., DataInfo]], Callable[..., DataInfo]]:
+    """Decorate a function of a DataConfig that makes a loader: it accepts a flat namespace too.
+
+    With a DataConfig the function is called unchanged. With any other object the loader's batches have `form`.
+    """
+
+    def decorate(make: Callable[..., DataInfo]) -> Callable[..., DataInfo]:
+        signature = inspect.signature(make)
+
+        @functools.wraps(make)
+        def adapted(args: Any, *positional: Any, **keywords: Any) -> DataInfo:
+            if isinstance(args, DataConfig):
+                return make(args, *positional, **keywords)
+            call = signature.bind(from_namespace(args), *positional, **keywords)
+            for name, value in call.arguments.items():
+                if name == "tokenizer" and value is not None:
+                    call.arguments[name] = EachCaption(value, form)
+                elif name in PREPROCESS_PARAMETERS and form.rgb:
+                    call.arguments[name] = _in_rgb(value)
+            return _in_form(make(*call.args, **call.kwargs), form, call.arguments["args"].batch_size)
+
+        return adapted
+
+    return decorate
+
+
+def _in_rgb(preprocess: Any) -> Any:
+    if isinstance(preprocess, (tuple, list)):
+        return tuple(map(_in_rgb, preprocess))
+    return None if preprocess is None else InRGB(preprocess)
+
+
+def _in_form(info: DataInfo, form: BatchForm, batch_size: int) -> DataInfo:
+    loader = cast(Loader, info.dataloader)
+    loader.members = form.members
+    cast(Collate, loader.collate_fn).column = form.column
+    vars(loader)["batch_size"] = batch_size  # torch's loader has None where batches come from a sampler or the dataset
+    return info
