@@ -9,6 +9,7 @@ Every batch carries the place behind it: see `training.data.position`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -120,7 +121,10 @@ class ShardBatches(IterableDataset):
         key = next(key for key in IMAGE_KEYS if key in sample)
         image = load_image(sample[key], self.transform, f"{name}.{key}")
         text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
-        return {"image": image, "text": text, "key": name}
+        decoded = {"image": image, "text": text, "key": name}
+        if not self.collection.endless:  # in evaluation equal images are one image with several captions
+            decoded["image_id"] = int.from_bytes(hashlib.blake2b(sample[key], digest_size=8).digest(), "big") >> 1
+        return decoded
 
 
 class _ShardCollate(Collate):
