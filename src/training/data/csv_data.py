@@ -166,8 +166,8 @@ class _Table:
             raise ValueError(f"{self.shown} has a header and no rows.")
         if not_utf8 > _MOST_NOT_UTF8 * len(images):
             raise ValueError(
-                f"{self.shown} is not UTF-8 (the captions of {not_utf8} of its {len(images)} rows are not). Convert it, "
-                "e.g. with iconv."
+                f"{self.shown} is not UTF-8 (the captions of {not_utf8} of its {len(images)} rows are not). Convert "
+                "it, e.g. with iconv."
             )
         return images, captions
 
@@ -316,4 +316,4 @@ def get_csv_dataset(
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
         image_ids=not is_train,
     )
-    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=filename)
+    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=shorten(filename))

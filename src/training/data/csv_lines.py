@@ -28,7 +28,7 @@ _KNOWN_PATHS = 1000
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows look: the separator (one character), the number of columns, and which column has the image's path."""
+    """How the rows look: the separator (one character), how many columns, and which of them has the image's path."""
 
     sep: str
     columns: int
@@ -132,13 +132,14 @@ def _split(row: Row, line: str, following: Iterator[tuple[int, str]], sep: str) 
         while start < len(line) and line[start] in " \t" and line[start] != sep:
             start += 1
         if line.startswith('"', start):
-            start, text = start + 1, []
+            start, text = start + 1, cast("list[str]", [])
             while (closing := _REST_OF_QUOTED.match(line, start)) is None:
                 text += [line[start:]] if len(text) < _LINES_OF_A_FIELD else []
-                row.last, line = next(following, (row.last, None))
-                if line is None:
+                continuation = next(following, None)
+                if continuation is None:
                     row.closes = False
                     return
+                row.last, line = continuation
                 start = 0
             if text:
                 row.long_fields.append((row.fields, "\n".join([*text, line[start : closing.end() - 1]])))
@@ -180,7 +181,7 @@ def _problem(row: Row, layout: Layout, paths: PathForm, allows_trailing: bool) -
     parts = [part.strip() for part in row.text.split(layout.sep)]
     if any(part.startswith("'") for part in parts) and any(part.endswith("'") for part in parts):
         return f"{counts} Single quotes do not quote a field, double quotes do."
-    return f"{counts} A field that has the separator {layout.sep!r} in it must be quoted with \"."
+    return f'{counts} A field that has the separator {layout.sep!r} in it must be quoted with ".'
 
 
 def reads_literally(filename: str, layout: Layout, paths: PathForm) -> bool:

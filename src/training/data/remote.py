@@ -1,7 +1,7 @@
 """Shards that are not local files: which URLs can be opened, and by what.
 
-`webdataset.gopen` opens its own schemes (`pipe:`, https, gs...). fsspec opens those that it has a filesystem for, such as
-s3 with s3fs installed. Any other scheme is an error before the first step.
+`webdataset.gopen` opens its own schemes (`pipe:`, https, gs...). fsspec opens those that it has a filesystem for, such
+as s3 with s3fs installed. Any other scheme is an error before the first step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_local(url: str) -> bool:
 
 def scheme_of(url: str) -> str | None:
     """Return the scheme of `scheme://...`, "pipe" or "file" for their URLs, and None for a path."""
-    if url.startswith("pipe:") or url.startswith("file:"):
+    if url.startswith(("pipe:", "file:")):
         return url[:4]
     found = _SCHEME.match(url)
     return None if found is None else found.group(1).lower()

@@ -75,11 +75,11 @@ def expand_urls(
 def _expand_source(source: str) -> list[str]:
     if is_list(source):
         return read_list(source)
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         expanded = list(braceexpand(source))
-    except UnbalancedBracesError:
+    except ValueError:
         raise ValueError(f"{quote(source)} has unbalanced braces. Write shards as {{00000..00099}}.tar.") from None
     return [shard for item in expanded for shard in _expand_path(item)]
 
@@ -215,7 +215,7 @@ def _size_by_stats(folder: str, urls: Sequence[str]) -> int | None:
             total += _count(_json_table(text).get("successes"))
         except ValueError as error:
             reason = shorten(error)
-            raise ValueError(f"{shorten(path)} has no number under \"successes\" ({reason}).") from error
+            raise ValueError(f'{shorten(path)} has no number under "successes" ({reason}).') from error
     if missing and len(missing) < len(urls):
         logger.warning(
             "%s: %d of %d shards have no _stats.json: %s. The number of samples is unknown.",

@@ -273,7 +273,7 @@ def unusable(sample: Sample) -> BadSample | None:
     if image is not None and isinstance(sample[image], TooLarge):
         return too_large(sample, image)
     if "__torn__" in sample and (image is None or not caption.strip()):
-        return BadSample("torn_sample", name, f"the shard is damaged inside of it; whole before that: {_members(sample)}")
+        return BadSample("torn_sample", name, f"the shard is damaged inside it; whole before that: {_members(sample)}")
     if not caption.strip():
         reason = f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {_members(sample)}"
         return BadSample("no_caption", name, reason)

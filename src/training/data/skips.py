@@ -258,6 +258,6 @@ class Streak:
         first = f"The first: {shorten(self.first.name)}: {self.first.reason} ({self.first.cause})."
         if self.any_good:
             return NoUsableSamples(
-                f"{source}: only bad samples follow the good ones, thousands in a row. Is the storage available? {first}"
+                f"{source}: only bad samples follow the good ones, thousands in a row. Is the storage there? {first}"
             )
         return NoUsableSamples(f"{source}: not one usable sample, and {self.bad} that are not. {first}")

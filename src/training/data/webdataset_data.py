@@ -166,6 +166,7 @@ def get_wds_dataset(
     seed = getattr(args, "seed", 0)
     collection = Collection(urls, seed, is_train, resampled, weights, shard_sizes(urls), alone=not here.distributed)
     layout = Layout(here.rank, here.world_size, max(1, args.workers), args.batch_size, num_batches)
+    source = shorten(source)  # for messages
     skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
     shared_epoch, handover = SharedEpoch(epoch), Handover()
     dataset = ShardBatches(
@@ -209,7 +210,7 @@ def _epoch_size(
             "number next to the shards."
         )
     if not resampled:
-        check_one_batch(num_samples, args.batch_size, distributed.world().world_size, source)
+        check_one_batch(num_samples, args.batch_size, distributed.world().world_size, shorten(source))
     whole = math.floor if floor else math.ceil
     batches = whole(num_samples / global_batch)
     per_worker = whole(batches / workers)
