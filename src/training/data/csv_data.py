@@ -241,18 +241,20 @@ class _Table:
         Raises:
             ValueError: with the number of the line.
         """
-        wrong = None
+        wrong, is_literal = None, False
         if len(self.sep) == 1 and self.header:
             layout = self._layout()
-            if not self.paths.is_known:
-                self.paths = csv_lines.PathForm(csv_lines.raw_paths(self.filename, layout), self._folders())
-            wrong = csv_lines.misfit(self.filename, layout, self.paths)
-            if wrong is not None and csv_lines.reads_literally(self.filename, layout, self.paths):
-                logger.warning(
-                    "%s: quotation marks are read as text, because no field is quoted as a whole, and %s starts a "
-                    "quoted field that does not end there.", self.shown, wrong.partition(":")[0],
-                )  # fmt: skip
-                return
+            with _damage_is_an_error(self.filename):
+                if not self.paths.is_known:
+                    self.paths = csv_lines.PathForm(csv_lines.raw_paths(self.filename, layout), self._folders())
+                wrong = csv_lines.misfit(self.filename, layout, self.paths)
+                is_literal = wrong is not None and csv_lines.reads_literally(self.filename, layout, self.paths)
+        if wrong is not None and is_literal:
+            logger.warning(
+                "%s: quotation marks are read as text, because no field is quoted as a whole, and %s starts a quoted "
+                "field that does not end there.", self.shown, wrong.partition(":")[0],
+            )  # fmt: skip
+            return
         if wrong is not None:
             raise ValueError(f"{self.shown}, {wrong}") from error
         raise ValueError(
@@ -271,7 +273,7 @@ def _damage_is_an_error(filename: str) -> Iterator[None]:
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, _Swallowed, ImportError):
         raise
     except OSError as error:
-        if error.errno is not None:
+        if error.filename is not None:  # it is missing or may not be read
             raise
         raise ValueError(_damaged(filename, error)) from error
     except Exception as error:  # zlib.error, EOFError, BadZipFile, TarError, KeyError, TypeError ...
