@@ -105,7 +105,7 @@ class CsvDataset(Dataset):
                 missing = bad
         if missing.reason != "there is no such file":
             raise missing
-        looked = " nor in ".join(shorten(folder or os.getcwd(), 60) for folder in self.folders)
+        looked = " nor in ".join(shorten(folder or os.getcwd(), 70) for folder in self.folders)
         raise BadSample("missing_image", name, f"there is no such file in {looked}")
 
 
@@ -121,7 +121,10 @@ def _image_folders(filename: str, images: StringTable) -> tuple[str, ...]:
         if not path or "\0" in path or os.path.isabs(path) or os.path.isfile(path):
             continue
         if os.path.isfile(os.path.join(folder, path)):
-            logger.info("%s: image paths are relative to its folder: the first is not in %s.", filename, os.getcwd())
+            logger.info(
+                "%s: image paths are relative to its folder, not to the working directory %s.",
+                shorten(filename), shorten(os.getcwd()),
+            )  # fmt: skip
             return folder, ""
     return "", folder
 

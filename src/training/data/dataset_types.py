@@ -21,8 +21,8 @@ def dataset_type_of(path: str | None, dataset_type: str) -> str:
     """Return the type of one source: that of its name, or `dataset_type` where the name tells nothing.
 
     The training and the validation data may have different types. A name that ends in .tar, or starts with `pipe:`, is
-    webdataset, .csv and .tsv are csv. A folder is imagefolder if it has folders, webdataset if it has .tar files.
-    Braces, `::`, .txt and .list are webdataset where `dataset_type` is "auto".
+    webdataset, .csv and .tsv are csv. A folder is imagefolder if it has folders with files in them, webdataset if it has
+    .tar files. Braces, `::`, .txt and .list are webdataset where `dataset_type` is "auto".
 
     Raises:
         ValueError: an unknown type, or "auto" and a name that tells nothing.
@@ -61,5 +61,5 @@ def _types_of_name(source: str) -> tuple[str, ...]:
         return ()
     with os.scandir(source) as scan:
         entries = [entry for entry in scan if not entry.name.startswith((".", "_"))]
-    found = ["imagefolder"] if any(entry.is_dir() for entry in entries) else []
+    found = ["imagefolder"] if any(entry.is_dir() and os.listdir(entry) for entry in entries) else []
     return (*found, "webdataset") if any(entry.name.endswith(SHARD_ENDINGS) for entry in entries) else tuple(found)

@@ -6,6 +6,7 @@ and plain URLs, and sizes are numbers.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
@@ -145,7 +146,7 @@ def _read_text(path: str) -> str:
     Raises:
         ValueError: it is large, or not UTF-8.
     """
-    with open_stream(path) if is_fsspec(path) else open(path, "rb") as file:
+    with contextlib.closing(open_stream(path) if is_fsspec(path) else open(path, "rb")) as file:
         data = file.read(_TEXT_LIMIT + 1)
     if len(data) > _TEXT_LIMIT:
         raise ValueError(f"it has more than {_TEXT_LIMIT >> 20} MiB")
