@@ -58,10 +58,12 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
     contrastive = open_clip.ClipLoss()
     losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
     pad_id = getattr(model, "pad_id", 0)
-    image_features, text_features = [], []
+    image_features, text_features, image_ids = [], [], []
     total = getattr(dataloader, "num_samples", None)
     with progress.Task("Evaluating the validation data", total, "samples") as task:
         for batch in dataloader:
+            if isinstance(batch, Mapping) and "image_id" in batch:
+                image_ids.append(batch["image_id"])
             batch = to_device(batch, device, input_dtype)
             with autocast():
                 outputs = as_outputs(model(batch["image"], batch["text"]))
@@ -89,6 +91,7 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
             torch.cat(text_features) if text_features else none,
             device,
             here.distributed,
+            torch.cat(image_ids) if image_ids else None,
         )
     return metrics | averages | {"epoch": epoch, "num_samples": num_samples}
 

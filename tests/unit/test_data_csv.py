@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import logging
 import os
 import pickle
@@ -92,8 +94,8 @@ def test_missing_file(tmp_path):
         ("filepath\ttitle\na\tb\n", ",", r"'\\t' looks right: give --csv-separator"),
         ("path;text\na;b\n", "\t", "';' looks right"),
         ("filepath\na\n", "\t", "no column 'title': it has one column only.*see --csv-separator"),
-        ("filepath,title\na.jpg,one\nb.jpg,two, three\n", ",", "rows do not fit the header.*quoted"),
-        ("filepath,title\na.jpg,one, more\n", ",", "rows do not fit the header"),
+        ("filepath,title\na.jpg,one\nb.jpg,two, three\n", ",", "line 3: 3 fields, and the header has 2: .*quoted"),
+        ("filepath,title\na.jpg,one, more\n", ",", "line 2: 3 fields, and the header has 2"),
     ],
 )
 def test_unreadable_files_say_what_is_wrong(tmp_path, content, sep, message):
@@ -288,3 +290,154 @@ def test_batches_name_their_samples(tmp_path):
     for batch in batches:
         assert batch["key"] == [f"{tmp_path}/{n}.jpg (row {n + 1} of {path})" for n in batch["text"][:, 0].tolist()]
     assert not any("/3.jpg" in key for batch in batches for key in batch["key"])  # another one came in its place
+
+
+# --- rows that do not fit, and quotation marks
+
+
+def rows(dataset):
+    return [(dataset.images[i], dataset.captions[i]) for i in range(len(dataset))]
+
+
+def write(tmp_path, text, name="rows.csv"):
+    (tmp_path / name).write_bytes(text.encode())
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("end", ["", '\nc.jpg\tsays "bye"'])
+def test_quotation_marks_are_text_where_no_field_can_be_quoted(tmp_path, caplog, end):
+    path = write(tmp_path, f'filepath\ttitle\na.jpg\t"Hello, world\nb.jpg\ttwo{end}\nd.jpg\tfour\n')
+    with caplog.at_level(logging.WARNING):
+        found = rows(read(path))
+    expected = [("a.jpg", '"Hello, world'), ("b.jpg", "two"), ("c.jpg", 'says "bye"'), ("d.jpg", "four")]
+    assert found == [row for row in expected if end or row[0] != "c.jpg"]
+    assert "quotation marks are read as text" in caplog.text
+    assert "line 2 starts a quoted field" in caplog.text
+
+
+def test_a_quotation_mark_that_swallows_rows_is_an_error_with_the_line(tmp_path, monkeypatch):
+    lines = ["filepath\ttitle", *(f'{n}.jpg\t"caption {n}"' for n in range(256))]
+    lines[60], lines[91] = '59.jpg\t"a caption', '90.jpg\tnot "quoted"'
+    for text in ("\n".join(lines), "\r\n".join(lines) + "\r\n"):
+        path = write(tmp_path, text)
+        with pytest.raises(ValueError, match=r"line 61: a quotation mark opens a field that ends 1 lines later"):
+            read(path)
+    lines[61:91] = [f"{n}.jpg\tcaption {n}" for n in range(60, 90)]
+    for rows_at_once in (200_000, 50):
+        monkeypatch.setattr("training.data.csv_data._ROWS_AT_ONCE", rows_at_once)
+        path = write(tmp_path, "\n".join(lines) + "\n")
+        with pytest.raises(
+            ValueError, match=r"line 61: a quotation mark opens a field that ends 31 lines later, '59.jpg"
+        ):
+            read(path)
+    path = write(tmp_path, "\n".join(lines[:90]) + "\n")
+    with pytest.raises(ValueError, match=r"line 61: a quotation mark opens a field that never closes"):
+        read(path)
+
+
+def test_swallowed_rows_are_found_whatever_the_order_of_the_columns(tmp_path):
+    path = write(tmp_path, 'title,filepath\n"Hello,a.jpg\nplain,b.jpg\n"y",c.jpg\nw,d.jpg\n')
+    with pytest.raises(ValueError, match="line 2: a quotation mark opens a field that ends 2 lines later"):
+        read(path, sep=",")
+    path = write(tmp_path, 'id,filepath,title\n1,a.jpg,"x\n2,b.jpg,y\n3,c.jpg,z" q\n4,d.jpg,"k"\n')
+    with pytest.raises(ValueError, match="line 2: a quotation mark opens a field that ends 2 lines later"):
+        read(path, sep=",")
+
+
+def test_paths_without_an_extension_are_rows_where_the_files_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = 'filepath\ttitle\nimg_a\t"one\nimg_b\ttwo\nimg_c\tsays "x"\nimg_d\t"four"\n'
+    assert len(read(write(tmp_path, text))) == 2  # nothing says that img_b is a path
+    for name in ("img_a", "img_b"):
+        (tmp_path / name).write_bytes(jpeg(1))
+    with pytest.raises(ValueError, match="line 2: a quotation mark"):
+        read(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(("sep", "end"), [("\t", "\n"), (",", "\n"), (",", "\r\n"), (";", "\r")])
+def test_captions_of_several_lines_that_a_csv_writer_quoted(tmp_path, sep, end):
+    captions = ["two\nlines", f"a{sep} b\n{sep}c, see fig.3{sep} d\n", 'said "x"\n\n"y"', "\n", f"x{sep}y\nz{sep}w"]
+    expected = [(f"{n}.jpg", text) for n, text in enumerate(captions)]
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        quoting = csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL  # which quotes the line ends of its own form
+        writer = csv.writer(file, delimiter=sep, lineterminator=end, quoting=quoting)
+        writer.writerows([("filepath", "title"), *expected])
+    assert rows(read(tmp_path / "rows.csv", sep=sep)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg,one\nb.jpg,two, three\n", "line 3: 3 fields, and the header has 2: 'b.jpg,two, three'.*quoted with"),
+        ('a.jpg,"one \\"x\\", two"\n', "line 2: .*A backslash does not escape"),
+        ("a.jpg,'one, two'\n", "line 2: .*Single quotes do not quote"),
+        ('a.jpg,"x\ny"\n\nb.jpg,one,two\n', "line 5: 3 fields"),
+        ("a.jpg,one\nb.jpg,two,\n", "line 3: 3 fields"),
+        ("a.jpg," + "x," * 9999 + "\n", "line 2: 10001 fields"),
+    ],
+)
+def test_rows_that_do_not_fit_the_header_name_the_line_and_the_reason(tmp_path, text, message):
+    path = write(tmp_path, "filepath,title\n" + text)
+    with pytest.raises(ValueError, match=message) as error:
+        read(path, sep=",")
+    assert "pandas" not in str(error.value)
+    assert "Length of header" not in str(error.value)
+    packed = tmp_path / "rows.csv.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read(packed, sep=",")
+
+
+def test_blanks_after_separators_are_not_part_of_names_and_fields(tmp_path):
+    path = write(tmp_path, 'title, filepath\none, a.jpg\n"two, x",  "b.jpg"\n')
+    assert rows(read(path, sep=",")) == [("a.jpg", "one"), ("b.jpg", "two, x")]
+    with pytest.raises(ValueError, match=r"one column only.*',' looks right"):
+        read(path, sep="\t")
+
+
+def test_separators_at_the_end_of_all_rows(tmp_path):
+    path = write(tmp_path, "filepath,title\na.jpg,one,\nb.jpg,two,\n")
+    assert rows(read(path, sep=",")) == [("a.jpg", "one"), ("b.jpg", "two")]
+
+
+# --- where images are
+
+
+def test_paths_relative_to_the_folder_of_the_file(tmp_path, monkeypatch, caplog):
+    write_csv(tmp_path, 2)
+    (tmp_path / "sub").mkdir()
+    for number in (0, 1):
+        (tmp_path / f"{number}.jpg").rename(tmp_path / "sub" / f"{number}.jpg")
+    (tmp_path / "2.jpg").write_bytes(jpeg(2))
+    path = write(tmp_path / "sub", "filepath\ttitle\n0.jpg\ta 0\n1.jpg\ta 1\n2.jpg\ta 2\ngone.jpg\ta 3\n")
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO):
+        dataset = read(path.relative_to(tmp_path))
+    assert dataset.folders == ("sub", "")
+    assert caplog.text.count("image paths are relative to its folder") == 1
+    assert [dataset[i]["image"].shape for i in range(3)] == [(3, 8, 8)] * 3  # 2.jpg is in the working directory
+    with pytest.raises(BadSample, match=r"gone\.jpg \(row 4.*there is no such file in sub nor in /"):
+        dataset[3]
+
+
+def test_finding_the_folder_costs_no_look_up_for_each_row(tmp_path, monkeypatch):
+    looked = []
+    isfile = os.path.isfile
+    path = write(tmp_path, "filepath\ttitle\n" + "".join(f"{n}.jpg\ta {n}\n" for n in range(5000)))
+    monkeypatch.setattr(os.path, "isfile", lambda name: looked.append(name) or isfile(name))
+    read(path)
+    assert len(looked) <= 200
+
+
+def test_urls_say_what_downloads_them(tmp_path):
+    path = write(tmp_path, "filepath\ttitle\nhttps://host/a.jpg\tone\n")
+    with pytest.raises(BadSample, match=r"missing_image: https://host/a.jpg.*URLs are not opened. img2dataset"):
+        read(path)[0]
+
+
+def test_rows_of_one_path_are_one_image_in_evaluation(tmp_path):
+    path = write_csv(tmp_path, 3)
+    path.write_text(path.read_text() + f"{tmp_path}/1.jpg\tanother caption 1\n")
+    ids = [number for batch in val_data(path).dataloader for number in batch["image_id"].tolist()]
+    assert (len(set(ids)), ids[3]) == (3, ids[1])
+    assert all("image_id" not in batch for batch in train_data(path, batch_size=2).dataloader)

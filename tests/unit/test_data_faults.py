@@ -530,7 +530,7 @@ def test_data_that_end_while_a_run_goes_on_are_an_error_and_no_hang(tmp_path):
     next(batches)
     for shard in range(3):
         (tmp_path / f"{shard}.tar").unlink()
-    with pytest.raises(NoUsableSamples, match=r"after good samples there are only bad ones.*storage.*missing_shard"):
+    with pytest.raises(NoUsableSamples, match=r"only bad samples follow the good ones.*storage.*missing_shard"):
         list(batches)
 
 

@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 import torch
 
-from data_files import data_args, fake_world, jpeg, plain
+from data_files import data_args, fake_world, jpeg, pairs, plain, tokenize, write_csv, write_tar
 from training.data import (
     ImageFolder,
+    dataset_type_of,
     get_csv_dataset,
     get_data,
     get_dataset_fn,
@@ -62,7 +63,7 @@ def test_the_same_files_and_labels_as_torchvision(tmp_path):
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder \(looked for /"):
         ImageFolder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has no folders: it needs one a class"):
+    with pytest.raises(ValueError, match="has no folders: it needs one for each class"):
         ImageFolder(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in its class folders"):
@@ -179,3 +180,53 @@ def test_unknown_forms_name_the_choices():
 
 def test_nothing_configured_is_no_data():
     assert get_data(data_args(), (plain, plain)) == {}
+
+
+def test_the_form_of_each_source_follows_from_its_name(tmp_path):
+    write_classes(tmp_path / "classes", ["a", "b"])
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar").write_bytes(b"")
+    (tmp_path / "shards/_tmp").mkdir()
+    write_classes(tmp_path / "both", ["a"])
+    (tmp_path / "both/0.tar").write_bytes(b"")
+    expected = {
+        ("x.tar", "csv"): "webdataset",
+        ("a/{00..10}.tar", "csv"): "webdataset",
+        ("*.tar", "imagefolder"): "webdataset",
+        ("pipe:cat x", "csv"): "webdataset",
+        ("val.csv", "webdataset"): "csv",
+        ("val.TSV.gz", "webdataset"): "csv",
+        ("val.csv", "synthetic"): "csv",
+        ("synthetic", "synthetic"): "synthetic",
+        ("pairs.txt", "csv"): "csv",
+        ("shards.txt", "webdataset"): "webdataset",
+        ("shards.txt", "auto"): "webdataset",
+        ("table", "csv"): "csv",
+        ("a::b", "auto"): "webdataset",
+        (f"{tmp_path}/classes", "auto"): "imagefolder",
+        (f"{tmp_path}/classes", "webdataset"): "imagefolder",
+        (f"{tmp_path}/shards", "auto"): "webdataset",
+        (f"{tmp_path}/shards", "imagefolder"): "webdataset",
+        (f"{tmp_path}/both", "auto"): "imagefolder",
+        (f"{tmp_path}/both", "webdataset"): "webdataset",
+        (None, "synthetic"): "synthetic",
+    }
+    assert {case: dataset_type_of(*case) for case in expected} == expected
+
+
+@pytest.mark.parametrize("dataset_type", ["auto", "webdataset", "csv"])
+def test_training_on_shards_and_evaluating_on_a_table(tmp_path, dataset_type):
+    shard = write_tar(tmp_path / "x.tar", pairs(range(8)))
+    args = data_args(
+        train_data=str(shard), train_num_samples=8, val_data=str(write_csv(tmp_path, 3)), dataset_type=dataset_type
+    )
+    data = get_data(args, (plain, plain), tokenizer=tokenize)
+    assert [len(batch["key"]) for batch in data["train"].dataloader] == [4, 4]
+    assert [len(batch["key"]) for batch in data["val"].dataloader] == [3]
+
+
+def test_numbers_of_classes_are_bounded(tmp_path):
+    for name in ("0", "9" * 200):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"'9+ \.\.\. 9+' is too large for the number of a class"):
+        ImageFolder(tmp_path, plain, numbered=True)

@@ -485,3 +485,183 @@ def test_the_error_of_a_shard_is_typed(tmp_path):
     with pytest.raises(BadSample) as raised:
         list(read_shard(str(tmp_path / "gone.tar")))
     assert raised.value.cause == "missing_shard"
+
+
+# --- samples whose members are apart, names with dots
+
+
+def images_and_captions(numbers):
+    return [(f"{n:04d}.jpg", jpeg(n)) for n in numbers], [(f"{n:04d}.txt", caption(n).encode()) for n in numbers]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_sample_whose_members_are_apart_is_counted_once(tmp_path, caplog, workers):
+    images, captions = images_and_captions(range(20))
+    whole = [member for pair in zip(images[4:], captions[4:], strict=True) for member in pair]
+    shard = write_tar(tmp_path / "a.tar", [*images[:4], *whole, *captions[:4]])
+    val = val_data(shard, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        assert sorted(flat(epoch_numbers(val))) == list(range(4, 20))
+    assert val.skipped.counts() == {"no_caption": 4, "unsorted_shard": 1}
+    if not workers:
+        assert caplog.text.count("are not adjacent; write it with `tar --sort=name`") == 1
+    val.dataloader.close()
+
+
+def test_captions_before_images_and_in_another_folder(tmp_path):
+    images, captions = images_and_captions(range(3))
+    val = val_data(write_tar(tmp_path / "a.tar", [*captions, *images, *pairs([7])]))
+    assert flat(epoch_numbers(val)) == [7]
+    assert val.skipped.counts() == {"no_image": 3, "unsorted_shard": 1}
+    # a key that comes again with the same part is another sample
+    val = val_data(write_tar(tmp_path / "b.tar", [*images, *images, *pairs([7])]))
+    assert flat(epoch_numbers(val)) == [7]
+    assert val.skipped.counts() == {"no_caption": 6}
+
+
+@pytest.mark.parametrize("count", [30, 150])
+def test_a_run_on_unsorted_shards_ends_with_the_fix(tmp_path, count):
+    images, captions = images_and_captions(range(count))
+    shard = write_tar(tmp_path / "a.tar", [*images, *captions])
+    with pytest.raises(
+        ValueError, match=r"not one usable sample.*a\.tar: the members of '0000' are not adj.*--sort=name"
+    ):
+        next(iter(train_data(shard, train_num_samples=count).dataloader))
+
+
+def test_names_with_dots_say_where_the_key_ends(tmp_path, caplog):
+    members = [(f"2023.01.05_{n:04d}.{kind}", b"x") for n in range(2000) for kind in ("jpg", "txt")]
+    val = val_data(write_tar(tmp_path / "a.tar", members))
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="not one usable sample"):
+        list(val.dataloader)
+    assert "a.tar/2023: no caption" in caplog.text
+    assert "and 3998 more (the names have dots: the key ends at the first dot)" in caplog.text
+    assert max(len(record.getMessage()) for record in caplog.records) < 500
+
+
+# --- which shards
+
+
+def test_wildcards_and_folders(tmp_path, monkeypatch):
+    write_shards(tmp_path, 3, 2)
+    (tmp_path / "[1].tar").write_bytes((tmp_path / "001.tar").read_bytes())
+    (tmp_path / "000.parquet").write_bytes(b"PAR1")
+    names = [f"{tmp_path}/{n:03d}.tar" for n in range(3)]
+    assert expand_urls(f"{tmp_path}/0*.tar")[0] == names
+    assert expand_urls(f"{tmp_path}/00{{0,1}}.t?r::{tmp_path}/*2.tar", "1::2") == (names, [1.0, 1.0, 2.0])
+    assert expand_urls(f"{tmp_path}/[1].tar")[0] == [f"{tmp_path}/[1].tar"]  # a file with that name
+    assert expand_urls(str(tmp_path))[0] == [*names, f"{tmp_path}/[1].tar"]
+    assert expand_urls("https://host/a.tar?part=1")[0] == ["https://host/a.tar?part=1"]
+    assert expand_urls([f"{tmp_path}/*.tar"])[0] == [f"{tmp_path}/*.tar"]
+    with pytest.raises(FileNotFoundError, match=r"No file fits '.*/x\*\.tar'"):
+        expand_urls(f"{tmp_path}/x*.tar")
+    with pytest.raises(ValueError, match=r"wildcards in URLs are not expanded. Use braces"):
+        expand_urls("s3://bucket/*.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty' has no \.tar, \.tar\.gz, \.tgz files"):
+        expand_urls(f"{tmp_path}/empty")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[1].tar").unlink()
+    for source in ("*.tar", ".", f"{tmp_path}/*"[:-1]):
+        data = get_data(data_args(val_data=source), (plain, plain), tokenizer=tokenize)["val"]
+        assert flat(epoch_numbers(data)) == list(range(6))
+
+
+def test_img2datasets_statistics_give_the_number_of_samples(tmp_path, caplog):
+    shards = write_shards(tmp_path, 3, 8)
+    for number in range(3):
+        stats = {"count": 10, "successes": 8, "failed_to_download": 2, "start_time": 1.5}
+        (tmp_path / f"{number:03d}_stats.json").write_text(json.dumps(stats))
+    assert get_dataset_size(shards) == (24, 3)
+    assert train_data(shards).dataloader.num_batches == 6
+    assert train_data(tmp_path, batch_size=8).dataloader.num_batches == 3
+    (tmp_path / "001_stats.json").unlink()
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=r"number of samples.*is unknown"):
+        train_data(shards)
+    assert "1 of 3 shards have no _stats.json: 001.tar" in caplog.text
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{n:03d}.tar": 4 for n in range(3)}))
+    assert get_dataset_size(shards) == (12, 3)  # sizes.json comes first
+    (tmp_path / "sizes.json").unlink()
+    for wrong in ("{}", "[]", '{"successes": -1}', '{"successes": "many"}', "{", '{"successes": 1.5}'):
+        (tmp_path / "001_stats.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"001_stats\.json has no number under \"successes\""):
+            get_dataset_size(shards)
+
+
+# --- what is not a local file
+
+
+def test_schemes_that_nothing_opens_are_an_error_before_the_first_step(tmp_path):
+    for option in ("train_data", "val_data"):
+        args = data_args(**{option: "oss://bucket/i2d/{00000..00003}.tar"}, train_num_samples=256)
+        with pytest.raises(ValueError, match=r"'pipe:ossutil cat oss://bucket/i2d/\{00000\.\.00003\}\.tar'"):
+            get_data(args, (plain, plain))
+    with pytest.raises(ValueError, match=r"weird:// here.*'pipe:COMMAND weird://host/a\.tar' with a COMMAND"):
+        val_data("weird://host/a.tar")
+    with pytest.raises(ValueError, match=r"cannot be opened"):
+        val_data(f"{write_tar(tmp_path / 'a.tar', pairs([1]))}::weird://host/a.tar")
+
+
+def test_s3_is_an_error_unless_fsspec_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.remote.is_fsspec", lambda url: False)
+    expected = r"'pipe:aws s3 cp s3://b/\{0\.\.1\}\.tar -', or install fsspec's package for s3 \(s3fs\)"
+    with pytest.raises(ValueError, match=expected):
+        val_data("s3://b/{0..1}.tar")
+    (tmp_path / "shards.txt").write_text("s3://b/0.tar\n")
+    with pytest.raises(ValueError, match=r"'pipe:aws s3 cp s3://b/0\.tar -'"):
+        val_data(tmp_path / "shards.txt")
+    (tmp_path / "shards.txt").write_text("s3://b/0.tar\npipe:x\n")
+    with pytest.raises(ValueError, match=r"plain URLs \(([a-z, ]+)\)") as error:
+        val_data(tmp_path / "shards.txt")
+    assert "s3" not in str(error.value).partition("plain URLs")[2].partition(")")[0]  # what cannot work is not offered
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fsspec_opens_what_it_has_a_filesystem_for(tmp_path, workers):
+    fsspec = pytest.importorskip("fsspec")
+    local = fsspec.get_filesystem_class("file")
+
+    class Store(local):
+        """Local files under another scheme. A store has exceptions of its own."""
+
+        protocol = "ourstore"
+        cachable = False
+
+        def _open(self, path, *args, **options):
+            if path.endswith("bad.tar"):
+                raise RuntimeError("AccessDenied")
+            return super()._open(path, *args, **options)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("ourstore:").lstrip("/")
+
+    fsspec.register_implementation("ourstore", Store, clobber=True)
+    write_shards(tmp_path, 2, 3)
+    url = f"ourstore://{str(tmp_path)[1:]}"
+    (tmp_path / "sizes.json").write_text(json.dumps({"000.tar": 3, "001.tar": 3}))
+    val = val_data(f"{url}/{{000..001}}.tar", workers=workers)
+    assert val.dataloader.num_samples == 6
+    assert sorted(flat(epoch_numbers(val))) == list(range(6))
+    val.dataloader.close()
+    (tmp_path / "sizes.json").unlink()
+    for number in range(2):
+        (tmp_path / f"{number:03d}_stats.json").write_text('{"successes": 3}')
+    assert get_dataset_size(f"{url}/{{000..001}}.tar") == (6, 2)
+    val = val_data(f"{url}/{{000..002}}.tar::{url}/bad.tar")
+    assert sorted(flat(epoch_numbers(val))) == list(range(6))
+    assert val.skipped.counts() == {"missing_shard": 2}
+
+
+def test_a_list_cannot_chain_filesystems(tmp_path):
+    (tmp_path / "shards.txt").write_text("s3://bucket/a::file:///etc/passwd\n")
+    with pytest.raises(ValueError, match=r"shards\.txt, line 1: .* is refused"):
+        expand_urls(str(tmp_path / "shards.txt"))
+
+
+def test_equal_images_are_one_image_in_evaluation(tmp_path):
+    members = [("a_0.jpg", jpeg(5)), ("a_0.txt", b"one 5"), ("a_1.jpg", jpeg(5)), ("a_1.txt", b"two 5"), *pairs([6])]
+    shard = write_tar(tmp_path / "a.tar", members)
+    ids = [number for batch in val_data(shard).dataloader for number in batch["image_id"].tolist()]
+    assert (len(ids), len(set(ids)), ids[0]) == (3, 2, ids[1])
+    assert all("image_id" not in batch for batch in train_data(shard, train_num_samples=4).dataloader)

@@ -27,6 +27,34 @@ def by_definition(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
     return found
 
 
+def by_coco(image: torch.Tensor, text: torch.Tensor, ids: list[int]) -> dict[str, float]:
+    """Metrics of different images with their captions, from sorted lists of similarities, in NumPy."""
+    firsts = [ids.index(value) for value in dict.fromkeys(ids)]
+    similarities = image.double().numpy()[firsts] @ text.double().numpy().T
+    right = [[caption for caption, value in enumerate(ids) if value == ids[first]] for first in firsts]
+    image_ranks = []
+    for row, captions in zip(similarities, right, strict=True):
+        order = np.argsort(-row, kind="stable").tolist()
+        image_ranks.append(min(order.index(caption) for caption in captions))
+    text_ranks = []
+    for caption, value in enumerate(ids):
+        order = np.argsort(-similarities[:, caption], kind="stable").tolist()
+        text_ranks.append(order.index(firsts.index(ids.index(value))))
+    found = {}
+    for name, ranks in (("image_to_text", np.array(image_ranks)), ("text_to_image", np.array(text_ranks))):
+        found[f"{name}_mean_rank"] = ranks.mean() + 1
+        found[f"{name}_median_rank"] = np.floor(np.median(ranks)) + 1
+        for k in (1, 5, 10):
+            found[f"{name}_R@{k}"] = (ranks < k).mean()
+    return found
+
+
+def image_ids(count: int) -> list[int]:
+    """About three pairs for an image, spread over the pairs, with large numbers."""
+    chosen = np.random.RandomState(count).randint(0, max(1, count // 3), count)
+    return [int(number) * 0x3243F6A8885A30 + 5 for number in chosen]
+
+
 def features(count: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     if kind == "ties":  # small whole numbers: similarities are exact, and many are equal
@@ -47,6 +75,9 @@ def cases(rank: int, world_size: int) -> dict:
         if not counts[rank]:
             image = text = torch.zeros(0, 0)  # what a rank has that saw no batch
         results[kind] = metrics.retrieval_metrics(image, text, distributed=True)
+        ids = torch.tensor(image_ids(sum(counts))[first : first + counts[rank]], dtype=torch.int64)
+        known = None if not counts[rank] else ids
+        results[f"{kind}, captions"] = metrics.retrieval_metrics(image, text, distributed=True, image_ids=known)
     return results
 
 
@@ -61,6 +92,45 @@ def test_every_rank_gets_the_retrieval_metrics_of_all_pairs(ranks, world_size, k
     expected = by_definition(*features(sum(COUNTS[world_size]), kind))
     for result in ranks[world_size]:
         assert result[kind] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["ties", "noise"])
+@pytest.mark.parametrize("world_size", COUNTS)
+def test_every_rank_gets_the_metrics_of_images_with_several_captions(ranks, world_size, kind):
+    total = sum(COUNTS[world_size])
+    expected = by_coco(*features(total, kind), image_ids(total))
+    for result in ranks[world_size]:
+        assert result[f"{kind}, captions"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["ties", "noise"])
+@pytest.mark.parametrize("count", [1, 2, 7, 63, 64, 65, 300])
+@pytest.mark.parametrize("rows", [(8192, 512), (128, 64)], ids=["one block", "blocks"])
+def test_images_with_several_captions(kind, count, rows, monkeypatch):
+    monkeypatch.setattr(metrics, "GALLERY_ROWS", rows[0])
+    monkeypatch.setattr(metrics, "QUERY_ROWS", rows[1])
+    image, text = features(count, kind)
+    ids = image_ids(count)
+    found = metrics.retrieval_metrics(image, text, image_ids=torch.tensor(ids))
+    assert found == pytest.approx(by_coco(image, text, ids))
+    different = metrics.retrieval_metrics(image, text, image_ids=torch.arange(count))
+    assert different == metrics.retrieval_metrics(image, text)
+
+
+def test_a_perfect_model_on_five_captions_for_each_image(caplog):
+    metrics._log_captions.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=-1).repeat_interleave(5, 0)
+    text = torch.nn.functional.normalize(image + 0.02 * torch.randn(200, 64, generator=generator), dim=-1)
+    ids = torch.arange(40).repeat_interleave(5)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            found = metrics.retrieval_metrics(image, text, image_ids=ids)
+    assert {found[f"{name}_R@1"] for name in ("image_to_text", "text_to_image")} == {1.0}
+    assert {found[f"{name}_mean_rank"] for name in ("image_to_text", "text_to_image")} == {1.0}
+    assert caplog.text.count("40 images with 200 captions") == 1
+    with pytest.raises(ValueError, match=r"ids \[40\] must be one for each of 200 pairs"):
+        metrics.retrieval_metrics(image, text, image_ids=torch.arange(40))
 
 
 @pytest.mark.parametrize("kind", ["ties", "noise"])

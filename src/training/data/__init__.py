@@ -8,17 +8,16 @@ flat namespace get `[images, texts]` instead: see `training.data.namespace`. Ord
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.data.csv_data import get_csv_dataset
+from training.data.dataset_types import dataset_type_of
 from training.data.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
 from training.data.loader import DataInfo
 from training.data.namespace import from_namespace
 from training.data.sampling import SharedEpoch
-from training.data.shard_lists import expand_urls, get_dataset_size, is_list
+from training.data.shard_lists import expand_urls, get_dataset_size
 from training.data.shards import (
     filter_no_caption_or_no_image,
     group_by_keys_nothrow,
@@ -50,6 +49,7 @@ __all__ = [
     "SyntheticDataset",
     "TooManyBadSamples",
     "count_samples",
+    "dataset_type_of",
     "detshuffle2",
     "expand_urls",
     "filter_no_caption_or_no_image",
@@ -75,34 +75,15 @@ _DATASETS: dict[str, Callable[..., DataInfo]] = {
     "imagefolder": get_imagefolder_dataset,
     "synthetic": get_synthetic_dataset,
 }
-_TAR = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
 
 
 def get_dataset_fn(data_path: str | None, dataset_type: str) -> Callable[..., DataInfo]:
-    """The function that makes a loader of `dataset_type`; "auto" goes by the path.
-
-    A folder is imagefolder, .csv and .tsv are csv; .tar, braces, `::`, `pipe:` and .txt (a list of shards) are
-    webdataset.
+    """Return the function that makes a loader of `dataset_type`; "auto" goes by the path, see `dataset_type_of`.
 
     Raises:
-        ValueError: an unknown type, or a path that tells nothing.
+        ValueError: an unknown type, or "auto" and a path that tells nothing.
     """
-    if dataset_type in _DATASETS:
-        return _DATASETS[dataset_type]
-    choices = ", ".join([*_DATASETS, "auto"])
-    if dataset_type != "auto":
-        raise ValueError(f"Unknown --dataset-type {dataset_type!r}: choose one of {choices}.")
-    path = data_path or ""
-    if path.startswith("pipe:") or "::" in path or ("{" in path and "}" in path) or _TAR.search(path) or is_list(path):
-        return get_wds_dataset
-    if path.lower().endswith((".csv", ".tsv")):
-        return get_csv_dataset
-    if path and os.path.isdir(path):
-        return get_imagefolder_dataset
-    raise ValueError(
-        f"The form of the data does not follow from {data_path!r} (webdataset: .tar, braces or a .txt list; "
-        f"csv: .csv, .tsv; imagefolder: an existing folder). Give --dataset-type, one of {choices}."
-    )
+    return _DATASETS[dataset_type if dataset_type in _DATASETS else dataset_type_of(data_path, dataset_type)]
 
 
 def get_data(
@@ -123,11 +104,13 @@ def get_data(
     preprocess_train, preprocess_val = preprocess_fns
     options = args if isinstance(args, DataConfig) else from_namespace(args)
     data: dict[str, DataInfo] = {}
-    if options.train_data or options.dataset_type == "synthetic":
-        make = get_dataset_fn(options.train_data, options.dataset_type)
+    is_synthetic = options.dataset_type == "synthetic"
+    if options.train_data or is_synthetic:
+        train_type = "synthetic" if is_synthetic else dataset_type_of(options.train_data, options.dataset_type)
+        make = get_dataset_fn(options.train_data, train_type)
         data["train"] = make(args, preprocess_train, is_train=True, epoch=epoch, tokenizer=tokenizer)
     if options.val_data:
-        make = get_dataset_fn(options.val_data, options.dataset_type)
+        make = get_dataset_fn(options.val_data, dataset_type_of(options.val_data, options.dataset_type))
         data["val"] = make(args, preprocess_val, is_train=False, tokenizer=tokenizer)
     if options.imagenet_val:
         data["imagenet-val"] = get_imagenet(args, preprocess_fns, "val")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from training.data.remote import is_local, open_stream
+
 _BLOCK = 512
 _CHUNK = 1 << 20  # what is skipped in a stream is read in such pieces
 _BUFFER = 1 << 17
@@ -32,21 +34,14 @@ _FORMATS: dict[bytes, Callable[[Any], Any]] = {
 }
 
 
-def is_local(url: str) -> bool:
-    """Whether it is a path, rather than `pipe:COMMAND` or `scheme://...`."""
-    return not url.startswith("pipe:") and "://" not in url and not url.startswith("file:")
-
-
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[TarStream]:
-    """The archive behind a path, or behind what `webdataset.gopen` opens."""
+    """Open the archive at a path or URL."""
     if is_local(url):
         with open(url, "rb", buffering=_BUFFER) as local:
             yield TarStream(local, seekable=True)
         return
-    from webdataset.gopen import gopen
-
-    stream = gopen(url)
+    stream = open_stream(url)
     try:
         yield TarStream(stream)
     except tarfile.TarError:

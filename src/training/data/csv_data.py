@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import itertools
+import logging
+import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from open_clip import progress
+from training.data import csv_lines
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.messages import join, quote, shorten
 from training.data.namespace import CSV, takes_namespace
+from training.data.sampling import stable_hash
 from training.data.shards import CAPTION_LIMIT
 from training.data.skips import BadSample
 from training.data.strings import StringTable
 
+logger = logging.getLogger(__name__)
+
 _ROWS_AT_ONCE = 200_000
-# More rows than this part in another encoding: then it is the file that is, and not single rows that are damaged.
+# With more rows than this part in another encoding, the whole file is in it, and not single rows damaged.
 _MOST_NOT_UTF8 = 0.05
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what bytes become that are not UTF-8
 _SEPARATORS = (",", "\t", ";", "|", " ")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ROWS_TO_FIND_FOLDER = 100
 
 
 class CsvDataset(Dataset):
     """Rows of a CSV file (or of anything `pandas.read_csv` opens) as samples.
 
     `dataset[i]` is a dict: "image", what `transforms` makes of the PIL image, and "text", token ids int64 [L] where a
-    tokenizer is given, otherwise the caption. Relative image paths are relative to the working directory.
-    A caption that is empty, blank or "nan" is none; "NA", "None" and "null" are captions. Images are files: nothing
+    tokenizer is given, otherwise the caption. With `image_ids` also "image_id", an int that is equal for rows of one
+    path. Relative image paths are relative to the working directory or else to the CSV file's folder.
+    A caption that is empty, blank or "nan" is missing; "NA", "None" and "null" are captions. Images are files: nothing
     else that a row names (a URL, a pipe, a device) is opened.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, the file has no rows, rows do not fit the header, its text is not UTF-8. And
-            from `dataset[i]`: training.data.skips.BadSample for a row that cannot be used.
+        ValueError: a column is missing, the file has no rows, rows do not fit the header, its text is not UTF-8, or the
+            file is damaged. And from `dataset[i]`: training.data.skips.BadSample for a row that cannot be used.
     """
 
     def __init__(
@@ -47,11 +60,14 @@ class CsvDataset(Dataset):
         caption_key: str,
         sep: str = "\t",
         tokenizer: Callable[[list[str]], Any] | None = None,
+        image_ids: bool = False,
     ) -> None:
         self.filename = str(input_filename)
         self.transforms = transforms
         self.tokenizer = tokenizer
-        self.images, self.captions = _read_columns(self.filename, img_key, caption_key, sep)
+        self.image_ids = image_ids
+        self.images, self.captions = _Table(self.filename, img_key, caption_key, sep).read()
+        self.folders = _image_folders(self.filename, self.images)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -59,81 +75,238 @@ class CsvDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.images[index]
         row = f"{path or '(no path)'} (row {index + 1} of {self.filename})"
+        name = f"{shorten(path, 110) or '(no path)'} (row {index + 1} of {shorten(self.filename, 60)})"
         caption = self.captions[index]
         if not caption.strip() or caption in ("nan", "NaN"):
-            raise BadSample("no_caption", row, "the caption is empty")
+            raise BadSample("no_caption", name, "the caption is empty")
         if len(caption) > CAPTION_LIMIT:
-            raise BadSample("huge_caption", row, f"{len(caption)} characters, the limit is {CAPTION_LIMIT}")
+            raise BadSample("huge_caption", name, f"{len(caption)} characters, the limit is {CAPTION_LIMIT}")
         if _is_torn(caption):
-            raise BadSample("corrupt_caption", row, "the caption is not UTF-8")
+            raise BadSample("corrupt_caption", name, "the caption is not UTF-8")
         if not path:
-            raise BadSample("no_image", row, "the image's path is empty")
-        image = load_image(path, self.transforms, row)
-        text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
-        return {"image": image, "text": text, "key": row}
+            raise BadSample("no_image", name, "the image's path is empty")
+        sample = {"image": self._load(path, name), "text": caption, "key": row}
+        if self.tokenizer is not None:
+            sample["text"] = self.tokenizer([caption])[0]
+        if self.image_ids:
+            sample["image_id"] = stable_hash("image", path)
+        return sample
+
+    def _load(self, path: str, name: str) -> Any:
+        if _URL.match(path):
+            reason = "URLs are not opened. img2dataset downloads them into shards, which --train-data reads"
+            raise BadSample("missing_image", name, reason)
+        if os.path.isabs(path):
+            return load_image(path, self.transforms, name)
+        for folder in self.folders:
+            try:
+                return load_image(os.path.join(folder, path), self.transforms, name)
+            except BadSample as bad:
+                if bad.cause != "missing_image":
+                    raise
+                missing = bad
+        if missing.reason != "there is no such file":
+            raise missing
+        looked = " nor in ".join(shorten(folder or os.getcwd(), 70) for folder in self.folders)
+        raise BadSample("missing_image", name, f"there is no such file in {looked}")
+
+
+def _image_folders(filename: str, images: StringTable) -> tuple[str, ...]:
+    """Return the folders that relative paths are looked up in: the working directory ("") and the CSV file's folder.
+
+    The first is the one that has an image of the first rows, so that a load needs one look-up.
+    """
+    folder = os.path.dirname(filename)
+    if not folder or "://" in filename or os.path.abspath(folder) == os.getcwd():
+        return ("",)
+    for path in itertools.islice((images[i] for i in range(len(images))), _ROWS_TO_FIND_FOLDER):
+        if not path or "\0" in path or os.path.isabs(path) or os.path.isfile(path):
+            continue
+        if os.path.isfile(os.path.join(folder, path)):
+            logger.info(
+                "%s: image paths are relative to its folder, not to the working directory %s.",
+                shorten(filename), shorten(os.getcwd()),
+            )  # fmt: skip
+            return folder, ""
+    return "", folder
 
 
 def _is_torn(text: str) -> bool:
     return not text.isascii() and _NOT_UTF8.search(text) is not None
 
 
-def _read_columns(filename: str, img_key: str, caption_key: str, sep: str) -> tuple[StringTable, StringTable]:
-    import pandas as pd
+class _Swallowed(Exception):
+    """A quoted field has other rows in it."""
 
-    sep = "\t" if sep == "\\t" else sep  # as a shell hands over '\t'
-    options: dict[str, Any] = {"sep": sep, "dtype": object, "keep_default_na": False, "encoding": "utf-8"}
-    options["encoding_errors"] = "surrogateescape"  # a row that is not UTF-8 is a bad row, not the end of all
-    if len(sep) > 1:
-        options["engine"] = "python"  # the C parser knows one character only
-    columns: tuple[list[StringTable], list[StringTable]] = ([], [])
-    not_utf8 = 0
-    try:
-        _check_header(filename, list(pd.read_csv(filename, nrows=0, **options).columns), img_key, caption_key, sep)
-        with warnings.catch_warnings(), progress.Task(f"Reading {filename}", unit="rows") as task:
+
+class _Table:
+    """The two columns of a CSV file."""
+
+    def __init__(self, filename: str, img_key: str, caption_key: str, sep: str) -> None:
+        self.filename = filename
+        self.shown = shorten(filename)
+        self.keys = (img_key, caption_key)
+        self.sep = "\t" if sep == "\\t" else sep  # as a shell passes '\t'
+        self.header: list[str] = []
+        self.paths = csv_lines.PathForm()
+
+    def read(self) -> tuple[StringTable, StringTable]:
+        import pandas as pd
+
+        try:
+            try:
+                self.header = self._read_header()
+                columns, not_utf8 = self._read_rows(csv.QUOTE_MINIMAL)
+            except (pd.errors.ParserError, pd.errors.ParserWarning, _Swallowed) as error:
+                self._check_literal(error)
+                columns, not_utf8 = self._read_rows(csv.QUOTE_NONE)
+        except FileNotFoundError:
+            looked = shorten(Path(self.filename).absolute())
+            raise FileNotFoundError(f"{self.shown}: no such CSV file (looked for {looked}).") from None
+        except pd.errors.EmptyDataError:
+            needs = " and ".join(quote(key, 60) for key in self.keys)
+            raise ValueError(f"{self.shown} is empty: it needs a header with {needs}.") from None
+        images, captions = (StringTable.concatenate(column) for column in columns)
+        if not len(images):
+            raise ValueError(f"{self.shown} has a header and no rows.")
+        if not_utf8 > _MOST_NOT_UTF8 * len(images):
+            raise ValueError(
+                f"{self.shown} is not UTF-8 (the captions of {not_utf8} of its {len(images)} rows are not). Convert "
+                "it, e.g. with iconv."
+            )
+        return images, captions
+
+    def _options(self, quoting: int) -> dict[str, Any]:
+        options: dict[str, Any] = {"sep": self.sep, "dtype": object, "keep_default_na": False, "encoding": "utf-8"}
+        options["encoding_errors"] = "surrogateescape"  # a row that is not UTF-8 is one bad row
+        options["skipinitialspace"] = True
+        options["quoting"] = quoting
+        if len(self.sep) > 1:
+            options["engine"] = "python"  # the C parser knows one character only
+        return options
+
+    def _read_header(self) -> list[str]:
+        import pandas as pd
+
+        with _damage_is_an_error(self.filename):
+            try:
+                rows = pd.read_csv(self.filename, nrows=0, **self._options(csv.QUOTE_MINIMAL))
+            except pd.errors.ParserError:  # of the rows: pandas reads ahead
+                rows = pd.read_csv(self.filename, nrows=0, **self._options(csv.QUOTE_NONE))
+        header = [str(name).strip(' "') for name in rows.columns]
+        _check_header(self.shown, header, self.keys, self.sep)
+        return header
+
+    def _read_rows(self, quoting: int) -> tuple[tuple[list[StringTable], list[StringTable]], int]:
+        """Read both columns in parts, and count the captions that are not UTF-8.
+
+        Raises:
+            _Swallowed: a field has rows of the file in it.
+            pandas.errors.ParserError, pandas.errors.ParserWarning: rows do not fit the header.
+        """
+        import pandas as pd
+
+        columns: tuple[list[StringTable], list[StringTable]] = ([], [])
+        not_utf8 = 0
+        task = progress.Task(f"Reading {self.shown}", unit="rows")
+        with _damage_is_an_error(self.filename), warnings.catch_warnings(), task:
             # rows longer than the header would lose their end (or shift a caption under the images' heading)
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # index_col=False: a longer row's first field is never taken for an index
-            for rows in pd.read_csv(filename, index_col=False, chunksize=_ROWS_AT_ONCE, **options):
-                for column, key in zip(columns, (img_key, caption_key), strict=True):
-                    column.append(StringTable(rows[key].fillna("").tolist()))
-                not_utf8 += sum(map(_is_torn, rows[caption_key].fillna("").tolist()))
+            for rows in pd.read_csv(self.filename, index_col=False, chunksize=_ROWS_AT_ONCE, **self._options(quoting)):
+                rows.columns = self.header
+                rows = rows.fillna("")
+                self._check_line_ends(rows)
+                for column, key in zip(columns, self.keys, strict=True):
+                    column.append(StringTable(rows[key].tolist()))
+                not_utf8 += sum(map(_is_torn, rows[self.keys[1]].tolist()))
                 task.advance(len(rows))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{filename}: no such CSV file (looked for {Path(filename).absolute()}).") from None
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"{filename} is empty: it needs a header with {img_key!r} and {caption_key!r}.") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        return columns, not_utf8
+
+    def _layout(self) -> csv_lines.Layout:
+        return csv_lines.Layout(self.sep, len(self.header), self.header.index(self.keys[0]))
+
+    def _check_line_ends(self, rows: Any) -> None:
+        """Raise _Swallowed where a field with line ends looks like rows of the file."""
+        if len(self.sep) > 1:
+            return
+        for number, name in enumerate(self.header):
+            for field in rows[name].tolist():
+                if "\n" not in field and "\r" not in field:
+                    continue
+                if not self.paths.is_known:
+                    self.paths = csv_lines.PathForm(rows[self.keys[0]].tolist(), self._folders())
+                if csv_lines.has_swallowed_rows(field, number, self._layout(), self.paths):
+                    raise _Swallowed
+
+    def _folders(self) -> tuple[str, str]:
+        return "", os.path.dirname(self.filename)
+
+    def _check_literal(self, error: Exception) -> None:
+        """Return if the quotation marks of the file can only be text. Otherwise say which row does not fit, and why.
+
+        Raises:
+            ValueError: with the number of the line.
+        """
+        wrong, is_literal = None, False
+        if len(self.sep) == 1 and self.header:
+            layout = self._layout()
+            with _damage_is_an_error(self.filename):
+                if not self.paths.is_known:
+                    self.paths = csv_lines.PathForm(csv_lines.raw_paths(self.filename, layout), self._folders())
+                wrong = csv_lines.misfit(self.filename, layout, self.paths)
+                is_literal = wrong is not None and csv_lines.reads_literally(self.filename, layout, self.paths)
+        if wrong is not None and is_literal:
+            logger.warning(
+                "%s: quotation marks are read as text, because no field is quoted as a whole, and %s starts a quoted "
+                "field that does not end there.", self.shown, wrong.partition(":")[0],
+            )  # fmt: skip
+            return
+        if wrong is not None:
+            raise ValueError(f"{self.shown}, {wrong}") from error
         raise ValueError(
-            f"{filename}: rows do not fit the header ({error}). A field that has the separator {sep!r} in it must be "
-            'quoted with ".'
+            f"{self.shown}: rows do not fit the header ({shorten(error)}). A field that has the separator {self.sep!r} "
+            'in it must be quoted with ".'
         ) from error
-    images, captions = (StringTable.concatenate(column) for column in columns)
-    if not len(images):
-        raise ValueError(f"{filename} has a header and no rows.")
-    if not_utf8 > _MOST_NOT_UTF8 * len(images):
-        raise ValueError(
-            f"{filename} is not UTF-8 (the captions of {not_utf8} of its {len(images)} rows are not). Convert it, e.g. "
-            "with iconv."
-        )
-    return images, captions
 
 
-def _check_header(filename: str, header: list[str], img_key: str, caption_key: str, sep: str) -> None:
-    missing = [key for key in (img_key, caption_key) if key not in header]
+@contextlib.contextmanager
+def _damage_is_an_error(filename: str) -> Iterator[None]:
+    """Raise ValueError for what pandas and the decompressors raise on a damaged file."""
+    import pandas as pd
+
+    try:
+        yield
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, _Swallowed, ImportError):
+        raise
+    except OSError as error:
+        if error.filename is not None:  # it is missing or may not be read
+            raise
+        raise ValueError(_damaged(filename, error)) from error
+    except Exception as error:  # zlib.error, EOFError, BadZipFile, TarError, KeyError, TypeError ...
+        raise ValueError(_damaged(filename, error)) from error
+
+
+def _damaged(filename: str, error: Exception) -> str:
+    return f"{shorten(filename)} is damaged or not a CSV file ({type(error).__name__}: {shorten(error)})."
+
+
+def _check_header(filename: str, header: list[str], keys: tuple[str, str], sep: str) -> None:
+    missing = [key for key in keys if key not in header]
     if not missing:
         return
     if any(map(_is_torn, header)):
         raise ValueError(f"{filename} is not UTF-8: its header is not. Convert it, e.g. with iconv.")
-    wrong = f"{filename} has no column {' nor '.join(map(repr, missing))}"
+    wrong = f"{filename} has no column {' nor '.join(quote(key, 40) for key in missing)}"
     if len(header) > 1:
-        raise ValueError(
-            f"{wrong}. Its columns: {', '.join(map(repr, header))}. Name them with --csv-img-key and --csv-caption-key."
-        )
+        columns = join([f"'{name}'" for name in header], 5)
+        raise ValueError(f"{wrong}. Its columns: {columns}. Name them with --csv-img-key and --csv-caption-key.")
     others = [other for other in _SEPARATORS if other != sep]
-    fits = [other for other in others if {img_key, caption_key} <= set(header[0].split(other))]
+    fits = [other for other in others if set(keys) <= {name.strip() for name in header[0].split(other)}]
     fits = fits or [other for other in others[:-1] if other in header[0]]
-    mend = f"{fits[0]!r} looks right: give --csv-separator {fits[0]!r}" if fits else "see --csv-separator"
-    raise ValueError(f"{wrong}: it has one column only, {header[0]!r}. The separator is probably not {sep!r}; {mend}.")
+    fix = f"{fits[0]!r} looks right: give --csv-separator {fits[0]!r}" if fits else "see --csv-separator"
+    column = quote(header[0], 60)
+    raise ValueError(f"{wrong}: it has one column only, {column}. The separator is probably not {sep!r}; {fix}.")
 
 
 @takes_namespace(CSV)
@@ -151,5 +324,6 @@ def get_csv_dataset(
         caption_key=args.csv_caption_key,
         sep=args.csv_separator,
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
+        image_ids=not is_train,
     )
-    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=filename)
+    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=shorten(filename))

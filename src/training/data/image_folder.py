@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from open_clip import progress
 from training.data.images import load_image
 from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.messages import quote, shorten
 from training.data.namespace import FOLDER, LABELLED, takes_namespace
 from training.data.strings import StringTable
 
@@ -24,6 +25,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 CAPTION = "a photo of a {}."
 
 _IMAGENET_TRAIN_IMAGES = 50  # of each class
+_MOST_DIGITS = 6  # of a class folder's number: the list of classes has as many entries as the largest
 # The folder inside which the archives of ImageNet-V2 (https://imagenetv2.org) unpack.
 _IMAGENET_V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
@@ -64,10 +66,13 @@ class ImageFolder(Dataset):
         counts = torch.tensor([len(paths) for paths in per_class])
         self.labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
         if not len(self.paths):
-            raise ValueError(f"{self.root}: no images in its class folders. Images end in {', '.join(EXTENSIONS)}.")
+            endings = ", ".join(EXTENSIONS)
+            raise ValueError(f"{shorten(self.root)}: no images in its class folders. Images end in {endings}.")
         if not counts.all():
             empty = [name for name, paths in zip(self.classes, per_class, strict=True) if not paths]
-            logger.warning("%s: %d class folders have no images, first %r.", self.root, len(empty), empty[0])
+            logger.warning(
+                "%s: %d class folders have no images, first %s.", shorten(self.root), len(empty), quote(empty[0])
+            )
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -99,16 +104,21 @@ class ImageFolder(Dataset):
 
 def _class_names(root: Path, numbered: bool) -> list[str]:
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder (looked for {root.absolute()}).")
+        raise FileNotFoundError(f"{shorten(root)}: no such folder (looked for {shorten(root.absolute())}).")
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not names:
-        raise ValueError(f"{root} has no folders: it needs one a class, with the images inside.")
+        raise ValueError(f"{shorten(root)} has no folders: it needs one for each class, with the images inside.")
     if not numbered:
         if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-            logger.warning("%s: class folders are sorted as text, so labels 0, 1, 2, ... are %s, ...", root, names[:3])
+            logger.warning(
+                "%s: class folders are sorted as text, so labels 0, 1, 2, ... are %s, ...",
+                shorten(root), ", ".join(map(shorten, names[:3])),
+            )  # fmt: skip
         return names
     if not all(name.isdecimal() for name in names):
-        raise ValueError(f"{root}: class folders should be named 0, 1, 2, ..., there is {names[-1]!r}.")
+        raise ValueError(f"{shorten(root)}: class folders should be named 0, 1, 2, ..., there is {quote(names[-1])}.")
+    if max(map(len, names)) > _MOST_DIGITS:
+        raise ValueError(f"{shorten(root)}: {quote(max(names, key=len))} is too large for the number of a class.")
     by_label = {int(name): name for name in names}
     return [by_label.get(label, str(label)) for label in range(max(by_label) + 1)]
 
@@ -132,8 +142,9 @@ def get_imagefolder_dataset(
         raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")
     tokenizer_per_sample = tokenizer if tokenizes_randomly(tokenizer) else None
     dataset = ImageFolder(root, preprocess_fn, caption=CAPTION, tokenizer=tokenizer_per_sample)
+    source, classes = shorten(root), dataset.classes
     return map_loader(
-        dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=str(root), classes=dataset.classes
+        dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, classes=classes
     )
 
 
@@ -143,7 +154,7 @@ def get_labelled_folder(
 ) -> DataInfo:
     """An evaluation loader of {"image", "label"} over a folder of classes; `dataloader.classes` are their names."""
     dataset = ImageFolder(root, preprocess_fn, numbered=numbered)
-    return map_loader(dataset, args, is_train=False, source=str(root), classes=dataset.classes)
+    return map_loader(dataset, args, is_train=False, source=shorten(root), classes=dataset.classes)
 
 
 @takes_namespace(LABELLED)
@@ -167,7 +178,7 @@ def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], spli
     if split == "train":
         folder = ImageFolder(root, preprocess_fns[0])
         some = Subset(folder, _images_of_each_class(folder.labels, _IMAGENET_TRAIN_IMAGES, getattr(args, "seed", 0)))
-        return map_loader(some, args, is_train=False, source=str(root), classes=folder.classes)
+        return map_loader(some, args, is_train=False, source=shorten(root), classes=folder.classes)
     return get_labelled_folder(args, preprocess_fns[1], root, numbered=split == "v2")
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from training.data.sampling import stable_hash
-from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample, read_shard, unusable
-from training.data.skips import BAD_IN_A_ROW, BAD_SHARDS, BadSample, SkipCounter, Streak
+from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample, find_unsorted, read_shard, unsorted_shard, unusable
+from training.data.skips import BAD_IN_A_ROW, BAD_SHARDS, BadSample, NoUsableSamples, SkipCounter, Streak
 
 # A block is full with so many samples, or with so many bytes of them. The next one is read while one is given out, so
 # that a reader holds about one block (still encoded), and at most two.
@@ -251,9 +251,15 @@ class Reader:
         counts_shard = visit.share == 0  # one of those who share it does
         if counts_shard:
             self.skipped.opened()
+        is_unsorted = False
         try:
             for sample in read_shard(url, _WANTED, offset, is_begin=position == 0):
                 position += 1
+                if "__apart__" in sample:  # its first part is counted
+                    if counts_shard and not is_unsorted:
+                        self._add(unsorted_shard(sample), visit.shard)
+                    is_unsorted = True
+                    continue
                 if (position - 1 - visit.share) % visit.shares:
                     continue
                 if (bad := unusable(sample)) is not None:
@@ -274,4 +280,9 @@ class Reader:
 
     def _add(self, bad: BadSample, shard: int) -> None:
         self.skipped.add(bad, shard)
-        self.streak.add(bad, shard)
+        try:
+            self.streak.add(bad, shard)
+        except NoUsableSamples:
+            # The run ends. If the captions are elsewhere in the shard, say so.
+            self.streak.first = find_unsorted(self.collection.urls[shard]) or self.streak.first
+            raise self.streak.error() from bad

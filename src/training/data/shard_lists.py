@@ -1,4 +1,4 @@
-"""Which shards there are, and how many samples they have: braces, lists in files, `sizes.json`.
+"""Which shards there are, and how many samples they have: braces, wildcards, folders, lists in files, sizes in JSON.
 
 What the user types is trusted: `pipe:COMMAND` runs. What files contain is not: a list of shards in a file names paths
 and plain URLs, and sizes are numbers.
@@ -6,56 +6,102 @@ and plain URLs, and sizes are numbers.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import logging
 import os
 import re
 from collections.abc import Sequence
 
+from training.data.messages import join, quote, shorten
+from training.data.remote import is_fsspec, is_local, open_stream, openable
+
 logger = logging.getLogger(__name__)
 
+SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
+
 _LIST = re.compile(r"\.(txt|list)$")
-# Nothing of it can be an option or part of a command for the programs that fetch such URLs.
-_PLAIN_URL = re.compile(r"(https?|gs|s3|hf|ais)://\w[\w./:@%+=,~?&-]*")
-_NOTES_LIMIT = 1 << 26  # bytes of a list or of sizes.json
+_WILDCARD = re.compile(r"[*?\[]")
+# Schemes that a list may name. Nothing of such a URL can be an option or part of a command for a program that fetches
+# it, nor a chain of fsspec's filesystems.
+_PLAIN_SCHEMES = ("http", "https", "gs", "s3", "hf", "ais")
+_PLAIN_URL = re.compile(rf"({'|'.join(_PLAIN_SCHEMES)})://\w((?!::)[\w./:@%+=,~?&-])*")
+_TEXT_LIMIT = 1 << 26  # bytes of a list or of sizes.json
 
 
 def expand_urls(
     urls: str | Sequence[str], weights: str | Sequence[float] | None = None
 ) -> tuple[list[str], list[float] | None]:
-    """Expands braces and `::` to a list of shards, with each source's weight for each of its shards.
+    """Expand braces, `::`, wildcards and folders to a list of shards, with each source's weight for each of its shards.
 
-    A source that ends in .txt or .list is a file with one shard a line (see `read_list`). `weights`: as many numbers as
-    sources, joined by `::`, or for a list of shards a list; None gives None.
+    A source that ends in .txt or .list is a file with one shard per line (see `read_list`). A local path with `*`, `?`
+    or `[` is a pattern, and a folder stands for its .tar files; both give shards in sorted order.
+
+    Args:
+        urls: the sources joined by `::`, or a list of shards, which is returned unchanged.
+        weights: as many numbers as sources, joined by `::`, or for a list of shards a list; None gives None.
 
     Raises:
-        ValueError: not one weight a source, or not numbers above 0; a list that names what only a user may.
-        FileNotFoundError: no such list.
+        ValueError: not one weight for each source, numbers that are not above 0, or a list with a line that only a user
+            may type.
+        FileNotFoundError: no such list, or no shard that fits a pattern or lies in a folder.
     """
-    from braceexpand import braceexpand
-
     if not isinstance(urls, str):
         if isinstance(weights, str):
             raise ValueError("Weights (--train-data-upsampling-factors) need the shards as one string, joined by '::'.")
         return list(urls), None if weights is None else list(weights)
-    sources = [read_list(source) if is_list(source) else list(braceexpand(source)) for source in urls.split("::")]
+    sources = [_expand_source(source) for source in urls.split("::")]
     shards = [shard for source in sources for shard in source]
     if weights is None:
         return shards, None
     if not isinstance(weights, str):
-        raise ValueError(f"Weights as a list ({weights}) are for shards as a list: join them by '::'.")
+        raise ValueError(f"Weights as a list ({shorten(weights)}) are for shards as a list: join them by '::'.")
     try:
         factors = [float(weight) for weight in weights.split("::")]
     except ValueError as error:
-        raise ValueError(f"--train-data-upsampling-factors: {weights!r} should be numbers joined by '::'.") from error
+        raise ValueError(
+            f"--train-data-upsampling-factors: {quote(weights)} should be numbers joined by '::'."
+        ) from error
     if len(factors) != len(sources):
         raise ValueError(
-            f"--train-data-upsampling-factors has {len(factors)} numbers ({weights}) for {len(sources)} sources "
-            f"({urls}): give one number a source, joined by '::'."
+            f"--train-data-upsampling-factors has {len(factors)} numbers ({shorten(weights)}) for {len(sources)} "
+            f"sources ({shorten(urls)}): give one number for each source, joined by '::'."
         )
     if not all(factor > 0 for factor in factors):
-        raise ValueError(f"--train-data-upsampling-factors: {weights!r} should be numbers above 0.")
+        raise ValueError(f"--train-data-upsampling-factors: {quote(weights)} should be numbers above 0.")
     return shards, [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
+
+
+def _expand_source(source: str) -> list[str]:
+    if is_list(source):
+        return read_list(source)
+    from braceexpand import braceexpand
+
+    try:
+        expanded = list(braceexpand(source))
+    except ValueError:
+        raise ValueError(f"{quote(source)} has unbalanced braces. Write shards as {{00000..00099}}.tar.") from None
+    return [shard for item in expanded for shard in _expand_path(item)]
+
+
+def _expand_path(path: str) -> list[str]:
+    """Return the shards of a folder, or those that fit a pattern; any other path or URL alone."""
+    if not is_local(path):
+        if "*" in path and not path.startswith("pipe:"):
+            raise ValueError(f"{quote(path)}: wildcards in URLs are not expanded. Use braces, as {{00000..00099}}.tar.")
+        return [path]
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name.endswith(SHARD_ENDINGS))
+        if not names:
+            raise FileNotFoundError(f"The folder {quote(path)} has no {', '.join(SHARD_ENDINGS)} files.")
+        return [os.path.join(path, name) for name in names]
+    if not _WILDCARD.search(path) or os.path.exists(path):
+        return [path]
+    found = sorted(glob.glob(path))
+    if not found:
+        raise FileNotFoundError(f"No file fits {quote(path)} (looked for {shorten(os.path.abspath(path))}).")
+    return found
 
 
 def is_list(source: str) -> bool:
@@ -64,43 +110,57 @@ def is_list(source: str) -> bool:
 
 
 def read_list(path: str) -> list[str]:
-    """The shards that a file names, one a line: paths (as they stand, braces too) and URLs. `#` begins a comment line.
+    """Read the shards that a file names, one per line: paths (unchanged, braces too) and URLs. `#` starts a comment.
 
     Raises:
-        ValueError: a line that would run a command (`pipe:`) or is no plain URL; it has to be typed, in --train-data.
+        ValueError: a line that would run a command (`pipe:`) or is not a plain URL; it has to be typed, in
+            --train-data. Or the file is not UTF-8 text.
         FileNotFoundError: no such file.
     """
     try:
-        lines = _read_notes(path).splitlines()
+        lines = _read_text(path).splitlines()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such list of shards (looked for {os.path.abspath(path)}).") from None
+        looked = shorten(os.path.abspath(path))
+        raise FileNotFoundError(f"{shorten(path)}: no such list of shards (looked for {looked}).") from None
+    except ValueError as error:
+        raise ValueError(f"{shorten(path)} is not a list of shards: {error}. It needs one path per line.") from error
     shards = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
+        if "\0" in line:
+            raise ValueError(f"{shorten(path)}, line {number}: {quote(line)} has a zero byte. The list is damaged.")
         if line.lower().startswith(("pipe:", "file:")) or ("://" in line and not _PLAIN_URL.fullmatch(line)):
             raise ValueError(
-                f"{path}, line {number}: {line[:100]!r} is refused. A list of shards may name paths and plain URLs "
-                "(https, gs, s3, hf, ais), not commands: whoever writes the list would run them here. Type such a "
-                "source in --train-data or --val-data itself."
+                f"{shorten(path, 80)}, line {number}: {quote(line, 100)} is refused. A list of shards may name paths "
+                f"and plain URLs ({', '.join(openable(list(_PLAIN_SCHEMES)))}), not commands: whoever writes the list "
+                "would run them here. Type such a source in --train-data or --val-data itself."
             )
         shards.append(line)
     return shards
 
 
-def _read_notes(path: str) -> str:
-    """A small text file beside the data. ValueError if it is large, or not UTF-8."""
-    with open(path, "rb") as file:
-        data = file.read(_NOTES_LIMIT + 1)
-    if len(data) > _NOTES_LIMIT:
-        raise ValueError(f"{path} has more than {_NOTES_LIMIT >> 20} MiB")
-    return data.decode("utf-8")
+def _read_text(path: str) -> str:
+    """Read a small text file next to the data.
+
+    Raises:
+        ValueError: it is large, or not UTF-8.
+    """
+    with contextlib.closing(open_stream(path) if is_fsspec(path) else open(path, "rb")) as file:
+        data = file.read(_TEXT_LIMIT + 1)
+    if len(data) > _TEXT_LIMIT:
+        raise ValueError(f"it has more than {_TEXT_LIMIT >> 20} MiB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from error
 
 
 def get_dataset_size(shards: str | Sequence[str]) -> tuple[int | None, int]:
-    """(samples, shards): the number of samples from `sizes.json` or `__len__` beside the shards, None where unknown.
+    """Return (samples, shards): the number of samples from files next to the shards, None where unknown.
 
-    sizes.json is {"00000.tar": samples, ...}; `__len__` holds one number for all shards of its folder.
+    These are, in each folder, `sizes.json`: {"00000.tar": samples, ...}, or `__len__`: one number for all shards of the
+    folder, or what img2dataset writes for each shard, `00000_stats.json`: {"successes": samples, ...}.
 
     Raises:
         ValueError: one of these files cannot be read as such.
@@ -110,6 +170,8 @@ def get_dataset_size(shards: str | Sequence[str]) -> tuple[int | None, int]:
     for folder, urls in _by_folder(names).items():
         known = [sizes[url] for url in urls if url in sizes]
         size = sum(known) if len(known) == len(urls) else _folder_size(folder)
+        if size is None and not known:
+            size = _size_by_stats(folder, urls)
         if size is None:
             return None, len(names)
         total += size
@@ -117,7 +179,7 @@ def get_dataset_size(shards: str | Sequence[str]) -> tuple[int | None, int]:
 
 
 def shard_sizes(urls: Sequence[str]) -> dict[str, int]:
-    """Samples of each shard of which the `sizes.json` in its folder tells them.
+    """Return the samples of each shard that the `sizes.json` in its folder names.
 
     Raises:
         ValueError: such a file is not a table of numbers.
@@ -125,20 +187,42 @@ def shard_sizes(urls: Sequence[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for folder, inside in _by_folder(urls).items():
         path = os.path.join(folder, "sizes.json")
-        if not os.path.exists(path):
+        text = _text_or_none(path)
+        if text is None:
             continue
         try:
-            sizes = json.loads(_read_notes(path))
-            if not isinstance(sizes, dict):
-                raise ValueError(f"it holds a {type(sizes).__name__}")
+            sizes = _json_table(text)
             bases = {url: os.path.basename(url) for url in inside}
             found |= {url: _count(sizes[base]) for url, base in bases.items() if base in sizes}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a table of numbers or a number ({error}).") from error
-        missing = [url for url in inside if url not in found]
+        except ValueError as error:
+            raise ValueError(f"{shorten(path)} is not a table of numbers ({shorten(error)}).") from error
+        missing = [os.path.basename(url) for url in inside if url not in found]
         if missing:
-            logger.warning("%s lacks %d shards, first %r.", path, len(missing), os.path.basename(missing[0]))
+            logger.warning("%s has no size for %d shards: %s.", shorten(path), len(missing), join(missing, 3))
     return found
+
+
+def _size_by_stats(folder: str, urls: Sequence[str]) -> int | None:
+    """Sum the successes in img2dataset's files; None where a shard has no such file."""
+    total, missing = 0, []
+    for url in urls:
+        stem, ending = os.path.splitext(url)
+        path = f"{stem}_stats.json"
+        text = _text_or_none(path) if ending == ".tar" else None
+        if text is None:
+            missing.append(os.path.basename(url))
+            continue
+        try:
+            total += _count(_json_table(text).get("successes"))
+        except ValueError as error:
+            reason = shorten(error)
+            raise ValueError(f'{shorten(path)} has no number under "successes" ({reason}).') from error
+    if missing and len(missing) < len(urls):
+        logger.warning(
+            "%s: %d of %d shards have no _stats.json: %s. The number of samples is unknown.",
+            shorten(folder) or ".", len(missing), len(urls), join(missing, 3),
+        )  # fmt: skip
+    return None if missing else total
 
 
 def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
@@ -148,19 +232,50 @@ def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
     return folders
 
 
-def _folder_size(folder: str) -> int | None:
-    path = os.path.join(folder, "__len__")
-    if os.path.exists(os.path.join(folder, "sizes.json")) or not os.path.exists(path):
+def _text_or_none(path: str) -> str | None:
+    """The text of a local file or of one that fsspec opens; None where it does not exist.
+
+    Raises:
+        ValueError: it is large, or not UTF-8.
+    """
+    if not is_local(path) and not is_fsspec(path):
         return None
     try:
-        return _count(_read_notes(path).strip())
+        return _read_text(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{shorten(path)} cannot be read ({shorten(error.strerror or error)}).") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not a table of numbers or a number ({error}).") from error
+        raise ValueError(f"{shorten(path)} is not a table of numbers ({error}).") from error
+
+
+def _folder_size(folder: str) -> int | None:
+    if _text_or_none(os.path.join(folder, "sizes.json")) is not None:
+        return None
+    path = os.path.join(folder, "__len__")
+    text = _text_or_none(path)
+    if text is None:
+        return None
+    try:
+        return _count(text.strip())
+    except ValueError as error:
+        raise ValueError(f"{shorten(path)} is not a table of numbers or a number ({shorten(error)}).") from error
+
+
+def _json_table(text: str) -> dict:
+    try:
+        table = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"it holds a {type(table).__name__}")
+    return table
 
 
 def _count(value: object) -> int:
     if isinstance(value, str) and value.isdecimal() and len(value) < 16:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-        raise ValueError(f"{str(value)[:40]!r} is no number of samples")
+        raise ValueError(f"{quote(value, 40)} is not a number of samples")
     return value

@@ -9,6 +9,7 @@ ever read into memory, within limits, and never unpickled or written anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import logging
 import lzma
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.data.archives import Member, TarStream, opened
+from training.data.messages import join, shorten
+from training.data.remote import is_local
 from training.data.skips import BadSample
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,7 @@ Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
 
 def log_and_continue(exn: Exception) -> bool:
     """webdataset handler: logs the exception and returns True, "go on"."""
-    logger.warning("Handling webdataset error (%r). Ignoring.", exn)
+    logger.warning("Handling webdataset error (%s). Ignoring.", shorten(repr(exn), 400))
     return True
 
 
@@ -106,7 +109,7 @@ def group_by_keys_nothrow(
 
 @dataclass(frozen=True)
 class TooLarge:
-    """In place of a member's contents that are above the limit: they were not read."""
+    """Stands for a member's contents that are above the limit and were not read."""
 
     size: int
 
@@ -116,6 +119,8 @@ def read_shard(
 ) -> Iterator[Sample]:
     """The samples of one shard, each with its "__offset__".
 
+    A sample whose image and caption are not adjacent comes in two parts. The second part has "__apart__".
+
     wanted: extensions whose contents are read, the others are b""; None reads all. offset: of the sample to begin with,
     as an earlier reading gave it; one seek in a local tar, reading up to it in a compressed one or a pipe. `is_begin`:
     whether that is the first sample. Contents above the limits are `TooLarge`.
@@ -123,12 +128,51 @@ def read_shard(
     Raises:
         BadSample: missing_shard, empty_shard or corrupt_shard, after everything that is whole.
     """
-    reading = _Reading(url, wanted, offset, is_begin)
+    reading, parts = _Reading(url, wanted, offset, is_begin), _Parts()
     for sample in group_by_keys_nothrow(reading.members()):
         # what a shard breaks off in is counted with the shard
         if reading.error is None or filter_no_caption_or_no_image(sample):
+            if parts.completes_earlier(sample):
+                sample["__apart__"] = True
             yield sample
     reading.check()
+
+
+class _Parts:
+    """Which keys of a shard had an image without a caption, or a caption without an image."""
+
+    _LIMIT = 1 << 18  # keys that are remembered: about 20 MB
+
+    def __init__(self) -> None:
+        self._has_image: dict[int, bool] = {}  # by the key's hash
+
+    def completes_earlier(self, sample: Sample) -> bool:
+        """Whether it is the other part of a sample that came earlier, so that the two are not adjacent."""
+        has_image, has_caption = any(key in sample for key in IMAGE_KEYS), CAPTION_KEY in sample
+        if has_image == has_caption or "__torn__" in sample:
+            return False
+        key = hash(sample["__key__"])
+        earlier = self._has_image.get(key)
+        if earlier is None and len(self._has_image) < self._LIMIT:
+            self._has_image[key] = has_image
+        return earlier is not None and earlier != has_image
+
+
+def unsorted_shard(sample: Sample) -> BadSample:
+    """The error of a shard, from a sample of it that is "__apart__"."""
+    reason = f"the members of {shorten(sample['__key__'], 60)!r} are not adjacent; write it with `tar --sort=name`"
+    return BadSample("unsorted_shard", sample["__url__"], reason)
+
+
+def find_unsorted(url: str) -> BadSample | None:
+    """Read the names in a local shard; the error where members of a sample are not adjacent, else None."""
+    if not is_local(url):
+        return None
+    with contextlib.suppress(BadSample):
+        for sample in read_shard(url, wanted=()):
+            if "__apart__" in sample:
+                return unsorted_shard(sample)
+    return None
 
 
 class _Reading:
@@ -222,7 +266,6 @@ def tarfile_to_samples_nothrow(
 def unusable(sample: Sample) -> BadSample | None:
     """Why a sample of `read_shard` is no pair of an image and a caption; None if it is one."""
     name = f"{sample['__url__']}/{sample['__key__']}"
-    has = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
     caption = sample.get(CAPTION_KEY, b"")
     image = next((key for key in IMAGE_KEYS if key in sample), None)
     if isinstance(caption, TooLarge):
@@ -230,12 +273,25 @@ def unusable(sample: Sample) -> BadSample | None:
     if image is not None and isinstance(sample[image], TooLarge):
         return too_large(sample, image)
     if "__torn__" in sample and (image is None or not caption.strip()):
-        return BadSample("torn_sample", name, f"the shard is damaged inside of it; whole before that: {has}")
+        return BadSample("torn_sample", name, f"the shard is damaged inside it; whole before that: {_members(sample)}")
     if not caption.strip():
-        return BadSample("no_caption", name, f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {has}")
+        reason = f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {_members(sample)}"
+        return BadSample("no_caption", name, reason)
     if image is None:
-        return BadSample("no_image", name, f"no image ({', '.join(IMAGE_KEYS)}); the sample has: {has}")
+        reason = f"no image ({', '.join(IMAGE_KEYS)}); the sample has: {_members(sample)}"
+        return BadSample("no_image", name, reason)
     return None
+
+
+def _members(sample: Sample) -> str:
+    """What the sample has, for a message: a few of its extensions."""
+    extensions = [key for key in sample if not key.startswith("__")]
+    if not extensions:
+        return "nothing"
+    usable = (CAPTION_KEY, *IMAGE_KEYS)
+    if any("." in extension and extension.rpartition(".")[2] in usable for extension in extensions):
+        return f"{join(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
+    return join(extensions, 5, 15)
 
 
 def too_large(sample: Sample, key: str) -> BadSample:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from training import distributed
+from training.data.messages import MESSAGE_LIMIT, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ SHARD_CAUSES = (
     "missing_shard",  # cannot be opened
     "corrupt_shard",  # breaks off or is no tar: what is whole in it is used
     "empty_shard",  # has no samples
+    "unsorted_shard",  # members of one sample are apart in it, so that neither part is usable
 )
 CAUSES = SAMPLE_CAUSES + SHARD_CAUSES
 
@@ -44,6 +46,9 @@ _SHARD_WEIGHT = 1000
 _LOGGED_PER_CAUSE = 3
 _REPORTED_SHARDS = 5  # the worst ones
 _GATHERED_SHARDS = 50  # of each rank
+# Characters of a bad sample's name and reason: data may contain anything, and log lines stay short.
+_NAME_LIMIT = 200
+_REASON_LIMIT = 180
 # Below so many samples (or shards) a fraction says little.
 _LEAST_SAMPLES = 200
 _LEAST_SHARDS = 20
@@ -52,14 +57,14 @@ _LEAST_SHARDS = 20
 class BadSample(Exception):
     """A sample (or a shard) that is skipped and counted.
 
-    cause: one of CAUSES; name: the file, row or shard; reason: one sentence for the log.
+    cause: one of CAUSES; name: the file, row or shard; reason: one sentence for the log. Long ones are shortened.
     """
 
     def __init__(self, cause: str, name: str, reason: str) -> None:
-        super().__init__(f"{cause}: {name}: {reason}")
         self.cause = cause
-        self.name = name
-        self.reason = reason
+        self.name = shorten(name, _NAME_LIMIT)
+        self.reason = shorten(reason, _REASON_LIMIT)
+        super().__init__(f"{cause}: {self.name}: {self.reason}")
 
     def __reduce__(self) -> tuple:
         return BadSample, (self.cause, self.name, self.reason)
@@ -160,8 +165,9 @@ class SkipReport:
         if not self.counts:
             return ""
         causes = ", ".join(f"{cause} {n}" for cause, n in self.counts.items())
-        worst = ", ".join(f"{name} ({n})" for name, n in self.worst.items())
-        return f"Skipped: {causes} of {self.samples} samples" + (f"; most in {worst}" if worst else "")
+        worst = ", ".join(f"{shorten(name, 50)} ({n})" for name, n in self.worst.items())
+        skipped = f"Skipped: {causes} of {self.samples} samples" + (f"; most in {worst}" if worst else "")
+        return skipped if len(skipped) <= MESSAGE_LIMIT else skipped[: MESSAGE_LIMIT - 4] + " ..."
 
 
 def report(data: Any) -> SkipReport:
@@ -191,8 +197,8 @@ def report(data: Any) -> SkipReport:
     if found.fraction > skipped.max_bad_fraction:
         raise TooManyBadSamples(
             f"{found.fraction:.1%} of the data cannot be used, more than --max-bad-fraction "
-            f"{skipped.max_bad_fraction:g} allows. {found}. The log has the first names of each cause. Mend the data, "
-            "or give a higher --max-bad-fraction (1: never stop)."
+            f"{skipped.max_bad_fraction:g} allows. {shorten(found, 300)}. The log has the first names of each cause. "
+            "Fix the data, or give a higher --max-bad-fraction (1: never stop)."
         )
     return found
 
@@ -239,18 +245,19 @@ class Streak:
         if len(self.shards) < self.least_shards:
             self.shards.add(shard)
         self.bad += _SHARD_WEIGHT if self.any_good and bad.cause in SHARD_CAUSES else 1
-        self.first = self.first or bad
+        # (that a shard is unsorted explains why its samples have no captions)
+        self.first = bad if self.first is None or bad.cause == "unsorted_shard" else self.first
         limit = _LATER_IN_A_ROW if self.any_good else self.limit
         if limit is not None and self.bad >= limit and (self.any_good or len(self.shards) >= self.least_shards):
             raise self.error() from self.first
 
     def error(self) -> NoUsableSamples:
+        source = shorten(self.source, 80)
         if self.first is None:
-            return NoUsableSamples(f"{self.source}: there are no samples.")
-        first = f"The first: {self.first.name}: {self.first.reason} ({self.first.cause})."
+            return NoUsableSamples(f"{source}: there are no samples.")
+        first = f"The first: {shorten(self.first.name)}: {self.first.reason} ({self.first.cause})."
         if self.any_good:
             return NoUsableSamples(
-                f"{self.source}: after good samples there are only bad ones, thousands in a row. Is the storage there? "
-                f"{first}"
+                f"{source}: only bad samples follow the good ones, thousands in a row. Is the storage there? {first}"
             )
-        return NoUsableSamples(f"{self.source}: not one usable sample, and {self.bad} that are not. {first}")
+        return NoUsableSamples(f"{source}: not one usable sample, and {self.bad} that are not. {first}")

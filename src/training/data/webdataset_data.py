@@ -9,6 +9,7 @@ Every batch carries the place behind it: see `training.data.position`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -18,12 +19,13 @@ from typing import Any, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import distributed
-from training.data.archives import is_local
 from training.data.images import load_image
 from training.data.loader import CURSOR, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
+from training.data.messages import quote, shorten
 from training.data.namespace import SHARDS, takes_namespace
 from training.data.position import Handover, Layout, ShardPlace, ShardPosition, fresh_place
 from training.data.reading import Collection, Cursor, Pass, Reader
+from training.data.remote import check_schemes, is_local
 from training.data.sampling import SharedEpoch, sample_rng
 from training.data.shard_lists import expand_urls, get_dataset_size, shard_sizes
 from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample
@@ -120,7 +122,10 @@ class ShardBatches(IterableDataset):
         key = next(key for key in IMAGE_KEYS if key in sample)
         image = load_image(sample[key], self.transform, f"{name}.{key}")
         text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
-        return {"image": image, "text": text, "key": name}
+        decoded = {"image": image, "text": text, "key": name}
+        if not self.collection.endless:  # in evaluation equal images are one image with several captions
+            decoded["image_id"] = int.from_bytes(hashlib.blake2b(sample[key], digest_size=8).digest(), "big") >> 1
+        return decoded
 
 
 class _ShardCollate(Collate):
@@ -157,12 +162,13 @@ def get_wds_dataset(
     if factors is not None and not resampled:
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
     urls, weights = expand_urls(source, factors)
-    _check_present(urls, source)
+    _check_present(urls, str(source))
     here = distributed.world()
     num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
     seed = getattr(args, "seed", 0)
     collection = Collection(urls, seed, is_train, resampled, weights, shard_sizes(urls), alone=not here.distributed)
     layout = Layout(here.rank, here.world_size, max(1, args.workers), args.batch_size, num_batches)
+    source = shorten(source)  # for messages
     skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
     shared_epoch, handover = SharedEpoch(epoch), Handover()
     dataset = ShardBatches(
@@ -201,22 +207,26 @@ def _epoch_size(
         return math.ceil((num_samples or 0) / global_batch), num_samples or 0
     if num_samples is None:
         raise ValueError(
-            f"The number of samples in {source} is unknown: give --train-num-samples, or put a sizes.json "
-            '({"00000.tar": 1000, ...}) or a file __len__ with their total beside the shards.'
+            f"The number of samples in {shorten(source)} is unknown: give --train-num-samples, or put a sizes.json "
+            '({"00000.tar": 1000, ...}), img2dataset\'s _stats.json of every shard, or a file __len__ with the total '
+            "number next to the shards."
         )
     if not resampled:
-        check_one_batch(num_samples, args.batch_size, distributed.world().world_size, source)
+        check_one_batch(num_samples, args.batch_size, distributed.world().world_size, shorten(source))
     whole = math.floor if floor else math.ceil
     batches = whole(num_samples / global_batch)
     per_worker = whole(batches / workers)
     if per_worker == 0:
-        raise ValueError(f"{source}: {batches} batches an epoch for {workers} workers: lower --workers.")
+        raise ValueError(f"{shorten(source)}: {batches} batches an epoch for {workers} workers: lower --workers.")
     return per_worker * workers, per_worker * workers * global_batch
 
 
 def _check_present(urls: list[str], source: str) -> None:
     if not urls:
-        raise ValueError(f"{source!r} names no shards.")
+        raise ValueError(f"{quote(source)} names no shards.")
+    check_schemes(urls, source)
     if all(is_local(url) for url in urls) and not any(os.path.exists(url) for url in urls):
-        first = os.path.abspath(urls[0])
-        raise FileNotFoundError(f"None of the {len(urls)} shards of {source} is there; the first should be {first}.")
+        first = shorten(os.path.abspath(urls[0]))
+        raise FileNotFoundError(
+            f"None of the {len(urls)} shards of {shorten(source)} exists; the first should be {first}."
+        )

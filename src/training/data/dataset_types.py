@@ -1,0 +1,65 @@
+"""The type of each source of data, from its name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+from training.data.messages import quote, shorten
+from training.data.shard_lists import SHARD_ENDINGS, is_list
+
+logger = logging.getLogger(__name__)
+
+TYPES = ("webdataset", "csv", "imagefolder", "synthetic")
+
+_SHARDS = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
+_CSV = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
+
+
+def dataset_type_of(path: str | None, dataset_type: str) -> str:
+    """Return the type of one source: that of its name, or `dataset_type` where the name tells nothing.
+
+    The training and the validation data may have different types. A name that ends in .tar, or starts with `pipe:`, is
+    webdataset, .csv and .tsv are csv. A folder is imagefolder if it has folders with files in them, webdataset if it
+    has .tar files. Braces, `::`, .txt and .list are webdataset where `dataset_type` is "auto".
+
+    Raises:
+        ValueError: an unknown type, or "auto" and a name that tells nothing.
+    """
+    choices = ", ".join([*TYPES, "auto"])
+    if dataset_type not in (*TYPES, "auto"):
+        raise ValueError(f"Unknown --dataset-type {quote(dataset_type)}: choose one of {choices}.")
+    source = path or ""
+    types = _types_of_name(source)
+    if types and dataset_type not in types:
+        if dataset_type != "auto":
+            logger.info("%s is %s data, by its name, and not %s.", shorten(source), types[0], dataset_type)
+        return types[0]
+    if dataset_type != "auto":
+        return dataset_type
+    if "::" in source or ("{" in source and "}" in source) or is_list(source):
+        return "webdataset"
+    if source and os.path.isdir(source):
+        return "imagefolder"
+    raise ValueError(
+        f"The form of the data does not follow from {path if path is None else quote(path)} (webdataset: .tar, braces "
+        "or a .txt list; csv: .csv, .tsv; imagefolder: an existing folder). Give --dataset-type, one of "
+        f"{choices}."
+    )
+
+
+def _types_of_name(source: str) -> tuple[str, ...]:
+    """The types that a name says clearly, the likeliest first; none where it may be anything."""
+    if source.startswith("pipe:") or _SHARDS.search(source):
+        return ("webdataset",)
+    if "::" in source or "{" in source:
+        return ()
+    if _CSV.search(source):
+        return ("csv",)
+    if not os.path.isdir(source):
+        return ()
+    with os.scandir(source) as scan:
+        entries = [entry for entry in scan if not entry.name.startswith((".", "_"))]
+    found = ["imagefolder"] if any(entry.is_dir() and os.listdir(entry) for entry in entries) else []
+    return (*found, "webdataset") if any(entry.name.endswith(SHARD_ENDINGS) for entry in entries) else tuple(found)
