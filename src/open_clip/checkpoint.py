@@ -18,8 +18,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .binary_file import BinaryFile, FileError, name_damage
-from .convert import convert_foreign, fit_state_dict, is_text_key, to_custom_text_layout
+from .convert import convert_foreign, convert_state_dict, fit_state_dict, is_text_key, to_custom_text_layout
 from .inert_pickle import is_foreign, plain, with_tensors
+from .key_prefixes import (
+    OPENAI_EXTRAS,
+    common_prefixes,
+    strip_prefixes,
+    strip_to_fit,
+    without_leftovers,
+)
 from .mismatch import explain, some
 from .model import convert_weights_to_lp, get_input_dtype
 from .npz import has_arrays_only, read_arrays
@@ -37,10 +44,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16
 
 # Where a file has its weights, the averaged ones (EMA) after those that were trained; such containers may be nested.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema", "ema")
-_PREFIXES = ("module.", "model.")
-
-# What OpenAI's archives register as buffers beside the weights: numbers of the architecture, and the causal mask.
-_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 # ------------------------------------------------------------------------------------------------------- reading files
 
@@ -140,17 +143,16 @@ def _parse(file: BinaryFile) -> tuple[Any, list[str]]:
         return read_arrays(file), []
     if kind == "torchscript":
         records, foreign = read_program_weights(file)
-        return {key: value for key, value in records.items() if key not in _OPENAI_EXTRAS}, foreign
+        return {key: value for key, value in records.items() if key not in OPENAI_EXTRAS}, foreign
     return read_legacy(file) if kind == "legacy" else read_zip(file)
 
 
-def read_checkpoint(source: Any, name: str = "", is_quiet: bool = False) -> Any:
+def read_checkpoint(source: Any, name: str = "") -> Any:
     """All that `torch.save` wrote into a file: tensors, numbers and containers. Other objects are dropped.
 
     Args:
         source: a path, or a binary file object that can seek.
         name: of the file in messages; the path if not given.
-        is_quiet: whether the classes of dropped objects are not logged.
 
     Raises:
         ValueError: the file is damaged, or of another kind.
@@ -159,8 +161,7 @@ def read_checkpoint(source: Any, name: str = "", is_quiet: bool = False) -> Any:
         tree, foreign = _parse(file)
         if is_foreign(tree):
             raise FileError(_holds_no_weights(tree, file.name))
-        if not is_quiet:
-            _log_foreign(foreign, file.name)
+        _log_foreign(foreign, file.name)
         tree, records = plain(tree, file.name)
         load_tensors(file, records)
         return with_tensors(tree, file.name)
@@ -218,16 +219,6 @@ def _weights_of(checkpoint: Any, foreign: list[str], name: str) -> dict[str, Ten
     return {str(key): dataclasses.replace(value) for key, value in tensors.items()}
 
 
-def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Names without what wrappers put there: DDP and averaged models `module.`, Lightning `model.` before all of
-    them, torch.compile `_orig_mod.` anywhere."""
-    state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
-    state_dict.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
-    while prefix := next((p for p in _PREFIXES if state_dict and all(key.startswith(p) for key in state_dict)), None):
-        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return state_dict
-
-
 # ------------------------------------------------------------------------------------------ putting them into a model
 
 
@@ -237,18 +228,20 @@ def load_checkpoint(
     strict: bool = True,
     weights_only: bool = True,
     device: str | torch.device = "cpu",
+    is_mapped: bool = False,
 ) -> Any:
     """Put the weights of a file into a model.
 
     Position embeddings are resized to the model, CLIP's and CustomTextCLIP's layouts are converted, and a
-    `logit_bias` that the file lacks becomes zero. The model is changed only if all is well. A model on the meta
-    device gets its memory here: the tensors of the file themselves (memory-mapped on the CPU), converted to the
-    model's types and moved to `device`.
+    `logit_bias` that the file lacks becomes zero. A prefix of all names is removed if what remains fits. The model is
+    changed only if all is well. A model on the meta device gets its memory here: the tensors read from the file,
+    converted to the model's types and moved to `device`.
 
     Args:
         strict: whether missing and unexpected names are an error; else they are logged. A wrong shape always is one.
         weights_only: see `load_state_dict`.
         device: where the file's tensors are put, and with them a model that was on the meta device.
+        is_mapped: map the file instead of reading it: only for a file in a cache, which nobody overwrites.
 
     Returns:
         The incompatible keys: a tuple (missing_keys, unexpected_keys).
@@ -257,8 +250,10 @@ def load_checkpoint(
         FileNotFoundError, ValueError: as `load_state_dict`.
         RuntimeError: names or shapes are not the model's.
     """
-    state_dict = load_state_dict(checkpoint_path, weights_only=weights_only)
-    return put_weights(model, state_dict, strict=strict, device=device, source=str(checkpoint_path))
+    weights = read_state_dict(checkpoint_path, is_mapped)
+    fitted = _fit(model, weights, str(checkpoint_path))
+    weights.clear()  # so that each tensor is freed as soon as it is converted
+    return _put(model, fitted, strict, device, str(checkpoint_path))
 
 
 def put_weights(
@@ -269,7 +264,22 @@ def put_weights(
     source: str = "the state dict",
 ) -> Any:
     """`load_checkpoint` for weights that are in memory already; `source` is their name in messages."""
-    state_dict = fit_state_dict(model, state_dict)
+    return _put(model, _fit(model, state_dict, source), strict, device, source)
+
+
+def _fit(model: nn.Module, state_dict: StateDict, source: str) -> StateDict:
+    """A new state dict with the model's names and sizes, as far as they are a matter of layout, size and prefix."""
+    expected = model.state_dict().keys()
+    fitted = fit_state_dict(model, state_dict)
+    if not expected <= fitted.keys():
+        stripped = strip_to_fit(state_dict, expected, lambda weights: convert_state_dict(model, weights), source)
+        if stripped is not None:
+            fitted = fit_state_dict(model, stripped)
+    return without_leftovers(fitted, expected)
+
+
+def _put(model: nn.Module, state_dict: StateDict, strict: bool, device: str | torch.device, source: str) -> Any:
+    """Put weights with the model's names into it; a model on the meta device takes them out of `state_dict`."""
     expected = model.state_dict()
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
@@ -289,15 +299,28 @@ def _assign(
     model: nn.Module, state_dict: StateDict, expected: StateDict, device: str | torch.device, source: str
 ) -> Any:
     """Give a model on the meta device the state dict's own tensors, in the types that the model was built with."""
-    placed = {
-        key: value.to(device=device, dtype=expected[key].dtype) for key, value in state_dict.items() if key in expected
-    }
     unexpected = [key for key in state_dict if key not in expected]
+    placed = {}
+    for key in [key for key in expected if key in state_dict]:
+        placed[key] = state_dict.pop(key).to(device=device, dtype=expected[key].dtype)
+    tied = _tied_parameters(model)
     incompatible = model.load_state_dict(placed, strict=False, assign=True)
+    for first, *others in tied:
+        for name in others:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, model.get_parameter(first))
     incompatible.unexpected_keys.extend(unexpected)
     _fill_buffers(model, device)
     check_nothing_on_meta(model, source)
     return incompatible
+
+
+def _tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that the model uses in several places."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
@@ -385,10 +408,14 @@ def load_tower_checkpoint(
         FileNotFoundError, ValueError: as `load_state_dict`.
         RuntimeError: not one name is the tower's, or a shape is wrong.
     """
-    state_dict = convert_foreign(model, load_state_dict(checkpoint_path, weights_only=weights_only))
     expected = {key: value for key, value in model.state_dict().items() if _is_of_tower(model, key, tower)}
-    state_dict = _only_tower(state_dict, tower, to_custom_text_layout(expected))
-    state_dict = fit_state_dict(model, state_dict)
+    weights = read_state_dict(checkpoint_path)
+    for prefix in ("", *common_prefixes(weights)):
+        stripped = {key.removeprefix(prefix): value for key, value in weights.items()}
+        state_dict = _only_tower(convert_foreign(model, stripped), tower, to_custom_text_layout(expected))
+        state_dict = without_leftovers(fit_state_dict(model, state_dict), expected)
+        if expected.keys() & state_dict.keys():
+            break
     if not expected.keys() & state_dict.keys():
         raise RuntimeError(
             f"{checkpoint_path} has no weights of this {tower} tower: "
@@ -445,4 +472,6 @@ def _hint(state_dict: StateDict, expected: StateDict, missing: list[str], unexpe
     """What the mismatch looks like, and what to do about it."""
     if unexpected == ["logit_bias"] and not missing:
         return "It was trained with a bias: build the model with init_logit_bias=-10 (SigLIP)."
-    return explain(state_dict, expected) or "Is it a checkpoint of another model?"
+    prefix = "".join(common_prefixes(state_dict)[-1:])
+    named = f"All names begin with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
+    return named + (explain(state_dict, expected) or "Is it a checkpoint of another model?")

@@ -2,8 +2,7 @@
 
 `create_model` goes through the same steps whatever the name: a recipe is read (configuration, preprocessing, and where
 weights are), overridden, built, and filled. A model that gets weights is built on the meta device and takes the
-tensors of the memory-mapped file, so that nothing is initialised only to be overwritten, and nothing is copied that
-need not be.
+tensors that were read from the file, so that nothing is initialised only to be overwritten, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from .model import (
     get_model_preprocess_cfg,
     set_model_preprocess_cfg,
 )
+from .pretrained import is_unchanging
 from .recipe import Recipe, check_quick_gelu, override, read_recipe, use_tower_defaults
 from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
@@ -105,7 +105,8 @@ def _build(
     set_precision(model, precision)
     if path is not None:
         logger.info("Loading %s from %s.", recipe.name, path)
-        load_checkpoint(model, path, weights_only=weights_only, device=target)
+        is_mapped = recipe.is_download and is_unchanging(path)
+        load_checkpoint(model, path, weights_only=weights_only, device=target, is_mapped=is_mapped)
     return model.to(target)
 
 

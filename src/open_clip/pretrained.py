@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 from .constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from .version import __version__
+from .whole_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +158,26 @@ def _is_verified(path: Path, expected: str) -> bool:
     return verified
 
 
+def is_unchanging(path: str | os.PathLike) -> bool:
+    """Whether a downloaded file stays as it is, so that it may be mapped: its name or a note tells its checksum.
+
+    That is so for files in the hub's cache, which are kept under their checksum, and for downloads that were verified.
+    """
+    blob = Path(path).resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return True
+    note = blob.with_name(blob.name + ".sha256")
+    try:
+        expected, _, _ = note.read_text(encoding="utf-8").partition(" ")
+        return bool(expected) and note.read_text(encoding="utf-8") == _note(blob, expected)[1]
+    except OSError:
+        return False
+
+
 def _write_note(path: Path, expected: str) -> None:
     note, identity = _note(path, expected)
     try:
-        note.write_text(identity, encoding="utf-8")
+        write_text(note, identity)
     except OSError as error:  # a shared cache that others fill is often read-only
         logger.debug("%s could not be written (%s): the file will be verified again next time", note, error)
 

@@ -53,6 +53,7 @@ class Recipe:
     preprocess_cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
     fetch_weights: Callable[[], str] | None = None  # gives a file's path, downloading it if need be; None: no weights
     weights_name: str = ""  # as in messages
+    is_download: bool = False  # whether the file of the weights is in a cache, not one that the user named
     quick_gelu: bool | None = None  # the activation that the weights were trained with; None where that is not known
 
 
@@ -90,6 +91,7 @@ def _use_tag(recipe: Recipe, tag: str, tag_cfg: dict[str, Any], cache_dir: str |
     recipe.preprocess_cfg = {key: tag_cfg[key] for key in TAG_PREPROCESS_KEYS if key in tag_cfg}
     recipe.quick_gelu = bool(tag_cfg.get("quick_gelu", False))
     recipe.weights_name = f"the weights {tag!r}"
+    recipe.is_download = True
     recipe.fetch_weights = functools.partial(download_pretrained, tag_cfg, cache_dir=cache_dir)
 
 
@@ -103,6 +105,7 @@ def _use_file(recipe: Recipe, pretrained: str) -> None:
             f"a path is taken from {os.getcwd()}."
         )
     recipe.weights_name = str(path)
+    recipe.is_download = False
     recipe.fetch_weights = lambda: str(path)
     # The file does not tell, unless it is OpenAI's own (all with QuickGELU) or has open_clip's name for such weights.
     # The configuration of transformers beside its weights does tell.
@@ -163,6 +166,7 @@ def _hub_recipe(model_name: str, identifier: str, cache_dir: str | None) -> Reci
         recipe.fetch_weights = lambda: str(_fetch_first(fetch, *TRANSFORMERS_WEIGHTS_NAMES, required=True))
     check_untrusted(recipe.model_cfg, f"The configuration of {identifier}")
     recipe.weights_name = f"the weights of {identifier}"
+    recipe.is_download = True
     return recipe
 
 
