@@ -64,7 +64,7 @@ class BinaryFile:
         self.is_mapped = is_mapped and self._is_own
         self.size: int = self.file.seek(0, os.SEEK_END)
         self.file.seek(0)
-        self._mapping: torch.UntypedStorage | None = None
+        self._mapping: torch.Tensor | None = None
 
     def __enter__(self) -> BinaryFile:
         return self
@@ -88,8 +88,8 @@ class BinaryFile:
         """A private mapping of a range: writing to it never writes to the file."""
         self._check_range(start, count)
         if self._mapping is None:
-            self._mapping = torch.UntypedStorage.from_file(self.name, False, self.size)
-        return self._mapping[start : start + count]
+            self._mapping = torch.from_file(self.name, shared=False, size=self.size, dtype=torch.uint8)
+        return self._mapping.untyped_storage()[start : start + count]
 
     def fill(self, reads: list[tuple[torch.UntypedStorage, int]]) -> None:
         """Read into each storage as many bytes as it has, from the given position. Threads share the work."""
@@ -137,7 +137,7 @@ class BinaryFile:
 
 
 def _view(storage: torch.UntypedStorage) -> memoryview:
-    return memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()) if storage.nbytes() else memoryview(b"")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
 
 
 def _populate(view: memoryview) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -211,17 +212,18 @@ def get_model_config(model_name: str) -> dict[str, Any] | None:
     return copy.deepcopy(cfg)
 
 
-def parse_model_name(model_name: str) -> tuple[str | None, str]:
+def parse_model_name(model_name: str | os.PathLike) -> tuple[str | None, str]:
     """Where a model's name points: (None, name), ("hf-hub", repository) or ("local-dir", folder).
 
     Raises:
-        ValueError: a schema with nothing behind it.
+        ValueError: a schema with nothing after it.
     """
+    model_name = os.fspath(model_name)
     for prefix in (HF_HUB_PREFIX, LOCAL_DIR_PREFIX):
         if model_name.startswith(prefix):
             identifier = model_name[len(prefix) :]
             if not identifier:
                 example = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-                raise ValueError(f"{model_name!r} names nothing behind {prefix!r}: write for example {example!r}")
+                raise ValueError(f"{model_name!r} names nothing after {prefix!r}: write for example {example!r}")
             return prefix[:-1], identifier
     return None, model_name

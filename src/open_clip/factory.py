@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Device = str | torch.device
+Device = str | int | torch.device
+PathOrText = str | os.PathLike
 
 # ------------------------------------------------------------------------------------------------------------- building
 
@@ -87,8 +89,7 @@ def _resolve_device(device: Device | None) -> torch.device:
     """The device that is meant, which must be there; "npu" stays the process's current one, "meta" has no weights."""
     if str(device) == "meta":
         return torch.device("meta")
-    found = devices.resolve(device)
-    return found if device in (None, "auto") else torch.device(device)
+    return devices.as_asked(device)
 
 
 def _build(
@@ -111,8 +112,8 @@ def _build(
 
 
 def create_model(
-    model_name: str,
-    pretrained: str | None = None,
+    model_name: PathOrText,
+    pretrained: PathOrText | None = None,
     load_weights: bool = True,
     precision: str = "fp32",
     device: Device = "cpu",
@@ -125,9 +126,9 @@ def create_model(
     force_context_length: int | None = None,
     pretrained_image: bool = False,
     pretrained_text: bool = True,
-    pretrained_image_path: str | None = None,
-    pretrained_text_path: str | None = None,
-    cache_dir: str | None = None,
+    pretrained_image_path: PathOrText | None = None,
+    pretrained_text_path: PathOrText | None = None,
+    cache_dir: PathOrText | None = None,
     output_dict: bool | None = None,
     require_pretrained: bool = False,
     weights_only: bool = True,
@@ -145,7 +146,8 @@ def create_model(
             still.
         precision: of the weights. "fp32", "amp" and "amp_bf16": float32. "fp16", "bf16": half precision but for norms
             and embeddings. "pure_fp16", "pure_bf16": all of it.
-        device: where the model is put; "auto" for the best one present, "meta" for a model without memory.
+        device: where the model is put; "auto" for the best one present, an int for the accelerator of that index,
+            "meta" for a model without memory.
         jit: refused; `torch.compile(model)` is its successor.
         force_quick_gelu: QuickGELU in place of GELU, as OpenAI's weights need it.
         force_custom_text: a CustomTextCLIP, with the text tower under `model.text`.
@@ -231,8 +233,8 @@ def _given(**kwargs: Any) -> dict[str, Any]:
 
 
 def create_model_and_transforms(
-    model_name: str,
-    pretrained: str | None = None,
+    model_name: PathOrText,
+    pretrained: PathOrText | None = None,
     load_weights: bool = True,
     precision: str = "fp32",
     device: Device = "cpu",
@@ -249,9 +251,9 @@ def create_model_and_transforms(
     aug_cfg: dict[str, Any] | AugmentationCfg | None = None,
     pretrained_image: bool = False,
     pretrained_text: bool = True,
-    pretrained_image_path: str | None = None,
-    pretrained_text_path: str | None = None,
-    cache_dir: str | None = None,
+    pretrained_image_path: PathOrText | None = None,
+    pretrained_text_path: PathOrText | None = None,
+    cache_dir: PathOrText | None = None,
     output_dict: bool | None = None,
     weights_only: bool = True,
     **model_kwargs: Any,
@@ -298,8 +300,8 @@ def create_model_and_transforms(
 
 
 def create_model_from_pretrained(
-    model_name: str,
-    pretrained: str | None = None,
+    model_name: PathOrText,
+    pretrained: PathOrText | None = None,
     precision: str = "fp32",
     device: Device = "cpu",
     jit: bool = False,
@@ -312,7 +314,7 @@ def create_model_from_pretrained(
     image_interpolation: str | None = None,
     image_resize_mode: str | None = None,
     return_transform: bool = True,
-    cache_dir: str | None = None,
+    cache_dir: PathOrText | None = None,
     weights_only: bool = True,
     **model_kwargs: Any,
 ) -> nn.Module | tuple[nn.Module, Callable]:
@@ -348,9 +350,9 @@ def create_model_from_pretrained(
 
 
 def get_tokenizer(
-    model_name: str = "",
+    model_name: PathOrText = "",
     context_length: int | None = None,
-    cache_dir: str | None = None,
+    cache_dir: PathOrText | None = None,
     **kwargs: Any,
 ) -> SimpleTokenizer | HFTokenizer:
     """The tokenizer of a model: a callable from texts to ids [N, context_length].
@@ -365,6 +367,7 @@ def get_tokenizer(
             had.
         ImportError: the model's tokenizer is Hugging Face's, and transformers is not installed.
     """
+    model_name = os.fspath(model_name)
     text_cfg = read_recipe(model_name, None, cache_dir).model_cfg["text_cfg"] if model_name else {}
     options = {
         "context_length": context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH),

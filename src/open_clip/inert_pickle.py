@@ -21,7 +21,7 @@ from .binary_file import FileError
 from .tensor_records import DTYPES, Storage, TensorRecord
 
 # Of the standard library's Unpickler in Python; the one in C lets a few bytes allocate gigabytes (LONG_BINPUT).
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_Unpickler: Any = pickle._Unpickler
 
 _SCALARS = (str, int, float, bool, bytes, complex, type(None), torch.dtype)
 _MAX_DEPTH = 100  # of nested containers

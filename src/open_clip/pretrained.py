@@ -233,7 +233,7 @@ def _copy(response: Any, part: Path, offset: int, total: int | None) -> None:
         os.fsync(file.fileno())
 
 
-def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) -> str:
+def download_pretrained_from_url(url: str, cache_dir: str | os.PathLike | None = None) -> str:
     """Download a file once and return its path, `cache_dir/NAME` (default `~/.cache/clip`).
 
     An interrupted download is continued by the next call. Processes that want the same file wait for one of them.
@@ -259,7 +259,7 @@ def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) 
     return str(target)
 
 
-def _place_of(url: str, cache_dir: str | Path | None) -> Path:
+def _place_of(url: str, cache_dir: str | os.PathLike | None) -> Path:
     return Path(cache_dir or DEFAULT_CACHE_DIR).expanduser() / _file_name(url)
 
 
@@ -342,7 +342,7 @@ def download_pretrained_from_hf(
     model_id: str,
     filename: str | None = None,
     revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> str:
     """Path of a repository's file in the hub's cache, downloaded if it is not there yet.
 
@@ -393,7 +393,7 @@ def _is_out_of_reach(error: Exception) -> bool:
 
 
 def _fetch_from_hub(
-    model_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
+    model_id: str, filename: str, revision: str | None, cache_dir: str | os.PathLike | None, local_files_only: bool
 ) -> str:
     """A file's path in the hub's cache; if it came just now, verified.
 
@@ -419,7 +419,7 @@ def _fetch_from_hub(
 def download_pretrained(
     cfg: dict[str, Any],
     prefer_hf_hub: bool = True,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> str:
     """Path of the weights that a row of the registry names, downloaded if need be; "" for a row without any.
 

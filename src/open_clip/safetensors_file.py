@@ -33,7 +33,8 @@ def read_safetensors(file: BinaryFile) -> dict[str, TensorRecord]:
 def _record(file: BinaryFile, name: str, entry: dict[str, Any], base: int) -> TensorRecord:
     dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
     if dtype is None:
-        raise FileError(f"{file.name}: {name[:80]!r} has the type {str(entry['dtype'])[:20]!r}, which is not supported.")
+        kind = str(entry["dtype"])[:20]
+        raise FileError(f"{file.name}: {name[:80]!r} has the type {kind!r}, which is not supported.")
     shape, (first, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, first, end)) or end < first:
         raise FileError(f"{file.name} is damaged: {name[:80]!r} has no valid shape or place.")

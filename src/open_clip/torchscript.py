@@ -110,9 +110,8 @@ class _Archive:
         """Names and tensors of all parameters and buffers, depth first as in nn.Module.state_dict."""
         self.modules += 1
         if depth > _MAX_DEPTH or self.modules > _MAX_MODULES or not isinstance(module, _Module):
-            raise FileError(
-                f"{self.name} is damaged: {prefix[:80] or 'its top'} is not a module, or modules are nested without end."
-            )
+            place = prefix[:80] or "its top"
+            raise FileError(f"{self.name} is damaged: {place} is not a module, or modules are nested without end.")
         registered = self.registered(module.qualified_name)
         for name, value in module.attributes.items():
             if isinstance(value, TensorRecord) and (registered is None or name in registered):
