@@ -59,7 +59,7 @@ class BinaryFile:
 
     def __init__(self, source: Any, name: str = "", is_mapped: bool = False) -> None:
         self._is_own = not hasattr(source, "read")
-        self.file: Any = open(source, "rb") if self._is_own else source
+        self.file: Any = open(source, "rb") if self._is_own else source  # noqa: SIM115 (closed by __exit__)
         self.name = name or (os.fspath(source) if self._is_own else "the file")
         self.is_mapped = is_mapped and self._is_own
         self.size: int = self.file.seek(0, os.SEEK_END)
@@ -141,7 +141,7 @@ def _view(storage: torch.UntypedStorage) -> memoryview:
 
 
 def _populate(view: memoryview) -> None:
-    """Make the whole pages of a view present. A kernel before 5.14 refuses, and the pages come when they are touched."""
+    """Make the whole pages of a view present. Kernels before 5.14 refuse, and pages appear when they are touched."""
     if len(view) < _POPULATE_FROM or not sys.platform.startswith("linux"):
         return
     address = ctypes.addressof(ctypes.c_char.from_buffer(view))

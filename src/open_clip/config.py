@@ -163,13 +163,24 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     found = {}
     for file in files:
-        with open(file, encoding="utf-8") as stream:
-            cfg = json.load(stream)
+        cfg = read_json(file)
         if isinstance(cfg, dict) and all(key in cfg for key in _REQUIRED):
             found[file.stem] = cfg
         elif path.is_file():
-            raise ValueError(f"{file} is no model configuration: it needs the keys {', '.join(_REQUIRED)}")
+            raise ValueError(f"{file} is not a model configuration: it needs the keys {', '.join(_REQUIRED)}.")
     return found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: the file is damaged or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or not JSON: {error}.") from error
 
 
 def _models() -> dict[str, dict[str, Any]]:

@@ -497,7 +497,7 @@ def resolve(name: str | int | torch.device | None = "auto", local_rank: int | No
     elif isinstance(name, int) and not isinstance(name, bool):
         kind, index = best().type, name
         if ROWS[kind] is _PLAIN:
-            raise RuntimeError(f"device={name} is the accelerator of that index, and none is there. Use 'cpu' or 'auto'.")
+            raise RuntimeError(f"device={name} means an accelerator, and none is there. Use 'cpu' or 'auto'.")
     else:
         kind, index = _split(str(name))
     found = ROWS[kind]

@@ -13,7 +13,7 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -199,7 +199,7 @@ class InertUnpickler(_Unpickler):
     within `name_damage`.
     """
 
-    dispatch = dict(_Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable]] = dict(_Unpickler.dispatch)
 
     def __init__(
         self, stream: Any, size: int, load_storage: Callable[[str, int], Storage] | None = None

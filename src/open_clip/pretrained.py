@@ -150,7 +150,7 @@ def _is_verified(path: Path, expected: str) -> bool:
     if not expected:
         return True
     note, identity = _note(path, expected)
-    if note.is_file() and note.read_text(encoding="utf-8") == identity:
+    if note.is_file() and note.read_text(encoding="utf-8", errors="replace") == identity:
         return True
     verified = _sha256(path).startswith(expected)
     if verified:
@@ -168,8 +168,8 @@ def is_unchanging(path: str | os.PathLike) -> bool:
         return True
     note = blob.with_name(blob.name + ".sha256")
     try:
-        expected, _, _ = note.read_text(encoding="utf-8").partition(" ")
-        return bool(expected) and note.read_text(encoding="utf-8") == _note(blob, expected)[1]
+        expected, _, _ = note.read_text(encoding="utf-8", errors="replace").partition(" ")
+        return bool(expected) and note.read_text(encoding="utf-8", errors="replace") == _note(blob, expected)[1]
     except OSError:
         return False
 
@@ -403,7 +403,11 @@ def _fetch_from_hub(
 
     began = time.time()
     found = hf_hub_download(
-        model_id, filename, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        model_id,
+        filename,
+        revision=revision,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        local_files_only=local_files_only,
     )
     blob = Path(found).resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.stat().st_mtime >= began - 1 and _sha256(blob) != blob.name:

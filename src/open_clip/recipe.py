@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, closest, get_model_config, list_models, parse_model_name
+from .config import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, closest, get_model_config, list_models, parse_model_name, read_json
 from .constants import (
     HF_CONFIG_NAME,
     HF_SAFE_WEIGHTS_NAME,
@@ -23,7 +22,7 @@ from .constants import (
     TRANSFORMERS_WEIGHTS_NAMES,
 )
 from .convert import model_cfg_from_transformers, preprocess_cfg_from_transformers
-from .pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg, in_short, nearest_tags
+from .pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg, nearest_tags
 from .torchscript import is_torchscript
 
 logger = logging.getLogger(__name__)
@@ -278,10 +277,7 @@ def _transformers_recipe(model_name: str, config: Path, preprocessor: Path | Non
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON, or damaged: {in_short(error)}") from error
+    cfg = read_json(path)
     return cfg if isinstance(cfg, dict) else {}
 
 

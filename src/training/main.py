@@ -17,6 +17,7 @@ from typing import Any
 
 import open_clip
 from open_clip import device as devices
+from open_clip.whole_file import write_text
 from training import distributed, file_utils, logger, precision, rng
 from training.build import build_model, build_scheduler, build_teacher, parallelise, synchronise_batch_norms
 from training.checkpoint import TrainState, get_latest_checkpoint, load_checkpoint, natural_key
@@ -182,7 +183,7 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
         log.warning("%s.", sentence)
     if folder is not None:
         lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
-        (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
+        write_text(folder / "params.txt", "".join(lines))
 
 
 def _decided(cfg: TrainConfig, world: World) -> dict[str, Any]:

@@ -114,5 +114,5 @@ def test_parse_model_name(name: str, expected: tuple[str | None, str]) -> None:
 
 
 def test_a_schema_with_nothing_behind_it_raises() -> None:
-    with pytest.raises(ValueError, match="names nothing behind 'hf-hub:'"):
+    with pytest.raises(ValueError, match="names nothing after 'hf-hub:'"):
         config.parse_model_name("hf-hub:")
