@@ -121,10 +121,10 @@ def readers(name: str) -> list[Callable[[Path], Any]]:
 
 
 def read_data(path: Path) -> None:
-    import data_files
     import lying_data
     import torch
 
+    import data_files
     from training.data import get_data
 
     for number in range(12):

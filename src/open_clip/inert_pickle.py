@@ -127,6 +127,10 @@ def _bytes(text: Any = "", encoding: Any = "latin1", *_: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
+    return complex(float(real), float(imaginary))
+
+
 def _size(numbers: Any = ()) -> torch.Size:
     if not _is_shape(tuple(numbers)):
         raise pickle.UnpicklingError("a torch.Size of something else than numbers")
@@ -150,6 +154,7 @@ _KNOWN: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): _dictionary,
     ("collections", "Counter"): _dictionary,
     ("collections", "defaultdict"): _default_dictionary,
+    ("builtins", "complex"): _complex,
     ("builtins", "dict"): _dictionary,
     ("builtins", "set"): _set,
     ("builtins", "frozenset"): _set,

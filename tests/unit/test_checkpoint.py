@@ -198,7 +198,7 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
     assert sum(storage.nbytes() for storage, _ in read) == 40
 
 
-@pytest.mark.parametrize("precision", ["fp16", "pure_bf16"])
+@pytest.mark.parametrize("precision", ["pure_fp16", "pure_bf16"])
 def test_casting_holds_each_tensor_once(tmp_path, precision, monkeypatch):
     torch.save(clip().state_dict(), tmp_path / "file.pt")
     model = meta_clip()
