@@ -130,7 +130,8 @@ def test_paths_need_not_be_text(weights, tiny_name, model):
         lambda: open_clip.create_model_from_pretrained(tiny_name, weights, return_transform=False),
         lambda: open_clip.load_openai_model(weights, precision="fp32", device="cpu"),
     ):
-        assert torch.equal(build().visual.proj, model.visual.proj)
+        # 3.3.0 rounds OpenAI's weights to float16 on their way to float32.
+        torch.testing.assert_close(build().visual.proj, model.visual.proj, atol=1e-3, rtol=1e-3)
     assert open_clip.get_tokenizer(tiny_name, cache_dir=weights.parent)(["a"]).shape == (1, 77)
 
 
@@ -139,6 +140,7 @@ def test_no_weights(nothing, tiny_name):
     assert open_clip.create_model(tiny_name, pretrained=nothing) is not None
 
 
+@pytest.mark.ours_only("open_clip_torch 3.3.0 fails, too, sometimes with pathlib's error, which does not say where")
 @pytest.mark.parametrize("value", [True, 3])
 def test_a_value_that_is_not_a_path_is_named(value, tiny_name):
     with pytest.raises(RuntimeError, match=str(value)):
