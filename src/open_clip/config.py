@@ -180,7 +180,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or not JSON: {error}.") from error
+        raise ValueError(f"{path} is not JSON, or damaged: {error}.") from error
 
 
 def _models() -> dict[str, dict[str, Any]]:
