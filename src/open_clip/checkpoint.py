@@ -1,30 +1,40 @@
 """State dicts in, whatever the file: what `torch.save` wrote (bare weights or a training checkpoint), safetensors,
 numpy archives, or OpenAI's TorchScript archives; fitted to a model and put into it.
 
-Files are memory-mapped where their format allows it. The pages are private: a tensor that is written to gets copies
-of them, the file stays as it is.
+Each file is read once, straight into the memory of the tensors. Only files that nobody edits, those in the caches of
+downloads, are memory-mapped: a mapped file that is overwritten changes the model, or ends the process.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .convert import convert_foreign, fit_state_dict, is_text_key, to_custom_text_layout
+from .binary_file import BinaryFile, FileError, name_damage
+from .convert import convert_foreign, convert_state_dict, fit_state_dict, is_text_key, to_custom_text_layout
+from .inert_pickle import is_foreign, plain, with_tensors
+from .key_prefixes import (
+    OPENAI_EXTRAS,
+    common_prefixes,
+    strip_prefixes,
+    strip_to_fit,
+    without_leftovers,
+)
 from .mismatch import explain, some
 from .model import convert_weights_to_lp, get_input_dtype
-from .npz import is_npz, read_npz
-from .torchscript import is_torchscript, read_torchscript
+from .npz import has_arrays_only, read_arrays
+from .safetensors_file import MAX_HEADER, read_safetensors
+from .tensor_records import TensorRecord, check_records, load_tensors
+from .torch_archive import read_legacy, read_zip
+from .torchscript import has_program, read_program_weights
+from .zipped import names_in_zip
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +44,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16
 
 # Where a file has its weights, the averaged ones (EMA) after those that were trained; such containers may be nested.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema", "ema")
-_PREFIXES = ("module.", "model.")
-
-# What OpenAI's archives register as buffers beside the weights: numbers of the architecture, and the causal mask.
-_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 # ------------------------------------------------------------------------------------------------------- reading files
 
@@ -52,33 +58,44 @@ def file_format(path: str | os.PathLike) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is none of these; the message says what it looks like.
     """
-    path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
+    _check_is_file(path)
+    with BinaryFile(path) as file:
+        return _format_of(file)
+
+
+def _check_is_file(path: str | os.PathLike) -> None:
+    if not os.path.isfile(path):
+        kind = "is a folder" if os.path.isdir(path) else "does not exist"
         raise FileNotFoundError(f"No checkpoint can be read from {path}: it {kind}.")
-    with path.open("rb") as file:
-        head = file.read(64)
+
+
+def _format_of(file: BinaryFile) -> str:
+    head = file.read(0, min(64, file.size))
     if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is cut off. Was its copy or download interrupted?")
-        if is_npz(path):
+        names = names_in_zip(file)
+        if not names:
+            raise FileError(f"{file.name} is damaged or cut off. Was its copy or download interrupted?")
+        if has_arrays_only(names):
             return "npz"
-        return "torchscript" if is_torchscript(path) else "torch"
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 100 << 20:
+        return "torchscript" if has_program(names) else "torch"
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= MAX_HEADER:
         return "safetensors"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "legacy"
-    raise ValueError(f"{path} is not a checkpoint: {_looks_like(head)}")
+    raise FileError(f"{file.name} is not a checkpoint: {_looks_like(head)}")
 
 
 def _looks_like(head: bytes) -> str:
     if not head:
         return "it is empty."
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs. `git lfs pull` brings the file itself."
+        return "it is a pointer of git-lfs. `git lfs pull` gets the file itself."
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page. Was it saved from a browser?"
-    return f"it starts with {head[:8]!r}; what torch.save writes, safetensors, TorchScript archives and npz are read."
+    return (
+        f"it starts with {head[:8]!r}. Formats that can be read: torch.save's, safetensors, TorchScript archives, npz. "
+        "If it was one of them, it is damaged."
+    )
 
 
 def load_state_dict(
@@ -88,94 +105,118 @@ def load_state_dict(
 ) -> StateDict:
     """The weights in a file, by name: of a training checkpoint its `state_dict`, without DDP's and compile's prefixes.
 
+    The tensors are in memory: the file may be overwritten or deleted afterwards.
+
     Args:
         checkpoint_path: written by `torch.save`, safetensors, a numpy archive, or OpenAI's TorchScript archive (which
             is never run).
-        device: where the tensors are put; on the CPU they stay in the memory-mapped file until they are touched.
-        weights_only: kept for scripts written for open_clip. A pickle that holds anything but tensors, numbers and
-            containers is refused in any case.
+        device: where the tensors are put.
+        weights_only: kept for scripts written for open_clip. Nothing in a file is run in any case: objects that are
+            not tensors, numbers or containers are dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind, holds code, or holds no weights.
+        ValueError: the file is damaged, of another kind, or holds no weights.
     """
-    kind = file_format(checkpoint_path)
-    checkpoint: Any
+    state_dict = read_state_dict(checkpoint_path)
+    for key in state_dict:
+        state_dict[key] = state_dict[key].to(device)
+    return state_dict
+
+
+def read_state_dict(path: str | os.PathLike, is_mapped: bool = False) -> StateDict:
+    """`load_state_dict` on the CPU; `is_mapped` maps a file that nobody edits (see `BinaryFile`)."""
+    _check_is_file(path)
+    with BinaryFile(path, is_mapped=is_mapped) as file, name_damage(file.name):
+        records = _weights_of(*_parse(file), file.name)
+        load_tensors(file, records.values())
+        weights = {key: record.tensor for key, record in records.items() if record.tensor is not None}
+    return strip_prefixes(weights)
+
+
+def _parse(file: BinaryFile) -> tuple[Any, list[str]]:
+    """(nested containers with tensor records, names of the classes in them that are foreign)."""
+    kind = _format_of(file)
     if kind == "safetensors":
-        checkpoint = _read_safetensors(checkpoint_path)
-    elif kind == "npz":
-        checkpoint = read_npz(checkpoint_path)
-    else:
-        if not weights_only:
-            logger.warning("weights_only=False has no effect: whatever code is in %s is not run.", checkpoint_path)
-        checkpoint = _read_pickle(checkpoint_path, kind)
-    state_dict = strip_prefixes(_weights_of(checkpoint, checkpoint_path))
-    return {key: value.to(device) for key, value in state_dict.items()}
+        return read_safetensors(file), []
+    if kind == "npz":
+        return read_arrays(file), []
+    if kind == "torchscript":
+        records, foreign = read_program_weights(file)
+        return {key: value for key, value in records.items() if key not in OPENAI_EXTRAS}, foreign
+    return read_legacy(file) if kind == "legacy" else read_zip(file)
 
 
-def _read_safetensors(path: str | os.PathLike) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_checkpoint(source: Any, name: str = "") -> Any:
+    """All that `torch.save` wrote into a file: tensors, numbers and containers. Other objects are dropped.
 
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not readable as safetensors ({error}). Was its copy or download interrupted?"
-        ) from error
+    Args:
+        source: a path, or a binary file object that can seek.
+        name: of the file in messages; the path if not given.
 
-
-def _read_pickle(path: str | os.PathLike, kind: str) -> Any:
-    try:
-        if kind == "torchscript":
-            state_dict = read_torchscript(path)
-            return {key: value for key, value in state_dict.items() if key not in _OPENAI_EXTRAS}
-        return torch.load(os.fspath(path), map_location="cpu", mmap=kind == "torch", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(refusal(path, str(error))) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not readable as a checkpoint ({error}). Was its copy or download interrupted?"
-        ) from error
+    Raises:
+        ValueError: the file is damaged, or of another kind.
+    """
+    with BinaryFile(source, name) as file, name_damage(file.name):
+        tree, foreign = _parse(file)
+        if is_foreign(tree):
+            raise FileError(_holds_no_weights(tree, file.name))
+        _log_foreign(foreign, file.name)
+        tree, records = plain(tree, file.name)
+        load_tensors(file, records)
+        return with_tensors(tree, file.name)
 
 
-def refusal(path: str | os.PathLike, message: str) -> str:
-    """Why a pickle is not read, from what torch.load(weights_only=True) says of it (less its advice to run it)."""
-    name = re.search(r"GLOBAL ([\w.]+)", message)
-    if not name:
-        return f"{path} is refused: it is damaged, or holds more than tensors, numbers and containers."
-    return (
-        f"{path} is refused: to read it, {name[1]} would have to be called, and a file can make such a call do "
-        "anything. Weights need no code: ask its maker for a file of tensors only (safetensors). If you made it "
-        f"yourself and trust {name[1]}, torch.serialization.add_safe_globals([{name[1]}]) lets it in."
-    )
+def check_layout(source: Any, name: str = "") -> dict[str, Any]:
+    """The top level of a checkpoint without its tensors: what is not in it is not read.
+
+    Raises:
+        ValueError: the file is damaged, of another kind, or not a dict.
+    """
+    with BinaryFile(source, name) as file, name_damage(file.name):
+        tree, records = plain(_parse(file)[0], file.name)
+        check_records(file, records)
+        if not isinstance(tree, Mapping):
+            raise FileError(_holds_no_weights(tree, file.name))
+        return {key: value for key, value in tree.items() if isinstance(value, (int, float, str))}
 
 
-def _weights_of(checkpoint: Any, path: str | os.PathLike) -> StateDict:
+def _log_foreign(foreign: list[str], name: str) -> None:
+    if foreign:
+        logger.warning("%s: dropped what is not a tensor, number or container: %s.", name, some(foreign))
+
+
+def _holds_no_weights(tree: Any, name: str) -> str:
+    if is_foreign(tree):
+        kind = getattr(tree, "name", type(tree).__name__)[:80]
+        return (
+            f"{name} holds an object of {kind}, which is not rebuilt: that could run code. "
+            "A dict of tensors is expected: save model.state_dict()."
+        )
+    return f"{name} holds a {type(tree).__name__}, and weights by name were expected."
+
+
+def _weights_of(checkpoint: Any, foreign: list[str], name: str) -> dict[str, TensorRecord]:
     """The flat state dict in what a file held, out of the containers that training programs put around it."""
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, and weights by name were expected.")
+        raise FileError(_holds_no_weights(checkpoint, name))
+    _log_foreign(foreign, name)
+    seen: list[int] = []
     while inner := [key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)]:
         if len(inner) > 1:
-            logger.warning("%s holds several sets of weights (%s): %s is taken.", path, some(inner), inner[0])
+            logger.warning("%s holds several sets of weights (%s): %s is taken.", name, some(inner), inner[0])
+        seen.append(id(checkpoint))
         checkpoint = checkpoint[inner[0]]
-    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+        if id(checkpoint) in seen:
+            raise FileError(f"{name} is damaged: a container in it contains itself.")
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, TensorRecord)}
     if not tensors:
-        raise ValueError(f"{path} holds no weights by name, but {some(map(str, checkpoint))}.")
-    if len(tensors) < len(checkpoint):
-        others = some(str(key) for key in checkpoint if key not in tensors)
-        logger.warning("%s: what is no tensor is left out: %s", path, others)
-    return tensors
-
-
-def strip_prefixes(state_dict: StateDict) -> StateDict:
-    """Names without what wrappers put there: DDP and averaged models `module.`, Lightning `model.` before all of
-    them, torch.compile `_orig_mod.` anywhere."""
-    state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
-    state_dict.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
-    while prefix := next((p for p in _PREFIXES if state_dict and all(key.startswith(p) for key in state_dict)), None):
-        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return state_dict
+        raise FileError(f"{name} holds no weights by name, but {some(str(key)[:40] for key in checkpoint)}.")
+    others = [str(key)[:40] for key, value in checkpoint.items() if key not in tensors and not is_foreign(value)]
+    if others:
+        logger.warning("%s: left out what is not a tensor: %s", name, some(others))
+    # A tensor that has several names becomes several tensors.
+    return {str(key): dataclasses.replace(value) for key, value in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------ putting them into a model
@@ -187,18 +228,20 @@ def load_checkpoint(
     strict: bool = True,
     weights_only: bool = True,
     device: str | torch.device = "cpu",
+    is_mapped: bool = False,
 ) -> Any:
     """Put the weights of a file into a model.
 
     Position embeddings are resized to the model, CLIP's and CustomTextCLIP's layouts are converted, and a
-    `logit_bias` that the file lacks becomes zero. The model is changed only if all is well. A model on the meta
-    device gets its memory here: the tensors of the file themselves (memory-mapped on the CPU), converted to the
-    model's types and moved to `device`.
+    `logit_bias` that the file lacks becomes zero. A prefix of all names is removed if what remains fits. The model is
+    changed only if all is well. A model on the meta device gets its memory here: the tensors read from the file,
+    converted to the model's types and moved to `device`.
 
     Args:
         strict: whether missing and unexpected names are an error; else they are logged. A wrong shape always is one.
         weights_only: see `load_state_dict`.
         device: where the file's tensors are put, and with them a model that was on the meta device.
+        is_mapped: map the file instead of reading it: only for a file in a cache, which nobody overwrites.
 
     Returns:
         The incompatible keys: a tuple (missing_keys, unexpected_keys).
@@ -207,8 +250,10 @@ def load_checkpoint(
         FileNotFoundError, ValueError: as `load_state_dict`.
         RuntimeError: names or shapes are not the model's.
     """
-    state_dict = load_state_dict(checkpoint_path, weights_only=weights_only)
-    return put_weights(model, state_dict, strict=strict, device=device, source=str(checkpoint_path))
+    weights = read_state_dict(checkpoint_path, is_mapped)
+    fitted = _fit(model, weights, str(checkpoint_path))
+    weights.clear()  # so that each tensor is freed as soon as it is converted
+    return _put(model, fitted, strict, device, str(checkpoint_path))
 
 
 def put_weights(
@@ -219,7 +264,22 @@ def put_weights(
     source: str = "the state dict",
 ) -> Any:
     """`load_checkpoint` for weights that are in memory already; `source` is their name in messages."""
-    state_dict = fit_state_dict(model, state_dict)
+    return _put(model, _fit(model, state_dict, source), strict, device, source)
+
+
+def _fit(model: nn.Module, state_dict: StateDict, source: str) -> StateDict:
+    """A new state dict with the model's names and sizes, as far as they are a matter of layout, size and prefix."""
+    expected = model.state_dict().keys()
+    fitted = fit_state_dict(model, state_dict)
+    if not expected <= fitted.keys():
+        stripped = strip_to_fit(state_dict, expected, lambda weights: convert_state_dict(model, weights), source)
+        if stripped is not None:
+            fitted = fit_state_dict(model, stripped)
+    return without_leftovers(fitted, expected)
+
+
+def _put(model: nn.Module, state_dict: StateDict, strict: bool, device: str | torch.device, source: str) -> Any:
+    """Put weights with the model's names into it; a model on the meta device takes them out of `state_dict`."""
     expected = model.state_dict()
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
@@ -239,15 +299,28 @@ def _assign(
     model: nn.Module, state_dict: StateDict, expected: StateDict, device: str | torch.device, source: str
 ) -> Any:
     """Give a model on the meta device the state dict's own tensors, in the types that the model was built with."""
-    placed = {
-        key: value.to(device=device, dtype=expected[key].dtype) for key, value in state_dict.items() if key in expected
-    }
     unexpected = [key for key in state_dict if key not in expected]
+    placed = {}
+    for key in [key for key in expected if key in state_dict]:
+        placed[key] = state_dict.pop(key).to(device=device, dtype=expected[key].dtype)
+    tied = _tied_parameters(model)
     incompatible = model.load_state_dict(placed, strict=False, assign=True)
+    for first, *others in tied:
+        for name in others:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, model.get_parameter(first))
     incompatible.unexpected_keys.extend(unexpected)
     _fill_buffers(model, device)
     check_nothing_on_meta(model, source)
     return incompatible
+
+
+def _tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that the model uses in several places."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
@@ -335,10 +408,14 @@ def load_tower_checkpoint(
         FileNotFoundError, ValueError: as `load_state_dict`.
         RuntimeError: not one name is the tower's, or a shape is wrong.
     """
-    state_dict = convert_foreign(model, load_state_dict(checkpoint_path, weights_only=weights_only))
     expected = {key: value for key, value in model.state_dict().items() if _is_of_tower(model, key, tower)}
-    state_dict = _only_tower(state_dict, tower, to_custom_text_layout(expected))
-    state_dict = fit_state_dict(model, state_dict)
+    weights = read_state_dict(checkpoint_path)
+    for prefix in ("", *common_prefixes(weights)):
+        stripped = {key.removeprefix(prefix): value for key, value in weights.items()}
+        state_dict = _only_tower(convert_foreign(model, stripped), tower, to_custom_text_layout(expected))
+        state_dict = without_leftovers(fit_state_dict(model, state_dict), expected)
+        if expected.keys() & state_dict.keys():
+            break
     if not expected.keys() & state_dict.keys():
         raise RuntimeError(
             f"{checkpoint_path} has no weights of this {tower} tower: "
@@ -395,4 +472,6 @@ def _hint(state_dict: StateDict, expected: StateDict, missing: list[str], unexpe
     """What the mismatch looks like, and what to do about it."""
     if unexpected == ["logit_bias"] and not missing:
         return "It was trained with a bias: build the model with init_logit_bias=-10 (SigLIP)."
-    return explain(state_dict, expected) or "Is it a checkpoint of another model?"
+    prefix = "".join(common_prefixes(state_dict)[-1:])
+    named = f"All names begin with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
+    return named + (explain(state_dict, expected) or "Is it a checkpoint of another model?")

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -166,13 +167,24 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     found = {}
     for file in files:
-        with open(file, encoding="utf-8") as stream:
-            cfg = json.load(stream)
+        cfg = read_json(file)
         if isinstance(cfg, dict) and all(key in cfg for key in _REQUIRED):
             found[file.stem] = cfg
         elif path.is_file():
-            raise ValueError(f"{file} is no model configuration: it needs the keys {', '.join(_REQUIRED)}")
+            raise ValueError(f"{file} is not a model configuration: it needs the keys {', '.join(_REQUIRED)}.")
     return found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: the file is damaged or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, or damaged: {error}.") from error
 
 
 def _models() -> dict[str, dict[str, Any]]:
@@ -227,17 +239,18 @@ def get_model_config(model_name: str) -> dict[str, Any] | None:
     return copy.deepcopy(_models().get(model_name))
 
 
-def parse_model_name(model_name: str) -> tuple[str | None, str]:
+def parse_model_name(model_name: str | os.PathLike) -> tuple[str | None, str]:
     """Where a model's name points: (None, name), ("hf-hub", repository) or ("local-dir", folder).
 
     Raises:
-        ValueError: a schema with nothing behind it.
+        ValueError: a schema with nothing after it.
     """
+    model_name = os.fspath(model_name)
     for prefix in (HF_HUB_PREFIX, LOCAL_DIR_PREFIX):
         if model_name.startswith(prefix):
             identifier = model_name[len(prefix) :]
             if not identifier:
                 example = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-                raise ValueError(f"{model_name!r} names nothing behind {prefix!r}: write for example {example!r}")
+                raise ValueError(f"{model_name!r} names nothing after {prefix!r}: write for example {example!r}")
             return prefix[:-1], identifier
     return None, model_name

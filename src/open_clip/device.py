@@ -480,13 +480,24 @@ def best() -> torch.device:
     return torch.device(next(row.type for row in ROWS.values() if row.is_available()))
 
 
-def resolve(name: str | torch.device | None = "auto", local_rank: int | None = None) -> torch.device:
-    """The device that is meant: "auto" or None is the best one present; "npu" is npu:`local_rank`, or npu:0.
+def as_asked(name: str | int | torch.device | None) -> torch.device:
+    """`resolve`, but "npu" stays the process's current one."""
+    found = resolve(name)
+    return torch.device(name) if isinstance(name, (str, torch.device)) and name != "auto" else found
+
+
+def resolve(name: str | int | torch.device | None = "auto", local_rank: int | None = None) -> torch.device:
+    """The device that is meant: "auto" or None is the best one present; "npu" is npu:`local_rank`, or npu:0; an int is
+    the accelerator of that index.
 
     Raises ValueError for a name that is not known, RuntimeError where the device is not there.
     """
     if name is None or name == "auto":
         kind, index = best().type, None
+    elif isinstance(name, int) and not isinstance(name, bool):
+        kind, index = best().type, name
+        if ROWS[kind] is _PLAIN:
+            raise RuntimeError(f"device={name} means an accelerator, and none is there. Use 'cpu' or 'auto'.")
     else:
         kind, index = _split(str(name))
     found = ROWS[kind]

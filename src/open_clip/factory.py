@@ -2,8 +2,7 @@
 
 `create_model` goes through the same steps whatever the name: a recipe is read (configuration, preprocessing, and where
 weights are), overridden, built, and filled. A model that gets weights is built on the meta device and takes the
-tensors of the memory-mapped file, so that nothing is initialised only to be overwritten, and nothing is copied that
-need not be.
+tensors that were read from the file, so that nothing is initialised only to be overwritten, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +41,7 @@ from .model import (
     get_model_preprocess_cfg,
     set_model_preprocess_cfg,
 )
+from .pretrained import is_unchanging
 from .recipe import Recipe, check_quick_gelu, override, read_recipe, use_tower_defaults
 from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
@@ -63,7 +64,8 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-Device = str | torch.device
+Device = str | int | torch.device
+PathOrText = str | os.PathLike
 
 # ------------------------------------------------------------------------------------------------------------- building
 
@@ -91,8 +93,7 @@ def _resolve_device(device: Device | None) -> torch.device:
     """The device that is meant, which must be there; "npu" stays the process's current one, "meta" has no weights."""
     if str(device) == "meta":
         return torch.device("meta")
-    found = devices.resolve(device)
-    return found if device in (None, "auto") else torch.device(device)
+    return devices.as_asked(device)
 
 
 def _build(
@@ -109,13 +110,14 @@ def _build(
     set_precision(model, precision)
     if path is not None:
         logger.info("Loading %s from %s.", recipe.name, path)
-        load_checkpoint(model, path, weights_only=weights_only, device=target)
+        is_mapped = recipe.is_download and is_unchanging(path)
+        load_checkpoint(model, path, weights_only=weights_only, device=target, is_mapped=is_mapped)
     return model.to(target)
 
 
 def create_model(
-    model_name: str,
-    pretrained: str | None = None,
+    model_name: PathOrText,
+    pretrained: PathOrText | None = None,
     load_weights: bool = True,
     precision: str = "fp32",
     device: Device = "cpu",
@@ -128,9 +130,9 @@ def create_model(
     force_context_length: int | None = None,
     pretrained_image: bool = False,
     pretrained_text: bool = True,
-    pretrained_image_path: str | None = None,
-    pretrained_text_path: str | None = None,
-    cache_dir: str | None = None,
+    pretrained_image_path: PathOrText | None = None,
+    pretrained_text_path: PathOrText | None = None,
+    cache_dir: PathOrText | None = None,
     output_dict: bool | None = None,
     require_pretrained: bool = False,
     weights_only: bool = True,
@@ -148,7 +150,8 @@ def create_model(
             still.
         precision: of the weights. "fp32", "amp" and "amp_bf16": float32. "fp16", "bf16": half precision but for norms
             and embeddings. "pure_fp16", "pure_bf16": all of it.
-        device: where the model is put; "auto" for the best one present, "meta" for a model without memory.
+        device: where the model is put; "auto" for the best one present, an int for the accelerator of that index,
+            "meta" for a model without memory.
         jit: no effect but a warning: TorchScript is deprecated, and `torch.compile(model)` is its successor.
         force_quick_gelu: QuickGELU in place of GELU, as OpenAI's weights need it.
         force_custom_text: a CustomTextCLIP, with the text tower under `model.text`.
@@ -234,8 +237,8 @@ def _given(**kwargs: Any) -> dict[str, Any]:
 
 
 def create_model_and_transforms(
-    model_name: str,
-    pretrained: str | None = None,
+    model_name: PathOrText,
+    pretrained: PathOrText | None = None,
     load_weights: bool = True,
     precision: str = "fp32",
     device: Device = "cpu",
@@ -252,9 +255,9 @@ def create_model_and_transforms(
     aug_cfg: dict[str, Any] | AugmentationCfg | None = None,
     pretrained_image: bool = False,
     pretrained_text: bool = True,
-    pretrained_image_path: str | None = None,
-    pretrained_text_path: str | None = None,
-    cache_dir: str | None = None,
+    pretrained_image_path: PathOrText | None = None,
+    pretrained_text_path: PathOrText | None = None,
+    cache_dir: PathOrText | None = None,
     output_dict: bool | None = None,
     weights_only: bool = True,
     **model_kwargs: Any,
@@ -301,8 +304,8 @@ def create_model_and_transforms(
 
 
 def create_model_from_pretrained(
-    model_name: str,
-    pretrained: str | None = None,
+    model_name: PathOrText,
+    pretrained: PathOrText | None = None,
     precision: str = "fp32",
     device: Device = "cpu",
     jit: bool = False,
@@ -315,7 +318,7 @@ def create_model_from_pretrained(
     image_interpolation: str | None = None,
     image_resize_mode: str | None = None,
     return_transform: bool = True,
-    cache_dir: str | None = None,
+    cache_dir: PathOrText | None = None,
     weights_only: bool = True,
     **model_kwargs: Any,
 ) -> nn.Module | tuple[nn.Module, Callable]:
@@ -351,9 +354,9 @@ def create_model_from_pretrained(
 
 
 def get_tokenizer(
-    model_name: str = "",
+    model_name: PathOrText = "",
     context_length: int | None = None,
-    cache_dir: str | None = None,
+    cache_dir: PathOrText | None = None,
     **kwargs: Any,
 ) -> SimpleTokenizer | HFTokenizer:
     """The tokenizer of a model: a callable from texts to ids [N, context_length].
@@ -368,6 +371,7 @@ def get_tokenizer(
             had.
         ImportError: the model's tokenizer is Hugging Face's, and transformers is not installed.
     """
+    model_name = os.fspath(model_name)
     text_cfg = read_recipe(model_name, None, cache_dir).model_cfg["text_cfg"] if model_name else {}
     options = {
         "context_length": context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH),

@@ -51,7 +51,7 @@ class HFTokenizer:
         clean: str = "whitespace",
         strip_sep_token: bool = False,
         language: str | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
         tokenizer_mode: str | None = None,
         **kwargs: Any,
     ) -> None:

@@ -1,16 +1,19 @@
-"""Arrays of a numpy archive (`.npz`), as JAX projects publish weights, as memory-mapped tensors."""
+"""Arrays of a numpy archive (`.npz`), as JAX projects publish weights, as tensors."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import zipfile
 
 import numpy as np
 import torch
 
-from .zipped import MappedZip
+from .binary_file import BinaryFile, FileError, name_damage
+from .tensor_records import Storage, TensorRecord, contiguous_record, load_tensors
+from .zipped import ZipArchive, names_in_zip
 
+_MAX_HEADER = 1 << 16  # bytes of an array's header
 _DTYPES = {
     "|V2": torch.bfloat16,  # numpy has no such type: JAX writes two bytes without a meaning
     "<f2": torch.float16,
@@ -27,40 +30,63 @@ _DTYPES = {
 
 def is_npz(path: str | os.PathLike) -> bool:
     """Whether the file is a zip of numpy arrays and nothing else."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    with BinaryFile(path) as file:
+        return has_arrays_only(names_in_zip(file))
+
+
+def has_arrays_only(names: list[str]) -> bool:
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def read_npz(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The arrays by name.
 
-    They lie in the file, memory-mapped copy-on-write, wherever it put them: at addresses that may not be multiples of
-    their type's size. Copy what is computed with.
-
     Raises:
         ValueError: the file is damaged, or an array is not of numbers (Python objects are never unpickled).
     """
-    try:
-        with MappedZip(path) as archive:
-            return {entry.filename.removesuffix(".npy"): _tensor(archive, entry) for entry in archive.infolist()}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not readable as npz ({error}). Was its copy or download interrupted?") from error
+    with BinaryFile(path) as file, name_damage(file.name):
+        records = read_arrays(file)
+        load_tensors(file, records.values())
+        return {name: record.tensor for name, record in records.items() if record.tensor is not None}
 
 
-def _tensor(archive: MappedZip, entry: zipfile.ZipInfo) -> torch.Tensor:
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, numpy_dtype = read_header(file)
-        start = file.tell()
+def read_arrays(file: BinaryFile) -> dict[str, TensorRecord]:
+    """The records of the arrays by name."""
+    archive = ZipArchive(file)
+    return {name.removesuffix(".npy"): _record(archive, name) for name in archive.entries}
+
+
+def _record(archive: ZipArchive, name: str) -> TensorRecord:
+    storage = archive.storage(name)
+    head = io.BytesIO(archive.read_head(name, _MAX_HEADER))
+    version = np.lib.format.read_magic(head)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, numpy_dtype = read_header(head)
+    start = head.tell()
     dtype = _DTYPES.get(numpy_dtype.str)
     if dtype is None:
-        raise ValueError(f"{archive.path}: {entry.filename} is an array of {numpy_dtype}, and numbers were expected.")
-    data = archive.storage(entry)
-    if math.prod(shape) * dtype.itemsize > data.nbytes() - start:
-        raise ValueError(f"{archive.path}: {entry.filename} is shorter than its shape {shape} asks for.")
-    flat = torch.empty(0, dtype=dtype).set_(data[start:], 0, (math.prod(shape),), (1,))
-    return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape)))) if is_fortran else flat.reshape(shape)
+        raise FileError(f"{archive.name}: {name} is an array of {numpy_dtype}, and numbers were expected.")
+    if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise FileError(f"{archive.name} is damaged: {name} has no valid shape.")
+    if math.prod(shape) * dtype.itemsize != storage.nbytes - start:
+        raise FileError(
+            f"{archive.name} is damaged: {name} has {storage.nbytes - start} bytes, and its shape {shape} is for "
+            f"{math.prod(shape) * dtype.itemsize}."
+        )
+    data = _without_header(storage, start)
+    if not is_fortran:
+        return contiguous_record(data, dtype, shape)
+    transposed = contiguous_record(data, dtype, shape[::-1])
+    return TensorRecord(data, dtype, 0, shape, transposed.stride[::-1])
+
+
+def _without_header(storage: Storage, start: int) -> Storage:
+    if storage.start is not None:
+        return Storage(storage.nbytes - start, start=storage.start + start)
+    unpack = storage.unpack
+    assert unpack is not None
+    return Storage(storage.nbytes - start, unpack=lambda: _copy_from(unpack(), start))
+
+
+def _copy_from(whole: torch.UntypedStorage, start: int) -> torch.UntypedStorage:
+    return torch.empty(0, dtype=torch.uint8).set_(whole)[start:].clone().untyped_storage()  # aligned

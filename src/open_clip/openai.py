@@ -4,17 +4,23 @@ github.com/openai/CLIP."""
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import os
 
 import torch
 from torch import nn
 
 from . import aliases
 from . import device as devices
-from .checkpoint import check_precision, load_state_dict, no_initialisation, set_precision
+from .checkpoint import check_precision, no_initialisation, read_state_dict, set_precision
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from .key_prefixes import without_leftovers
 from .model import build_model_from_openai_state_dict, get_cast_dtype, set_model_preprocess_cfg
-from .pretrained import download_pretrained_from_url, get_pretrained_url, list_pretrained_models_by_tag
+from .pretrained import (
+    download_pretrained_from_url,
+    get_pretrained_url,
+    is_unchanging,
+    list_pretrained_models_by_tag,
+)
 from .transform import PreprocessCfg
 
 __all__ = ["list_openai_models", "load_openai_model"]
@@ -23,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
+# Without these, the sizes of the model cannot be told.
+_TELLING_KEYS = ("visual.conv1.weight", "positional_embedding", "text_projection", "token_embedding.weight")
+
 
 def list_openai_models() -> list[str]:
     """Names of the models with OpenAI's weights."""
@@ -30,10 +39,10 @@ def list_openai_models() -> list[str]:
 
 
 def load_openai_model(
-    name: str,
+    name: str | os.PathLike,
     precision: str | None = None,
-    device: str | torch.device | None = None,
-    cache_dir: str | None = None,
+    device: str | int | torch.device | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> nn.Module:
     """A CLIP with OpenAI's weights, in evaluation mode, with QuickGELU as they were trained.
 
@@ -48,15 +57,19 @@ def load_openai_model(
         RuntimeError: the name is not known, or the download failed.
         ValueError: the file is not a checkpoint, or the precision is not known.
     """
-    found = devices.resolve(device)  # raises where it is not there
-    target = found if device in (None, "auto") else torch.device(device)  # "npu" stays the process's current one
+    target = devices.as_asked(device)
     if precision is None:
         precision = "fp32" if devices.row(target).default_precision == "fp32" else "fp16"
     check_precision(precision)
-    path = _find_archive(name, cache_dir)
+    path, is_mapped = _find_archive(os.fspath(name), cache_dir)
     logger.info("Loading OpenAI's weights from %s as %s.", path, precision)
+    weights = _read_weights(path, is_mapped)
+    cast_dtype = get_cast_dtype(precision)
+    if cast_dtype is None:
+        for key, value in weights.items():  # one at a time, so that the model is never there in both types
+            weights[key] = value.float() if value.is_floating_point() else value
     with no_initialisation():
-        model = build_model_from_openai_state_dict(load_state_dict(path), cast_dtype=get_cast_dtype(precision))
+        model = build_model_from_openai_state_dict(weights, cast_dtype=cast_dtype)
     set_precision(model, precision)
     size = model.visual.image_size
     cfg = PreprocessCfg(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
@@ -64,12 +77,24 @@ def load_openai_model(
     return model.to(target)
 
 
-def _find_archive(name: str, cache_dir: str | None) -> str:
+def _read_weights(path: str, is_mapped: bool) -> dict[str, torch.Tensor]:
+    weights = without_leftovers(read_state_dict(path, is_mapped), ())
+    missing = [key for key in _TELLING_KEYS if key not in weights]
+    if missing:
+        raise ValueError(
+            f"{path} does not have the weights of an OpenAI CLIP: there is no {', '.join(missing)}. "
+            "For other models use create_model(NAME, pretrained=PATH)."
+        )
+    return weights
+
+
+def _find_archive(name: str, cache_dir: str | os.PathLike | None) -> tuple[str, bool]:
+    """(path, whether it is a download that may be mapped)."""
     url = get_pretrained_url(name.replace("/", "-"), "openai")
     if url:
-        return download_pretrained_from_url(url, cache_dir)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return str(path)
+        path = download_pretrained_from_url(url, cache_dir)
+        return path, is_unchanging(path)
+    if os.path.isfile(os.path.expanduser(name)):
+        return os.path.expanduser(name), False
     known = ", ".join(list_openai_models())
     raise RuntimeError(f"{name!r} is neither a model of OpenAI's nor a file. The models are: {known}.")

@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 from . import aliases, progress
 from .constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from .version import __version__
+from .whole_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _is_verified(path: Path, expected: str) -> bool:
     if not expected:
         return True
     note, identity = _note(path, expected)
-    if note.is_file() and note.read_text(encoding="utf-8") == identity:
+    if note.is_file() and note.read_text(encoding="utf-8", errors="replace") == identity:
         return True
     verified = _sha256(path).startswith(expected)
     if verified:
@@ -161,10 +162,26 @@ def _is_verified(path: Path, expected: str) -> bool:
     return verified
 
 
+def is_unchanging(path: str | os.PathLike) -> bool:
+    """Whether a downloaded file stays as it is, so that it may be mapped: its name or a note tells its checksum.
+
+    That is so for files in the hub's cache, which are kept under their checksum, and for downloads that were verified.
+    """
+    blob = Path(path).resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return True
+    note = blob.with_name(blob.name + ".sha256")
+    try:
+        expected, _, _ = note.read_text(encoding="utf-8", errors="replace").partition(" ")
+        return bool(expected) and note.read_text(encoding="utf-8", errors="replace") == _note(blob, expected)[1]
+    except OSError:
+        return False
+
+
 def _write_note(path: Path, expected: str) -> None:
     note, identity = _note(path, expected)
     try:
-        note.write_text(identity, encoding="utf-8")
+        write_text(note, identity)
     except OSError as error:  # a shared cache that others fill is often read-only
         logger.debug("%s could not be written (%s): the file will be verified again next time", note, error)
 
@@ -216,7 +233,7 @@ def _copy(response: Any, part: Path, offset: int, total: int | None) -> None:
         os.fsync(file.fileno())
 
 
-def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) -> str:
+def download_pretrained_from_url(url: str, cache_dir: str | os.PathLike | None = None) -> str:
     """Download a file once and return its path, `cache_dir/NAME` (default `~/.cache/clip`).
 
     An interrupted download is continued by the next call. Processes that want the same file wait for one of them.
@@ -247,7 +264,7 @@ def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) 
     return str(target)
 
 
-def _place_of(url: str, cache_dir: str | Path | None) -> Path:
+def _place_of(url: str, cache_dir: str | os.PathLike | None) -> Path:
     return Path(cache_dir or DEFAULT_CACHE_DIR).expanduser() / _file_name(url)
 
 
@@ -332,7 +349,7 @@ def download_pretrained_from_hf(
     model_id: str,
     filename: str | None = None,
     revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> str:
     """Path of a repository's file in the hub's cache, downloaded if it is not there yet.
 
@@ -383,7 +400,7 @@ def _is_out_of_reach(error: Exception) -> bool:
 
 
 def _fetch_from_hub(
-    model_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
+    model_id: str, filename: str, revision: str | None, cache_dir: str | os.PathLike | None, local_files_only: bool
 ) -> str:
     """A file's path in the hub's cache; if it came just now, verified.
 
@@ -393,7 +410,11 @@ def _fetch_from_hub(
 
     began = time.time()
     found = hf_hub_download(
-        model_id, filename, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        model_id,
+        filename,
+        revision=revision,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        local_files_only=local_files_only,
     )
     blob = Path(found).resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.stat().st_mtime >= began - 1 and _sha256(blob) != blob.name:
@@ -409,7 +430,7 @@ def _fetch_from_hub(
 def download_pretrained(
     cfg: dict[str, Any],
     prefer_hf_hub: bool = True,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> str:
     """Path of the weights that a row of the registry names, downloaded if need be; "" for a row without any.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import closest, get_model_config, list_models, parse_model_name
+from .config import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, closest, get_model_config, list_models, parse_model_name, read_json
 from .constants import (
     HF_CONFIG_NAME,
     HF_SAFE_WEIGHTS_NAME,
@@ -36,10 +35,12 @@ FOLDER_WEIGHTS = (  # in order of preference
     *TRANSFORMERS_WEIGHTS_NAMES,
 )
 CLIP_VOCABULARY = 49408  # entries; transformers' CLIP with as many has the vocabulary that ships with this package
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _REQUIRED_KEYS = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
 
 # What a configuration that somebody else wrote may name: things on the hub and in timm, not on this machine.
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)
 _TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
 
@@ -53,14 +54,20 @@ class Recipe:
     preprocess_cfg: dict[str, Any] = dataclasses.field(default_factory=dict)
     fetch_weights: Callable[[], str] | None = None  # gives a file's path, downloading it if need be; None: no weights
     weights_name: str = ""  # as in messages
+    is_download: bool = False  # whether the file of the weights is in a cache, not one that the user named
     quick_gelu: bool | None = None  # the activation that the weights were trained with; None where that is not known
 
 
-def read_recipe(model_name: str, pretrained: str | None, cache_dir: str | None) -> Recipe:
+def read_recipe(
+    model_name: str | os.PathLike,
+    pretrained: str | os.PathLike | None,
+    cache_dir: str | os.PathLike | None,
+) -> Recipe:
     """The recipe that a model's name and `pretrained` (a tag, a path, or nothing) stand for."""
     schema, identifier = parse_model_name(model_name)
+    model_name, pretrained = os.fspath(model_name), _as_text(pretrained)
     if schema is None:
-        recipe = _named_recipe(identifier.replace("/", "-"))
+        recipe = _named_recipe(identifier)
         tag_cfg = get_pretrained_cfg(recipe.name, pretrained) if pretrained else {}
         if tag_cfg:
             _use_tag(recipe, str(pretrained), tag_cfg, cache_dir)
@@ -70,31 +77,81 @@ def read_recipe(model_name: str, pretrained: str | None, cache_dir: str | None) 
     else:
         recipe = _hub_recipe(model_name, identifier, cache_dir)
     if pretrained:
-        _use_file(recipe, str(pretrained))
+        _use_file(recipe, pretrained)
     return recipe
 
 
-def _named_recipe(name: str) -> Recipe:
+def _as_text(pretrained: Any) -> str:
+    """`pretrained` as a tag or a path; "" for None, False and other empty values, as in open_clip."""
+    if not pretrained:
+        return ""
+    text = os.fspath(pretrained) if isinstance(pretrained, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise RuntimeError(
+            f"pretrained={str(pretrained)[:60]} is a {type(pretrained).__name__}, and a tag ('openai') or the path of "
+            "a file is expected. open_clip.list_pretrained() lists the tags of each model."
+        )
+    return text
+
+
+def _named_recipe(typed: str) -> Recipe:
+    name = typed.replace("/", "-")
     model_cfg = get_model_config(name)
     if model_cfg is None:
-        near = closest(name, list_models(), n=5)
-        meant = f"Did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists them."
         # RuntimeError, as open_clip raises: programs catch it.
-        raise RuntimeError(
-            f"There is no model {name!r}. {meant} Others are added with open_clip.add_model_config(PATH)."
-        )
+        raise RuntimeError(f"There is no model {typed!r}. {_hint_at_schema(typed) or _hint_at_names(name)}")
     return Recipe(name, model_cfg)
 
 
-def _use_tag(recipe: Recipe, tag: str, tag_cfg: dict[str, Any], cache_dir: str | None) -> None:
+def _hint_at_names(name: str) -> str:
+    near = closest(name, list_models(), n=5)
+    meant = f"Did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists them."
+    return f"{meant} Others are added with open_clip.add_model_config(PATH)."
+
+
+def _hint_at_schema(typed: str) -> str:
+    """What to type instead, if `typed` is a folder, a file, an address or a repository's name; else ""."""
+    path = Path(typed).expanduser()
+    if path.is_dir():
+        return f"It is a folder: write {f'local-dir:{typed}'!r} if {HF_CONFIG_NAME} is in it."
+    if path.is_file():
+        return f"It is a file: give the model's name, and pretrained={typed!r} for the weights."
+    if "://" in typed or _HUB_REPOSITORY.fullmatch(typed.strip()):
+        return _hint_at_repository(typed)
+    return ""
+
+
+def _hint_at_repository(typed: str) -> str:
+    repository = "/".join(typed.strip().partition("://")[2].split("/")[1:3]) if "://" in typed else typed.strip()
+    near = closest(typed.replace("/", "-"), list_models(), n=3)
+    meant = f" Or did you mean {', '.join(near)}?" if near and "://" not in typed else ""
+    if "/" not in repository:
+        return "It is an address: download the file, and give its path as pretrained."
+    return f"A repository on Hugging Face's hub is written {f'hf-hub:{repository}'!r}.{meant}"
+
+
+def _use_tag(recipe: Recipe, tag: str, tag_cfg: dict[str, Any], cache_dir: str | os.PathLike | None) -> None:
     recipe.preprocess_cfg = {key: tag_cfg[key] for key in TAG_PREPROCESS_KEYS if key in tag_cfg}
     recipe.quick_gelu = bool(tag_cfg.get("quick_gelu", False))
     recipe.weights_name = f"the weights {tag!r}"
+    recipe.is_download = True
     recipe.fetch_weights = functools.partial(download_pretrained, tag_cfg, cache_dir=cache_dir)
 
 
 def _use_file(recipe: Recipe, pretrained: str) -> None:
     path = Path(pretrained).expanduser()
+    if path.is_dir():
+        raise RuntimeError(f"pretrained={pretrained!r} is a folder, and a file is expected. {_hint_at_file(path)}")
+    if pretrained.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX)):
+        raise RuntimeError(
+            f"pretrained={pretrained!r} is neither a tag nor a file. Give it as the model's name instead: "
+            f"create_model({pretrained!r})."
+        )
+    if not path.is_file() and ("://" in pretrained or _HUB_REPOSITORY.fullmatch(pretrained.strip())):
+        raise RuntimeError(
+            f"pretrained={pretrained!r} is neither a tag of {recipe.name}'s weights nor a file in {os.getcwd()}. "
+            f"{_hint_at_repository(pretrained)} That is the model's name, without pretrained."
+        )
     if not path.is_file():
         tags = nearest_tags(recipe.name, pretrained)
         known = f"Nearest tags: {', '.join(tags)}" if tags else "There are no weights published for it under a tag"
@@ -103,6 +160,7 @@ def _use_file(recipe: Recipe, pretrained: str) -> None:
             f"a path is taken from {os.getcwd()}."
         )
     recipe.weights_name = str(path)
+    recipe.is_download = False
     recipe.fetch_weights = lambda: str(path)
     # The file does not tell, unless it is OpenAI's own (all with QuickGELU) or has open_clip's name for such weights.
     # The configuration of transformers beside its weights does tell.
@@ -112,9 +170,23 @@ def _use_file(recipe: Recipe, pretrained: str) -> None:
         recipe.quick_gelu = model_cfg_from_transformers(_read_json(config), str(config)).get("quick_gelu", False)
 
 
+def _hint_at_file(folder: Path) -> str:
+    if (folder / HF_CONFIG_NAME).is_file() or (folder / TRANSFORMERS_CONFIG_NAME).is_file():
+        return f"Give the folder as the model's name instead: create_model({f'local-dir:{folder}'!r})."
+    found = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES)
+    if found:
+        return f"Name the file in it: pretrained={str(found[0])!r}."
+    return (
+        f"Name the file of the weights. A folder with {HF_CONFIG_NAME} would be the model's name, "
+        f"{f'local-dir:{folder}'!r}."
+    )
+
+
 def _folder_recipe(model_name: str, folder: Path) -> Recipe:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{model_name!r}: there is no folder {folder}.")
+        stripped = model_name.partition(":")[2].strip()
+        hint = f" Write {f'local-dir:{stripped}'!r}." if Path(stripped).expanduser().is_dir() else ""
+        raise FileNotFoundError(f"{model_name!r}: there is no folder {str(folder)!r}.{hint}")
     config = folder / TRANSFORMERS_CONFIG_NAME
     if config.is_file() and not (folder / HF_CONFIG_NAME).is_file():
         preprocessor = folder / TRANSFORMERS_PREPROCESSOR_NAME
@@ -137,7 +209,7 @@ def _find_weights(folder: Path) -> Path | None:
     for name in FOLDER_WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    others = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES)
     if len(others) > 1:
         raise ValueError(
             f"{folder} has several checkpoints, none with a usual name: {', '.join(path.name for path in others)}. "
@@ -146,10 +218,11 @@ def _find_weights(folder: Path) -> Path | None:
     return others[0] if others else None
 
 
-def _hub_recipe(model_name: str, identifier: str, cache_dir: str | None) -> Recipe:
+def _hub_recipe(model_name: str, identifier: str, cache_dir: str | os.PathLike | None) -> Recipe:
+    _check_repository(model_name, identifier)
     model_id, at, revision = identifier.partition("@")
     if at and not revision:
-        raise ValueError(f"{model_name!r} names nothing behind '@': a branch, a tag or a commit is expected there.")
+        raise ValueError(f"{model_name!r} names nothing after '@': a branch, a tag or a commit is expected there.")
     fetch = functools.partial(download_pretrained_from_hf, model_id, revision=revision or None, cache_dir=cache_dir)
     try:
         recipe = _recipe_from_config(model_name, Path(fetch(HF_CONFIG_NAME)))
@@ -163,7 +236,22 @@ def _hub_recipe(model_name: str, identifier: str, cache_dir: str | None) -> Reci
         recipe.fetch_weights = lambda: str(_fetch_first(fetch, *TRANSFORMERS_WEIGHTS_NAMES, required=True))
     check_untrusted(recipe.model_cfg, f"The configuration of {identifier}")
     recipe.weights_name = f"the weights of {identifier}"
+    recipe.is_download = True
     return recipe
+
+
+def _check_repository(model_name: str, identifier: str) -> None:
+    """Raise ValueError, with what to type instead, for what looks like something else than a repository's name."""
+    stripped = identifier.strip()
+    if "://" in stripped:
+        hint = _hint_at_repository(stripped)
+    elif stripped.startswith(("/", "~", ".")) or Path(stripped).expanduser().is_dir():
+        hint = f"A folder is written {f'local-dir:{stripped}'!r}."
+    elif identifier != stripped:
+        hint = f"Write {f'hf-hub:{stripped}'!r}, without blanks."
+    else:
+        return
+    raise ValueError(f"{model_name!r} is not the name of a repository on Hugging Face's hub. {hint}")
 
 
 def _fetch_first(fetch: Callable[[str], str], *names: str, required: bool = False) -> Path | None:
@@ -189,10 +277,7 @@ def _transformers_recipe(model_name: str, config: Path, preprocessor: Path | Non
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    cfg = read_json(path)
     return cfg if isinstance(cfg, dict) else {}
 
 

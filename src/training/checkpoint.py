@@ -3,18 +3,19 @@
 A checkpoint is open_clip's: {"epoch", "name", "state_dict", "optimizer"[, "scaler"]}, with one key of our own,
 "train_state", for what open_clip does not keep: the step, the position within the epoch and its data, and the state of
 every random generator of every rank; and with --ema-decay a second one, "state_dict_ema". So each side's checkpoints
-resume on the other. Tensors and plain values only, which `torch.load(weights_only=True)` reads.
+resume on the other. Tensors and plain values only, which `torch.load(weights_only=True)` reads. Other objects in a
+checkpoint are dropped when it is read.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import pickle
 import re
 import shutil
 import subprocess
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from open_clip import progress
-from open_clip.checkpoint import refusal, strip_prefixes
+from open_clip.checkpoint import check_layout
+from open_clip.key_prefixes import strip_prefixes, strip_to_fit, without_leftovers
 from open_clip.mismatch import some
 from training import distributed, file_utils, rng
 
@@ -129,7 +131,7 @@ class TrainState:
         if self.average is None:
             return
         if "state_dict_ema" in checkpoint:
-            self.average.load_state_dict(strip_prefixes(dict(checkpoint["state_dict_ema"])))
+            self.average.load_state_dict(strip_prefixes(checkpoint["state_dict_ema"]))
         else:
             self.average.restart()
             logger.info("The checkpoint has no averaged weights: --ema-decay starts from its weights.")
@@ -157,8 +159,8 @@ class TrainState:
             logger.warning("The checkpoint has no optimizer state: its moments start from zero.")
         else:
             try:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
-            except (ValueError, KeyError) as error:
+                self.optimizer.load_state_dict(_complete_groups(checkpoint["optimizer"], self.optimizer))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"The checkpoint's optimizer state does not fit this run's ({error}): give the same --opt "
                     "and the same --lock-* options, or start from the weights alone with --pretrained."
@@ -191,6 +193,21 @@ def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [torch.load(io.BytesIO(content), weights_only=True) for content in files]
 
 
+def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer state with this run's values for options that the checkpoint lacks.
+
+    It lacks what was not a plain number (a learning rate from NumPy): such objects are dropped when it is read.
+    """
+    groups = []
+    for number, group in enumerate(saved["param_groups"]):
+        ours = optimizer.param_groups[min(number, len(optimizer.param_groups) - 1)]
+        absent = {key: value for key, value in ours.items() if key not in group and key != "params"}
+        if absent:
+            logger.info("The checkpoint's optimizer has no %s: this run's values are used.", some(absent))
+        groups.append({**group, **absent})
+    return {**saved, "param_groups": groups}
+
+
 def _is_training_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
     return "epoch" in checkpoint and isinstance(checkpoint.get("state_dict"), Mapping)
 
@@ -208,9 +225,14 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
     """The weights without the prefixes of wrappers, if they are this model's.
 
     Raises:
-        ValueError: a weight is missing, unknown to the model, or has another shape.
+        ValueError: there are no weights; or one is missing, unknown to the model, or has another shape.
     """
-    named, own = strip_prefixes(dict(weights)), model.state_dict()
+    if not any(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("--resume: the checkpoint has no weights of a model, which it keeps under 'state_dict'.")
+    named, own = strip_prefixes(weights), model.state_dict()
+    if not own.keys() <= named.keys():
+        named = strip_to_fit(named, own, lambda stripped: stripped, "The checkpoint") or named
+    named = without_leftovers(named, own)
     missing = [name for name in own if name not in named]
     unexpected = [name for name in named if name not in own]
     shapes = [
@@ -234,7 +256,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: where there is none.
-        ValueError: for a file that is no checkpoint, or holds code.
+        ValueError: for a file that is damaged or not a checkpoint.
     """
     if not file_utils.check_exists(path):
         raise FileNotFoundError(
@@ -242,16 +264,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         with progress.watch(f"Loading {path}"):
-            checkpoint = file_utils.pt_load(path, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"--resume: {refusal(path, str(error))}") from None
-    except (RuntimeError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"--resume {str(path)!r} cannot be read as a checkpoint (torch.save of tensors and plain containers): "
-            f"{reason[0] if reason else type(error).__name__}. It is damaged or of another format. To start from "
-            "weights in other formats use --pretrained."
-        ) from error
+            checkpoint = file_utils.pt_load(path)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error} To start from weights in other formats use --pretrained.") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"--resume {str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint.")
     return dict(checkpoint)
@@ -311,28 +326,22 @@ def _position(file: Path) -> tuple[int, int]:
     match = NUMBERED.fullmatch(file.name)
     if match:
         return int(match[1]), int(match[2] or 0)
-    try:  # mapped: the weights are not read
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return int(checkpoint.get("epoch", 0)), 0
-    except _UNREADABLE:
+    try:
+        epoch = check_layout(file).get("epoch", 0)
+    except (ValueError, OSError):
         return -1, 0
-
-
-# What torch.load raises for files that are no checkpoints, or hold code.
-_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError)
+    return int(epoch) if isinstance(epoch, (int, float)) else 0, 0
 
 
 def _damage(file: Path) -> str | None:
     """What is wrong with a file as a checkpoint; None if nothing is. Reads it whole and compares its checksums."""
     try:
+        check_layout(file)
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
-        if broken is not None:
-            return f"{broken} in it has another checksum than when it was written"
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (*_UNREADABLE, zipfile.BadZipFile) as error:
+    except (ValueError, RuntimeError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None if isinstance(checkpoint, Mapping) else f"it holds a {type(checkpoint).__name__}"
+    return None if broken is None else f"{broken} in it has another checksum than when it was written"
 
 
 def _list_remote(url: str) -> list[str]:

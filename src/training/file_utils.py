@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import subprocess
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from open_clip import progress
+from open_clip.checkpoint import read_checkpoint
+from open_clip.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +34,10 @@ def pt_save(pt_obj: Any, file_path: str | os.PathLike[str]) -> None:
         with progress.watch(f"Saving {file_path}"), _fsspec().open(os.fspath(file_path), "wb") as file:
             torch.save(pt_obj, file)
         return
-    path = _local(file_path)
-    # In the same folder, or the rename would be a copy. The suffix keeps it from being taken for a checkpoint.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.open("xb").close()
+    with replacing(_local(file_path), is_synced=True) as temporary:
         # By name: torch then writes from C++, and other threads of this process go on.
-        with progress.watch(f"Saving {path}", lambda: temporary.stat().st_size, unit="B"):
+        with progress.watch(f"Saving {file_path}", lambda: temporary.stat().st_size, unit="B"):
             torch.save(pt_obj, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -58,20 +48,30 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def pt_load(file_path: str | os.PathLike[str], map_location: Any = None) -> Any:
-    """Reads what `pt_save` wrote, from a path or a URL; tensors and plain containers only, no code is run.
+    """Read what `pt_save` wrote, from a path or a URL: tensors and plain containers. No code is run; other objects are
+    dropped.
 
     Args:
-        map_location: as of `torch.load`; None is "cpu".
+        map_location: a device for the tensors; None is "cpu".
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        pickle.UnpicklingError: for a file that holds other objects than tensors and plain containers.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or not written by `torch.save`.
     """
-    location = "cpu" if map_location is None else map_location
     if _is_url(file_path):
         with _fsspec().open(os.fspath(file_path), "rb") as file:
-            return torch.load(file, map_location=location, weights_only=True)
-    return torch.load(_local(file_path), map_location=location, weights_only=True)
+            loaded = read_checkpoint(file, os.fspath(file_path))
+    else:
+        loaded = read_checkpoint(_local(file_path))
+    return loaded if map_location is None else _move(loaded, map_location)
+
+
+def _move(nested: Any, device: Any) -> Any:
+    if isinstance(nested, torch.Tensor):
+        return nested.to(device)
+    if isinstance(nested, dict):
+        return {key: _move(value, device) for key, value in nested.items()}
+    return type(nested)(_move(value, device) for value in nested) if isinstance(nested, (list, tuple)) else nested
 
 
 def check_exists(file_path: str | os.PathLike[str]) -> bool:
@@ -192,14 +192,3 @@ def _fsspec() -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(f"URLs need the package fsspec ({error}): pip install fsspec") from error
     return fsspec
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut; where folders cannot be opened (Windows), nothing."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from open_clip.whole_file import write_text
 from training import distributed
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class StepGuard:
         where = ""
         if self.folder is not None:
             path = self.folder / f"bad_steps-{distributed.world().rank}.json"
-            path.write_text(json.dumps(dict(steps), indent=1), encoding="utf-8")
+            write_text(path, json.dumps(dict(steps), indent=1))
             where = f" The samples of these steps on this process are in {path}."
         raise TooManyBadSteps(
             f"{self.max_in_a_row} steps in a row had a loss or gradient that is not finite (--max-bad-steps). None of "

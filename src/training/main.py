@@ -19,6 +19,7 @@ import open_clip
 from open_clip import device as devices
 from open_clip import progress
 from open_clip.utils import check_folder
+from open_clip.whole_file import write_text
 from training import distributed, file_utils, logger, precision, preflight, rng, run_warnings
 from training.build import (
     build_model,
@@ -195,7 +196,7 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     _warn((f"{sentence}." for sentence in warnings_for(options, world.world_size)), world)
     if folder is not None:
         lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
-        (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
+        write_text(folder / "params.txt", "".join(lines))
 
 
 def _warn(sentences: Iterable[str], world: World) -> None:

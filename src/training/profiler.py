@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import os
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from open_clip import config, factory, progress
 from open_clip import device as devices
 from open_clip.model import get_input_dtype
 from open_clip.utils import check_folder
+from open_clip.whole_file import replacing
 from training import precision as precisions
 from training.flops import (
     count_params,
@@ -319,9 +319,8 @@ def _finish(rows: list[dict[str, Any]], columns: Sequence[str], path: Path | Non
     if len(columns) > len(COLUMNS):
         print("\n" + render_table(rows, ("model", *MEASURED_COLUMNS)))
     if path:
-        whole = path.with_name(path.name + ".tmp")
-        _write_rows(whole, columns, rows, "w")
-        os.replace(whole, path)
+        with replacing(path) as temporary:
+            _write_rows(temporary, columns, rows, "w")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import datetime
+import enum
 import hashlib
 import logging
 import os
 import pickle
+import weakref
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy
@@ -16,6 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny_clip
+from open_clip import checkpoint
+from open_clip.binary_file import BinaryFile, FileError
 from open_clip.checkpoint import (
     _only_tower,
     check_nothing_on_meta,
@@ -24,6 +33,8 @@ from open_clip.checkpoint import (
     load_tower_checkpoint,
     no_initialisation,
     put_weights,
+    read_checkpoint,
+    read_state_dict,
     set_precision,
     strip_prefixes,
 )
@@ -123,16 +134,159 @@ def test_prefixes():
     assert list(strip_prefixes({"visual._orig_mod.proj": value, "module.a": value})) == ["visual.proj", "module.a"]
 
 
-@pytest.mark.parametrize("save", [save_bare, save_safetensors])
-def test_files_are_mapped_and_never_written(tmp_path, save):
+@pytest.mark.parametrize("save", [save_bare, save_legacy, save_safetensors, save_npz])
+def test_weights_are_in_memory_and_not_in_the_file(tmp_path, save):
     path = tmp_path / "file"
     save(clip().state_dict(), path)
     before = digest(path)
     weights = load_state_dict(path)
-    assert str(path) in Path("/proc/self/maps").read_text()
+    assert str(path) not in Path("/proc/self/maps").read_text()
     for value in weights.values():
         value.add_(1)
     assert digest(path) == before
+    path.write_bytes(b"")  # a mapped file would end the process when it is read
+    assert all(torch.equal(weights[key], value + 1) for key, value in clip().state_dict().items())
+
+
+@pytest.mark.parametrize("save", [save_bare, save_safetensors])
+def test_a_file_that_nobody_edits_may_be_mapped(tmp_path, save):
+    path = tmp_path / "file"
+    save(clip().state_dict(), path)
+    before = digest(path)
+    model = meta_clip()
+    load_checkpoint(model, path, is_mapped=True)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert_same_weights(model, clip())
+    with torch.no_grad():
+        model.visual.proj.add_(1)
+    assert digest(path) == before
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("save", [save_bare, save_legacy])
+def test_tensors_that_share_memory_in_a_file_become_independent(tmp_path, save, is_mapped):
+    base = torch.arange(24.0).reshape(4, 6)
+    weights = {
+        "base": base, "same": base, "alias": base.view(24), "row": base[1], "column": base[:, 2], "turned": base.t(),
+        "expanded": base[0, :1].expand(5), "empty": base[:0], "bytes": torch.arange(5, dtype=torch.uint8)[1:],
+    }  # fmt: skip
+    save(weights, tmp_path / "file.pt")
+    found = read_state_dict(tmp_path / "file.pt", is_mapped)
+    for key, value in weights.items():
+        assert torch.equal(found[key], value), key
+    for key in weights:
+        found[key].fill_(7)
+        for other in weights.keys() - {key}:
+            assert torch.equal(found[other], weights[other]), (key, other)
+        found[key].copy_(weights[key])
+
+
+def test_a_small_view_keeps_no_large_storage(tmp_path):
+    large = torch.randn(1000, 1000)
+    torch.save({"row": large[3], "column": large[:, 3]}, tmp_path / "file.pt")
+    for value in load_state_dict(tmp_path / "file.pt").values():
+        assert value.untyped_storage().nbytes() == 4000
+
+
+def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
+    """Not the optimizer's state, which is twice as large."""
+    torch.save({"state_dict": {"a": torch.ones(10)}, "optimizer": {"m": torch.ones(1000)}}, tmp_path / "file.pt")
+    read = []
+    fill = BinaryFile.fill
+    monkeypatch.setattr(BinaryFile, "fill", lambda file, reads: (read.extend(reads), fill(file, reads))[1])
+    load_state_dict(tmp_path / "file.pt")
+    assert sum(storage.nbytes() for storage, _ in read) == 40
+
+
+@pytest.mark.parametrize("precision", ["pure_fp16", "pure_bf16"])
+def test_casting_holds_each_tensor_once(tmp_path, precision, monkeypatch):
+    torch.save(clip().state_dict(), tmp_path / "file.pt")
+    model = meta_clip()
+    set_precision(model, precision)
+    alive = []
+    to = torch.Tensor.to
+
+    def counted(self, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in read))
+        return to(self, *args, **kwargs)
+
+    read = []
+    load = checkpoint.read_state_dict
+
+    def remembered(*args):
+        found = load(*args)
+        read.extend(weakref.ref(value) for value in found.values())
+        return found
+
+    monkeypatch.setattr(checkpoint, "read_state_dict", remembered)
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    load_checkpoint(model, tmp_path / "file.pt")
+    assert alive[-1] < alive[0] / 2
+
+
+def test_what_the_model_ties_stays_tied(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual, self.first, self.second = nn.Identity(), nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+    torch.save(Tied().state_dict(), tmp_path / "file.pt")
+    with torch.device("meta"):
+        model = Tied()
+    load_checkpoint(model, tmp_path / "file.pt")
+    assert model.second.weight is model.first.weight
+
+
+# --- objects that are not weights
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 3
+
+
+class Config(dict):
+    pass
+
+
+FOREIGN = {
+    "numpy scalar": numpy.float64(0.3), "numpy array": numpy.ones(3), "namespace": argparse.Namespace(lr=1),
+    "path": Path("a/b"), "enum": Colour.RED, "dataclass": Settings(), "dict's child": Config(a=1, b={"c": 2}),
+    "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]), "model": nn.Linear(2, 2),
+    "datetime": datetime.datetime.now(), "function": os.path.join, "class": Settings,
+}  # fmt: skip
+PLAIN = {
+    "size": torch.Size([2, 3]), "dtype": torch.float16, "counter": Counter("aab"), "set": {1, 2}, "bytes": b"\xff\0",
+    "ordered": OrderedDict(a=1), "none": None, "text": "x", "complex": 1j, "default": defaultdict(list, a=[1]),
+    "large": 10**30,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_objects_beside_the_weights_are_dropped_and_said_once(tmp_path, caplog, is_new, protocol):
+    content = {**FOREIGN, **PLAIN, "in a list": [1, numpy.float32(2), torch.ones(2)], "state_dict": clip().state_dict()}
+    path = tmp_path / "file.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_new, pickle_protocol=protocol)
+    weights = load_state_dict(path)
+    assert all(torch.equal(weights[key], value) for key, value in clip().state_dict().items())
+    assert sum("dropped what is not a tensor" in record.getMessage() for record in caplog.records) == 1
+    loaded = read_checkpoint(path)
+    assert not FOREIGN.keys() & loaded.keys()
+    assert {key: loaded[key] for key in PLAIN} == PLAIN
+    first, second, third = loaded["in a list"]
+    assert (first, second, third.tolist()) == (1, None, [1, 1])
+
+
+def test_a_whole_pickled_model_is_named(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"an object of torch.nn.modules.linear.Linear.*save model.state_dict\(\)"):
+        load_state_dict(tmp_path / "file.pt")
 
 
 class Evil:
@@ -145,30 +299,40 @@ class Evil:
         return (os.mkdir, (str(self.marker),))
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("save", [save_bare, save_legacy])
-def test_a_pickle_with_code_is_refused(tmp_path, save):
+def test_code_in_a_pickle_is_not_run(tmp_path, save, weights_only, caplog):
     marker = tmp_path / "ran"
     save({"state_dict": {"weight": torch.ones(1)}, "note": Evil(marker)}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"refused: to read it, posix.mkdir would have to be called"):
-        load_state_dict(tmp_path / "evil.pt")
+    assert list(load_state_dict(tmp_path / "evil.pt", weights_only=weights_only)) == ["weight"]
+    assert "evil.pt: dropped what is not a tensor, number or container: posix.mkdir" in caplog.text
     assert not marker.exists()
 
 
-def test_weights_only_false_runs_nothing_either(tmp_path, caplog):
-    marker = tmp_path / "ran"
-    torch.save({"state_dict": {"weight": torch.ones(1)}, "note": Evil(marker)}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"posix.mkdir would have to be called"):
-        load_state_dict(tmp_path / "evil.pt", weights_only=False)
-    assert not marker.exists()
-    assert "weights_only=False has no effect" in caplog.text
-
-
-def test_a_class_that_the_user_trusts_is_let_in(tmp_path):
-    torch.save({"state_dict": {"weight": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "mine.pt")
-    with pytest.raises(ValueError, match=r"add_safe_globals\(\[argparse.Namespace\]\) lets it in"):
-        load_state_dict(tmp_path / "mine.pt")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        assert list(load_state_dict(tmp_path / "mine.pt")) == ["weight"]
+@pytest.mark.parametrize(
+    "attack",
+    [
+        b"\x80\x02r\xff\xff\xff\x7f.",  # LONG_BINPUT: 34 GB of memo in the unpickler in C
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x00\x00.",  # BYTEARRAY8
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # BINBYTES8
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",  # FRAME
+        b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b"}q\x01h\x00K\x01s.",  # a key that hashes 2**60 tuples
+        b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b".",  # a list of 2**60 lists
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",  # nested without end
+        b"\x80\x02]q\x00h\x00a.",  # a list in itself
+        b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+        b"\x80\x02}(X\x01\x00\x00\x00a\x82\x01X\x01\x00\x00\x00b.",  # EXT1, unregistered
+        b"\x80\x02ctorch.nn\nLinear\n}X\x01\x00\x00\x00aK\x01s\x86b.",  # BUILD that sets attributes of a class
+    ],
+)
+def test_pickles_made_to_exhaust_memory_or_time(tmp_path, attack):
+    with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", attack)
+    for load in (load_state_dict, read_checkpoint):
+        with contextlib.suppress(FileError):
+            load(tmp_path / "file.pt")
+    with pytest.raises(FileError, match=r"file\.pt"):
+        load_state_dict(tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize(
@@ -179,8 +343,8 @@ def test_a_class_that_the_user_trusts_is_let_in(tmp_path):
         (b"\n<!DOCTYPE html><html></html>", "web page"),
         (b"x" * 100, "starts with b'xxxxxxxx'"),
         (b"PK\x03\x04" + b"\0" * 100, "cut off"),
-        (b"\x80\x02}q\x00.", "not readable|no weights|refused"),
-        (pickle.dumps([1, 2]), "not readable|refused"),
+        (b"\x80\x02}q\x00.", "not one that torch.save writes"),
+        (pickle.dumps([1, 2]), "not one that torch.save writes"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, content, message):
@@ -217,7 +381,7 @@ def test_files_without_weights(tmp_path, content, message):
 def test_what_is_no_tensor_is_left_out_aloud(tmp_path, caplog):
     torch.save({"weight": torch.ones(1), "note": "hello"}, tmp_path / "file.pt")
     assert list(load_state_dict(tmp_path / "file.pt")) == ["weight"]
-    assert "left out: note" in caplog.text
+    assert "left out what is not a tensor: note" in caplog.text
 
 
 # --- models
@@ -304,6 +468,64 @@ def test_position_embeddings_are_resized():
     assert torch.equal(model.visual.positional_embedding[0], weights["visual.positional_embedding"][0])
     assert model.positional_embedding.shape == (20, 32)
     assert weights["positional_embedding"].shape == (12, 32), "the caller's state dict is its own"
+
+
+# --- prefixes and leftovers
+
+PREFIXES = ["clip.", "clip_model.", "net.", "backbone.", "student.", "_forward_module.", "_fsdp_wrapped_module."]
+PREFIXES += ["cond_stage_model.model.", "base_model.model.", "module.clip.", "clip.module."]
+
+
+@pytest.mark.parametrize("model_class", [CLIP, CustomTextCLIP])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_common_prefix_is_removed(prefix, model_class, caplog):
+    caplog.set_level(logging.INFO)
+    model = clip(0, model_class)
+    put_weights(model, {prefix + key: value for key, value in clip(1).state_dict().items()})
+    assert_same_weights(model, clip(1, model_class))
+    assert "with which all names begin" in caplog.text
+
+
+@pytest.mark.parametrize("model_class", [CLIP, CustomTextCLIP])
+@pytest.mark.parametrize("prefix", ["model.", "clip."])
+def test_what_is_beside_a_prefix_is_left_out_aloud(prefix, model_class, caplog):
+    model = clip(0, model_class)
+    weights = {prefix + key: value for key, value in clip(1, model_class).state_dict().items()}
+    put_weights(model, {"loss.weight": torch.ones(1), **weights})
+    assert_same_weights(model, clip(1, model_class))
+    assert f"begin with {prefix!r}; left out: loss.weight." in caplog.text
+
+
+def test_a_prefix_that_does_not_help_is_named():
+    weights = {f"clip.{key}": value for key, value in clip(1).state_dict().items() if "ln_final" not in key}
+    with pytest.raises(RuntimeError, match=r"All names begin with 'clip\.'"):
+        put_weights(clip(0), weights)
+
+
+def test_of_two_models_in_a_file_none_is_chosen():
+    weights = clip(1).state_dict()
+    both = {f"{prefix}.{key}": value for prefix in ("student", "teacher") for key, value in weights.items()}
+    with pytest.raises(RuntimeError, match="does not fit"):
+        put_weights(clip(0), both)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        put_weights(clip(0), {**weights, "extra": torch.ones(1)})
+
+
+def test_masks_and_openais_numbers_are_ignored():
+    extras = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
+    extras |= {"text.attn_mask": torch.zeros(3, 3), "text_decoder.attn_mask": torch.zeros(3, 3)}
+    model = clip(0)
+    assert put_weights(model, {**clip(1).state_dict(), **extras}) == ([], [])
+    assert_same_weights(model, clip(1))
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "clip.visual."])
+def test_a_towers_prefix_is_removed(tmp_path, prefix):
+    weights = {prefix + key: value for key, value in clip(1).visual.state_dict().items()}
+    torch.save(weights, tmp_path / "file.pt")
+    model = clip(0)
+    assert load_tower_checkpoint(model, "visual", tmp_path / "file.pt") == ([], [])
+    assert torch.equal(model.visual.proj, clip(1).visual.proj)
 
 
 # --- models on the meta device

@@ -97,7 +97,7 @@ def test_adding_what_is_not_there_or_no_model_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model configuration at"):
         config.add_model_config(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text(json.dumps({"embed_dim": 3}))
-    with pytest.raises(ValueError, match="no model configuration: it needs"):
+    with pytest.raises(ValueError, match="not a model configuration: it needs"):
         config.add_model_config(tmp_path / "bad.json")
 
 
@@ -115,5 +115,5 @@ def test_parse_model_name(name: str, expected: tuple[str | None, str]) -> None:
 
 
 def test_a_schema_with_nothing_behind_it_raises() -> None:
-    with pytest.raises(ValueError, match="names nothing behind 'hf-hub:'"):
+    with pytest.raises(ValueError, match="names nothing after 'hf-hub:'"):
         config.parse_model_name("hf-hub:")

@@ -506,3 +506,17 @@ def test_xpu_row_asks_its_module(monkeypatch):
     assert row.peak_flops(torch.float16) is None
     row.set_device(0)
     assert fake.calls == [("set_device", 0)]
+
+
+def test_an_index_is_of_the_accelerator(monkeypatch):
+    monkeypatch.setattr(devices, "best", lambda: torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="device=0 means an accelerator, and none is there"):
+        devices.as_asked(0)
+    with pytest.raises(ValueError, match="Unknown device 'True'"):
+        devices.as_asked(True)
+    monkeypatch.setattr(devices, "best", lambda: torch.device("cuda"))
+    monkeypatch.setattr(type(devices.ROWS["cuda"]), "is_available", lambda row: True)
+    monkeypatch.setattr(type(devices.ROWS["cuda"]), "count", lambda row: 2)
+    assert devices.as_asked(1) == torch.device("cuda", 1)
+    with pytest.raises(RuntimeError, match="cuda:2 was asked for"):
+        devices.as_asked(2)

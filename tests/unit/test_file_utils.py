@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -142,8 +141,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     pt_save({"state_dict": Evil()}, "memory://bucket/evil.pt")
     for path in (tmp_path / "evil.pt", "memory://bucket/evil.pt"):
-        with pytest.raises(pickle.UnpicklingError):
-            pt_load(path)
+        assert pt_load(path) == {}
     assert not (tmp_path / "ran").exists()
 
 

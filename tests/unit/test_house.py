@@ -15,7 +15,10 @@ SOURCE = Path(__file__).parents[2] / "src"
 FLOORS = [
     ["open_clip.chips", "open_clip.aliases", "open_clip.progress"],
     ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version", "open_clip.hf_configs"],
-    ["open_clip.zipped"],
+    ["open_clip.binary_file", "open_clip.whole_file", "open_clip.key_prefixes"],
+    ["open_clip.tensor_records"],
+    ["open_clip.zipped", "open_clip.inert_pickle"],
+    ["open_clip.torch_archive", "open_clip.safetensors_file"],
     [
         "open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript", "open_clip.npz", "open_clip.image_resize",
         "open_clip.pretrained",

@@ -128,7 +128,7 @@ def test_a_revision(hub, tiny):
         open_clip.create_model("hf-hub:org/tiny")
     with pytest.raises(FileNotFoundError, match=r"of org/tiny@v2 .*404"):
         open_clip.create_model("hf-hub:org/tiny@v2")
-    with pytest.raises(ValueError, match="names nothing behind '@'"):
+    with pytest.raises(ValueError, match="names nothing after '@'"):
         open_clip.create_model("hf-hub:org/tiny@")
 
 

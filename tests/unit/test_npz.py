@@ -1,8 +1,7 @@
-"""Numpy archives become memory-mapped tensors, and damaged or foreign ones an error."""
+"""Numpy archives become tensors, and damaged or foreign ones an error."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 
@@ -30,14 +29,13 @@ def test_arrays(tmp_path, dtype, save):
         np.testing.assert_array_equal(found[name].clone().numpy(), value)
 
 
-def test_files_are_mapped_and_never_written(tmp_path):
+def test_arrays_are_in_memory_and_not_in_the_file(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, weight=np.ones((100, 100), np.float32))
-    before = hashlib.sha256(path.read_bytes()).hexdigest()
     found = read_npz(path)
-    assert str(path) in Path("/proc/self/maps").read_text()
-    found["weight"].add_(1)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    path.write_bytes(b"")
+    assert found["weight"].sum() == 10_000
 
 
 def test_brain_floats(tmp_path):
@@ -83,5 +81,5 @@ def test_an_array_that_is_shorter_than_it_says(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, a=np.ones(1000, np.float32))
     path.write_bytes(path.read_bytes().replace(b"(1000,)", b"(9000,)"))
-    with pytest.raises(ValueError, match="shorter than its shape"):
+    with pytest.raises(ValueError, match=r"x\.npz is damaged"):
         read_npz(path)

@@ -134,3 +134,9 @@ def test_an_unknown_precision(archive):
 def test_a_device_that_is_not_there(archive):
     with pytest.raises(RuntimeError, match="asked for and is not there"):
         open_clip.load_openai_model(str(archive), device="xpu")
+
+
+def test_a_file_of_another_model_is_named(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt does not have the weights of an OpenAI CLIP: there is no visual"):
+        open_clip.load_openai_model(tmp_path / "w.pt", device="cpu")

@@ -422,3 +422,18 @@ def test_downloads_are_logged(server, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="open_clip.pretrained")
     download_pretrained_from_url(server.url("weights.pt"), tmp_path)
     assert f"downloading {server.url('weights.pt')}" in caplog.text
+
+
+def test_files_that_stay_as_they_are(tmp_path):
+    """Those that the hub's cache keeps under their checksum, and verified downloads until they change."""
+    blobs, file = tmp_path / "blobs", tmp_path / "w.pt"
+    blobs.mkdir()
+    (blobs / ("a" * 64)).write_bytes(b"x")
+    (tmp_path / "link").symlink_to(blobs / ("a" * 64))
+    assert pretrained.is_unchanging(tmp_path / "link")
+    file.write_bytes(b"x")
+    assert not pretrained.is_unchanging(file)
+    pretrained._write_note(file, "abc")
+    assert pretrained.is_unchanging(file)
+    file.write_bytes(b"xy")
+    assert not pretrained.is_unchanging(file)

@@ -11,6 +11,7 @@ import torch
 import open_clip
 import tiny_clip
 from open_clip import factory
+from open_clip.recipe import read_recipe
 
 CONFIG = {
     "embed_dim": 8,
@@ -93,3 +94,65 @@ def test_a_folder_may_name_folders(tmp_path):
     """What the user places is the user's: a tokenizer of Hugging Face beside it, on a host without network."""
     name = tiny_clip.folder(tmp_path, text={"hf_tokenizer_name": str(Path(tmp_path) / "tokenizer")})
     assert open_clip.create_model(name) is not None
+
+
+# --- what to type instead
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The name of a folder of `local-dir:` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    content = {"model_cfg": tiny_clip.config(), "preprocess_cfg": {}}
+    (tmp_path / "folder/open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+    return "folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("folder", "'local-dir:folder'"),
+        ("./folder", "There is no model './folder'.* 'local-dir:./folder'"),
+        ("org/name", "There is no model 'org/name'.* 'hf-hub:org/name'"),
+        ("https://hub.example/org/name", "'hf-hub:org/name'"),
+        ("https://hub.example/org/name/tree/main", "'hf-hub:org/name'"),
+        ("hf-hub: org/name", "Write 'hf-hub:org/name'"),
+        ("hf-hub:folder", "'local-dir:folder'"),
+        ("hf-hub:/no/folder", "'local-dir:/no/folder'"),
+        ("hf-hub:https://hub.example/org/name", "'hf-hub:org/name'"),
+        ("local-dir: folder", "Write 'local-dir:folder'"),
+        ("ViT-B/33", "ViT-B-32"),
+    ],
+)
+def test_a_name_that_points_elsewhere(folder, name, hint):
+    with pytest.raises((RuntimeError, ValueError, FileNotFoundError), match=hint):
+        read_recipe(name, None, None)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "hint"),
+    [
+        ("folder", r"is a folder.*create_model\('local-dir:folder'\)"),
+        ("hf-hub:org/name", r"create_model\('hf-hub:org/name'\)"),
+        ("org/name", "'hf-hub:org/name'"),
+        (True, "pretrained=True is a bool"),
+        (["w.pt"], "is a list"),
+        (b"w.pt", "is a bytes"),
+    ],
+)
+def test_pretrained_that_is_not_a_file(folder, pretrained, hint):
+    with pytest.raises(RuntimeError, match=hint):
+        read_recipe("ViT-B-32", pretrained, None)
+
+
+def test_a_folder_with_weights_only_names_the_file(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"pretrained='.*w\.pt'"):
+        read_recipe("ViT-B-32", tmp_path, None)
+
+
+def test_only_downloads_are_mapped(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"x")
+    assert read_recipe("ViT-B-32", "openai", None).is_download
+    assert not read_recipe("ViT-B-32", str(tmp_path / "w.pt"), None).is_download

@@ -90,12 +90,11 @@ def test_load_state_dict_leaves_out_numbers_of_the_architecture(archive):
     assert weights["in_half"].dtype == torch.float16
 
 
-def test_it_is_mapped_and_never_written(archive):
-    before = archive.read_bytes()
+def test_it_is_in_memory_and_not_in_the_file(archive):
     weights = read_torchscript(archive)
-    assert str(archive) in Path("/proc/self/maps").read_text()
-    weights["blocks.0.scale"].fill_(7)
-    assert archive.read_bytes() == before
+    assert str(archive) not in Path("/proc/self/maps").read_text()
+    archive.write_bytes(b"")
+    assert_weights(weights)
 
 
 def test_the_program_is_not_run(archive, tmp_path):
@@ -120,15 +119,12 @@ class Evil:
 
 
 @pytest.mark.parametrize("function", [os.mkdir, exec, getattr, torch.load, torch.nn.Linear, __import__])
-def test_a_pickle_with_code_is_refused(archive, tmp_path, function):
+def test_code_in_a_pickle_is_not_run(archive, tmp_path, function):
     arguments = (str(tmp_path / "ran"),) if function is os.mkdir else ()
     evil = rewrite(archive, tmp_path / "evil.pt", {"data.pkl": pickle.dumps(Evil(function, arguments), 2)})
-    with pytest.raises(pickle.UnpicklingError, match=f"{function.__name__} was refused"):
-        read_torchscript(evil)
-    with pytest.raises(
-        ValueError, match=rf"refused: to read it, \w+(\.\w+)*\.{function.__name__} would have to be called"
-    ):
-        load_state_dict(evil)
+    for read in (read_torchscript, load_state_dict):
+        with pytest.raises(ValueError, match="its top is not a module"):
+            read(evil)
     assert not (tmp_path / "ran").exists()
 
 
@@ -137,7 +133,7 @@ def test_a_pickle_with_code_is_refused(archive, tmp_path, function):
 )
 def test_names_with_dots_in_them_do_not_reach_further(archive, tmp_path, name):
     evil = rewrite(archive, tmp_path / "evil.pt", {"data.pkl": b"\x80\x02c" + name.encode() + b"\n."})
-    with pytest.raises(pickle.UnpicklingError, match="was refused"):
+    with pytest.raises(ValueError, match="its top is not a module"):
         read_torchscript(evil)
 
 
@@ -189,7 +185,7 @@ def test_such_a_tensor_is_read(archive, tmp_path):
 )
 def test_no_tensor_reaches_beyond_its_bytes(archive, tmp_path, numel, offset, size, stride):
     content = {"data.pkl": tensor_pickle(numel, offset, size, stride), "data/0": bytes(16)}
-    with pytest.raises(ValueError, match=r"storage|zip\(\)"):
+    with pytest.raises(ValueError, match=r"tensor\.pt is damaged"):
         read_torchscript(rewrite(archive, tmp_path / "tensor.pt", content))
 
 
@@ -217,5 +213,5 @@ def test_damaged_archives(archive, tmp_path, changes, message):
 
 def test_an_archive_that_is_cut_off(archive):
     archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(ValueError, match="damaged or cut off"):
         load_state_dict(archive)

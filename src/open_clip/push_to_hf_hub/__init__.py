@@ -25,6 +25,7 @@ from ..layers import QuickGELU
 from ..model import get_model_preprocess_cfg
 from ..pretrained import has_hf_hub, hub_errors, in_short
 from ..recipe import check_untrusted, override, read_recipe
+from ..whole_file import replacing, write_text
 from .model_card import generate_readme
 from .tokenizer_files import save_tokenizer
 
@@ -70,10 +71,7 @@ def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike, model_c
         text = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The model's configuration cannot be written as JSON: {error}.") from error
-    config_path = Path(config_path)
-    part = config_path.with_name(f"{config_path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, config_path)
+    write_text(config_path, text)
 
 
 def save_for_hf(
@@ -146,12 +144,13 @@ def _independent_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _save_weights(state_dict: dict[str, torch.Tensor], path: Path) -> None:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
 
-        save_file(state_dict, path, metadata={"format": "pt"})
-    else:
-        torch.save(state_dict, path)
+            save_file(state_dict, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(state_dict, temporary)
 
 
 def _check_config(folder: str, model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:

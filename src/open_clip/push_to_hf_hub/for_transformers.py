@@ -21,6 +21,7 @@ from ..convert import (
     to_transformers,
 )
 from ..model import get_model_preprocess_cfg
+from ..whole_file import replacing
 from .tokenizer_files import save_tokenizer
 
 
@@ -55,7 +56,8 @@ def save_for_transformers(
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
         from safetensors.torch import save_file
 
-        save_file(weights, Path(staging) / TRANSFORMERS_WEIGHTS_NAMES[0], metadata={"format": "pt"})
+        with replacing(Path(staging) / TRANSFORMERS_WEIGHTS_NAMES[0]) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
         for file, content in ((TRANSFORMERS_PREPROCESSOR_NAME, preprocessor), (TRANSFORMERS_CONFIG_NAME, config)):
             (Path(staging) / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
         if tokenizer is not None:

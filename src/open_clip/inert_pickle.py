@@ -1,0 +1,379 @@
+"""Pickles read without calling or importing anything that they name.
+
+Tensors and plain containers are built. Whatever else a pickle names (NumPy scalars, `argparse.Namespace`, a function of
+`os`) becomes a `Foreign`, which swallows its arguments and its state and is dropped afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from .binary_file import FileError
+from .tensor_records import DTYPES, Storage, TensorRecord
+
+# Of the standard library's Unpickler in Python; the one in C lets a few bytes allocate gigabytes (LONG_BINPUT).
+_Unpickler: Any = pickle._Unpickler
+
+_SCALARS = (str, int, float, bool, bytes, complex, type(None), torch.dtype)
+_MAX_DEPTH = 100  # of nested containers
+_MAX_KEY = 64  # elements of a tuple that is a key
+
+
+class Foreign:
+    """Stands in for an object, class or function that is not known; it does nothing and holds nothing."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def append(self, *_: Any) -> None:
+        pass
+
+    extend = add = update = __setitem__ = append
+
+
+class Known:
+    """A function or class that a pickle may call, with a builder of our own instead of it."""
+
+    __slots__ = ("build",)
+
+    def __init__(self, build: Callable) -> None:
+        self.build = build
+
+
+class StorageType:
+    """Stands in for `torch.FloatStorage` and its like."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+class StorageRef:
+    """What a pickle says of a storage: its bytes, their type, and where in them a view of old files begins."""
+
+    __slots__ = ("dtype", "shift", "storage")
+
+    def __init__(self, storage: Storage, dtype: torch.dtype, shift: int = 0) -> None:
+        self.storage, self.dtype, self.shift = storage, dtype, shift
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRecord:
+    return _rebuild_typed(storage, offset, shape, stride, storage.dtype)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> TensorRecord:
+    return _rebuild_typed(storage, offset, shape, stride, dtype)
+
+
+def _rebuild_typed(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> TensorRecord:
+    if not isinstance(storage, StorageRef) or not isinstance(dtype, torch.dtype) or type(offset) is not int:
+        raise pickle.UnpicklingError("a tensor without a storage")
+    if not (_is_shape(shape) and _is_shape(stride)):
+        raise pickle.UnpicklingError("a tensor without a shape or stride")
+    return TensorRecord(storage.storage, dtype, storage.shift + offset, tuple(shape), tuple(stride))
+
+
+def _rebuild_subclass(function: Any, _class: Any, arguments: Any, *_: Any) -> Any:
+    return function.build(*arguments) if isinstance(function, Known) else Foreign("torch.Tensor")
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _dictionary(items: Any = (), *_: Any) -> OrderedDict:
+    if isinstance(items, Mapping):
+        return OrderedDict(items)
+    pairs = [tuple(item) for item in items]
+    for key, _value in pairs:
+        check_key(key)
+    return OrderedDict(pairs)
+
+
+def _default_dictionary(_factory: Any = None, items: Any = ()) -> OrderedDict:
+    return _dictionary(items)
+
+
+def _set(items: Any = ()) -> set:
+    for item in items:
+        check_key(item)
+    return set(items)
+
+
+def _bytes(text: Any = "", encoding: Any = "latin1", *_: Any) -> bytes:
+    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes; `bytearray` is called alike."""
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError("bytes that are not written as text")
+    return text.encode("latin1")
+
+
+def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
+    return complex(float(real), float(imaginary))
+
+
+def _size(numbers: Any = ()) -> torch.Size:
+    if not _is_shape(tuple(numbers)):
+        raise pickle.UnpicklingError("a torch.Size of something else than numbers")
+    return torch.Size(numbers)
+
+
+def _device(*parts: Any) -> str:
+    """As text: its backend may not be there."""
+    return ":".join(str(part) for part in parts if isinstance(part, (str, int)))
+
+
+_KNOWN: dict[tuple[str, str], Callable] = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
+    ("torch", "Size"): _size,
+    ("torch", "device"): _device,
+    ("collections", "OrderedDict"): _dictionary,
+    ("collections", "Counter"): _dictionary,
+    ("collections", "defaultdict"): _default_dictionary,
+    ("builtins", "complex"): _complex,
+    ("builtins", "dict"): _dictionary,
+    ("builtins", "set"): _set,
+    ("builtins", "frozenset"): _set,
+    ("builtins", "bytearray"): _bytes,
+    ("_codecs", "encode"): _bytes,
+    # of TorchScript: they add types to values
+    ("torch.jit._pickle", "build_boollist"): _first,
+    ("torch.jit._pickle", "build_doublelist"): _first,
+    ("torch.jit._pickle", "build_intlist"): _first,
+    ("torch.jit._pickle", "build_tensorlist"): _first,
+    ("torch.jit._pickle", "restore_type_tag"): _first,
+}
+
+
+def check_key(key: Any) -> None:
+    """Raise UnpicklingError for a key whose hash could take for ever: tuples of shared tuples."""
+    is_flat = isinstance(key, tuple) and len(key) <= _MAX_KEY and all(isinstance(part, _SCALARS) for part in key)
+    if not (is_flat or isinstance(key, (*_SCALARS, Foreign, Known))):
+        raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
+
+
+class _ExactReader:
+    """A stream whose `read` never gives less than it was asked for."""
+
+    def __init__(self, stream: Any, size: int) -> None:
+        self._stream, self._size = stream, size
+        self.readline = stream.readline
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise EOFError(f"{count} bytes were announced")
+        data = self._stream.read(count)
+        if len(data) != count:
+            raise EOFError("it ends in the middle of its structure")
+        return data
+
+
+class InertUnpickler(_Unpickler):
+    """Reads one pickle from a stream.
+
+    Args:
+        stream: a binary file object; it is left right after the pickle.
+        size: no value in the pickle has more bytes.
+        load_storage: gives the storage of a key, which has to have so many bytes.
+
+    `foreign` has the names of what was not built. What is raised on damaged pickles can be any exception: use it
+    within `name_damage`.
+    """
+
+    dispatch: ClassVar[dict[int, Callable]] = dict(_Unpickler.dispatch)
+
+    def __init__(
+        self, stream: Any, size: int, load_storage: Callable[[str, int], Storage] | None = None
+    ) -> None:
+        super().__init__(_ExactReader(stream, size), encoding="utf-8", errors="replace")
+        self._load_storage = load_storage
+        self.foreign: dict[str, None] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins"}.get(module, module)
+        if (module, name) in _KNOWN:
+            return Known(_KNOWN[module, name])
+        if module in ("torch", "torch.storage") and name in DTYPES:
+            return StorageType(DTYPES[name])
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        return self._foreign(f"{module}.{name}")
+
+    def _foreign(self, name: str) -> Foreign:
+        self.foreign.setdefault(name)
+        return Foreign(name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":
+            return self._foreign("torch.nn.Module")
+        kind, storage_type, key, _location, numel, *view = pid
+        if kind != "storage" or not isinstance(storage_type, StorageType) or self._load_storage is None:
+            raise pickle.UnpicklingError("a reference to something else than a storage")
+        if not isinstance(key, (str, int)) or type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError("a storage without a key or size")
+        storage = self._load_storage(str(key), numel * storage_type.dtype.itemsize)
+        shift = view[0][1] if view and view[0] is not None else 0
+        return StorageRef(storage, storage_type.dtype, shift)
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        if isinstance(function, Known):
+            return function.build(*arguments)
+        if isinstance(function, Foreign):
+            return function
+        raise pickle.UnpicklingError(f"a call of {type(function).__name__}")
+
+    # The opcodes that call, set a state, or trust a length.
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], arguments)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_reduce
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()
+        self.load_reduce()
+
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+
+    def _instantiate(self, function: Any, arguments: Any) -> None:
+        """INST and OBJ, of protocol 0 and 1."""
+        self.append(self.call(function, arguments))
+
+    def get_extension(self, code: int) -> None:
+        self.append(self._foreign(f"the extension {code}"))
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if hasattr(target, "set_state"):
+            target.set_state(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        (count,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(min(count, sys.maxsize)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    # The opcodes that hash.
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        for key in items[::2]:
+            check_key(key)
+        self.append({items[i]: items[i + 1] for i in range(0, len(items), 2)})
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_setitem(self) -> None:
+        check_key(self.stack[-2])
+        _Unpickler.load_setitem(self)
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            check_key(key)
+        _Unpickler.load_setitems(self)
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_frozenset(self) -> None:
+        self.append(_set(self.pop_mark()))
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+    def load_additems(self) -> None:
+        for item in self.stack:
+            check_key(item)
+        _Unpickler.load_additems(self)
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+
+def unpickle(data: bytes, load_storage: Callable[[str, int], Storage]) -> tuple[Any, list[str]]:
+    """(what a pickle holds, names of what in it is foreign)."""
+    unpickler = InertUnpickler(io.BytesIO(data), len(data), load_storage)
+    return unpickler.load(), list(unpickler.foreign)
+
+
+def plain(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
+    """A copy of a tree with dicts, lists, tuples and sets only and nothing foreign, and its tensor records.
+
+    A tensor that has several names gets a record for each. A foreign value leaves its dict; in a list or tuple it is
+    None, so that the others keep their places.
+
+    Raises:
+        FileError: a container contains itself, or containers are nested too deeply.
+    """
+    records: list[TensorRecord] = []
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, TensorRecord):
+            records.append(dataclasses.replace(value))
+            return records[-1]
+        return None if is_foreign(value) else value
+
+    return _map_tree(tree, convert, name), records
+
+
+def with_tensors(tree: Any, name: str) -> Any:
+    """A copy of a tree with the tensors instead of their records."""
+    return _map_tree(tree, lambda value: value.tensor if isinstance(value, TensorRecord) else value, name)
+
+
+def _map_tree(tree: Any, convert: Callable[[Any], Any], name: str) -> Any:
+    """The tree with `convert` applied to all that is not a container. A container that is shared stays shared."""
+    done: dict[int, Any] = {}
+    under_way: set[int] = set()
+
+    def visit(value: Any) -> Any:
+        if not isinstance(value, (Mapping, list, tuple, set)) or isinstance(value, torch.Size):
+            return convert(value)
+        if id(value) in under_way or len(under_way) > _MAX_DEPTH:
+            raise FileError(f"{name} is damaged: its containers are nested more than {_MAX_DEPTH} deep.")
+        if id(value) not in done:
+            under_way.add(id(value))
+            done[id(value)] = visit_items(value)
+            under_way.discard(id(value))
+        return done[id(value)]
+
+    def visit_items(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            kept = {key: item for key, item in value.items() if not (is_foreign(key) or is_foreign(item))}
+            return {key: visit(item) for key, item in kept.items()}
+        if isinstance(value, set):
+            return {item for item in value if not is_foreign(item)}
+        return type(value)(visit(item) for item in value)
+
+    return visit(tree)
+
+
+def is_foreign(value: Any) -> bool:
+    return isinstance(value, (Foreign, Known, StorageType, StorageRef))
