@@ -293,15 +293,13 @@ def test_the_code_is_copied(inputs, tmp_path):
 
 class NoProcess:
     started = ended = 0
+    pid = None
 
     def start(self):
         NoProcess.started += 1
 
-    def terminate(self):
-        NoProcess.ended += 1
-
-    def join(self):
-        pass
+    def join(self, timeout):
+        NoProcess.ended = 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
