@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -82,6 +83,19 @@ class Runs:
             printed, _ = process.communicate()
             raise AssertionError(f"{name} took longer than {timeout} s:\n{printed[-5000:]}") from None
         return Ended(process.returncode, printed, time.perf_counter() - start)
+
+    def end(self, process: subprocess.Popen) -> None:
+        """Ends a process and what it left running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stalled(self, name: str, rank: int) -> bool:
+        """Whether "stall" has begun on that rank."""
+        return (self.folder / f"{name}.jsonl.stall-{rank}").exists()
+
+    def process_id(self, name: str, rank: int) -> int:
+        return int((self.folder / f"{name}.jsonl.pid-{rank}").read_text())
 
     def losses(self, name: str) -> dict[int, float]:
         """step -> loss, of all processes that had this name; a step that was made twice must have lost the same."""

@@ -39,6 +39,25 @@ def test_one_rank_is_told_to_stop_and_no_step_is_lost(runs):
     }  # fmt: skip
 
 
+NOTHING_LOST = {
+    "steps lost": 0, "exits with another status": 0, "losses that differ": 0, "tensors that differ": 0
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+def test_storage_stalls_and_the_run_is_told_to_stop(runs, number, workers):
+    assert runs.run("unbroken-1").status == 0
+    figures = terminate.stop_stalled(runs, "stalled", number, workers=workers)
+    assert NOTHING_LOST.items() <= figures.items()
+
+
+@pytest.mark.parametrize("told", [None, 0, 1], ids=["torchrun told", "the waiting rank told", "the stalled rank told"])
+def test_storage_stalls_on_one_of_two_ranks(runs, told):
+    assert runs.run("unbroken-2", ranks=2).status == 0
+    figures = terminate.stop_stalled(runs, "stalled", signal.SIGTERM, ranks=2, told=told)
+    assert NOTHING_LOST.items() <= figures.items()
+
+
 def test_a_rank_dies_and_torchrun_starts_all_anew(runs):
     figures, met = dead_rank.measure(runs, ranks=2, timeout=30, seed=0)
     assert met, figures
