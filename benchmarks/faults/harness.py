@@ -51,7 +51,8 @@ class Runs:
         self.csv = train_runs.write_csv(folder / "csv", images)
 
     def start(
-        self, name: str, *options: object, ranks: int = 1, torchrun: tuple = (), faults: dict | None = None
+        self, name: str, *options: object, ranks: int = 1, torchrun: tuple = (), faults: dict | None = None,
+        variables: dict[str, str] | None = None,
     ) -> subprocess.Popen:
         """The command in the background, with dropout and random crops, so that every generator counts."""
         entry = str(Path(__file__).with_name("entry.py"))
@@ -65,7 +66,7 @@ class Runs:
         ]  # fmt: skip
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults or {}),
-            "FAULTS_LOSSES": str(self.folder / f"{name}.jsonl"),
+            "FAULTS_LOSSES": str(self.folder / f"{name}.jsonl"), **(variables or {}),
         }  # fmt: skip
         return subprocess.Popen(
             [str(word) for word in command], env=environment, text=True, stdout=subprocess.PIPE,

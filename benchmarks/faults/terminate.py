@@ -4,7 +4,8 @@ No step is lost, each process exits with 143 (130 after Ctrl-C; torchrun itself 
 bit for bit those of the run that was not stopped.
 
 The same while the loop waits for data that do not come: on one process, with and without workers, and on two ranks of
-which one waits for data and the other for it, whichever of them gets the signal.
+which one waits for data and the other for it, whichever of them gets the signal. And while a process waits for others
+that never come: it says so, and the signal ends it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,26 @@ def stop_stalled(
     }
 
 
+def stop_waiting_for_others(runs: Runs, number: signal.Signals) -> dict:
+    """A process that SLURM's variables call the first of two, without the second."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "localhost"}
+    process = runs.start("alone", variables={**slurm, "SLURM_JOB_ID": str(os.getpid())})
+    try:
+        lines = iter(process.stdout or ())
+        said = any("SLURM_NTASKS says 2 processes: waiting for the others" in line for line in lines)
+        time.sleep(2)
+        start = time.perf_counter()
+        process.send_signal(number)
+        status = process.wait(timeout=STOPS_WITHIN)
+    finally:
+        runs.end(process)
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "does not say what it waits for": int(not said),
+        "exits with another status": int(status != -number),  # the shell shows 128 + number
+    }
+
+
 def _wait_for_stall(runs: Runs, name: str, rank: int, process: subprocess.Popen) -> None:
     """Until the run makes no more steps."""
     deadline, steps = time.monotonic() + TIMEOUT, -1
@@ -106,9 +127,9 @@ def measure(runs: Runs, signals: int, seed: int) -> tuple[dict, bool]:
         "no data on rank 1, torchrun told": stop_stalled(runs, "stalled-2", signal.SIGTERM, ranks=2),
         "no data on rank 1, rank 0 told": stop_stalled(runs, "stalled-0-told", signal.SIGUSR1, ranks=2, told=0),
         "no data on rank 1, which is told": stop_stalled(runs, "stalled-1-told", signal.SIGUSR1, 2, workers=1, told=1),
+        "other processes do not come": stop_waiting_for_others(runs, signal.SIGTERM),
     }
-    bad = ("steps lost", "exits with another status", "losses that differ", "tensors that differ")
-    return figures, not any(part[name] for part in figures.values() for name in bad)
+    return figures, not any(part[name] for part in figures.values() for name in part.keys() - {"signals", "seconds"})
 
 
 if __name__ == "__main__":

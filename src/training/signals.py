@@ -219,6 +219,7 @@ def _status(number: int) -> int:
 
 def end_now(status: int) -> NoReturn:
     """End the process and its children without unwinding."""
+    os.write(2, b"Ended by a signal, without waiting for what the process was doing.\n")
     children.kill(multiprocessing.active_children())
     os._exit(status)
 

@@ -58,6 +58,12 @@ def test_storage_stalls_on_one_of_two_ranks(runs, told):
     assert NOTHING_LOST.items() <= figures.items()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_other_processes_never_come_and_a_signal_ends_the_wait(runs, number):
+    figures = terminate.stop_waiting_for_others(runs, number)
+    assert (figures["does not say what it waits for"], figures["exits with another status"]) == (0, 0)
+
+
 def test_a_rank_dies_and_torchrun_starts_all_anew(runs):
     figures, met = dead_rank.measure(runs, ranks=2, timeout=30, seed=0)
     assert met, figures

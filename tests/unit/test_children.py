@@ -7,16 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from torch.utils.data import Dataset
 
 import processes
-from training import distributed
-from training.data.loader import Collate, Loader
-from training.data.skips import SkipCounter
+from processes import is_running, wait_for
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 
@@ -44,21 +40,6 @@ if __name__ == "__main__":
 """
 
 
-def runs(number: int) -> bool:
-    """Whether a process is there and not only waits to be reaped."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert condition()
-
-
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 
@@ -71,47 +52,12 @@ def test_a_blocked_child_and_its_commands_end(tmp_path, how):
         wait_for((tmp_path / "ids").exists)
         numbers = [int(number) for number in (tmp_path / "ids").read_text().split()]
         if how == "killed":
-            assert all(map(runs, numbers))
+            assert all(map(is_running, numbers))
             parent.kill()
         parent.wait(timeout=60)
-        wait_for(lambda: not any(map(runs, numbers)))
+        wait_for(lambda: not any(map(is_running, numbers)))
     finally:
         parent.kill()
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-
-
-class Blocked(Dataset):
-    """Its second sample never comes: a command is waited for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict:
-        if index:
-            command = subprocess.Popen(["sleep", "200"])
-            (self.folder / f"{os.getpid()}").write_text(str(command.pid))
-            command.wait()
-        return {"number": index}
-
-
-@needs_proc
-def test_a_loader_whose_workers_are_blocked_closes(tmp_path):
-    loader = Loader(
-        Blocked(tmp_path), source="blocked", workers=2, seed=0, num_samples=8, num_batches=8, skipped=SkipCounter(2),
-        collate=Collate(), batch_sampler=[[index] for index in range(8)],
-    )  # fmt: skip
-    assert not distributed.world().distributed
-    batches = iter(loader)
-    assert next(batches)["number"].tolist() == [0]
-    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
-    started = time.monotonic()
-    batches.close()
-    loader.close()
-    assert time.monotonic() - started < 30
-    numbers = [int(number) for path in tmp_path.iterdir() for number in (path.name, path.read_text())]
-    wait_for(lambda: not any(map(runs, numbers)))

@@ -366,7 +366,8 @@ def test_another_process_s_download_that_stands_still_is_given_up(server, tmp_pa
     monkeypatch.setattr(pretrained, "_LOCK_SLICE", 0.1)
     monkeypatch.setattr(pretrained, "_STALLED", 0.5)
     caplog.set_level(logging.INFO)
-    holds = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(200)"
+    holds = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True)"
+    holds += "; time.sleep(200)"
     other = subprocess.Popen([sys.executable, "-c", holds, str(tmp_path / "weights.pt.lock")], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
