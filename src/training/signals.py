@@ -228,6 +228,8 @@ def exit_with(status: int) -> NoReturn:
     """End the process as `sys.exit` does, within seconds whatever its children and threads wait for."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's raises for a worker that was killed
     children.end(multiprocessing.active_children(), 0 if status else _EXIT)
     if status:
         timer = threading.Timer(_EXIT, os._exit, [status])

@@ -129,6 +129,31 @@ def test_a_wait_in_cpp_ends(how, sent, status):
         process.stdout.close()
 
 
+EXITS = """
+import sys, threading, time, multiprocessing
+from torch.utils.data import DataLoader, Dataset
+from training import signals
+from training.data.loader import _init_worker
+signals._EXIT = 1.0
+class Blocked(Dataset):
+    __len__ = lambda self: 4
+    __getitem__ = lambda self, index: time.sleep(200 * index)
+batches = iter(DataLoader(Blocked(), num_workers=1, worker_init_fn=_init_worker, collate_fn=lambda samples: 0))
+next(batches)
+threading.Thread(target=time.sleep, args=(200,)).start()  # which the interpreter would wait for
+print("exits", flush=True)
+signals.exit_with(143)
+"""
+
+
+def test_the_process_exits_whatever_its_workers_and_threads_do():
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS], env=processes.environment(), capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (143, "exits\n", "")
+
+
 def test_a_wait_for_data_is_broken_off_when_no_batch_comes_after_a_signal():
     def wait(stop: StopSignals) -> None:
         with stop.deferred(), stop.waiting_for_data():
