@@ -4,6 +4,7 @@ FAULTS_LOSSES names a file that gets a JSON line a step, {"step", "loss"}, the l
 there when the step is done, whatever happens to the process afterwards. FAULTS is a JSON object of:
 
     signal        {"rank", "step", "number"}: the process sends itself a signal while it makes that step
+    stall         {"rank", "step"}: from that step on, no image can be read: whoever tries is blocked
     kill_in_save  n: SIGKILL in the middle of the n-th save (from 1) of the process
     nan           {"rank", "steps"}: images of these steps that are no numbers
     file_limit    bytes: no file grows beyond (RLIMIT_FSIZE), as on a disk that is full
@@ -17,11 +18,13 @@ import json
 import os
 import resource
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from training import file_utils, logger, main
+from training.data import csv_data
 from training.train import Trainer
 
 RANK = int(os.environ.get("RANK", 0))
@@ -40,6 +43,22 @@ def is_due(fault: str, step: int) -> bool:
     return wanted is not None and wanted["rank"] == RANK and step in wanted.get("steps", [wanted.get("step")])
 
 
+def install_stall() -> None:
+    """Storage that stalls: this process and its workers block in opening a pipe that nobody writes to."""
+    load, pipe = csv_data.load_image, stall_pipe(RANK)
+
+    def loading(*args: Any) -> Any:
+        if pipe.exists():
+            pipe.open("rb").close()
+        return load(*args)
+
+    csv_data.load_image = loading  # type: ignore[attr-defined]
+
+
+def stall_pipe(rank: int) -> Path:
+    return Path(f"{os.environ['FAULTS_LOSSES']}.stall-{rank}")
+
+
 def install() -> None:
     write, make_step, save = logger.MetricsWriter.write, Trainer.step, torch.save
     saves = 0
@@ -51,6 +70,8 @@ def install() -> None:
     def stepping(self: Any, batches: list, number: int) -> Any:
         if is_due("signal", number):
             os.kill(os.getpid(), FAULTS["signal"]["number"])
+        if is_due("stall", number):
+            os.mkfifo(stall_pipe(RANK))
         if is_due("nan", number):
             batches = [{**batch, "image": batch["image"] * float("nan")} for batch in batches]
         return make_step(self, batches, number)
@@ -66,6 +87,9 @@ def install() -> None:
     logger.MetricsWriter.write = writing  # type: ignore[method-assign]
     Trainer.step = stepping  # type: ignore[method-assign]
     file_utils.torch = type("torch", (), {"save": staticmethod(saving), "load": staticmethod(torch.load)})  # type: ignore
+    stall_pipe(RANK).with_suffix(f".pid-{RANK}").write_text(str(os.getpid()))
+    if "stall" in FAULTS:
+        install_stall()
     if "file_limit" in FAULTS:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULTS["file_limit"],) * 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -50,7 +51,8 @@ class Runs:
         self.csv = train_runs.write_csv(folder / "csv", images)
 
     def start(
-        self, name: str, *options: object, ranks: int = 1, torchrun: tuple = (), faults: dict | None = None
+        self, name: str, *options: object, ranks: int = 1, torchrun: tuple = (), faults: dict | None = None,
+        variables: dict[str, str] | None = None,
     ) -> subprocess.Popen:
         """The command in the background, with dropout and random crops, so that every generator counts."""
         entry = str(Path(__file__).with_name("entry.py"))
@@ -64,7 +66,7 @@ class Runs:
         ]  # fmt: skip
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults or {}),
-            "FAULTS_LOSSES": str(self.folder / f"{name}.jsonl"),
+            "FAULTS_LOSSES": str(self.folder / f"{name}.jsonl"), **(variables or {}),
         }  # fmt: skip
         return subprocess.Popen(
             [str(word) for word in command], env=environment, text=True, stdout=subprocess.PIPE,
@@ -82,6 +84,19 @@ class Runs:
             printed, _ = process.communicate()
             raise AssertionError(f"{name} took longer than {timeout} s:\n{printed[-5000:]}") from None
         return Ended(process.returncode, printed, time.perf_counter() - start)
+
+    def end(self, process: subprocess.Popen) -> None:
+        """Ends a process and what it left running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stalled(self, name: str, rank: int) -> bool:
+        """Whether "stall" has begun on that rank."""
+        return (self.folder / f"{name}.jsonl.stall-{rank}").exists()
+
+    def process_id(self, name: str, rank: int) -> int:
+        return int((self.folder / f"{name}.jsonl.pid-{rank}").read_text())
 
     def losses(self, name: str) -> dict[int, float]:
         """step -> loss, of all processes that had this name; a step that was made twice must have lost the same."""

@@ -7,6 +7,7 @@ Nothing that a server says (redirects, headers, file names) decides where a file
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -36,6 +38,8 @@ __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 DEFAULT_CACHE_DIR = "~/.cache/clip"
 _CHUNK = 1 << 20  # bytes read at a time
 _TIMEOUT = 60  # seconds without a byte after which a connection counts as dead
+_LOCK_SLICE = 1.0  # seconds between two looks at another process's download
+_STALLED = 900.0  # seconds without progress after which that counts as dead; a checksum takes less
 
 # The same weights in a format that holds no code, under the name it usually has beside the pickle.
 _SAFE_ALTERNATIVE = {
@@ -236,15 +240,15 @@ def _copy(response: Any, part: Path, offset: int, total: int | None) -> None:
 def download_pretrained_from_url(url: str, cache_dir: str | os.PathLike | None = None) -> str:
     """Download a file once and return its path, `cache_dir/NAME` (default `~/.cache/clip`).
 
-    An interrupted download is continued by the next call. Processes that want the same file wait for one of them.
+    An interrupted download is continued by the next call. Processes that want the same file wait for one of them, as
+    long as it makes progress.
     Where the address tells the SHA-256, the file is verified, and one that is wrong is deleted.
 
     Raises:
         ValueError: not an http(s) address that ends in a plain file name.
-        RuntimeError: the download failed, or its checksum is not the address's.
+        RuntimeError: the download failed, its checksum is not the address's, or another process's download of it has
+            stopped.
     """
-    from filelock import FileLock  # a dependency of torch
-
     target = _place_of(url, cache_dir)
     if target.exists() and not target.is_file():
         raise RuntimeError(f"{target} exists and is not a file: {url} cannot be downloaded to it.")
@@ -252,16 +256,42 @@ def download_pretrained_from_url(url: str, cache_dir: str | os.PathLike | None =
         return str(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.with_name(f"{target.name}.lock"))
-        with progress.watch(f"Waiting for {target.name}, which another process downloads"):
-            lock.acquire()
-        try:
+        with _download_lock(target):
             _bring(url, target)
-        finally:
-            lock.release()
     except OSError as error:
         raise RuntimeError(f"{target.parent} cannot be written ({error}). Give another folder as cache_dir.") from error
     return str(target)
+
+
+@contextlib.contextmanager
+def _download_lock(target: Path) -> Iterator[None]:
+    """Held by the one process that downloads `target`; the others wait while its partial file grows.
+
+    The operating system releases the lock of a process that has died. That of one that hangs is never released.
+    """
+    from filelock import FileLock, Timeout  # a dependency of torch
+
+    lock, part = FileLock(target.with_name(f"{target.name}.lock")), target.with_name(f"{target.name}.part")
+    size, grown_at, is_logged = -1, time.monotonic(), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=_LOCK_SLICE)  # polls, so that signals get through
+        except Timeout:
+            if not is_logged:
+                logger.info("Another process downloads %s: waiting for it.", target)
+                is_logged = True
+            found = part.stat().st_size if part.exists() else 0
+            if found != size:
+                size, grown_at = found, time.monotonic()
+            elif time.monotonic() - grown_at > _STALLED:
+                raise RuntimeError(
+                    f"Another process holds {lock.lock_file}, and its download of {target.name} has not grown for "
+                    f"{_STALLED:.0f} s. End that process, or give another folder as cache_dir."
+                ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _place_of(url: str, cache_dir: str | os.PathLike | None) -> Path:

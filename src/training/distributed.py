@@ -5,11 +5,15 @@ NCCL and HCCL bind a communicator to the device that is current.
 """
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import logging
 import os
 import re
+import textwrap
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +62,13 @@ class World:
 _world: World | None = None
 _host_group: Any = None  # of gloo, beside the devices' backend
 
-# What hosts tell each other has no time limit of its own: one of them may rightly be busy for long (it downloads, reads
-# a checkpoint, evaluates more than the others). One that died closes its connections, which ends the wait at once.
+# Hosts wait for each other without a time limit: one of them may rightly be busy for long (it downloads, reads a
+# checkpoint, evaluates more than the others). One that died closes its connections, which ends the wait at once, and
+# `wait` lets signals through. The next batch of training data has the limit of --dist-timeout.
 _PATIENCE = datetime.timedelta(days=30)
+_SLICE = datetime.timedelta(seconds=0.25)  # Python's signal handlers run between two of them
+_WARN_AFTER = 60.0  # seconds
+_timeout = DistributedConfig().dist_timeout  # seconds
 
 
 def init(cfg: DistributedConfig) -> World:
@@ -69,7 +77,7 @@ def init(cfg: DistributedConfig) -> World:
     Raises RuntimeError for a device or a rendezvous that is not there, ValueError for a backend that cannot move the
     device's tensors.
     """
-    global _world
+    global _world, _timeout
     local_rank, rank, world_size = world_info_from_env()
     device = devices.resolve(cfg.device, None if cfg.no_set_device_rank else local_rank)
     set_device(device)
@@ -82,8 +90,8 @@ def init(cfg: DistributedConfig) -> World:
                 device,
             )
         backend = _check_backend(cfg.dist_backend or devices.row(device).backend, device)
-        timeout = datetime.timedelta(seconds=cfg.dist_timeout)
-        _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size, timeout)
+        _timeout = cfg.dist_timeout
+        _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size)
     elif cfg.dist_backend:
         logger.info("--dist-backend %s has no effect: this run has one process.", cfg.dist_backend)
     _world = World(rank, local_rank, world_size, device, backend)
@@ -119,14 +127,62 @@ def leave() -> None:
 def barrier() -> None:
     """Returns when every rank has called it, however long that takes; raises RuntimeError where one has died.
 
-    A reduction rather than `dist.barrier`, which guesses the device.
+    A signal ends the wait. A reduction rather than `dist.barrier`, which guesses the device.
     """
-    here = world()
-    if here.distributed:
-        group = host_group()
-        token = torch.ones(1, device=_collective_device(here) if group is None else "cpu")
-        dist.all_reduce(token, group=group)
+    if world().distributed:
+        token = torch.ones(1, device=collective_device())
+        wait(dist.all_reduce(token, group=host_group(), async_op=True))
         token.item()  # a device's collectives only queue: this waits
+
+
+def wait(work: Any, for_what: str | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Waits for an asynchronous collective so that Python's signal handlers run meanwhile.
+
+    Args:
+        work: what a collective with async_op=True returned.
+        for_what: what another process may be waiting for; gives the wait the limit of --dist-timeout.
+        meanwhile: called a few times a second.
+
+    Raises:
+        RuntimeError: another process has died, or the wait has reached its limit.
+    """
+    start, logged = time.monotonic(), 0.0
+    in_slices = host_group() is not None or dist.get_backend() == "gloo"  # others abort what is not done in time
+    while in_slices and not work.is_completed():
+        meanwhile()
+        with contextlib.suppress(RuntimeError):  # not there yet; an error of the collective is raised below
+            work.wait(_SLICE)
+        waited = time.monotonic() - start
+        if for_what is not None and waited > _timeout:
+            raise RuntimeError(
+                f"Another process has waited {waited:.0f} s for {for_what}, longer than --dist-timeout {_timeout:g} "
+                "allows. Look at the storage that its data are on."
+            )
+        if waited > max(_WARN_AFTER, 2 * logged):
+            logged = waited
+            logger.warning("Rank %d has waited %.0f s for another process.", world().rank, waited)
+    work.wait()
+
+
+def announce_stop(number: int) -> None:
+    """Tells the other processes that this one was told to stop by a signal."""
+    _store().set(_stop_key(), str(number))
+
+
+def announced_stop() -> int:
+    """The signal that another process has announced, or 0."""
+    if not world().distributed:
+        return 0
+    store = _store()
+    return int(store.get(_stop_key())) if store.check([_stop_key()]) else 0
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _stop_key() -> str:
+    return f"open_clip_stop_{restarts()}"
 
 
 def says_that_a_peer_died(error: BaseException) -> bool:
@@ -190,21 +246,42 @@ def _check_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _join(
-    backend: str,
-    url: str,
-    device: torch.device,
-    rank: int,
-    local_rank: int,
-    world_size: int,
-    timeout: datetime.timedelta,
-) -> None:
+def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: int, world_size: int) -> None:
+    expected, advice = _expected(world_size)
     if url.startswith("env://"):
         _set_rendezvous()
     # Libraries that split data by worker (webdataset) read these, whoever the launcher was.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     for name, value in devices.row(device).collective_env.items():
         os.environ.setdefault(name, value)
+    place = url.removeprefix("tcp://")
+    if url.startswith("env://"):
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    logger.info("%s: waiting for the others at %s, at most %g s. %s", expected, place, _timeout, advice)
+    try:
+        _make_groups(backend, url, rank, world_size)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        late = "timed out" in reason.lower()
+        what = f"they did not all come to {place} within {_timeout:g} s" if late else f"joining them at {place} failed"
+        raise RuntimeError(f"{expected}: {what} ({reason}). {advice}") from error
+
+
+def _expected(world_size: int) -> tuple[str, str]:
+    """("SLURM_NTASKS says 2 processes", what to do if that is wrong), by the launcher's variables."""
+    launcher = _launcher()
+    assert launcher is not None
+    size_name = LAUNCHERS[launcher][1]
+    start = {"torchrun": "torchrun", "SLURM": "srun"}.get(launcher, "mpirun")
+    return (
+        f"{size_name} says {world_size} processes",
+        f"For one process unset {size_name}, or start all of them with {start}.",
+    )
+
+
+def _make_groups(backend: str, url: str, rank: int, world_size: int) -> None:
+    global _host_group
+    timeout = datetime.timedelta(seconds=_timeout)
     where: dict[str, Any] = {"init_method": url}
     if restarts() > 0:
         # The launcher's store is the one of the processes before, and has their addresses in it.
@@ -212,7 +289,6 @@ def _join(
         where = {"store": dist.PrefixStore(f"restart_{restarts()}", store)}
     # No device_id: with one, a later mesh asks the backend to split a group, which HCCL cannot.
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
-    global _host_group
     _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
@@ -237,9 +313,11 @@ def _first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
-def _collective_device(here: World) -> torch.device:
-    """Where small tensors must be: on the device for its own backend, on the CPU for one that the user chose."""
-    own = here.backend == devices.row(here.device).backend
+def collective_device() -> torch.device:
+    """Where tensors that hosts exchange must be: on the CPU, unless there is no `host_group` and the backend is the
+    device's."""
+    here = world()
+    own = host_group() is None and here.backend == devices.row(here.device).backend
     return here.device if own else torch.device("cpu")
 
 
@@ -329,9 +407,9 @@ def broadcast_object(args: Any, obj: Any, src: int = 0) -> Any:
     here = world()
     if not here.distributed:
         return obj
-    objects, group = [obj], host_group()
-    device = _collective_device(here) if group is None else torch.device("cpu")
-    dist.broadcast_object_list(objects, src=src, device=device, group=group)
+    barrier()  # the wait, which lets signals through
+    objects = [obj]
+    dist.broadcast_object_list(objects, src=src, device=collective_device(), group=host_group())
     return objects[0]
 
 
@@ -340,6 +418,7 @@ def all_gather_object(args: Any, obj: Any, dst: int = 0) -> list[Any]:
     here = world()
     if not here.distributed:
         return [obj]
+    barrier()  # the wait, which lets signals through
     objects: list[Any] = [None] * here.world_size
     dist.all_gather_object(objects, obj, group=host_group())
     return objects

@@ -16,6 +16,7 @@ import torch
 from open_clip import progress
 from open_clip.checkpoint import read_checkpoint
 from open_clip.whole_file import replacing
+from training import children
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ def start_sync_process(
 
 
 def _sync_process(sync_every: float, local_dir: str, remote_dir: str, protocol: str) -> None:
+    children.lead_group()  # with the command `aws`; a Ctrl-C on the terminal does not reach it
     # A spawned process has no log yet; its parent's file stays its parent's.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(levelname)s | %(message)s")
     keep_running_remote_sync(sync_every, local_dir, remote_dir, protocol)

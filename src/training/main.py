@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import open_clip
 from open_clip import device as devices
 from open_clip import progress
 from open_clip.utils import check_folder
 from open_clip.whole_file import write_text
-from training import distributed, file_utils, logger, precision, preflight, rng, run_warnings
+from training import children, distributed, file_utils, logger, precision, preflight, rng, run_warnings
 from training.build import (
     build_model,
     build_scheduler,
@@ -50,7 +50,7 @@ from training.params import (
 )
 from training.rng import random_seed
 from training.saver import Saver
-from training.signals import Agreement, Stopped, StopSignals
+from training.signals import Agreement, Stopped, StopSignals, exit_with
 from training.trace import StepTrace
 from training.train import Trainer, run_epoch
 
@@ -73,7 +73,8 @@ def main(args: list[str] | None = None) -> None:
         try:
             cfg = sections(options)
             preflight.check_options(cfg)
-            world = distributed.init(cfg.distributed)
+            with signals.default_handlers():
+                world = distributed.init(cfg.distributed)
             with progress.showing(world.is_master):
                 _run(options, world, signals)
         except (KeyboardInterrupt, Stopped) as stop:
@@ -238,12 +239,15 @@ def _remote_copy(cfg: CheckpointConfig, world: World, folder: Path | None) -> It
         raise RuntimeError(f"--remote-sync: the first copy to {remote} failed (the reason is logged above).")
     process = file_utils.start_sync_process(cfg.remote_sync_frequency, str(folder), remote, cfg.remote_sync_protocol)
     process.start()
+    remote_is_due = True
     try:
         yield
+    except KeyboardInterrupt:  # a second Ctrl-C
+        remote_is_due = False
+        raise
     finally:
-        process.terminate()
-        process.join()
-        if not file_utils.remote_sync(str(folder), remote, cfg.remote_sync_protocol):
+        children.end([process], seconds=0)
+        if remote_is_due and not file_utils.remote_sync(str(folder), remote, cfg.remote_sync_protocol):
             log.error("The last copy to %s failed: it may lack the newest files of %s.", remote, folder)
 
 
@@ -415,30 +419,34 @@ def _train(
     around_step: Callable[[int], contextlib.AbstractContextManager],
     signals: StopSignals,
 ) -> None:
-    epochs, agreement = cfg.schedule.epochs, Agreement()
+    epochs, loader = cfg.schedule.epochs, data["train"].dataloader
+    loader.agreement = agreement = Agreement(signals)
 
     def after_step() -> float:
-        if saver is not None:
-            saver.after_step()
-        stop_if(agreement.tell(signals.received or 0))
-        return 0.0 if saver is None else saver.take_waited()
+        if saver is None:
+            return 0.0
+        saver.after_step()
+        return saver.take_waited()
 
-    def stop_if(signal: int) -> None:
-        if signal:
-            if saver is not None:
-                saver.stop(together=True)
-            distributed.leave()
-            raise Stopped(signal)
+    def stop(signal: int) -> NoReturn:
+        if saver is not None:
+            saver.stop(together=True)
+        distributed.leave()
+        raise Stopped(signal)
 
     if state.epoch >= epochs:
         log.warning("The run has its %d epochs already: give more --epochs to train on.", state.epoch)
     while state.epoch < epochs:
         log.info("Start epoch %d", state.epoch)
-        run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer, around_step, after_step)
+        try:
+            run_epoch(trainer, data["train"], state, cfg.logging.log_every_n_steps, writer, around_step, after_step)
+        except Stopped as stopped:
+            stop(stopped.number)
         # Before the evaluation, which may fail, and with the random states that the next epoch begins with.
         if saver is not None:
             saver.after_epoch()
-        stop_if(agreement.tell(signals.received or 0) or agreement.settle())
+        if number := agreement.at_epoch_end():
+            stop(number)
         try:
             with signals.at_once():
                 _evaluate(state, data, cfg.eval, tokenizer, writer)
@@ -476,12 +484,16 @@ def _evaluate(
 
 def command() -> None:
     """The command line: `main`, with the exit status that a shell expects."""
+    status = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except Stopped as stopped:
+        status = int(stopped.code or 0)
     except Exception:  # main has logged it
-        sys.exit(1)
+        status = 1
+    exit_with(status)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from training.evaluate import maybe_compute_generative_loss
 from training.guard import StepGuard
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import SHARED, LossModule, Objective, Outputs, concatenate
+from training.signals import Stopped
 
 __all__ = [
     "AverageMeter", "Progress", "Trainer", "backward", "evaluate", "get_clip_metrics", "maybe_compute_generative_loss",
@@ -338,6 +339,7 @@ def run_epoch(
     Raises:
         RuntimeError: where the data give not a single step.
         TooManyBadSteps: see training.guard. TooManyBadSamples: see training.data.skips.
+        Stopped: after a signal, between two steps on all ranks; see training.signals.Agreement.
     """
     trainer.model.train()
     data.set_epoch(state.epoch)
@@ -390,13 +392,23 @@ def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]
     batches: list[Batch] = []
     start = time.perf_counter()
     waited = 0.0
-    for batch in loader:
-        waited += time.perf_counter() - start
-        batches.append(to_device(batch, trainer.device, trainer.input_dtype))
-        if len(batches) == trainer.accum_freq:
-            yield batches, waited
-            batches, waited = [], 0.0
-        start = time.perf_counter()
+    position = getattr(loader, "position", None) if trainer.accum_freq > 1 else None
+    if position is not None:
+        position.mark()
+    try:
+        for batch in loader:
+            waited += time.perf_counter() - start
+            batches.append(to_device(batch, trainer.device, trainer.input_dtype))
+            if len(batches) == trainer.accum_freq:
+                yield batches, waited
+                batches, waited = [], 0.0
+                if position is not None:
+                    position.mark()
+            start = time.perf_counter()
+    except Stopped:
+        if position is not None:
+            position.rewind()  # the batches of a step that is not made will come again
+        raise
 
 
 def _line(

@@ -39,6 +39,32 @@ def test_one_rank_is_told_to_stop_and_no_step_is_lost(runs):
     }  # fmt: skip
 
 
+NOTHING_LOST = {
+    "steps lost": 0, "exits with another status": 0, "losses that differ": 0, "tensors that differ": 0
+}  # fmt: skip
+
+
+def test_storage_stalls_and_the_run_is_told_to_stop(runs):
+    assert runs.run("unbroken-1").status == 0
+    for number, workers in ((signal.SIGTERM, 0), (signal.SIGINT, 2)):
+        figures = terminate.stop_stalled(runs, f"stalled-{workers}", number, workers=workers)
+        assert NOTHING_LOST.items() <= figures.items()
+
+
+def test_storage_stalls_on_one_of_two_ranks(runs):
+    """torchrun gets the signal, or only the rank whose data are there."""
+    assert runs.run("unbroken-2", ranks=2).status == 0
+    for told in (None, 0):
+        figures = terminate.stop_stalled(runs, f"stalled-{told}", signal.SIGTERM, ranks=2, told=told)
+        assert NOTHING_LOST.items() <= figures.items()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_other_processes_never_come_and_a_signal_ends_the_wait(runs, number):
+    figures = terminate.stop_waiting_for_others(runs, number)
+    assert (figures["does not say what it waits for"], figures["exits with another status"]) == (0, 0)
+
+
 def test_a_rank_dies_and_torchrun_starts_all_anew(runs):
     figures, met = dead_rank.measure(runs, ranks=2, timeout=30, seed=0)
     assert met, figures

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import processes
 from open_clip import device as devices
 from training import distributed
 from training.params import DistributedConfig
@@ -199,6 +200,48 @@ def test_no_rendezvous_says_what_to_export(monkeypatch, two_ranks):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(RuntimeError, match=r"MASTER_ADDR not set.*tcp://HOST:PORT"):
         distributed.init(config())
+
+
+# The rendezvous
+
+WAITS = """
+import logging
+from training import distributed
+from training.params import DistributedConfig
+logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+distributed.init(DistributedConfig(device="cpu", dist_timeout={timeout}))
+"""
+
+
+@pytest.mark.parametrize(("launcher", "start"), [("torchrun", "torchrun"), ("SLURM", "srun"), ("Open MPI", "mpirun")])
+def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
+    rank, size, local = distributed.LAUNCHERS[launcher]
+    port = free_port()
+    variables = {rank: "0", size: "2", local: "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS.format(timeout=1)], env=processes.environment(**variables), text=True,
+        capture_output=True, timeout=100, check=False,
+    )  # fmt: skip
+    advice = f"For one process unset {size}, or start all of them with {start}."
+    assert done.returncode == 1
+    assert (
+        f"{size} says 2 processes: waiting for the others at localhost:{port}, at most 1 s. {advice}" in done.stderr
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        f"RuntimeError: {size} says 2 processes: they did not all come to localhost:{port} within 1 s"
+    )
+    assert last.endswith(advice)
+
+
+def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
+    def fails(*_, **__):
+        raise RuntimeError("the address is in use " + 1000 * "x ")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    with pytest.raises(RuntimeError, match=r"joining them at 127.0.0.1:1 failed .the address is in use") as raised:
+        distributed.init(config())
+    assert len(str(raised.value)) < 500
 
 
 # The original's names

@@ -43,6 +43,7 @@ FLOORS = [
     ["open_clip.convert.__main__"],
     ["open_clip"],
     ["training"],
+    ["training.children"],
     ["training.flags"],
     ["training.flag_checks"],
     ["training.params"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
 from training import distributed, file_utils, main
 from training.checkpoint import natural_key
+from training.data import csv_data
 from training.params import parse_args
 
 
@@ -212,6 +214,30 @@ def test_a_run_that_is_told_to_stop_in_a_step_goes_on_after_it(inputs, plain, tm
     assert "Stopped by SIGTERM" in (tmp_path / "run/out.log").read_text()
 
 
+def test_a_run_that_waits_for_data_stops_before_the_step_whose_batches_are_incomplete(inputs, tmp_path, monkeypatch):
+    """2 steps of 3 batches of 2 samples an epoch; the data stall in the second batch of the last step."""
+    options = ["--batch-size", 2, "--accum-freq", 3, "--force-patch-dropout", "0.5"]
+    unbroken = train(inputs, tmp_path / "unbroken", *options)
+    load, calls = csv_data.load_image, []
+
+    def stalling(*args):
+        calls.append(args)
+        if len(calls) == 12 + 6 + 2 + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return load(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv_data, "load_image", stalling)
+        assert stopped(inputs, tmp_path / "stopped", *options).code == 143
+    folder = tmp_path / "stopped/run"
+    assert {path.name for path in (folder / "checkpoints").glob("*.pt")} == {"epoch_1.pt", "epoch_1_step_3.pt"}
+    train(inputs, tmp_path / "stopped", *options, "--resume", "latest")
+    assert scalars(folder)["train/loss"] == scalars(unbroken)["train/loss"]
+    for key, value in weights(unbroken, "epoch_2.pt").items():
+        assert torch.equal(weights(folder, "epoch_2.pt")[key], value), key
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_in_an_evaluation_it_saves_too(inputs, plain, tmp_path, monkeypatch, number, code):
     with monkeypatch.context() as patch:
@@ -293,15 +319,13 @@ def test_the_code_is_copied(inputs, tmp_path):
 
 class NoProcess:
     started = ended = 0
+    pid = None
 
     def start(self):
         NoProcess.started += 1
 
-    def terminate(self):
-        NoProcess.ended += 1
-
-    def join(self):
-        pass
+    def join(self, timeout):
+        NoProcess.ended = 1
 
 
 @pytest.mark.parametrize("fails", [False, True])

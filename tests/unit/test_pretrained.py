@@ -362,6 +362,24 @@ def test_only_http(tmp_path, url):
         download_pretrained_from_url(url, tmp_path)
 
 
+def test_another_process_s_download_that_stands_still_is_given_up(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pretrained, "_LOCK_SLICE", 0.1)
+    monkeypatch.setattr(pretrained, "_STALLED", 0.5)
+    caplog.set_level(logging.INFO)
+    holds = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True)"
+    holds += "; time.sleep(200)"
+    other = subprocess.Popen([sys.executable, "-c", holds, str(tmp_path / "weights.pt.lock")], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match=r"weights\.pt has not grown for 0 s. End that process"):
+            download_pretrained_from_url(server.url("weights.pt"), tmp_path)
+    finally:
+        other.kill()
+        other.communicate()
+    assert "Another process downloads" in caplog.text
+    assert download_pretrained_from_url(server.url("weights.pt"), tmp_path)  # a dead process holds no lock
+
+
 def test_many_at_once_download_once(server, tmp_path):
     found = []
     threads = [

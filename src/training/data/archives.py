@@ -48,7 +48,10 @@ def opened(url: str) -> Iterator[TarStream]:
         stream.close()  # where the command of a pipe failed, that is the error
         raise
     except BaseException:
-        # An epoch may end inside a shard: that the command of a pipe then complains is to be expected.
+        # An epoch may end inside a shard: a pipe's command is not waited for, and that it complains is to be expected.
+        command = getattr(stream, "proc", None)
+        if command is not None:
+            command.kill()
         with contextlib.suppress(OSError):
             stream.close()
         raise

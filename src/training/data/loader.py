@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data._utils import signal_handling
 
 from open_clip import device
-from training import distributed
+from training import children, distributed
 from training.data.position import Position, RowPosition
 from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
 from training.data.skips import BAD_IN_A_ROW, BadSample, SkipCounter, Streak
+from training.signals import Agreement, Stopped
 
 logger = logging.getLogger(__name__)
 
 _PREFETCHED_BATCHES = 2  # per worker
+_END_WORKERS_WITHIN = 2.0  # seconds, before they are killed
 CURSOR = "__cursor__"  # in a batch on its way here: the place behind it
 KEY = "key"  # in a batch: list of str, what names each sample
 
@@ -68,6 +71,7 @@ class Loader(DataLoader):
 
     Workers live until `close` or the end of the process. `classes` are the class names of a folder of classes.
     With `members`, names of a batch's members, it gives a list of these instead of each dict.
+    `agreement`: how the ranks stop before the same batch of training data; by default no signal stops them.
     """
 
     members: tuple[str, ...] | None = None
@@ -111,6 +115,7 @@ class Loader(DataLoader):
         self.skipped = skipped
         self.classes = classes
         self.position = position
+        self.agreement = Agreement()
         self._alone = not world.distributed
 
     def __len__(self) -> int:
@@ -142,9 +147,7 @@ class Loader(DataLoader):
         position.begin()
         batches = self._batches()
         while True:
-            batch = next(batches, None)
-            if position.may_end_early and not self._alone and not _everybody_has(batch is not None):
-                batch = None
+            batch = self.agreement.take(lambda: next(batches, None), self._is_next_ready, position.may_end_early)
             if batch is None:
                 batches.close()  # type: ignore[attr-defined]  # a generator
                 return
@@ -154,29 +157,44 @@ class Loader(DataLoader):
     def _batches(self) -> Iterator[dict[str, Any] | None]:
         try:
             yield from super().__iter__()
-        except GeneratorExit:  # the epoch is left early: the workers stay for the next
+        except (GeneratorExit, Stopped):  # the epoch is left early, or saved first: the workers stay
             raise
         except BaseException:
             self.close()
             raise
 
+    def _is_next_ready(self) -> bool:
+        """Whether workers have made the next batch already; False where that cannot be told."""
+        iterator: Any = self._iterator
+        try:
+            task = iterator._task_info[iterator._rcvd_idx]
+            if len(task) == 2:  # it came before its turn
+                return True
+            # A worker gives its batches in order: unless all that it owes are missing, the next one is there.
+            owed = sum(other == task for other in iterator._task_info.values())
+            return iterator._tasks_outstanding - iterator._data_queue.qsize() < owed
+        except (AttributeError, KeyError, NotImplementedError):  # no workers, the end, a queue that cannot be counted
+            return False
+
     def close(self) -> None:
-        """Ends the workers. The next pass would start new ones.
+        """Ends the workers, by SIGKILL those that are blocked. The next pass would start new ones.
 
         Left to the garbage collector, their queues may go before them, and each is waited for in vain for 5 seconds.
         """
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def _everybody_has(it: bool) -> bool:
-    """Whether it is so on every rank. Collective, between the hosts: no device is waited for."""
-    group = distributed.host_group()
-    device = distributed._collective_device(distributed.world()) if group is None else "cpu"
-    token = torch.tensor([int(it)], device=device)
-    dist.all_reduce(token, dist.ReduceOp.MIN, group=group)
-    return bool(token.item())
+        iterator: Any = self._iterator
+        self._iterator = None
+        if iterator is None:
+            return
+        # torch waits 5 s for each worker, and reports one that was killed as a failure.
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+        killer = threading.Timer(_END_WORKERS_WITHIN, children.kill, [iterator._workers])
+        killer.daemon = True
+        killer.start()
+        try:
+            iterator._shutdown_workers()
+        finally:
+            killer.cancel()
 
 
 def _torch_version() -> tuple[int, int]:
@@ -185,11 +203,13 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _init_worker(worker_id: int) -> None:
-    # Signals that stop a run go to the whole process group: the main process alone answers them, and ends the workers.
+    # Signals that stop a run may go to every process: the main one alone answers them, and ends the workers.
     # (That torch computes with one thread in a worker is DataLoader's own doing.)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # a forked worker has the main process's
+    children.lead_group()
 
 
 def tokenizes_randomly(tokenizer: Any) -> bool:

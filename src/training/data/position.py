@@ -66,6 +66,14 @@ class ShardPlace:
 Place = TypeVar("Place", RowPlace, ShardPlace)
 
 
+def _copy(place: Place | None) -> Place | None:
+    if place is None:
+        return None
+    copied = replace(place)
+    vars(copied).update({name: list(value) for name, value in vars(place).items() if isinstance(value, list)})
+    return copied
+
+
 class Position(ABC, Generic[Place]):
     """What a training loader knows of its place.
 
@@ -78,6 +86,7 @@ class Position(ABC, Generic[Place]):
         self.source = source
         self._here: Place | None = None  # of the pass that runs, or the latest one
         self._loaded: Place | None = None
+        self._marked: tuple[Place | None, Place | None] = (None, None)
 
     def begin(self) -> None:
         """A pass begins: at the place that was loaded if that is in this epoch, or else at the epoch's begin."""
@@ -90,6 +99,14 @@ class Position(ABC, Generic[Place]):
     @abstractmethod
     def received(self, cursor: Any) -> None:
         """The loop gets the next batch, which came with `cursor`."""
+
+    def mark(self) -> None:
+        """Remembers the place for `rewind`."""
+        self._marked = _copy(self._here), _copy(self._loaded)
+
+    def rewind(self) -> None:
+        """Goes back to where `mark` was called: the batches since then do not count as received."""
+        self._here, self._loaded = self._marked
 
     def state_dict(self) -> State:
         epoch = self._epoch()

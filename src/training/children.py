@@ -1,0 +1,57 @@
+"""Child processes of a run: each leads a process group, ends with its parent, and is killed with what it started."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
+
+_CHECK_PARENT_EVERY = 1.0  # seconds
+
+
+def lead_group() -> None:
+    """Make the calling child process lead a new process group, which ends when the parent process does.
+
+    The commands that it starts (`pipe:` shards) are in its group, so `kill` ends them with it, and a Ctrl-C on the
+    terminal does not reach them. Without this, a child that is blocked in a read outlives a parent that was killed.
+    """
+    parent = multiprocessing.parent_process()
+    if os.name != "posix" or parent is None or parent.pid is None:
+        return
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_CHECK_PARENT_EVERY)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def end(processes: Iterable[BaseProcess], seconds: float) -> None:
+    """Wait until the child processes have ended, at most `seconds`; then kill those that have not."""
+    waiting, deadline = list(processes), time.monotonic() + seconds
+    for process in waiting:
+        process.join(max(0.0, deadline - time.monotonic()))
+    kill(waiting)
+    for process in waiting:
+        process.join(1.0)
+
+
+def kill(processes: Iterable[BaseProcess]) -> None:
+    """Send SIGKILL to those of the child processes that run, and to the groups that they lead."""
+    for process in processes:
+        if process.pid is None or not process.is_alive():
+            continue
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError, AttributeError):  # it leads no group (yet), or there are none
+            process.kill()

@@ -1,0 +1,81 @@
+"""Workers of a loader: whether the next batch is there, and ending those that are blocked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from torch.utils.data import Dataset
+
+from processes import is_running, wait_for
+from training.data.loader import Collate, Loader
+from training.data.skips import SkipCounter
+
+
+def loader_of(dataset: Dataset, workers: int) -> Loader:
+    """8 batches of one sample."""
+    return Loader(
+        dataset, source="numbers", workers=workers, seed=0, num_samples=8, num_batches=8, skipped=SkipCounter(workers),
+        collate=Collate(), batch_sampler=[[index] for index in range(8)],
+    )  # fmt: skip
+
+
+class Blocked(Dataset):
+    """Its second sample never comes: a command is waited for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict:
+        if index:
+            command = subprocess.Popen(["sleep", "200"])
+            (self.folder / f"{os.getpid()}").write_text(str(command.pid))
+            command.wait()
+        return {"number": index}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_loader_whose_workers_are_blocked_closes(tmp_path):
+    loader = loader_of(Blocked(tmp_path), workers=2)
+    batches = iter(loader)
+    assert next(batches)["number"].tolist() == [0]
+    assert not loader._is_next_ready()
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    started = time.monotonic()
+    batches.close()
+    loader.close()
+    assert time.monotonic() - started < 30
+    numbers = [int(number) for path in tmp_path.iterdir() for number in (path.name, path.read_text())]
+    wait_for(lambda: not any(map(is_running, numbers)))
+
+
+class Numbers(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict:
+        return {"number": index}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whether_the_next_batch_is_there(workers):
+    loader = loader_of(Numbers(), workers)
+    batches = iter(loader)
+    for index in range(7):
+        assert next(batches)["number"].tolist() == [index]
+        wait_for(loader._is_next_ready)
+    assert next(batches)["number"].tolist() == [7]
+    assert not loader._is_next_ready()
+    loader.close()
+
+
+def test_without_workers_it_is_not_known():
+    loader = loader_of(Numbers(), 0)
+    next(iter(loader))
+    assert not loader._is_next_ready()
