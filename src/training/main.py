@@ -482,19 +482,18 @@ def _evaluate(
     writer.write_results(metrics, state.epoch)
 
 
-def command() -> None:
-    """The command line: `main`, with the exit status that a shell expects."""
-    status = 0
+def command() -> int:
+    """Run `main` for the command line and return the exit status that a shell expects. Errors have been logged."""
     try:
         main()
     except KeyboardInterrupt:
-        status = 130
+        return 130
     except Stopped as stopped:
-        status = int(stopped.code or 0)
-    except Exception:  # main has logged it
-        status = 1
-    exit_with(status)
+        return int(stopped.code or 0)
+    except Exception:
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    command()
+    exit_with(command())

@@ -225,7 +225,10 @@ def end_now(status: int) -> NoReturn:
 
 
 def exit_with(status: int) -> NoReturn:
-    """End the process as `sys.exit` does, within seconds whatever its children and threads wait for."""
+    """End the process as `sys.exit` does, within seconds whatever its children and threads wait for.
+
+    The process ends even if SystemExit is caught: call it as the last thing that a program does.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if hasattr(signal, "SIGCHLD"):

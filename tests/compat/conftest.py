@@ -7,12 +7,14 @@ such programs use besides. They import nothing of this repository's other tests.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import open_clip
+import open_clip.factory
 
 IS_PEER = "npu" not in open_clip.__version__
 
@@ -35,13 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=marker.args[0]))
 
 
-@pytest.fixture(scope="session")
-def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The name of a registered small architecture."""
+@pytest.fixture(scope="module")
+def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a small architecture, registered while a file's tests run."""
     path = tmp_path_factory.mktemp("configs") / "compat-tiny.json"
     path.write_text(json.dumps(TINY), encoding="utf-8")
     open_clip.add_model_config(path)
-    return path.stem
+    yield path.stem
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
+    del open_clip.factory._MODEL_CONFIGS[path.stem]
 
 
 @pytest.fixture

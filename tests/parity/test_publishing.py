@@ -36,5 +36,5 @@ def test_configuration_of_a_tag(monkeypatch, key, kwargs):
     push = push_pretrained_to_hf_hub.__globals__
     monkeypatch.setitem(push, "create_model_from_pretrained", lambda *_, **__: None)
     monkeypatch.setitem(push, "push_to_hf_hub", lambda model, tokenizer, config, *_, **__: pushed.update(config))
-    push_pretrained_to_hf_hub("ViT-B-32", "openai", "org/name", **kwargs)
+    push_pretrained_to_hf_hub("ViT-B-32", "openai", "org/name", token="a token", **kwargs)
     assert pushed == RECORDED[key]

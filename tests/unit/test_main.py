@@ -416,16 +416,13 @@ def test_what_cannot_be_ends_with_a_sentence(inputs, tmp_path, name, capfd):
 def test_a_device_that_is_not_there_ends_with_a_sentence(inputs, tmp_path, monkeypatch, capfd):
     words = ["--model", inputs.model, "--train-data", str(inputs.csv), "--logs", str(tmp_path), "--device", "nothing"]
     monkeypatch.setattr("sys.argv", ["main", *words])
-    with pytest.raises(SystemExit, match="1"):
-        main.command()
+    assert main.command() == 1
     assert "The run ends: " in capfd.readouterr().err
 
 
 def test_the_exit_status_tells_errors_from_success(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["main", *options(inputs, tmp_path, "--train-data", "nowhere.csv")])
-    with pytest.raises(SystemExit) as ended:
-        main.command()
-    assert ended.value.code == 1
+    assert main.command() == 1
     monkeypatch.setattr("sys.argv", ["main", "--no-such-option"])
     with pytest.raises(SystemExit) as ended:
         main.command()
