@@ -15,7 +15,7 @@ NPU_VENV ?= .venv-npu
 NPU_RUN := $(NPU_VENV)/bin/python
 NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
 
-.PHONY: help install demo test test-npu test-compat test-clip-benchmark lint bench clean
+.PHONY: help install peer demo test test-npu test-compat test-clip-benchmark lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,7 +39,13 @@ test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emul
 	$(NPU_RUN) tests/npu/emulator/build.py
 	$(NPU_RUN) -m pytest -m npu tests/npu
 
-test-compat: install  ## run programs written for open_clip on open_clip_torch 3.3.0 and here, and its own tests here
+peer: .peer/.installed  ## install open_clip_torch 3.3.0 into the folder .peer, for comparisons
+
+.peer/.installed: $(INSTALLED) tests/compat/requirements.txt
+	PIP_CONSTRAINT= $(RUN) -m pip install --quiet --no-deps --upgrade --target .peer --requirement tests/compat/requirements.txt
+	touch $@
+
+test-compat: peer  ## run programs written for open_clip on open_clip_torch 3.3.0 and here, and its own tests here
 	$(RUN) tests/compat/compare.py
 	OMP_NUM_THREADS=1 $(RUN) tests/compat/run_upstream_tests.py
 
@@ -61,9 +67,9 @@ lint: install  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: install  ## measure against open_clip_torch, which is installed in a folder of its own
+bench: peer  ## measure against open_clip_torch 3.3.0
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.peer benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NPU_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

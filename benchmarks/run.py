@@ -18,18 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-PEER = "open_clip_torch==3.3.0"
 HERE = Path(__file__).resolve().parent
 OURS = HERE.parent / "src"
+PEER = HERE.parent / ".peer"
 WORKLOADS = sorted(path.stem for path in (HERE / "workloads").glob("*.py"))
-
-
-def install_peer(folder: Path) -> Path:
-    if not (folder / "open_clip").is_dir():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER], check=True
-        )
-    return folder
 
 
 def measure(workload: str, package: Path, scratch: Path, threads: int) -> dict[str, float]:
@@ -65,12 +57,14 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of each run (default: %(default)s)")
-    parser.add_argument("--peer", type=Path, default=HERE / ".peer", help=f"folder for {PEER} (default: %(default)s)")
+    parser.add_argument("--peer", type=Path, default=PEER, help="folder with open_clip_torch 3.3.0 (default: .peer)")
     args = parser.parse_args()
     unknown = set(args.workloads) - set(WORKLOADS)
     if unknown:
         parser.error(f"there is no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")
-    peer = install_peer(args.peer.resolve())
+    peer = args.peer.resolve()
+    if not peer.is_dir():
+        parser.error(f"{peer} is missing: run `make peer`, which installs open_clip_torch 3.3.0.")
     scratch = HERE / ".scratch"
     scratch.mkdir(exist_ok=True)
     print(f"{'workload':12} {'figure':38} {'ours':>12} {'peer':>12} {'peer / ours':>12}")

@@ -1,7 +1,8 @@
 """Runs the tests of this folder on open_clip_torch 3.3.0 and here, and prints one table of both.
 
-    python tests/compat/compare.py                 # installs open_clip_torch 3.3.0 into .peer first, if need be
-    python tests/compat/compare.py -k attention    # further arguments go to pytest
+    make peer                                      # installs open_clip_torch 3.3.0 into .peer
+    python tests/compat/compare.py
+    python tests/compat/compare.py -k attention    # arguments go to pytest
 
 The exit status is 1 if a test fails on either side. Tests that 3.3.0 cannot pass carry `@pytest.mark.ours_only` with
 the reason, which the table shows.
@@ -19,17 +20,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PEER = ROOT / ".peer"
-# The loaders of open_clip 3.3.0 import names that webdataset 1.0 no longer has.
-PEER_PACKAGES = ("open_clip_torch==3.3.0", "webdataset==0.2.86")
-
-
-def install_peer(folder: Path = PEER) -> Path:
-    """Install open_clip_torch without its dependencies into a folder; return the folder."""
-    if not (folder / "open_clip").is_dir() or not (folder / "webdataset").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        environment = {key: value for key, value in os.environ.items() if key != "PIP_CONSTRAINT"}
-        subprocess.run([*command, *PEER_PACKAGES], check=True, env=environment)
-    return folder
 
 
 def run(package: Path, arguments: list[str]) -> dict[str, str]:
@@ -61,8 +51,10 @@ def _outcome(case: ElementTree.Element) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if not PEER.is_dir():
+        sys.exit(f"{PEER} is missing: run `make peer`.")
     ours = run(ROOT / "src", arguments)
-    peer = run(install_peer(), arguments)
+    peer = run(PEER, arguments)
     width = max(map(len, ours), default=0)
     print(f"\n{'test':{width}}  {'here':8}  open_clip_torch 3.3.0")
     for name, outcome in ours.items():

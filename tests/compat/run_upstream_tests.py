@@ -1,7 +1,7 @@
 """Runs open_clip_torch 3.3.0's own tests on this package, unedited.
 
     python tests/compat/run_upstream_tests.py             # on src
-    python tests/compat/run_upstream_tests.py --peer      # on open_clip_torch 3.3.0: the same tests pass there (slowly)
+    python tests/compat/run_upstream_tests.py --peer      # on open_clip_torch 3.3.0 (after `make peer`), slowly
     python tests/compat/run_upstream_tests.py -k wds      # further arguments go to pytest
 
 pip fetches the source distribution into .peer_tests, and `requests`, which one of the tests imports. Its tests are
@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from compare import ROOT, install_peer
+from compare import PEER, ROOT
 
 FOLDER = ROOT / ".peer_tests"
 SOURCE = "open_clip_torch-3.3.0"
@@ -73,7 +73,7 @@ def unpack_tests(archive: Path, folder: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    package = install_peer() if "--peer" in arguments else ROOT / "src"
+    package = PEER if "--peer" in arguments else ROOT / "src"
     archive = fetch()
     with tempfile.TemporaryDirectory() as folder:
         tests = Path(folder, "tests")

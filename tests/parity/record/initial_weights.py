@@ -1,6 +1,6 @@
 """Records hashes of the initial weights of open_clip_torch 3.3.0 for tests/compat/test_initial_weights.py.
 
-    python tests/compat/compare.py -k nothing     # installs open_clip_torch 3.3.0 into .peer
+    make peer
     PYTHONPATH=.peer python tests/parity/record/initial_weights.py
 """
 
