@@ -156,9 +156,7 @@ def outcome(name: str, seed: int, folder: Path) -> str:
 
 
 def run_batch(cases: list[tuple[str, int]]) -> list[str]:
-    """In this process."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
+    """Damage and read files in this process; return what went wrong, a line for each case."""
     with tempfile.TemporaryDirectory() as folder:
         return [wrong for name, seed in cases if (wrong := outcome(name, seed, Path(folder)))]
 
@@ -188,6 +186,8 @@ def measure(count: int) -> tuple[dict[str, Any], bool]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--batch"]:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
         print(json.dumps(run_batch([(name, seed) for name, seed in json.loads(sys.argv[2])])))
     else:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from training import file_utils, logger, main
+from training import file_utils, logger, main, signals
 from training.data import csv_data
 from training.train import Trainer
 
@@ -97,4 +97,4 @@ def install() -> None:
 
 if __name__ == "__main__":
     install()
-    main.command()
+    signals.exit_with(main.command())
