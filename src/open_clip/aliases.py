@@ -76,7 +76,9 @@ NAMES: dict[str, dict[str, str]] = {
         "ModifiedResNet": "open_clip.modified_resnet",
         **dict.fromkeys(("lock_text_tower", "text_global_pool"), "open_clip.text_transformer"),
     },
-    "open_clip.openai": {"convert_weights_to_lp": "open_clip.model"},
+    "open_clip.openai": dict.fromkeys(
+        ("build_model_from_openai_state_dict", "convert_weights_to_lp"), "open_clip.model"
+    ),
     "open_clip.pretrained": {
         **_legacy("_has_hf_hub", "_has_safetensors", "_get_safe_alternatives"),
         **_legacy("_pcfg", "_slpcfg", "_apcfg", "_mccfg", "_mc2cfg", "_pecfg"),

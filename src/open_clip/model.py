@@ -398,10 +398,22 @@ def build_model_from_openai_state_dict(
 ) -> CLIP:
     """A CLIP with the weights of an OpenAI archive, whose sizes tell the configuration; in evaluation mode.
 
+    The weights are copied: training the model does not change `state_dict`.
+
     Args:
         state_dict: of the archive, with keys as in CLIP.
         cast_dtype: half precision that the weights are cast to, or None.
     """
+    copies = {key: value.detach().clone() for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    return build_model_around_openai_weights(copies, quick_gelu, cast_dtype)
+
+
+def build_model_around_openai_weights(
+    state_dict: dict[str, torch.Tensor],
+    quick_gelu: bool = True,
+    cast_dtype: torch.dtype | None = torch.float16,
+) -> CLIP:
+    """As `build_model_from_openai_state_dict`, but the model takes over the tensors where their dtype fits."""
     state_dict = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     context_length, text_width = state_dict["positional_embedding"].shape
     # built on the meta device: the weights are those of the archive

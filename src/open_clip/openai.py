@@ -14,7 +14,7 @@ from . import device as devices
 from .checkpoint import check_precision, no_initialisation, read_state_dict, set_precision
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from .key_prefixes import without_leftovers
-from .model import build_model_from_openai_state_dict, get_cast_dtype, set_model_preprocess_cfg
+from .model import build_model_around_openai_weights, get_cast_dtype, set_model_preprocess_cfg
 from .pretrained import (
     download_pretrained_from_url,
     get_pretrained_url,
@@ -69,7 +69,7 @@ def load_openai_model(
         for key, value in weights.items():  # one at a time, so that the model is never there in both types
             weights[key] = value.float() if value.is_floating_point() else value
     with no_initialisation():
-        model = build_model_from_openai_state_dict(weights, cast_dtype=cast_dtype)
+        model = build_model_around_openai_weights(weights, cast_dtype=cast_dtype)
     set_precision(model, precision)
     size = model.visual.image_size
     cfg = PreprocessCfg(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)

@@ -279,6 +279,17 @@ def test_openai_state_dict_tells_its_configuration(cast_dtype: torch.dtype | Non
         torch.testing.assert_close(a, b, rtol=0, atol=0.03 if cast_dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("cast_dtype", [torch.float16, None])
+def test_training_a_model_keeps_the_state_dict_it_was_built_from(cast_dtype: torch.dtype | None) -> None:
+    archive = build(vision={"width": 64, "head_width": 64}, text={"width": 64, "heads": 1}).state_dict()
+    before = {key: value.clone() for key, value in archive.items()}
+    model = models.build_model_from_openai_state_dict(archive, cast_dtype=cast_dtype)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7)
+    assert all(torch.equal(archive[key], value) for key, value in before.items())
+
+
 # ---- what goes with a model ----
 
 
