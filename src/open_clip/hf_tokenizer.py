@@ -19,6 +19,7 @@ import torch
 from .hf_configs import import_transformers, unavailable
 from .pretrained import download_pretrained_from_url
 from .text_cleaning import basic_clean, canonicalize_text, get_clean_fn
+from .whole_file import replacing
 
 TOKENIZER_FILES = "tokenizer.json and tokenizer_config.json (or the model file they are made from: spiece.model, ...)"
 MODES = ("", "clips")
@@ -76,7 +77,7 @@ class HFTokenizer:
 
     def save_pretrained(self, dest: str | os.PathLike) -> None:
         """Write the tokenizer's files into the folder `dest`, from which HFTokenizer(dest) reads them."""
-        self.tokenizer.save_pretrained(dest)
+        _save(self.tokenizer, dest)
 
     def set_language(self, src_lang: str) -> None:
         """Mark captions as of this language from now on; a warning where the tokenizer has no such marks.
@@ -176,7 +177,7 @@ class SigLipTokenizer:
 
     def save_pretrained(self, dest: str | os.PathLike) -> None:
         """Write the tokenizer's files into the folder `dest`, from which HFTokenizer reads them."""
-        self.tokenizer.save_pretrained(dest)
+        _save(self.tokenizer, dest)
 
     def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
         """LongTensor [N, context_length]; arguments and errors as HFTokenizer's."""
@@ -209,6 +210,17 @@ def _load(name: str, **kwargs: Any) -> Any:
         raise unavailable(
             "The tokenizer", name, TOKENIZER_FILES, error, others="hf_tokenizer_name in a text_cfg may name one."
         ) from error
+
+
+def _save(tokenizer: Any, dest: str | os.PathLike) -> None:
+    """Write the files of a transformers tokenizer, each of which replaces an old one as a whole."""
+    with tempfile.TemporaryDirectory() as folder:  # transformers overwrites files that are there
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            target = Path(dest, file.relative_to(folder))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def _vocabulary_file(name: str, known: dict[str, str]) -> str:

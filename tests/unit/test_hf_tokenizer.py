@@ -88,6 +88,21 @@ def test_saving_and_pickling(words, tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(captions), tokenizer(captions))
 
 
+def test_saving_replaces_files_as_a_whole(words, tmp_path):
+    """An open file or a hard link keeps the old content: no file is overwritten in place."""
+    dest = tmp_path / "new/folder"
+    tokenizer = HFTokenizer(words, context_length=9)
+    tokenizer.save_pretrained(dest)
+    file = dest / "tokenizer.json"
+    names, content = sorted(dest.iterdir()), file.read_bytes()
+    file.write_text("old")
+    (tmp_path / "link").hardlink_to(file)
+    tokenizer.save_pretrained(dest)
+    assert (tmp_path / "link").read_text() == "old"
+    assert file.read_bytes() == content
+    assert sorted(dest.iterdir()) == names
+
+
 def test_languages(languages, words):
     def first(tokenizer: HFTokenizer) -> str:
         return tokenizer.tokenizer.convert_ids_to_tokens(int(tokenizer("dog")[0, 0]))

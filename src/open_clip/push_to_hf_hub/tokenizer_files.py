@@ -10,6 +10,7 @@ from typing import Any
 
 from ..text_cleaning import get_clean_fn
 from ..tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer
+from ..whole_file import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
         save_pretrained(folder)
     elif isinstance(tokenizer, SimpleTokenizer) and tokenizer.clean_fn is get_clean_fn("lower"):
         for name, text in _clip_tokenizer_files(tokenizer).items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+            write_text(Path(folder) / name, text)
     else:
         logger.warning(
             "No files are written for %s: transformers has no tokenizer of that kind. open_clip needs none.",
