@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 _CHECK_PARENT_EVERY = 1.0  # seconds
 
@@ -44,6 +45,17 @@ def end(processes: Iterable[BaseProcess], seconds: float) -> None:
     kill(waiting)
     for process in waiting:
         process.join(1.0)
+
+
+def kill_tree(number: int) -> None:
+    """Send SIGKILL to the process and its descendants; to the process alone where /proc does not list its children."""
+    tree = [number]
+    for parent in tree:
+        with contextlib.suppress(OSError):
+            tree += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    for process in tree:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
 
 
 def kill(processes: Iterable[BaseProcess]) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import processes
 from processes import is_running, wait_for
+from training import children
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 
@@ -61,3 +62,14 @@ def test_a_blocked_child_and_its_commands_end(tmp_path, how):
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_command_is_killed_with_what_its_shell_started():
+    command = subprocess.Popen(["sh", "-c", "sleep 200; true"])
+    listed = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    wait_for(lambda: listed.read_text().split())
+    started = int(listed.read_text())
+    children.kill_tree(command.pid)
+    assert command.wait(10) == -signal.SIGKILL
+    wait_for(lambda: not is_running(started), 10)

@@ -7,8 +7,10 @@ import io
 import json
 import logging
 import multiprocessing
+import signal
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -25,6 +27,7 @@ from data_files import (
     write_shards,
     write_tar,
 )
+from processes import is_running, wait_for
 from training.data import (
     BadSample,
     ResampledShards2,
@@ -198,12 +201,51 @@ def test_a_failing_pipe_is_counted(tmp_path, capfd):
     assert val.skipped.counts() == {"missing_shard": 1}
 
 
+@pytest.mark.parametrize(("command", "reason"), [
+    ("exit 3", r"cannot be opened \(the command ended with exit status 3\)"),
+    ("no-such-command", r"cannot be opened \(the command ended with exit status 127: there is no such command\)"),
+])  # fmt: skip
+def test_a_command_that_fails_says_its_exit_status(command, reason):
+    pytest.importorskip("webdataset")
+    with pytest.raises(BadSample, match=reason) as raised:
+        list(read_shard(f"pipe:{command}"))
+    assert raised.value.cause == "missing_shard"
+
+
+def test_an_image_and_a_caption_in_two_folders_are_told_that_one_is_needed(tmp_path, caplog):
+    members = [(f"{folder}/{name}", data) for name, data in pairs(range(4))
+               for folder in ("texts" if name.endswith("txt") else "images",)]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match="not one usable sample"):
+        list(val_data(f"{tmp_path}/a.tar").dataloader)
+    assert "the sample has: txt (an image and its caption must be in one folder; this is 'texts')" in caplog.text
+
+
 def test_an_epoch_that_ends_inside_a_pipe_closes_it(tmp_path):
     pytest.importorskip("webdataset")
     write_tar(tmp_path / "a.tar", pairs(range(2500)))  # more than the shuffle waits for, and than a pipe holds
     train = train_data(f"pipe:cat {tmp_path}/a.tar", train_num_samples=8)
     assert [len(batch) for batch in epoch_numbers(train)] == [4, 4]
     assert train.skipped.total() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_stalled_command_does_not_outlive_a_read_that_is_interrupted(tmp_path):
+    pytest.importorskip("webdataset")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            list(read_shard(f"pipe:sleep 200 & echo $! > {tmp_path}/number; wait"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    number = int((tmp_path / "number").read_text())
+    wait_for(lambda: not is_running(number), 10)
 
 
 # --- damage

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from training import children
 from training.data.remote import is_local, open_stream
 
 _BLOCK = 512
@@ -51,7 +52,7 @@ def opened(url: str) -> Iterator[TarStream]:
         # An epoch may end inside a shard: a pipe's command is not waited for, and that it complains is to be expected.
         command = getattr(stream, "proc", None)
         if command is not None:
-            command.kill()
+            children.kill_tree(command.pid)  # the shell, and what it started
         with contextlib.suppress(OSError):
             stream.close()
         raise

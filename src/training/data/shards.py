@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.data.archives import Member, TarStream, opened
-from training.data.messages import join, shorten
+from training.data.messages import join, quote, shorten
 from training.data.remote import is_local
 from training.data.skips import BadSample
 
@@ -32,6 +32,7 @@ CAPTION_KEY = "txt"
 CAPTION_LIMIT = 1 << 20  # bytes; what is larger is not read
 IMAGE_LIMIT = 1 << 28
 
+_EXIT_STATUS = re.compile(r"\bexit (\d+) \(read\)")  # in webdataset's error of a `pipe:` command
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a shard
 
 Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
@@ -239,7 +240,12 @@ class _Reading:
     def _bad(self, error: Exception) -> BadSample:
         if isinstance(error, FileNotFoundError):
             return BadSample("missing_shard", self.url, "there is no such file")
-        reason = f"{type(error).__name__}: {error}"
+        status = _EXIT_STATUS.search(str(error))
+        if status is None:
+            reason = f"{type(error).__name__}: {error}"
+        else:  # webdataset's words are the arguments of Popen
+            reason = f"the command ended with exit status {status.group(1)}"
+            reason += ": there is no such command" if status.group(1) == "127" else ""
         is_reading_error = isinstance(error, (tarfile.TarError, gzip.BadGzipFile))
         if self.count == 0 and isinstance(error, OSError) and not is_reading_error:
             return BadSample("missing_shard", self.url, f"cannot be opened ({reason})")
@@ -291,7 +297,9 @@ def _members(sample: Sample) -> str:
     usable = (CAPTION_KEY, *IMAGE_KEYS)
     if any("." in extension and extension.rpartition(".")[2] in usable for extension in extensions):
         return f"{join(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
-    return join(extensions, 5, 15)
+    folder = sample["__key__"].rpartition("/")[0]
+    hint = f" (an image and its caption must be in one folder; this is {quote(folder, 30)})" if folder else ""
+    return join(extensions, 5, 15) + hint
 
 
 def too_large(sample: Sample, key: str) -> BadSample:
