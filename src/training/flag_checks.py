@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from training.flags import (
 )
 
 REPORTERS = ("tensorboard", "wandb", "all")
+_CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
+_TAR_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
 
 _REFUSED = {
     "horovod": "Horovod is not supported: start the same command with `torchrun --nproc_per_node N -m training.main`",
@@ -217,15 +220,18 @@ def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_siz
     return found
 
 
+
 # A rule: (these options have an effect, the options, why they have none otherwise)
 Rules = Iterator[tuple[bool, tuple[str, ...], str]]
 
 
 def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     paths = [path for path in (args.train_data, args.val_data) if path]
-    is_csv = [path.lower().endswith((".csv", ".tsv")) for path in paths]
-    reads_csv = args.dataset_type == "csv" or (args.dataset_type == "auto" and any(is_csv))
-    reads_shards = args.dataset_type == "webdataset" or (args.dataset_type == "auto" and not all(is_csv))
+    # A name that says its type decides, whatever --dataset-type is (see training.data.dataset_types).
+    is_csv = [bool(_CSV_NAME.search(path)) for path in paths]
+    is_tar = [path.startswith("pipe:") or bool(_TAR_NAME.search(path)) for path in paths]
+    reads_csv = any(is_csv) or (args.dataset_type == "csv" and not (paths and all(is_tar)))
+    reads_shards = any(is_tar) or (args.dataset_type in ("webdataset", "auto") and not (paths and all(is_csv)))
     training, validating = trains(args), bool(args.val_data)
     yield reads_csv, ("csv_separator", "csv_img_key", "csv_caption_key"), "the data are not CSV"
     yield reads_shards, ("dataset_resampled",), "the data are not webdataset shards"

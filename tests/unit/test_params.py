@@ -207,7 +207,7 @@ def test_what_can_be_is_no_error(argv):
         (["--lock-text-unlocked-layers", "2"], "--lock-text-unlocked-layers"),
         (["--lock-text-freeze-layer-norm"], "--lock-text-freeze-layer-norm"),
         (["--train-data", "a.tar", "--csv-separator", ","], "--csv-separator"),
-        (["--train-data", "a.csv", "--dataset-type", "webdataset", "--csv-img-key", "x"], "--csv-img-key"),
+        (["--train-data", "a.tar", "--dataset-type", "csv", "--csv-img-key", "x"], "--csv-img-key"),
         (["--dataset-resampled", *DATA], "--dataset-resampled"),
         (["--train-num-samples", "10", *DATA], "--train-num-samples"),
         (["--val-num-samples", "10"], "--val-num-samples"),
@@ -234,6 +234,20 @@ def test_what_can_be_is_no_error(argv):
 def test_an_option_without_effect_is_named_once(argv, named):
     found = warnings_for(parse_args(argv))
     assert sum(line.startswith(f"{named} has no effect: ") for line in found) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--train-data", "a.tar", "--dataset-type", "webdataset", "--val-data", "b.csv", "--csv-separator", ","],
+        ["--train-data", "a.csv.gz", "--dataset-type", "webdataset", "--csv-img-key", "x"],
+        ["--train-data", "a.csv", "--dataset-type", "csv", "--val-data", "b.tar", "--val-num-samples", "5"],
+        ["--train-data", "pipe:cat a", "--dataset-type", "csv", "--dataset-resampled", "--train-num-samples", "5"],
+    ],
+)  # fmt: skip
+def test_an_option_of_data_has_an_effect_where_a_name_says_its_type(argv):
+    found = warnings_for(parse_args(argv))
+    assert not [line for line in found if "has no effect: the data" in line or "samples has no effect" in line]
 
 
 @pytest.mark.parametrize(
