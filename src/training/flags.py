@@ -245,8 +245,9 @@ def _distributed(parser: argparse.ArgumentParser) -> None:
         "device's")
     add("--dist-url", metavar="URL", help="where the processes meet. Default: env:// (MASTER_ADDR, MASTER_PORT, which "
         "torchrun sets)")
-    add("--dist-timeout", type=float, metavar="SECONDS", help="a collective that waits longer for another process ends "
-        "the run; more where one process prepares (downloads) for longer than that")
+    add("--dist-timeout", type=float, metavar="SECONDS", help="a wait for another process that is longer ends the "
+        "run: for it to join, for a collective, for its batch of data. Give more where one process prepares "
+        "(downloads) for longer than that")
     add("--ddp-static-graph", action="store_true", help="tell DistributedDataParallel that every step uses the same "
         "parameters: it overlaps communication better, and --grad-checkpointing works with unused ones")
     add("--no-set-device-rank", action="store_true", help="every process uses the first device it sees: where the "
