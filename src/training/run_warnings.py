@@ -62,7 +62,7 @@ def schedule(cfg: ScheduleConfig, lr: float, steps_per_epoch: int) -> Iterator[s
             f"learning rate jumps down from --lr {lr:g} when the warmup ends. Use a --warmup of at most "
             f"{steps - cooldown}, or fewer --epochs-cooldown."
         )
-    elif 2 * cfg.warmup > steps:
+    elif 2 * cfg.warmup > steps and cfg.warmup > usual:
         yield f"--warmup {cfg.warmup} is more than half of {run}. {advice}"
 
 

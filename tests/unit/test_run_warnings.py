@@ -152,3 +152,7 @@ def test_room_for_a_checkpoint(tmp_path, monkeypatch):
     (sentence,) = run_warnings.disk_space(tmp_path, size)
     assert "has 1.0 GB free and a checkpoint takes about 1.2 GB" in sentence
     assert list(run_warnings.disk_space(tmp_path, 10**9)) == []
+
+
+def test_the_shortest_warmup_is_not_called_too_long():
+    assert not list(run_warnings.schedule(ScheduleConfig(epochs=1, warmup=1), 0.1, 1))
