@@ -220,7 +220,6 @@ def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_siz
     return found
 
 
-
 # A rule: (these options have an effect, the options, why they have none otherwise)
 Rules = Iterator[tuple[bool, tuple[str, ...], str]]
 
