@@ -18,8 +18,9 @@ from training.flags import (
 )
 
 REPORTERS = ("tensorboard", "wandb", "all")
-_CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
-_TAR_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
+# Names of data that say their type.
+CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
+SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
 
 _REFUSED = {
     "horovod": "Horovod is not supported: start the same command with `torchrun --nproc_per_node N -m training.main`",
@@ -227,8 +228,8 @@ Rules = Iterator[tuple[bool, tuple[str, ...], str]]
 def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     paths = [path for path in (args.train_data, args.val_data) if path]
     # A name that says its type decides, whatever --dataset-type is (see training.data.dataset_types).
-    is_csv = [bool(_CSV_NAME.search(path)) for path in paths]
-    is_tar = [path.startswith("pipe:") or bool(_TAR_NAME.search(path)) for path in paths]
+    is_csv = [bool(CSV_NAME.search(path)) for path in paths]
+    is_tar = [path.startswith("pipe:") or bool(SHARD_NAME.search(path)) for path in paths]
     reads_csv = any(is_csv) or (args.dataset_type == "csv" and not (paths and all(is_tar)))
     reads_shards = any(is_tar) or (args.dataset_type in ("webdataset", "auto") and not (paths and all(is_csv)))
     training, validating = trains(args), bool(args.val_data)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 
 from training.data.messages import quote, shorten
 from training.data.shard_lists import SHARD_ENDINGS, is_list
+from training.flag_checks import CSV_NAME, SHARD_NAME
 
 logger = logging.getLogger(__name__)
 
 TYPES = ("webdataset", "csv", "imagefolder", "synthetic")
-
-_SHARDS = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
-_CSV = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
 
 
 def dataset_type_of(path: str | None, dataset_type: str) -> str:
@@ -51,11 +48,11 @@ def dataset_type_of(path: str | None, dataset_type: str) -> str:
 
 def _types_of_name(source: str) -> tuple[str, ...]:
     """The types that a name says clearly, the likeliest first; none where it may be anything."""
-    if source.startswith("pipe:") or _SHARDS.search(source):
+    if source.startswith("pipe:") or SHARD_NAME.search(source):
         return ("webdataset",)
     if "::" in source or "{" in source:
         return ()
-    if _CSV.search(source):
+    if CSV_NAME.search(source):
         return ("csv",)
     if not os.path.isdir(source):
         return ()
