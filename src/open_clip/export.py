@@ -259,7 +259,7 @@ def export_model(
         raise ValueError(f"batch_size {batch_size}: at least 1 is needed, or None for any")
     device = next(model.parameters()).device
     writer = _writer(format, opset)
-    if format == "onnx" and devices.row(device) is not devices.ROWS["cpu"]:
+    if format == "onnx" and devices.get(device) is not devices.DEVICES["cpu"]:
         raise ValueError(f"the model is on {device}, whose fused operators ONNX does not have: move it to the CPU")
     if format == "onnx" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("weights in bfloat16 are not exported to ONNX, whose runtimes lack it: use fp32 or fp16")

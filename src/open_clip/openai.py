@@ -59,7 +59,7 @@ def load_openai_model(
     """
     target = devices.as_asked(device)
     if precision is None:
-        precision = "fp32" if devices.row(target).default_precision == "fp32" else "fp16"
+        precision = "fp32" if devices.get(target).default_precision == "fp32" else "fp16"
     check_precision(precision)
     path, is_mapped = _find_archive(os.fspath(name), cache_dir)
     logger.info("Loading OpenAI's weights from %s as %s.", path, precision)

@@ -126,7 +126,7 @@ def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
     static_graph = cfg.ddp_static_graph and accum_freq == 1
     if cfg.ddp_static_graph and not static_graph and world.is_master:
         logger.warning("--ddp-static-graph has no effect: with --accum-freq the passes of a step are not alike.")
-    indexed = devices.row(world.device).indexed
+    indexed = devices.get(world.device).indexed
     return DistributedDataParallel(model, device_ids=[world.device] if indexed else None, static_graph=static_graph)
 
 

@@ -89,7 +89,7 @@ def init(cfg: DistributedConfig) -> World:
                 local_rank,
                 device,
             )
-        backend = _check_backend(cfg.dist_backend or devices.row(device).backend, device)
+        backend = _check_backend(cfg.dist_backend or devices.get(device).backend, device)
         _timeout = cfg.dist_timeout
         _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size)
     elif cfg.dist_backend:
@@ -229,12 +229,12 @@ def _check_backend(backend: str, device: torch.device) -> str:
     """`backend` ("hccl", or "cpu:gloo,npu:hccl") if it is there and moves tensors of `device`."""
     pairs = [pair.rpartition(":") for pair in backend.split(",")]
     named = next((name for kind, _, name in pairs if kind in ("", device.type)), None)
-    own = devices.row(device).backend
+    own = devices.get(device).backend
     advice = f"Leave --dist-backend out (it is then {own}), or choose another --device."
     if named is None:
         raise ValueError(f"--dist-backend {backend!r} names no backend for this run's device, {device}. {advice}")
     moved = dist.Backend.backend_capability.get(named.lower())
-    owner = next((row for row in devices.ROWS.values() if row.backend == named.lower()), None)
+    owner = next((kind for kind in devices.DEVICES.values() if kind.backend == named.lower()), None)
     if moved is None or device.type not in moved:
         missing = owner.why_missing() if owner else None
         raise ValueError(
@@ -252,7 +252,7 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
         _set_rendezvous()
     # Libraries that split data by worker (webdataset) read these, whoever the launcher was.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
-    for name, value in devices.row(device).collective_env.items():
+    for name, value in devices.get(device).collective_env.items():
         os.environ.setdefault(name, value)
     place = url.removeprefix("tcp://")
     if url.startswith("env://"):
@@ -317,7 +317,7 @@ def collective_device() -> torch.device:
     """Where tensors that hosts exchange must be: on the CPU, unless there is no `host_group` and the backend is the
     device's."""
     here = world()
-    own = host_group() is None and here.backend == devices.row(here.device).backend
+    own = host_group() is None and here.backend == devices.get(here.device).backend
     return here.device if own else torch.device("cpu")
 
 
@@ -349,7 +349,7 @@ def set_device(device: str | torch.device) -> None:
     """Makes a device with an index the process's current one."""
     device = torch.device(device)
     if device.index is not None:
-        devices.row(device).set_device(device.index)
+        devices.get(device).set_device(device.index)
 
 
 def is_using_horovod() -> bool:

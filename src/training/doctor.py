@@ -100,17 +100,17 @@ def _examine_versions(report: Report) -> None:
 
 
 def _examine_devices(report: Report) -> None:
-    for row in devices.ROWS.values():
-        report.versions.update(row.software())
-        report.problems.extend(row.problems())
-        report.environment.update({name: os.environ[name] for name in row.variables if name in os.environ})
-        reason = row.why_missing()
+    for kind in devices.DEVICES.values():
+        report.versions.update(kind.software())
+        report.problems.extend(kind.problems())
+        report.environment.update({name: os.environ[name] for name in kind.variables if name in os.environ})
+        reason = kind.why_missing()
         if reason is not None:
-            report.missing_devices[row.type] = reason
-        for index in range(row.count()):
-            name = f"{row.type}:{index}" if row.indexed else row.type
+            report.missing_devices[kind.type] = reason
+        for index in range(kind.count()):
+            name = f"{kind.type}:{index}" if kind.indexed else kind.type
             try:
-                found = {"device": name, "name": row.name(index), "memory": row.memory(index).get("total")}
+                found = {"device": name, "name": kind.name(index), "memory": kind.memory(index).get("total")}
             except Exception as error:  # whatever a driver raises is what the reader has to know
                 report.problems.append(f"{name} does not answer: {_first_line(error)}")
             else:
@@ -142,7 +142,7 @@ def _version(distribution: str) -> str | None:
 
 def _backends() -> list[str]:
     """Collective backends of the devices present that this torch has, without repetition."""
-    present = dict.fromkeys(row.backend for row in devices.ROWS.values() if row.is_available())
+    present = dict.fromkeys(kind.backend for kind in devices.DEVICES.values() if kind.is_available())
     return [backend for backend in present if torch.distributed.is_backend_available(backend)]
 
 
@@ -153,7 +153,7 @@ def _try_a_step(device: str) -> str | None:
         optimizer = torch.optim.AdamW(layer.parameters())
         layer(torch.ones(4, 8, device=device)).square().sum().backward()
         optimizer.step()
-        devices.row(device).synchronize()
+        devices.get(device).synchronize()
         finite = bool(torch.isfinite(layer.weight).all())
     except Exception as error:  # the point is to report whatever it is
         return _first_line(error)

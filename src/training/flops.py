@@ -177,7 +177,7 @@ def pairs_at_peak(
 ) -> float | None:
     """Image-text pairs a second that the chip could train on at its peak FLOP/s; None where that is not known."""
     dtype = precisions.dtype_of(precision, device)
-    peak = None if (dtype, fp32_matmul) == _WITHOUT_PEAK else devices.row(device).peak_flops(dtype, device.index)
+    peak = None if (dtype, fp32_matmul) == _WITHOUT_PEAK else devices.get(device).peak_flops(dtype, device.index)
     if peak is None:
         return None
     try:

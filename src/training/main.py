@@ -191,9 +191,9 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     logger.setup_logging(str(folder / file) if folder is not None and writes else None, level, include_host=local)
     if not world.is_master:
         return
-    row = devices.row(world.device)
+    kind = devices.get(world.device)
     log.info("Run %s on %d x %s (%s), precision %s.", cfg.checkpoint.name, world.world_size, world.device.type,
-             row.name(world.device.index), cfg.model.precision)  # fmt: skip
+             kind.name(world.device.index), cfg.model.precision)  # fmt: skip
     _warn((f"{sentence}." for sentence in warnings_for(options, world.world_size)), world)
     if folder is not None:
         lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
@@ -271,7 +271,7 @@ def _train_and_evaluate(
 ) -> None:
     """Builds everything once, in the order in which the parts need each other, and goes through the epochs."""
     chosen = str(cfg.model.precision)
-    devices.row(world.device).set_fast_matmul(cfg.model.fp32_matmul == "high")
+    devices.get(world.device).set_fast_matmul(cfg.model.fp32_matmul == "high")
     random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
     model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
     random_seed(cfg.data.seed, world.rank)

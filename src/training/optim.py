@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_clip.device import row
+from open_clip import device as devices
 from training import combined_adamw
 from training.params import OptimConfig
 
@@ -75,7 +75,7 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
         {"params": [p for name, p in named if not has_no_decay(name, p)], "weight_decay": cfg.wd},
     ]
     options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps)
-    optimizer = row(device).adamw(groups, cfg.fused_optimizer, **options)
+    optimizer = devices.get(device).adamw(groups, cfg.fused_optimizer, **options)
     if not isinstance(optimizer, torch.optim.AdamW):
         combined_adamw.guard(optimizer)
     return optimizer

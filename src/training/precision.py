@@ -23,7 +23,7 @@ def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision {precision!r}: known are {', '.join(PRECISIONS)}.")
     if precision == "amp":
-        return devices.row(device).amp_dtype
+        return devices.get(device).amp_dtype
     if precision == "fp32":
         return torch.float32
     return torch.float16 if precision.endswith("fp16") else torch.bfloat16
@@ -31,8 +31,8 @@ def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
 
 def available(device: str | torch.device) -> list[str]:
     """The precisions that the device has."""
-    row = devices.row(device)
-    return [precision for precision in PRECISIONS if row.supports(dtype_of(precision, device))]
+    kind = devices.get(device)
+    return [precision for precision in PRECISIONS if kind.supports(dtype_of(precision, device))]
 
 
 def resolve(precision: str | None, device: str | torch.device) -> str:
@@ -40,17 +40,17 @@ def resolve(precision: str | None, device: str | torch.device) -> str:
 
     Raises ValueError for a precision that is unknown, or that the device does not have, naming those it has.
     """
-    row = devices.row(device)
+    kind = devices.get(device)
     if precision is None:
-        return row.default_precision
+        return kind.default_precision
     dtype = dtype_of(precision, device)
-    if not row.supports(dtype):
+    if not kind.supports(dtype):
         raise ValueError(
             f"Precision {precision!r} needs {dtype}, which {device} does not have. "
             f"It has: {', '.join(available(device))}."
         )
     if precision == "amp" and dtype is torch.bfloat16:
-        logger.info("Precision amp on %s is autocast to bfloat16, without a gradient scaler.", row.type)
+        logger.info("Precision amp on %s is autocast to bfloat16, without a gradient scaler.", kind.type)
     return precision
 
 
@@ -63,9 +63,9 @@ def get_autocast(
     dtype = dtype_of(precision, device_type)
     if not precision.startswith("amp"):
         return contextlib.nullcontext
-    return functools.partial(devices.row(device_type).autocast, dtype)
+    return functools.partial(devices.get(device_type).autocast, dtype)
 
 
 def grad_scaler(precision: str, device: str | torch.device, **kwargs: Any) -> Any:
     """A new gradient scaler for fp16 autocast; None for every other precision."""
-    return devices.row(device).grad_scaler(**kwargs) if precision == "amp" else None
+    return devices.get(device).grad_scaler(**kwargs) if precision == "amp" else None

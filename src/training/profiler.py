@@ -176,26 +176,26 @@ def measure_model(
         MEASURED_COLUMNS: pairs a second and milliseconds a batch (median), GiB at the peak, and the share of the chip's
         peak FLOP/s in the precision used (0 to 1; None where the chip's peak is not known).
     """
-    row = devices.row(device)
+    kind = devices.get(device)
     precision = precisions.resolve(precision, device)
     autocast = precisions.get_autocast(precision, device)
     model = _build(model_name, device, precision)
     image_size, text_size = input_sizes(model)
     image = example_image(model, image_size, batch_size).to(get_input_dtype(precision) or torch.float32)
     text = example_text(model, text_size, batch_size)
-    row.reset_peak_memory(device.index)
+    kind.reset_peak_memory(device.index)
     times = []
     for _ in range(WARMUP_RUNS + MEASURED_RUNS):
         started = time.perf_counter()
         with torch.no_grad(), autocast():
             model(image, text)
-        row.synchronize()
+        kind.synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARMUP_RUNS:])
-    peak = row.peak_flops(precisions.dtype_of(precision, device), device.index)
-    memory = row.memory(device.index)
+    peak = kind.peak_flops(precisions.dtype_of(precision, device), device.index)
+    memory = kind.memory(device.index)
     return {
-        "device": row.name(device.index),
+        "device": kind.name(device.index),
         "precision": precision,
         "batch_size": batch_size,
         "images_per_s": round(batch_size / seconds, 1),

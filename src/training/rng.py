@@ -37,7 +37,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
             "gauss": float(cached),
         },
         "torch": torch.get_rng_state(),
-        "device": {"type": device.type, "state": devices.row(device).rng_state()},
+        "device": {"type": device.type, "state": devices.get(device).rng_state()},
     }
 
 
@@ -49,7 +49,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((numpy["name"], words, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
     torch.set_rng_state(state["torch"].cpu())
     if state["device"]["type"] == device.type:
-        devices.row(device).set_rng_state(state["device"]["state"].cpu())
+        devices.get(device).set_rng_state(state["device"]["state"].cpu())
 
 
 def _pack(words: np.ndarray) -> torch.Tensor:
@@ -62,13 +62,13 @@ def _unpack(words: torch.Tensor) -> np.ndarray:
 
 def torch_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """States of torch's generators alone, on the CPU and on `device`: what a model draws from. Waits for nothing."""
-    return torch.get_rng_state(), devices.row(device).rng_state()
+    return torch.get_rng_state(), devices.get(device).rng_state()
 
 
 def set_torch_state(state: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> None:
     """Restores what `torch_state` gave."""
     torch.set_rng_state(state[0])
-    devices.row(device).set_rng_state(state[1])
+    devices.get(device).set_rng_state(state[1])
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class HostCopy:
     """Copies of nested containers whose tensors are on the host, in memory that is kept for the next copy."""
 
     def __init__(self, device: torch.device) -> None:
-        self._row = devices.row(device)
+        self._row = devices.get(device)
         self._buffers: dict[tuple, Tensor] = {}
 
     def take(self, nested: Any) -> tuple[Any, Callable[[], None]]:

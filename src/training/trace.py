@@ -30,7 +30,7 @@ class StepTrace(contextlib.AbstractContextManager):
         if self._profiler is None and self._first - 1 <= number < self._end:
             warmup = max(self._first - number, 0)
             active = self._end - number - warmup
-            self._profiler = devices.row(self._device).profiler(str(self._folder), wait=0, warmup=warmup, active=active)
+            self._profiler = devices.get(self._device).profiler(str(self._folder), wait=0, warmup=warmup, active=active)
             self._profiler.start()
         yield
         if self._profiler is not None:

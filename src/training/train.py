@@ -438,7 +438,7 @@ def _line(
     for name, words in (("skipped_steps", "Bad steps"), ("scaler_overflows", "Overflows")):
         if numbers.get(name):
             parts.append(f"{words}: {numbers[name]:.0f}")
-    memory = devices.row(device).memory(device.index)
+    memory = devices.get(device).memory(device.index)
     if memory:
         parts.append(f"Memory: {memory['allocated'] / 2**30:.2f} GiB (peak {memory['peak'] / 2**30:.2f})")
     return " ".join(parts)

@@ -126,7 +126,7 @@ def test_training_with_zero_shot_imagenet(place: Path) -> None:
 @pytest.mark.slow
 def test_training_on_two_devices(place: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training.main"]
-    several = device.row(device.best()).count() > 1
+    several = device.get(device.best()).count() > 1
     run([*torchrun, *SMALL, *COMMAND, *([] if several else ["--device", "cpu", "--dist-backend=gloo"])], place)
     check_run(place, "imagenet-zeroshot-val-top1", "imagenet-zeroshot-val-top5")
 

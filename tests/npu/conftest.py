@@ -12,7 +12,7 @@ import pytest
 from open_clip import device
 
 HERE = Path(__file__).parent
-MISSING = device.row("npu").why_missing()
+MISSING = device.get("npu").why_missing()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -43,7 +43,7 @@ def make_batch(step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch
 
 def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """To the device as training does it: from memory that is pinned for it, without waiting."""
-    if devices.row(device).pin_memory:
+    if devices.get(device).pin_memory:
         batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 

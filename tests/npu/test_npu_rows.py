@@ -13,7 +13,7 @@ from open_clip import device as devices
 from training import doctor, precision
 from training.checkpoint import TrainState
 
-NPU = devices.row("npu")
+NPU = devices.get("npu")
 
 
 def test_the_npu_is_the_best_device_there_is() -> None:
@@ -44,7 +44,7 @@ def test_an_index_picks_a_card_and_one_too_many_is_an_error() -> None:
 CHIP = """
     import open_clip.device as device, torch
     from training import precision
-    row = device.row("npu")
+    row = device.get("npu")
     print(row.name(0), ",".join(precision.available("npu")), row.peak_flops(torch.float16, 0) / 1e12)
     try:
         print(precision.resolve("amp_bf16", "npu"))

@@ -119,8 +119,8 @@ def test_the_scaler_waits_as_often_as_it_must(form: str, synchronised: list[str]
 
 def waits_of_the_scaler_alone() -> float:
     weight = torch.nn.Parameter(torch.ones(4, device=NPU))
-    optimizer = devices.row(NPU).adamw([weight], "off", lr=0.1)
-    scaler = devices.row(NPU).grad_scaler()
+    optimizer = devices.get(NPU).adamw([weight], "off", lr=0.1)
+    scaler = devices.get(NPU).grad_scaler()
 
     def step() -> None:
         optimizer.zero_grad()

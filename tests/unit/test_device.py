@@ -67,14 +67,14 @@ def install_npu(monkeypatch, fake, version=torch.__version__):
         npu_gelu=lambda x, approximate: ("gelu", approximate),
     )
     monkeypatch.setattr(torch, "npu", fake, raising=False)
-    monkeypatch.setattr(devices, "_torch_npu", library)
-    monkeypatch.setattr(devices, "_torch_npu_failure", None)
+    monkeypatch.setattr(devices.npu_loading, "torch_npu", library)
+    monkeypatch.setattr(devices.npu_loading, "failure", None)
     return fake
 
 
 def absent(monkeypatch, *kinds):
     for kind in kinds:
-        monkeypatch.setattr(type(devices.ROWS[kind]), "is_available", lambda self: False)
+        monkeypatch.setattr(type(devices.DEVICES[kind]), "is_available", lambda self: False)
 
 
 # Names
@@ -82,29 +82,29 @@ def absent(monkeypatch, *kinds):
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1", "NPU:3", "mps", "xpu:0"])
 def test_row_of_a_name(name):
-    assert devices.row(name).type == name.split(":")[0].lower()
+    assert devices.get(name).type == name.split(":")[0].lower()
 
 
 def test_row_of_a_torch_device():
-    assert devices.row(torch.device("cuda", 1)) is devices.ROWS["cuda"]
+    assert devices.get(torch.device("cuda", 1)) is devices.DEVICES["cuda"]
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "", "npu:", "npu:-1", torch.device("meta")])
 def test_unknown_device_names_the_known(name):
     with pytest.raises(ValueError, match="npu, cuda, xpu, mps, cpu"):
-        devices.row(name)
+        devices.get(name)
 
 
 def test_order_of_preference_ends_at_the_cpu(monkeypatch):
     absent(monkeypatch, "npu", "cuda", "xpu", "mps")
     assert devices.best() == torch.device("cpu")
-    assert list(devices.ROWS) == ["npu", "cuda", "xpu", "mps", "cpu"]
+    assert list(devices.DEVICES) == ["npu", "cuda", "xpu", "mps", "cpu"]
 
 
 def test_best_prefers_cuda_to_xpu(monkeypatch):
     absent(monkeypatch, "npu", "mps")
     for kind in ("cuda", "xpu"):
-        monkeypatch.setattr(type(devices.ROWS[kind]), "is_available", lambda self: True)
+        monkeypatch.setattr(type(devices.DEVICES[kind]), "is_available", lambda self: True)
     assert devices.best() == torch.device("cuda")
 
 
@@ -112,8 +112,8 @@ def test_best_prefers_cuda_to_xpu(monkeypatch):
 
 
 def test_resolve_gives_each_rank_its_own(monkeypatch):
-    monkeypatch.setattr(devices.CudaRow, "is_available", lambda self: True)
-    monkeypatch.setattr(devices.CudaRow, "count", lambda self: 4)
+    monkeypatch.setattr(devices.CudaDevice, "is_available", lambda self: True)
+    monkeypatch.setattr(devices.CudaDevice, "count", lambda self: 4)
     assert devices.resolve("cuda") == torch.device("cuda:0")
     assert devices.resolve("cuda", local_rank=3) == torch.device("cuda:3")
     assert devices.resolve("cuda:1", local_rank=3) == torch.device("cuda:1")
@@ -131,38 +131,38 @@ def test_asking_for_a_device_that_is_missing_says_what_is_missing(monkeypatch, k
     absent(monkeypatch, kind)
     with pytest.raises(RuntimeError, match=f"Device '{kind}' was asked for and is not there") as caught:
         devices.resolve(kind)
-    assert devices.ROWS[kind].why_missing() in str(caught.value)
+    assert devices.DEVICES[kind].why_missing() in str(caught.value)
 
 
 def test_why_an_npu_is_missing(monkeypatch):
-    row = devices.ROWS["npu"]
-    monkeypatch.setattr(devices, "_torch_npu", None)
-    monkeypatch.setattr(devices, "_torch_npu_failure", None)
-    assert "pip install torch_npu" in row.why_missing()
-    monkeypatch.setattr(devices, "_torch_npu_failure", "ImportError: libhccl.so")
-    assert "libhccl.so" in row.why_missing()
-    assert "set_env.sh" in row.why_missing()
+    kind = devices.DEVICES["npu"]
+    monkeypatch.setattr(devices.npu_loading, "torch_npu", None)
+    monkeypatch.setattr(devices.npu_loading, "failure", None)
+    assert "pip install torch_npu" in kind.why_missing()
+    monkeypatch.setattr(devices.npu_loading, "failure", "ImportError: libhccl.so")
+    assert "libhccl.so" in kind.why_missing()
+    assert "set_env.sh" in kind.why_missing()
     install_npu(monkeypatch, FakeNpu(count=0))
-    assert "ASCEND_RT_VISIBLE_DEVICES" in row.why_missing()
+    assert "ASCEND_RT_VISIBLE_DEVICES" in kind.why_missing()
     install_npu(monkeypatch, FakeNpu())
-    assert row.why_missing() is None
+    assert kind.why_missing() is None
 
 
-# The NPU's row
+# The NPU's kind
 
 
 def test_npu_memory(npu):
-    mebi = {key: value >> 20 for key, value in devices.row("npu").memory(0).items()}
+    mebi = {key: value >> 20 for key, value in devices.get("npu").memory(0).items()}
     assert mebi == {"allocated": 1, "reserved": 2, "peak": 3, "total": 64 << 10}
 
 
 def test_npu_calls_reach_its_module(npu):
-    row = devices.row("npu")
-    row.set_device(1)
-    row.manual_seed(7)
-    row.synchronize()
-    row.reset_peak_memory(1)
-    row.set_rng_state("state")
+    kind = devices.get("npu")
+    kind.set_device(1)
+    kind.manual_seed(7)
+    kind.synchronize()
+    kind.reset_peak_memory(1)
+    kind.set_rng_state("state")
     assert npu.calls == [
         ("set_device", 1), ("manual_seed_all", 7), ("synchronize",), ("reset_peak_memory_stats", 1),
         ("set_rng_state", "state"),
@@ -171,21 +171,21 @@ def test_npu_calls_reach_its_module(npu):
 
 def test_npu_fast_matmul_sets_products_and_convolutions_alike(npu):
     for enabled in (True, False):
-        devices.row("npu").set_fast_matmul(enabled)
+        devices.get("npu").set_fast_matmul(enabled)
         assert (npu.matmul.allow_hf32, npu.conv.allow_hf32) == (enabled, enabled)
 
 
 def test_npu_scaler_is_its_own(npu):
-    assert devices.row("npu").grad_scaler(init_scale=4.0) == ("npu scaler", {"init_scale": 4.0})
+    assert devices.get("npu").grad_scaler(init_scale=4.0) == ("npu scaler", {"init_scale": 4.0})
 
 
 def test_first_generation_has_no_bf16(monkeypatch):
     install_npu(monkeypatch, FakeNpu("Ascend910A", bf16=False))
-    row = devices.row("npu")
-    assert row.supports(torch.float16)
-    assert not row.supports(torch.bfloat16)
-    assert row.peak_flops(torch.float16) == 256e12
-    assert row.peak_flops(torch.bfloat16) is None
+    kind = devices.get("npu")
+    assert kind.supports(torch.float16)
+    assert not kind.supports(torch.bfloat16)
+    assert kind.peak_flops(torch.float16) == 256e12
+    assert kind.peak_flops(torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_first_generation_has_no_bf16(monkeypatch):
 )
 def test_ascend_peaks(monkeypatch, name, tera):
     install_npu(monkeypatch, FakeNpu(name))
-    peak = devices.row("npu").peak_flops(torch.float16)
+    peak = devices.get("npu").peak_flops(torch.float16)
     assert (None if peak is None else round(peak / 1e12, 1)) == tera
 
 
@@ -207,22 +207,22 @@ def test_ascend_peaks(monkeypatch, name, tera):
      ("NVIDIA A10G", 125, 125), ("NVIDIA GeForce RTX 4090 Laptop GPU", 165.2, 165.2), ("NVIDIA A1000", None, None)],
 )
 def test_nvidia_peaks(monkeypatch, name, fp16, bf16):
-    monkeypatch.setattr(devices.CudaRow, "is_available", lambda self: True)
-    monkeypatch.setattr(devices.CudaRow, "name", lambda self, index=None: name)
+    monkeypatch.setattr(devices.CudaDevice, "is_available", lambda self: True)
+    monkeypatch.setattr(devices.CudaDevice, "name", lambda self, index=None: name)
     for dtype, tera in ((torch.float16, fp16), (torch.bfloat16, bf16)):
-        assert devices.row("cuda").peak_flops(dtype) == (None if tera is None else tera * 1e12)
-    assert devices.row("cuda").peak_flops(torch.float64) is None
+        assert devices.get("cuda").peak_flops(dtype) == (None if tera is None else tera * 1e12)
+    assert devices.get("cuda").peak_flops(torch.float64) is None
 
 
 def test_npu_profiler_is_torch_npus(npu, monkeypatch):
     asked = {}
-    monkeypatch.setattr(devices._torch_npu, "profiler", SimpleNamespace(
+    monkeypatch.setattr(devices.npu_loading.torch_npu, "profiler", SimpleNamespace(
         ProfilerActivity=SimpleNamespace(CPU="host", NPU="device"),
         schedule=lambda **kwargs: kwargs,
         tensorboard_trace_handler=lambda folder: folder,
         profile=lambda **kwargs: asked.update(kwargs) or "profiler",
     ), raising=False)
-    assert devices.row("npu").profiler("traces", active=5) == "profiler"
+    assert devices.get("npu").profiler("traces", active=5) == "profiler"
     assert asked["activities"] == ["host", "device"]
     assert asked["schedule"]["active"] == 5
     assert asked["on_trace_ready"] == "traces"
@@ -230,20 +230,20 @@ def test_npu_profiler_is_torch_npus(npu, monkeypatch):
 
 def test_versions_that_do_not_match_are_a_problem_with_its_mend(monkeypatch):
     install_npu(monkeypatch, FakeNpu(), version="1.11.0.post3")
-    (problem,) = devices.row("npu").problems()
+    (problem,) = devices.get("npu").problems()
     assert "1.11.0.post3" in problem
     assert torch.__version__ in problem
     install_npu(monkeypatch, FakeNpu())
-    assert devices.row("npu").problems() == []
+    assert devices.get("npu").problems() == []
 
 
 def test_cann_version_is_read_from_its_files(npu, monkeypatch, tmp_path):
     (tmp_path / "compiler").mkdir()
     (tmp_path / "compiler/version.info").write_text("Version=8.5.0.B131\ntimestamp=20251101\n")
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
-    assert devices.row("npu").software()["CANN"] == "8.5.0.B131"
+    assert devices.get("npu").software()["CANN"] == "8.5.0.B131"
     (tmp_path / "compiler/version.info").unlink()
-    assert str(tmp_path) in devices.row("npu").software()["CANN"]
+    assert str(tmp_path) in devices.get("npu").software()["CANN"]
 
 
 # Activations
@@ -258,11 +258,11 @@ def test_plain_activations_on_any_device():
 
 
 def test_npu_activations_are_fused(npu):
-    row, x = devices.row("npu"), torch.ones(2)
-    assert row.quick_gelu(x)[0] == "fast_gelu"
-    assert row.gelu(x) == ("gelu", "none")
-    assert row.gelu(x, "tanh") == ("gelu", "tanh")
-    assert torch.is_tensor(row.quick_gelu(x.double()))  # the fused kernel has no double
+    kind, x = devices.get("npu"), torch.ones(2)
+    assert kind.quick_gelu(x)[0] == "fast_gelu"
+    assert kind.gelu(x) == ("gelu", "none")
+    assert kind.gelu(x, "tanh") == ("gelu", "tanh")
+    assert torch.is_tensor(kind.quick_gelu(x.double()))  # the fused kernel has no double
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def elementary():
 
 
 def test_fused_operators_can_be_switched_off(npu, elementary, monkeypatch):
-    monkeypatch.setattr(devices, "_PLAIN", devices.ROWS["npu"])  # whose operators would be taken now
+    monkeypatch.setattr(devices.ops, "_PLAIN", devices.DEVICES["npu"])  # whose operators would be taken now
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
     torch.testing.assert_close(devices.gelu(x), torch.nn.functional.gelu(x))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("fused"))
@@ -281,8 +281,8 @@ def test_fused_operators_can_be_switched_off(npu, elementary, monkeypatch):
 
 
 def test_switched_off_means_the_plain_row(monkeypatch):
-    rows = {**devices.ROWS, "cpu": SimpleNamespace(quick_gelu=lambda x: "fused", gelu=lambda x, approximate: "fused")}
-    monkeypatch.setattr(devices, "ROWS", rows)
+    fused = SimpleNamespace(quick_gelu=lambda x: "fused", gelu=lambda x, approximate: "fused")
+    monkeypatch.setitem(devices.DEVICES, "cpu", fused)
     assert devices.quick_gelu(torch.ones(1)) == devices.gelu(torch.ones(1)) == "fused"
     devices.use_fused_ops(False)
     try:
@@ -297,13 +297,13 @@ def test_switched_off_for_a_while_only():
     fused = devices.attention(query, key, value, is_causal=True)
     with devices.elementary_ops():
         torch.testing.assert_close(devices.attention(query, key, value, is_causal=True), fused)
-        assert not devices._fused_ops
-    assert devices._fused_ops
+        assert not devices.ops._fused_ops
+    assert devices.ops._fused_ops
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_fused_operators_by_the_environment(value):
-    program = "from open_clip import device; print(device._fused_ops)"
+    program = "from open_clip import device; print(device.ops._fused_ops)"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPEN_CLIP_FUSED_OPS": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [str(value == "1")], done.stderr
@@ -335,50 +335,50 @@ def test_torch_npu_s_fused_adamw_is_for_an_npu(npu):
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     for kind in ("cpu", "cuda"):
         with pytest.raises(ValueError, match=f"runs on an NPU only, and this is {kind}"):
-            devices.row(kind).adamw(groups, "npu")
-    devices._torch_npu.optim = SimpleNamespace(NpuFusedAdamW=lambda groups, **options: (groups, options))
-    assert devices.row("npu").adamw(groups, "npu", lr=0.5) == (groups, {"lr": 0.5})
+            devices.get(kind).adamw(groups, "npu")
+    devices.npu_loading.torch_npu.optim = SimpleNamespace(NpuFusedAdamW=lambda groups, **options: (groups, options))
+    assert devices.get("npu").adamw(groups, "npu", lr=0.5) == (groups, {"lr": 0.5})
 
 
 @pytest.mark.parametrize(("form", "fused"), [("auto", None), ("torch", True), ("off", None)])
 def test_npu_scaler_unscales_for_adamw(npu, form, fused):
     """torch_npu's scaler passes itself to the step of an optimizer that says it unscales; AdamW's step has no such
     argument."""
-    optimizer = devices.row("npu").adamw([torch.nn.Parameter(torch.ones(2))], form)
+    optimizer = devices.get("npu").adamw([torch.nn.Parameter(torch.ones(2))], form)
     assert optimizer.param_groups[0]["fused"] is fused
     assert not optimizer._step_supports_amp_scaling
 
 
-# The CPU's row, for real
+# The CPU's kind, for real
 
 
 def test_cpu_row():
-    row = devices.row("cpu")
-    assert row.backend == "gloo"
-    assert row.default_precision == "fp32"
-    assert not row.pin_memory
-    assert row.grad_scaler() is None
-    assert row.peak_flops(torch.float32) is None
-    with row.autocast(torch.bfloat16):
+    kind = devices.get("cpu")
+    assert kind.backend == "gloo"
+    assert kind.default_precision == "fp32"
+    assert not kind.pin_memory
+    assert kind.grad_scaler() is None
+    assert kind.peak_flops(torch.float32) is None
+    with kind.autocast(torch.bfloat16):
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
-    state = row.rng_state()
+    state = kind.rng_state()
     first = torch.rand(3)
-    row.set_rng_state(state)
+    kind.set_rng_state(state)
     assert torch.equal(first, torch.rand(3))
-    row.manual_seed(3)
+    kind.manual_seed(3)
     second = torch.rand(3)
-    row.manual_seed(3)
+    kind.manual_seed(3)
     assert torch.equal(second, torch.rand(3))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_cpu_memory_is_this_process_in_bytes():
-    memory = devices.row("cpu").memory()
+    memory = devices.get("cpu").memory()
     assert 10 << 20 < memory["allocated"] <= memory["peak"] < memory["total"]
 
 
 def test_cpu_profiler_writes_a_trace(tmp_path):
-    with devices.row("cpu").profiler(str(tmp_path), wait=0, warmup=1, active=1) as profiler:
+    with devices.get("cpu").profiler(str(tmp_path), wait=0, warmup=1, active=1) as profiler:
         for _ in range(2):
             torch.ones(2) + 1
             profiler.step()
@@ -389,9 +389,9 @@ def test_cuda_tf32_is_set_for_products_and_convolutions(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
-    devices.row("cuda").set_fast_matmul(True)
+    devices.get("cuda").set_fast_matmul(True)
     assert (asked[-1], torch.backends.cudnn.allow_tf32) == ("high", True)
-    devices.row("cuda").set_fast_matmul(False)
+    devices.get("cuda").set_fast_matmul(False)
     assert (asked[-1], torch.backends.cudnn.allow_tf32) == ("highest", False)
 
 
@@ -432,7 +432,7 @@ def test_torch_npu_without_cann_is_one_warning_and_the_next_device(tmp_path):
         logging.basicConfig()
         from open_clip import device
         import os
-        print(device.ROWS["npu"].is_available(), device.best().type, os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"])
+        print(device.DEVICES["npu"].is_available(), device.best().type, os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"])
     """
     result = run_with_torch_npu(tmp_path, BROKEN, program)
     assert result.returncode == 0, result.stderr
@@ -474,16 +474,16 @@ def test_mps_row(monkeypatch):
     monkeypatch.setattr(torch, "mps", fake)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
-    row = devices.row("mps")
-    assert row.memory() == {"allocated": 1, "reserved": 2, "peak": 1, "total": 3}
-    row.manual_seed(5)
+    kind = devices.get("mps")
+    assert kind.memory() == {"allocated": 1, "reserved": 2, "peak": 1, "total": 3}
+    kind.manual_seed(5)
     assert calls == [5]
     assert devices.resolve("mps:0", local_rank=0) == torch.device("mps")
-    assert not row.supports(torch.bfloat16)
-    assert row.amp_dtype == torch.float16
+    assert not kind.supports(torch.bfloat16)
+    assert kind.amp_dtype == torch.float16
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 5))
-    assert row.amp_dtype == torch.bfloat16
-    assert row.grad_scaler() is None
+    assert kind.amp_dtype == torch.bfloat16
+    assert kind.grad_scaler() is None
 
 
 @pytest.mark.parametrize(("kind", "version", "message"), [
@@ -494,17 +494,17 @@ def test_a_build_without_and_a_host_without_are_told_apart(monkeypatch, kind, ve
     absent(monkeypatch, kind)
     monkeypatch.setattr(torch.version, kind, version, raising=False)
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
-    assert message in devices.row(kind).why_missing()
+    assert message in devices.get(kind).why_missing()
 
 
 def test_xpu_row_asks_its_module(monkeypatch):
     fake = FakeNpu("Intel Data Center GPU Max 1550", count=1)
     monkeypatch.setattr(torch, "xpu", fake)
-    row = devices.row("xpu")
-    assert (row.backend, row.default_precision, row.count()) == ("xccl", "amp", 1)
-    assert row.memory()["total"] == 64 << 30
-    assert row.peak_flops(torch.float16) is None
-    row.set_device(0)
+    kind = devices.get("xpu")
+    assert (kind.backend, kind.default_precision, kind.count()) == ("xccl", "amp", 1)
+    assert kind.memory()["total"] == 64 << 30
+    assert kind.peak_flops(torch.float16) is None
+    kind.set_device(0)
     assert fake.calls == [("set_device", 0)]
 
 
@@ -515,8 +515,8 @@ def test_an_index_is_of_the_accelerator(monkeypatch):
     with pytest.raises(ValueError, match="Unknown device 'True'"):
         devices.as_asked(True)
     monkeypatch.setattr(devices, "best", lambda: torch.device("cuda"))
-    monkeypatch.setattr(type(devices.ROWS["cuda"]), "is_available", lambda row: True)
-    monkeypatch.setattr(type(devices.ROWS["cuda"]), "count", lambda row: 2)
+    monkeypatch.setattr(type(devices.DEVICES["cuda"]), "is_available", lambda kind: True)
+    monkeypatch.setattr(type(devices.DEVICES["cuda"]), "count", lambda kind: 2)
     assert devices.as_asked(1) == torch.device("cuda", 1)
     with pytest.raises(RuntimeError, match="cuda:2 was asked for"):
         devices.as_asked(2)

@@ -113,7 +113,7 @@ def test_world_size_one_under_torchrun_makes_no_group(monkeypatch):
 
 
 def test_a_device_that_is_missing_is_an_error(monkeypatch):
-    monkeypatch.setattr(devices.NpuRow, "is_available", lambda self: False)
+    monkeypatch.setattr(devices.NpuDevice, "is_available", lambda self: False)
     with pytest.raises(RuntimeError, match="'npu' was asked for and is not there"):
         distributed.init(config(device="npu"))
 
@@ -132,9 +132,9 @@ def two_ranks(monkeypatch):
 
 
 def fake_cuda(monkeypatch, current):
-    monkeypatch.setattr(devices.CudaRow, "is_available", lambda self: True)
-    monkeypatch.setattr(devices.CudaRow, "count", lambda self: 2)
-    monkeypatch.setattr(devices.CudaRow, "set_device", lambda self, index: current.append(index))
+    monkeypatch.setattr(devices.CudaDevice, "is_available", lambda self: True)
+    monkeypatch.setattr(devices.CudaDevice, "count", lambda self: 2)
+    monkeypatch.setattr(devices.CudaDevice, "set_device", lambda self, index: current.append(index))
 
 
 def test_the_backend_is_the_devices_and_the_device_is_current_before_joining(monkeypatch, two_ranks):
@@ -171,7 +171,7 @@ def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
 def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypatch, two_ranks):
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "")
     monkeypatch.delenv("HCCL_CONNECT_TIMEOUT")
-    monkeypatch.setattr(devices.CpuRow, "collective_env", devices.NpuRow.collective_env)
+    monkeypatch.setattr(devices.CpuDevice, "collective_env", devices.NpuDevice.collective_env)
     distributed.init(config())
     assert int(os.environ["HCCL_CONNECT_TIMEOUT"]) > 120
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "7")
@@ -264,7 +264,7 @@ def test_horovod_is_refused():
 
 
 def test_is_device_available(monkeypatch):
-    monkeypatch.setattr(devices.XpuRow, "is_available", lambda self: False)
+    monkeypatch.setattr(devices.XpuDevice, "is_available", lambda self: False)
     assert distributed.is_device_available("cpu")
     assert not distributed.is_device_available("xpu:0")
     assert not distributed.is_device_available("abacus")

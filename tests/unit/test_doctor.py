@@ -32,12 +32,12 @@ def test_json_holds_the_same(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["can_train"] is True
     assert found["versions"]["torch"] == torch.__version__
-    assert {"device": "cpu", "name": devices.row("cpu").name(), "memory": devices.row("cpu").memory().get("total")} in (
+    assert {"device": "cpu", "name": devices.get("cpu").name(), "memory": devices.get("cpu").memory().get("total")} in (
         found["devices"]
     )
     assert "amp_bf16" in found["precisions"]
     assert found["missing_devices"].keys() | {device["device"].split(":")[0] for device in found["devices"]} == set(
-        devices.ROWS
+        devices.DEVICES
     )
 
 
@@ -84,7 +84,7 @@ def test_an_npu_is_described_with_its_software(monkeypatch, tmp_path):
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(torch, "npu", fake, raising=False)
-    monkeypatch.setattr(devices, "_torch_npu", SimpleNamespace(__version__="1.11.0"))
+    monkeypatch.setattr(devices.npu_loading, "torch_npu", SimpleNamespace(__version__="1.11.0"))
     report = doctor.Report()
     doctor._examine_devices(report)
     text = doctor.render(report)
@@ -99,7 +99,7 @@ def test_a_driver_that_raises_is_reported_and_survived(monkeypatch):
     def broken(self, index=None):
         raise RuntimeError("driver: error 507899\nmore lines")
 
-    monkeypatch.setattr(devices.CpuRow, "memory", broken)
+    monkeypatch.setattr(devices.CpuDevice, "memory", broken)
     report = doctor.examine()
     assert report.problems == ["cpu does not answer: RuntimeError: driver: error 507899"]
     assert report.can_train

@@ -162,7 +162,7 @@ def test_steps_are_traced_into_the_run_s_folder(inputs, plain, tmp_path):
 @pytest.mark.parametrize(("flags", "fast"), [([], True), (["--fp32-matmul", "highest"], False)])
 def test_fp32_products_are_fast_unless_told_otherwise(inputs, tmp_path, monkeypatch, flags, fast):
     asked = []
-    monkeypatch.setattr(devices.CpuRow, "set_fast_matmul", lambda self, enabled: asked.append(enabled))
+    monkeypatch.setattr(devices.CpuDevice, "set_fast_matmul", lambda self, enabled: asked.append(enabled))
     train(inputs, tmp_path, "--epochs", 1, *flags)
     assert asked == [fast]
 

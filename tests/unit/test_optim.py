@@ -97,7 +97,7 @@ def test_nothing_to_train_is_an_error(model):
     ("auto", True, True), ("auto", False, None), ("torch", False, True), ("off", True, None),
 ])  # fmt: skip
 def test_fused_follows_the_option_and_the_device(model, monkeypatch, choice, of_device, expected):
-    monkeypatch.setattr(type(devices.row("cpu")), "fused_adamw", of_device)
+    monkeypatch.setattr(type(devices.get("cpu")), "fused_adamw", of_device)
     optimizer = create_optimizer(model, config("--fused-optimizer", choice), torch.device("cpu"))
     assert {group["fused"] for group in optimizer.param_groups} == {expected}
 

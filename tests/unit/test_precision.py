@@ -11,7 +11,7 @@ from training import precision
 
 
 def without_bf16(monkeypatch):
-    monkeypatch.setattr(devices.CudaRow, "supports", lambda self, dtype: dtype in (torch.float32, torch.float16))
+    monkeypatch.setattr(devices.CudaDevice, "supports", lambda self, dtype: dtype in (torch.float32, torch.float16))
 
 
 def test_default_is_the_devices_own():
@@ -61,7 +61,7 @@ def test_other_precisions_change_nothing(name):
 
 
 def test_the_scaler_is_the_devices_and_for_amp_alone(monkeypatch):
-    monkeypatch.setattr(devices.NpuRow, "grad_scaler", lambda self, **kwargs: ("scaler", kwargs))
+    monkeypatch.setattr(devices.NpuDevice, "grad_scaler", lambda self, **kwargs: ("scaler", kwargs))
     assert precision.grad_scaler("amp", "npu:0", init_scale=2.0) == ("scaler", {"init_scale": 2.0})
     assert [precision.grad_scaler(name, "npu") for name in precision.PRECISIONS[1:]] == [None] * 7
 

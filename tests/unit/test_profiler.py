@@ -107,7 +107,7 @@ def test_other_profilers_are_refused(name, says):
 
 
 def test_measuring_runs_on_the_device_and_takes_its_share_of_the_peak(monkeypatch):
-    monkeypatch.setattr(devices.CpuRow, "peak_flops", lambda self, dtype, index=None: {torch.float32: 1e6}[dtype])
+    monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index=None: {torch.float32: 1e6}[dtype])
     ticks = iter(range(1000))
     monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(ticks) / 2)  # half a second a run
     row = profiler.measure_model("tiny", gflops=1e-3, batch_size=4, device=torch.device("cpu"))
@@ -115,7 +115,7 @@ def test_measuring_runs_on_the_device_and_takes_its_share_of_the_peak(monkeypatc
     assert (row["precision"], row["batch_size"]) == ("fp32", 4)
     assert (row["images_per_s"], row["ms_per_batch"]) == (8.0, 500.0)
     assert row["peak_flops_share"] == 8.0  # 8 MFLOP/s of 1
-    assert row["device"] == devices.row("cpu").name()
+    assert row["device"] == devices.get("cpu").name()
 
 
 @pytest.mark.parametrize("precision", ["amp", "bf16", "pure_bf16"])

@@ -35,7 +35,7 @@ def test_the_profiler_sees_the_steps_asked_for_and_one_before(monkeypatch, tmp_p
                                                               steps):  # fmt: skip
     profiler, asked = Profiler(), []
     monkeypatch.setattr(
-        devices.CpuRow, "profiler", lambda self, folder, **schedule: asked.append((folder, schedule)) or profiler
+        devices.CpuDevice, "profiler", lambda self, folder, **schedule: asked.append((folder, schedule)) or profiler
     )
     with StepTrace(CPU, tmp_path, first, end) as trace:
         for number in run:

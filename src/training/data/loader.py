@@ -92,7 +92,7 @@ class Loader(DataLoader):
         position: Position | None = None,
     ) -> None:
         world = distributed.world()
-        options: dict[str, Any] = {"pin_memory": device.row(world.device).pin_memory}
+        options: dict[str, Any] = {"pin_memory": device.get(world.device).pin_memory}
         if options["pin_memory"] and _torch_version() < (2, 9):
             options["pin_memory_device"] = world.device.type  # later, that of the current accelerator
         if workers > 0:

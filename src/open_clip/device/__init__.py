@@ -1,0 +1,24 @@
+"""Every fact about a kind of device: the rest of the package asks here and never compares a device's name.
+
+Import this package before torch (see `npu_loading`). Nothing is asked of a driver while it is imported.
+"""
+from __future__ import annotations
+
+from . import npu_loading as npu_loading  # before torch
+from .base import Device as Device
+from .cpu import CpuDevice as CpuDevice
+from .cuda import CudaDevice as CudaDevice
+from .mps import MpsDevice as MpsDevice
+from .npu import NpuDevice as NpuDevice
+from .ops import attention as attention
+from .ops import elementary_ops as elementary_ops
+from .ops import gelu as gelu
+from .ops import quick_gelu as quick_gelu
+from .ops import use_fused_ops as use_fused_ops
+from .table import DEVICES as DEVICES
+from .table import as_asked as as_asked
+from .table import best as best
+from .table import get as get
+from .table import is_out_of_memory as is_out_of_memory
+from .table import resolve as resolve
+from .xpu import XpuDevice as XpuDevice

@@ -1,0 +1,168 @@
+"""What the rest of the package may ask of a kind of device; the base class is an accelerator that torch supports."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from . import npu_loading as npu_loading  # before torch
+
+import torch  # isort: skip
+import torch.nn.functional as F
+
+from . import peaks
+
+
+class Device:
+    """One kind of device. The base is an accelerator whose functions are in the module `torch.<type>`."""
+
+    type: ClassVar[str]
+    backend: ClassVar[str]  # of its collectives
+    collective_env: ClassVar[dict[str, str]] = {}  # set before the process group is made, where the user has not
+    default_precision: ClassVar[str] = "amp"
+    pin_memory: ClassVar[bool] = True  # host memory pinned for it makes copies asynchronous
+    fused_adamw: ClassVar[bool] = True  # torch.optim.AdamW(fused=True) is the best choice on it
+    indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
+    peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
+    variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
+
+    def __repr__(self) -> str:
+        return f"<device {self.type}>"
+
+    @property
+    def module(self) -> Any:
+        """`torch.<type>`; None where this torch does not have it."""
+        return getattr(torch, self.type, None)
+
+    # What is there
+
+    def is_available(self) -> bool:
+        return self.module is not None and bool(self.module.is_available())
+
+    def why_missing(self) -> str | None:
+        """What is missing and how to mend it, in a sentence; None where the device is there."""
+        return None if self.is_available() else f"torch {torch.__version__} finds no {self.type} device."
+
+    def count(self) -> int:
+        return int(self.module.device_count()) if self.is_available() else 0
+
+    def name(self, index: int | None = None) -> str:
+        """The chip's name as its driver gives it, such as "Ascend910B3"."""
+        return str(self.module.get_device_name(index))
+
+    def software(self) -> dict[str, str]:
+        """Versions of what drives the device, for reports."""
+        return {}
+
+    def problems(self) -> list[str]:
+        """What is wrong with the software of this device although it may run, each with its mend."""
+        return []
+
+    # Running on it
+
+    def set_device(self, index: int) -> None:
+        self.module.set_device(index)
+
+    def synchronize(self) -> None:
+        self.module.synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        """A function that returns when the device has done what is queued by now; any thread may call it."""
+        event = self.module.Event()
+        event.record()
+        return event.synchronize
+
+    def manual_seed(self, seed: int) -> None:
+        self.module.manual_seed_all(seed)
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the current device's generator (uint8, on the CPU)."""
+        return self.module.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.module.set_rng_state(state)
+
+    def memory(self, index: int | None = None) -> dict[str, int]:
+        """Bytes: allocated by tensors, reserved from the driver, peak of allocated, total of the device."""
+        return {
+            "allocated": int(self.module.memory_allocated(index)),
+            "reserved": int(self.module.memory_reserved(index)),
+            "peak": int(self.module.max_memory_allocated(index)),
+            "total": int(self.module.get_device_properties(index or 0).total_memory),
+        }
+
+    def reset_peak_memory(self, index: int | None = None) -> None:
+        self.module.reset_peak_memory_stats(index)
+
+    # Precision
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether models can be trained in this dtype on the device present."""
+        if dtype == torch.bfloat16:
+            return self.is_available() and bool(self.module.is_bf16_supported())
+        return dtype in (torch.float32, torch.float16)
+
+    @property
+    def amp_dtype(self) -> torch.dtype:
+        """What the precision "amp" computes in: float16 where a gradient scaler exists, which it needs."""
+        return torch.float16
+
+    def autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.type, dtype=dtype)
+
+    def grad_scaler(self, **kwargs: Any) -> Any:
+        """A new gradient scaler for fp16 autocast; None where "amp" needs none."""
+        return torch.amp.GradScaler(self.type, **kwargs)
+
+    def set_fast_matmul(self, enabled: bool) -> None:
+        """fp32 products in a format of fewer mantissa bits (TF32, HF32): faster, about 3 decimal digits."""
+
+    # Speed
+
+    def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
+        """AdamW that works together with this device's `grad_scaler`.
+
+        Args:
+            groups: parameters or their groups, on the device.
+            form: "auto": what is best here; "torch": torch's one kernel; "off": torch's several; "npu": torch_npu's
+                (see training.combined_adamw on what it takes).
+            options: lr, betas, eps, weight_decay.
+
+        Raises:
+            ValueError: the device does not have this form.
+        """
+        if form == "npu":
+            raise ValueError(
+                f"torch_npu's fused AdamW runs on an NPU only, and this is {self.type}: use --fused-optimizer auto."
+            )
+        fused = form == "torch" or (form == "auto" and self.fused_adamw)
+        # fused=None leaves the choice between foreach and a loop to torch.
+        return torch.optim.AdamW(groups, fused=fused or None, **options)
+
+    def peak_flops(self, dtype: torch.dtype, index: int | None = None) -> float | None:
+        """Dense matrix-multiplication peak in FLOP/s; None where the table has no such chip or no unit for `dtype`."""
+        if not self.peaks or not self.is_available():
+            return None
+        field = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
+        peak = peaks.find(self.peaks, self.name(index))
+        tera = getattr(peak, field) if peak and field else None
+        return tera * 1e12 if tera else None
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        return F.gelu(x, approximate=approximate)
+
+    def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
+        """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        own = getattr(torch.profiler.ProfilerActivity, self.type.upper(), None)
+        if own is not None and own not in activities:
+            activities.append(own)
+        return torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
+            profile_memory=True,
+        )

@@ -1,0 +1,71 @@
+"""The CPU."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .base import Device
+
+
+class CpuDevice(Device):
+    type = "cpu"
+    backend = "gloo"
+    default_precision = "fp32"  # bf16 autocast halves the speed of a CPU without AMX
+    pin_memory = False
+    indexed = False
+
+    def is_available(self) -> bool:
+        return True
+
+    def count(self) -> int:
+        return 1
+
+    def name(self, index: int | None = None) -> str:
+        return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+    def set_device(self, index: int) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def rng_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+    def memory(self, index: int | None = None) -> dict[str, int]:
+        """Of this process; {} where the system does not tell."""
+        if not os.path.exists("/proc/self/statm"):
+            return {}
+        import resource
+
+        page = os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            resident = int(statm.read().split()[1]) * page
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        total = os.sysconf("SC_PHYS_PAGES") * page
+        return {"allocated": resident, "reserved": resident, "peak": max(peak, resident), "total": total}
+
+    def reset_peak_memory(self, index: int | None = None) -> None:
+        pass  # the kernel's high-water mark is the process's own
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+    @property
+    def amp_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def grad_scaler(self, **kwargs: Any) -> None:
+        return None

@@ -1,0 +1,45 @@
+"""Load torch_npu without letting it break `import torch`.
+
+torch imports the backend that it finds installed. Where torch_npu is installed but CANN's environment is not sourced,
+that makes `import torch` itself raise. Import this module before torch: it imports torch without the backend, then
+torch_npu, and a failure of the second is one warning. Nothing is asked of a driver.
+"""
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+HOW_TO_FIX = (
+    "Source CANN's environment before starting python (source /usr/local/Ascend/ascend-toolkit/set_env.sh) and install "
+    "the torch_npu whose version is torch's; `python -m training.doctor` says more."
+)
+
+
+def _import_torch() -> tuple[ModuleType | None, str | None]:
+    """Import torch, then torch_npu if installed. Return (torch_npu or None, why it could not load or None)."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return None, None
+    before = os.environ.get(_AUTOLOAD)  # "1" is what torch_npu leaves to the processes started from its own
+    os.environ[_AUTOLOAD] = "0"
+    import torch  # noqa: F401  first without the backend, so that a broken one cannot take torch down with it
+
+    try:
+        import torch_npu
+    except Exception as error:  # a missing library, an undefined symbol, a version check: each has its own type
+        # The variable stays set: processes started from this one must survive their `import torch`, too.
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("torch_npu is installed but cannot load (%s), so the NPU is not used. %s", reason, HOW_TO_FIX)
+        return None, reason
+    if before is None:
+        del os.environ[_AUTOLOAD]
+    else:
+        os.environ[_AUTOLOAD] = before
+    return torch_npu, None
+
+
+torch_npu, failure = _import_torch()
