@@ -1,0 +1,50 @@
+"""Many tensors in one buffer, so that one operator works on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Each tensor starts at a multiple of this many elements: kernels read aligned memory, whatever the dtype.
+_ALIGNMENT = 128
+
+
+class FlatTensors:
+    """Tensors of one device and dtype, stored one after another in `buffer`.
+
+    Attributes:
+        buffer: 1-D; the gaps between tensors are zeros.
+        views: the tensors, in the order and the shapes of those it was made from.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
+        """Allocate zeros for tensors like the given ones, in `dtype` (default: theirs). Copies no values."""
+        starts, size = [], 0
+        for tensor in tensors:
+            starts.append(size)
+            size += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+        self.buffer = torch.zeros(size, dtype=dtype or tensors[0].dtype, device=tensors[0].device)
+        self.views = [
+            self.buffer[start : start + tensor.numel()].view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=True)
+        ]
+
+    def fill(self, tensors: Iterable[Tensor | None]) -> None:
+        """Copy the values of as many tensors, in one launch where the device can; None is zeros."""
+        pairs = [(view, tensor) for view, tensor in zip(self.views, tensors, strict=True) if tensor is not None]
+        if len(pairs) < len(self.views):
+            self.buffer.zero_()
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs])
+
+
+@torch.no_grad()
+def flatten_parameters(parameters: Sequence[Tensor]) -> FlatTensors:
+    """Move the memory of parameters of one device and dtype into one buffer. They stay the same Parameter objects."""
+    flat = FlatTensors(parameters)
+    flat.fill(parameters)
+    for parameter, view in zip(parameters, flat.views, strict=True):
+        parameter.data = view
+    return flat
