@@ -20,6 +20,8 @@ def test_fill_casts_and_zeroes_what_is_missing():
     like = [torch.ones(3), torch.ones(2, 2)]
     flat = FlatTensors(like, dtype=torch.bfloat16)
     flat.fill([torch.full((3,), 1.5), torch.ones(2, 2)])
-    assert flat.buffer.dtype == torch.bfloat16 and flat.views[0].tolist() == [1.5] * 3
+    assert flat.buffer.dtype == torch.bfloat16
+    assert flat.views[0].tolist() == [1.5] * 3
     flat.fill([None, torch.full((2, 2), 4.0)])
-    assert flat.views[0].tolist() == [0.0] * 3 and flat.buffer.sum() == 16
+    assert flat.views[0].tolist() == [0.0] * 3
+    assert flat.buffer.sum() == 16

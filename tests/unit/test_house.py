@@ -49,7 +49,8 @@ FLOORS = [
     ["training.params"],
     [
         "training.distributed", "training.precision", "training.scheduler", "training.metrics", "training.logger",
-        "training.file_utils", "training.rng", "training.flat_tensors", "training.combined_adamw", "training.batches", "training.ema",
+        "training.file_utils", "training.rng", "training.combined_adamw", "training.batches", "training.ema",
+        "training.flat_tensors",
     ],
     ["training.guard", "training.signals"],
     [
