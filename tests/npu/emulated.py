@@ -21,7 +21,7 @@ def environment(**settings: object) -> dict[str, str]:
     """The environment of a process that uses the emulated NPU, with the emulator's settings (README) in lower case."""
     emulator = {f"CANN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
     inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests", "tests/npu"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests/helpers", "tests/npu"))
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **emulator}
 
 

@@ -1,4 +1,4 @@
-"""big_vision's files give the features that big_vision computes; tests/flax_like.py is the independent half."""
+"""big_vision's files give the features that big_vision computes; tests/helpers/flax_like.py is the independent half."""
 
 from __future__ import annotations
 

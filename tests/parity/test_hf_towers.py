@@ -1,4 +1,4 @@
-"""Text towers and tokenizers of transformers against open_clip_torch 3.3.0's recorded answers (record_hf_towers.py)."""
+"""Text towers and tokenizers of transformers against open_clip_torch 3.3.0's recorded answers (hf_towers.py)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 import hf_cases
 import native_cases
+from odd_captions import odd_captions
 from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
-from parity.odd_captions import odd_captions
 
 pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""Token ids equal those of open_clip_torch 3.3.0 (recorded by record/record_tokenizer.py) and of transformers' CLIP."""
+"""Token ids equal those of open_clip_torch 3.3.0 (recorded by record/token_ids.py) and of transformers' CLIP."""
 
 import zlib
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from odd_captions import KINDS, odd_captions
 from open_clip.tokenizer import SimpleTokenizer, tokenize
-from parity.odd_captions import KINDS, odd_captions
 
 FIXTURE = Path(__file__).parent / "fixtures" / "token_ids.npz"
 COUNT, SEED = 10_000, 20240

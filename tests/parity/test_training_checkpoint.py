@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from open_clip import CLIP
-from parity.record.training_checkpoint import MODEL
+from recorded_model import MODEL
 from training.checkpoint import TrainState, load_checkpoint
 from training.optim import create_optimizer
 from training.params import OptimConfig

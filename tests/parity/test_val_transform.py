@@ -1,4 +1,4 @@
-"""Evaluation transforms give open_clip_torch 3.3.0's levels within one (recorded by record/record_transform.py)."""
+"""Evaluation transforms give open_clip_torch 3.3.0's levels within one (recorded by record/val_transform.py)."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import numpy as np
 import PIL
 import pytest
 
+from odd_images import MODES, SETTINGS, SHAPES, UNIT, odd_image, to_levels
 from open_clip import image_resize
 from open_clip.transform import image_transform
-from parity.odd_images import MODES, SETTINGS, SHAPES, UNIT, odd_image, to_levels
 
 FIXTURE = Path(__file__).parent / "fixtures" / "val_transform.npz"
 # Pillow 13 resizes tall images columns first; before, its own answers differ from those recorded by more than a level.

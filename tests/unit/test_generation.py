@@ -1,4 +1,4 @@
-"""Captions equal those of a naive decoder (tests/naive_captions.py), and each function does what its paper says."""
+"""Captions equal those of a naive decoder (helpers/naive_captions.py), and each function does what its paper says."""
 
 from __future__ import annotations
 

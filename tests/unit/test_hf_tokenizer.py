@@ -16,10 +16,10 @@ import torch
 import hf_cases
 import open_clip
 import tiny_clip
+from odd_captions import odd_captions
 from open_clip import hf_tokenizer
 from open_clip.text_cleaning import basic_clean, canonicalize_text
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
-from parity.odd_captions import odd_captions
 
 pytest.importorskip("transformers")
 

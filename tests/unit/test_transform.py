@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from odd_images import UNIT, odd_image, picture, to_levels
 from open_clip import image_resize
 from open_clip.image_resize import random_resized_crop
 from open_clip.transform import (
@@ -32,7 +33,6 @@ from open_clip.transform import (
     merge_preprocess_dict,
     merge_preprocess_kwargs,
 )
-from parity.odd_images import UNIT, odd_image, picture, to_levels
 
 PHOTO = Image.fromarray(picture(70, 50, 3))
 

@@ -1,8 +1,7 @@
 """Records from open_clip_torch 3.3.0 what tests/parity/test_architectures.py compares with, for every architecture that
 it builds without a network.
 
-Run where open_clip_torch 3.3.0 is importable as `open_clip`:
-    PYTHONPATH=FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/architectures.py
+    python tests/parity/record architectures
 
 Writes into tests/parity/fixtures:
   architectures_3.3.0.json  the class, and a digest of the keys, shapes and dtypes of the state dict, in their order

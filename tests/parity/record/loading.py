@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0 what tests/parity/test_loading.py compares with.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/loading.py
+    python tests/parity/record loading
 
 Writes into tests/parity/fixtures:
   loading_theirs.pt       a training checkpoint in the layout of its training command, two steps of AdamW in
@@ -58,7 +58,7 @@ def write_theirs(name: str) -> None:
 
 def write_ours(name: str) -> None:
     """In a process of its own: both packages are called open_clip."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests/helpers")))}
     command = [sys.executable, "-c", WRITE_OURS, name, str(FIXTURES / "loading_ours.pt")]
     subprocess.run(command, check=True, env=environment)
 

@@ -1,7 +1,6 @@
 """Records fixtures/losses.pt: losses, gradients and retrieval metrics of open_clip_torch 3.3.0, in 1 and 2 processes.
 
-Run where open_clip_torch 3.3.0 is importable as `open_clip`, and its training package as `open_clip_train`:
-    PYTHONPATH=FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/losses.py
+    python tests/parity/record losses
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0 what it writes when a model is saved for the hub; see test_publishing.py.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/publishing.py
+    python tests/parity/record publishing
 
 Writes tests/parity/fixtures/publishing_3.3.0.json: the text of open_clip_config.json, READMEs by model card, and what
 its push_pretrained_to_hf_hub would upload as configuration.

@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0, installed in a folder of its own: learning rates and AdamW's parameter groups.
 
-    PYTHONPATH=FOLDER python tests/parity/record/schedules_and_groups.py
+    python tests/parity/record schedules_and_groups
 
 It writes ../fixtures/schedules_3.3.0.json and ../fixtures/adamw_groups_3.3.0.json. The optimizer is caught when the
 training command makes it.

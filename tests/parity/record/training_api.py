@@ -1,6 +1,6 @@
-"""Records open_clip_train 3.3.0's answers to tests/training_api_cases.py.
+"""Records open_clip_train 3.3.0's answers to tests/helpers/training_api_cases.py.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/training_api.py
+    python tests/parity/record training_api
 
 It needs a numpy before 2.4: with a later one its `zero_shot.accuracy` fails.
 Writes tests/parity/fixtures/training_api_answers.json.

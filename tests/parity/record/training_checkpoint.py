@@ -1,6 +1,6 @@
 """Records a training checkpoint of open_clip_torch 3.3.0, for test_training_checkpoint.py.
 
-    PYTHONPATH=FOLDER_WITH_OPEN_CLIP_TORCH python tests/parity/record/training_checkpoint.py
+    python tests/parity/record training_checkpoint
 
 Its training command runs as a black box, with a model as small as its vocabulary lets it be, on synthetic data.
 """
@@ -13,12 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from recorded_model import MODEL
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "training_checkpoint_3.3.0.pt.xz"
-MODEL = {
-    "embed_dim": 4,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 4, "head_width": 2, "patch_size": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 2, "heads": 1, "layers": 1},
-}
 ARGUMENTS = [
     "--model", "recorded", "--name", "recorded", "--dataset-type", "synthetic", "--train-data", "none",
     "--train-num-samples", "16", "--batch-size", "4", "--workers", "0", "--epochs", "2", "--warmup", "2",

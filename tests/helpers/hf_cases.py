@@ -1,6 +1,6 @@
 """Tiny text models and tokenizers of transformers, made without a network and without anything random.
 
-Used where open_clip_torch's answers are recorded (parity/record/record_hf_towers.py) and where ours are compared with
+Used where open_clip_torch's answers are recorded (parity/record/hf_towers.py) and where ours are compared with
 them. transformers is imported by those who use it only.
 """
 

@@ -1,6 +1,6 @@
 """ResNet and timm image towers with weights and inputs that a formula gives.
 
-Used where open_clip_torch's answers are recorded (parity/record/record_towers.py) and where ours are compared with them
+Used where open_clip_torch's answers are recorded (parity/record/timm_towers.py) and where ours are compared with them
 (parity/test_towers.py): nothing random has to agree between the two.
 """
 

@@ -1,6 +1,6 @@
 """Record what open_clip_torch 3.3.0 makes of odd captions: a checksum of each one's ids, for each way of cleaning.
 
-    PYTHONPATH=FOLDER_OF_OPEN_CLIP_TORCH:tests python tests/parity/record/record_tokenizer.py
+    python tests/parity/record token_ids
 """
 
 import zlib
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import open_clip
-from parity.odd_captions import odd_captions
+from odd_captions import odd_captions
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "token_ids.npz"
 COUNT, SEED = 10_000, 20240

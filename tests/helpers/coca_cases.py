@@ -1,6 +1,6 @@
 """Tiny CoCas with weights and inputs that a formula gives, and what their captions are asked for.
 
-Used where open_clip_torch's answers are recorded (parity/record/record_coca.py) and where ours are compared with them
+Used where open_clip_torch's answers are recorded (parity/record/coca.py) and where ours are compared with them
 (parity/test_coca.py).
 """
 

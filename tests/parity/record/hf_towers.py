@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0 what parity/test_hf_towers.py compares with.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/record_hf_towers.py
+    python tests/parity/record hf_towers
 
 Writes into tests/parity/fixtures:
   hf_towers.pt        digests of keys and shapes of tiny text towers of transformers; one after another their features
@@ -20,9 +20,9 @@ import torch
 
 import hf_cases
 import native_cases
+from odd_captions import odd_captions
 from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
-from parity.odd_captions import odd_captions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KINDS = [kind for kind in hf_cases.KINDS if kind != "t5"]  # unknown there

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-SOURCE = Path(__file__).parents[1] / "src"
+SOURCE = Path(__file__).parents[2] / "src"
 
 
 def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], directory: Path) -> dict[int, list]:

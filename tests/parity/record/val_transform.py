@@ -1,6 +1,6 @@
 """Record what open_clip_torch 3.3.0, on Pillow 13, makes of odd images: the levels that its evaluation transforms give.
 
-    PYTHONPATH=FOLDER_OF_OPEN_CLIP_TORCH:tests python tests/parity/record/record_transform.py
+    python tests/parity/record val_transform
 
 Images that it fails on (a line of one pixel that is to fit a square) are left out.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import open_clip
-from parity.odd_images import SETTINGS, UNIT, cases, odd_image, to_levels
+from odd_images import SETTINGS, UNIT, cases, odd_image, to_levels
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "val_transform.npz"
 

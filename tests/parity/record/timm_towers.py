@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0 what parity/test_towers.py compares with.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/record_towers.py
+    python tests/parity/record timm_towers
 
 Writes into tests/parity/fixtures:
   towers.json  digests of the keys, shapes and dtypes of tiny timm towers with every pooling and projection, and their

@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0 what parity/test_native_models.py compares with.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/record_native_models.py
+    python tests/parity/record native_models
 
 Writes into tests/parity/fixtures:
   native_locks.json        what locking leaves trainable, and what has no weight decay, in tiny models

@@ -1,6 +1,6 @@
 """Records from open_clip_torch 3.3.0 what parity/test_coca.py compares with.
 
-    PYTHONPATH=tests:FOLDER_OF_OPEN_CLIP_TORCH python tests/parity/record/record_coca.py
+    python tests/parity/record coca
 
 It needs transformers 4 (4.49 is what was used): beam search there takes a class that transformers 5 removed. Writes
 into tests/parity/fixtures:

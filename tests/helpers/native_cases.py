@@ -1,6 +1,6 @@
 """Tiny native models with every option, with weights and inputs that a formula gives.
 
-Used where open_clip_torch's answers are recorded (parity/record/record_native_models.py) and where ours are compared
+Used where open_clip_torch's answers are recorded (parity/record/native_models.py) and where ours are compared
 with them (parity/test_native_models.py): nothing random has to agree between the two.
 """
 
