@@ -312,17 +312,24 @@ class HFTextEncoder(NotScriptable, nn.Module):
         """Names of parameters that weight decay should leave alone, beside norms and biases: none."""
         return set()
 
+    def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
+        """How many of its first tokens each text's embedding depends on: int64 [batch, tokens] -> int64 [batch].
+
+        Nothing sees the padding after them. None where the tower returns its tokens.
+        """
+        if self.output_tokens:
+            return None
+        positions = torch.arange(1, text.shape[1] + 1, device=text.device)
+        return ((text != self.config.pad_token_id) * positions).amax(dim=1).clamp(min=1)
+
     def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, tokens] without the columns at the end that are padding in each text; nothing sees them.
+        """Ids [batch, tokens] without the columns at the end that are padding in each text.
 
         A multiple of 16 columns is left, so that devices which compile by shape meet few. Waits for `text`, so give it
         on the CPU.
         """
-        if self.output_tokens:
-            return text
-        used = (text != self.config.pad_token_id).any(dim=0).nonzero()
-        longest = int(used[-1]) + 1 if len(used) else 1
-        return text[:, : -(-longest // 16) * 16]
+        lengths = self.text_lengths(text)
+        return text if lengths is None else text[:, : -(-int(lengths.max()) // 16) * 16]
 
     def _encode(self, text: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """The encoder's output, and the mask [batch, tokens]: true where there is no padding."""

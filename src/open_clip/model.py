@@ -23,6 +23,7 @@ from .layers import Attention, MultiheadAttention
 from .modified_resnet import STRIDE
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
+from .text_groups import GroupedText
 from .text_transformer import TextEncoder, TextTransformer, text_option
 from .timm_model import TimmModel
 from .towers import build_text_tower as _build_text_tower  # names of open_clip 3.3, which programs import and patch
@@ -158,8 +159,10 @@ class TwoTowers(NotScriptable, nn.Module):
         features = self.visual(image)
         return _unit_length(features) if normalize else features
 
-    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> Features:
+    def encode_text(self, text: torch.Tensor | GroupedText, normalize: bool = False) -> Features:
         """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
+        if isinstance(text, GroupedText):
+            return text.encode(lambda part: _pooled(self.encode_text(part, normalize)))
         features = self._text_tower(text)
         return _unit_length(features) if normalize else features
 
@@ -176,13 +179,13 @@ class TwoTowers(NotScriptable, nn.Module):
         return self._logits(image_features, text_features)
 
     def forward(
-        self, image: torch.Tensor | None = None, text: torch.Tensor | None = None
+        self, image: torch.Tensor | None = None, text: torch.Tensor | GroupedText | None = None
     ) -> tuple[torch.Tensor | None, ...] | dict[str, torch.Tensor | None]:
         """Features of unit length, and the scale (and bias, where there is one) that makes logits of their products.
 
         Args:
             image: [batch, 3, height, width], or None.
-            text: ids, [batch, tokens], or None.
+            text: ids, [batch, tokens], or in groups by length, or None.
 
         Returns:
             (image_features, text_features, exp(logit_scale)[, logit_bias]), features None where there was no input; or
@@ -323,6 +326,11 @@ class TextTowerApart(TwoTowers):
 
     def _text_tower(self, text: torch.Tensor) -> Features:
         return self.text(text)
+
+    def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
+        """As the text tower's; None for a tower that has no such method."""
+        lengths = getattr(self.text, "text_lengths", None)
+        return None if lengths is None else lengths(text)
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         return self.text.forward_intermediates(text, **kwargs)

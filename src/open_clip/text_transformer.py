@@ -49,12 +49,16 @@ def text_global_pool(
         return x
     if text is None:
         raise ValueError(f"pool_type {pool_type!r} looks at the text's ids: give text")
+    return x[torch.arange(x.shape[0], device=x.device), pooled_position(text, pool_type, eos_token_id)]
+
+
+def pooled_position(text: torch.Tensor, pool_type: str, eos_token_id: int | None = None) -> torch.Tensor:
+    """Position of the token that "argmax" or "eos" pooling takes: ids int64 [batch, tokens] -> int64 [batch]."""
     if pool_type == "eos":
         if eos_token_id is None:
             raise ValueError("pool_type 'eos' looks for the end of text: give eos_token_id")
         text = text.eq(eos_token_id).int()
-    position = text.argmax(dim=-1)
-    return x[torch.arange(x.shape[0], device=x.device), position]
+    return text.argmax(dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +104,31 @@ class TextEncoder(HoldsCausalMask):
     ln_final: nn.Module
     text_projection: nn.Parameter | nn.Linear | None
 
-    def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, tokens] without columns that no text of the batch reaches, as many as change no embedding.
+    def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
+        """How many of its first tokens each text's embedding depends on; None where that may be all of them.
 
-        Under a causal mask nothing behind the pooled position is seen from it. A multiple of 16 columns is left, so
-        that devices which compile by shape meet few. Waits for `text`, so give it on the CPU.
+        Under a causal mask the pooled token sees none of those after it.
+
+        Args:
+            text: int64 [batch, tokens].
+
+        Returns:
+            int64 [batch].
         """
         options = self.text_options
-        if not options.causal or options.pool_type != "argmax" or self.cls_emb is not None or options.output_tokens:
-            return text
-        longest = int(text.argmax(dim=-1).max()) + 1
-        return text[:, : -(-longest // 16) * 16]
+        is_pooled_by_id = options.pool_type in ("argmax", "eos")
+        if not (is_pooled_by_id and self._is_mask_causal) or self.cls_emb is not None or options.output_tokens:
+            return None
+        return pooled_position(text, options.pool_type, options.eos_id) + 1
+
+    def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
+        """Ids [batch, tokens] without columns that no embedding of the batch depends on.
+
+        A multiple of 16 columns is left, so that devices which compile by shape meet few. Waits for `text`, so give it
+        on the CPU.
+        """
+        lengths = self.text_lengths(text)
+        return text if lengths is None else text[:, : -(-int(lengths.max()) // 16) * 16]
 
     def _embed_text(self, text: torch.Tensor) -> torch.Tensor:
         """Ids [batch, tokens] -> [batch, tokens (+ 1), width]"""

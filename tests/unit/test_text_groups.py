@@ -1,0 +1,104 @@
+"""open_clip.text_groups: what is computed for a batch of texts, and that embeddings do not depend on it."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hf_cases
+import open_clip
+from open_clip.hf_model import HFTextEncoder
+from open_clip.text_groups import GroupedText, group_by_length
+from open_clip.text_transformer import TextTransformer
+
+END = 49407
+
+
+def ids(lengths: list[int], num_tokens: int = 77) -> torch.Tensor:
+    """Random ids that end with the highest one, and padding after it."""
+    text = torch.randint(1, 1000, (len(lengths), num_tokens), generator=torch.Generator().manual_seed(0))
+    for row, length in zip(text, lengths, strict=True):
+        row[length - 1] = END
+        row[length:] = 0
+    return text
+
+
+def test_groups_hold_each_text_once_and_whole():
+    lengths = [5, 77, 12, 20, 9, 14, 33, 7, 15, 11, 18, 6, 10, 13, 60, 8]
+    text = ids(lengths)
+    grouped = group_by_length(text, torch.tensor(lengths))
+    assert isinstance(grouped, GroupedText)
+    assert 2 <= len(grouped.parts) <= 4
+    padded = [torch.nn.functional.pad(part, (0, 77 - part.shape[1])) for part in grouped.parts]
+    assert torch.equal(torch.cat(padded)[grouped.inverse], text)
+    computed = sum(part.numel() for part in grouped.parts)
+    assert computed < 0.6 * text.numel()
+
+
+@pytest.mark.parametrize(("lengths", "num_tokens", "expected"), [
+    ([77] * 16, 77, 77), ([9] * 16, 77, 16), ([3], 77, 8), ([12, 13], 12, 12), ([70] * 16, 77, 77),
+])  # fmt: skip
+def test_one_group_is_a_plain_tensor(lengths, num_tokens, expected):
+    text = torch.ones(len(lengths), num_tokens, dtype=torch.int64)
+    assert group_by_length(text, torch.tensor(lengths).clamp(max=num_tokens)).shape == (len(lengths), expected)
+
+
+def test_few_shapes_come_up():
+    """A compiler or an NPU prepares kernels for each shape."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = set()
+    for _ in range(50):
+        lengths = (torch.randn(64, generator=generator).exp() * 14).long().clamp(3, 77)
+        grouped = group_by_length(torch.ones(64, 77, dtype=torch.int64), lengths)
+        shapes |= {tuple(part.shape) for part in grouped.parts}
+    assert {count % 8 for count, _ in shapes} == {0}
+    assert {length for _, length in shapes} <= {8, 16, 24, 32, 48, 64, 77}
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("pool_type", ["argmax", "eos"])
+def test_embeddings_and_gradients_stay(custom, pool_type):
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+    text_cfg = {"context_length": 77, "width": 16, "heads": 2, "layers": 2, "pool_type": pool_type, "eos_id": END}
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(8, vision, text_cfg).double()
+    lengths = [5, 77, 12, 20, 9, 14, 33, 7]
+    text = ids(lengths)
+    assert model.text_lengths(text).tolist() == lengths
+    grouped = group_by_length(text, model.text_lengths(text))
+    assert isinstance(grouped, GroupedText)
+    gradients = []
+    for given in (text, grouped):
+        model.zero_grad()
+        features = model(image=None, text=given)[1]
+        (features * torch.arange(8)[:, None]).sum().backward()
+        gradients.append([features, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, of_groups in zip(*gradients, strict=True):
+        torch.testing.assert_close(of_groups, plain, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", hf_cases.KINDS)
+@pytest.mark.parametrize("pooler", ["mean_pooler", "max_pooler", "cls_pooler"])
+def test_towers_of_transformers(kind, pooler, tmp_path):
+    name = hf_cases.write_config(tmp_path, kind)
+    tower = HFTextEncoder(name, output_dim=8, pooler_type=pooler, proj_type="linear", pretrained=False).eval()
+    text = hf_cases.texts(kind)
+    assert tower.text_lengths(text).tolist() == [9, 5, 2]
+    grouped = group_by_length(text.repeat(3, 1), tower.text_lengths(text.repeat(3, 1)))
+    assert isinstance(grouped, GroupedText)
+    torch.testing.assert_close(grouped.encode(tower), tower(text.repeat(3, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    {"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}, {"output_tokens": True},
+])  # fmt: skip
+def test_towers_that_read_padding_have_no_lengths(options):
+    tower = TextTransformer(context_length=16, vocab_size=50000, width=8, heads=2, layers=1, output_dim=4, **options)
+    assert tower.text_lengths(ids([3, 5], 16)) is None
+
+
+def test_an_edited_mask_has_no_lengths():
+    tower = TextTransformer(context_length=16, vocab_size=50000, width=8, heads=2, layers=1, output_dim=4)
+    assert tower.text_lengths(ids([3, 5], 16)) is not None
+    tower.attn_mask = torch.zeros(16, 16)
+    assert tower.text_lengths(ids([3, 5], 16)) is None
