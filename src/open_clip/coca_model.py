@@ -133,7 +133,9 @@ class CoCa(TextTowerApart):
         """Images [batch, 3, height, width] -> features [batch, embed_dim], of unit length if `normalize`."""
         return self._encode_image(images, normalize)[0]
 
-    def encode_text(self, text: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+    def encode_text(  # type: ignore[override]  # the decoder needs all tokens, so texts are not grouped
+        self, text: torch.Tensor, normalize: bool = True
+    ) -> torch.Tensor:
         """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
         return self._encode_text(text, normalize)[0]
 
