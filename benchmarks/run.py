@@ -28,7 +28,7 @@ def measure(workload: str, package: Path, scratch: Path, threads: int) -> dict[s
     """One run of a workload over the open_clip found in `package`: figure's name -> value (units are in the name)."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(package),
+        "PYTHONPATH": os.pathsep.join((str(package), str(HERE))),  # for `inputs`
         "OMP_NUM_THREADS": str(threads),
         "BENCHMARK_SCRATCH": str(scratch),
         "HF_HUB_OFFLINE": "1",
