@@ -20,7 +20,7 @@ NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras but npu
+install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras
 
 $(INSTALLED): setup.py requirements.txt
 ifneq ($(VENV),)

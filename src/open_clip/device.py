@@ -13,11 +13,12 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, ClassVar
 
-from . import chips
+from . import chips, torch_versions
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ def _import_torch() -> tuple[ModuleType | None, str | None]:
     import torch  # noqa: F401  first without the backend, so that a broken one cannot take torch down with it
 
     try:
-        import torch_npu
+        # torch_npu prints a warning where CANN's variables are not set; stdout is for the tables and JSON of commands.
+        with contextlib.redirect_stdout(sys.stderr):
+            import torch_npu
     except Exception as error:  # a missing library, an undefined symbol, a version check: each has its own type
         # The variable stays set: processes started from this one must survive their `import torch`, too.
         reason = f"{type(error).__name__}: {error}"
@@ -48,7 +51,7 @@ def _import_torch() -> tuple[ModuleType | None, str | None]:
 
 _NPU_CURE = (
     "Source CANN's environment before starting python (source /usr/local/Ascend/ascend-toolkit/set_env.sh) and install "
-    "the torch_npu whose version is torch's; `python -m training.doctor` says more."
+    "the torch_npu for this torch, the same to all three numbers; `python -m training.doctor` says more."
 )
 _torch_npu, _torch_npu_failure = _import_torch()
 
@@ -320,7 +323,7 @@ class NpuRow(DeviceRow):
         if _torch_npu_failure is not None:
             return f"torch_npu is installed but cannot load ({_torch_npu_failure}). {_NPU_CURE}"
         if self.library is None:
-            return "torch_npu is not installed: `pip install torch_npu` in the version of torch, on a host with CANN."
+            return "torch_npu is not installed: on a host with CANN, install the one for CANN and torch (docs/npu.md)."
         return "No NPU is visible: does `npu-smi info` list one, and does ASCEND_RT_VISIBLE_DEVICES hide it?"
 
     def software(self) -> dict[str, str]:
@@ -339,11 +342,12 @@ class NpuRow(DeviceRow):
         if _torch_npu_failure is not None:
             found.append(self.why_missing() or "")
         if self.library is not None:
-            own, wanted = str(self.library.__version__), str(torch.__version__)
-            if own.split(".")[:2] != wanted.split(".")[:2]:
+            own, there = str(self.library.__version__), str(torch.__version__)
+            if not torch_versions.is_built_for(own, there):
+                needed = torch_versions.release(own)
                 found.append(
-                    f"torch_npu {own} does not match torch {wanted}: the first two numbers must agree "
-                    f"(pip install torch_npu=={'.'.join(wanted.split('.')[:2])}.*)."
+                    f"torch_npu {own} does not match torch {there}: its wheels require torch {needed}, to all three "
+                    f"numbers. Install that torch or the torch_npu for this one (docs/npu.md)."
                 )
         return found
 
