@@ -4,7 +4,7 @@
     python tests/npu/dry_run_install.py --python python3.10 python3.11 --torch 2.9.0 2.13.0
 
 For each pair it makes an environment that claims to hold the CPU build of torch and the torch_npu for it, with the
-requirements of their real wheels, and runs there `pip install --dry-run -c constraints/torch-X.txt -r requirements.txt`.
+requirements of their real wheels. There it runs `pip install --dry-run -c constraints/torch-X.txt -r requirements.txt`.
 The result must contain no torch, no CUDA package, and the torchvision for that torch. Nothing is installed. A release
 that the index does not have is skipped with pip's reason. `--without-constraints` shows what pip does without the file.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -185,3 +186,42 @@ def test_the_package_itself_does_not_require_torch_npu():
     assert "torch_npu" not in NAMES
     code = [line for line in (ROOT / "setup.py").read_text(encoding="utf-8").splitlines() if "#" not in line]
     assert not any("torch_npu" in line or "requirements-npu" in line for line in code)
+
+
+@pytest.mark.parametrize("page", ["docs/npu.md", "docs/zh/npu.md"])
+def test_the_documents_have_the_pairs_of_the_constraint_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^ *\| (\d+\.\d+) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    names = ("torch", "torch_npu", "torchvision")
+    pairs = {f"cann-{cann}": dict(zip(names, versions, strict=True)) for cann, *versions in rows}
+    assert pairs == {path.stem: pins_of(path) for path in FILES if path.name.startswith("cann-")}
+
+
+SHELL = re.compile(r"```shell\n(.*?)```", re.DOTALL)
+
+
+def commands_of(page: str) -> list[str]:
+    """The shell blocks of a page without comments and trailing blanks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [re.sub(r" *#.*", "", block) for block in SHELL.findall(text)]
+
+
+def test_the_installation_is_the_same_on_every_page():
+    pages = ("docs/quick_start.md", "docs/zh/quick_start.md", "docs/npu.md", "docs/zh/npu.md")
+    first = {commands_of(page)[0] for page in pages}
+    assert len(first) == 1
+    lines = first.pop().splitlines()
+    assert lines.index("pip install -e '.[training]'") > lines.index("pip install -r requirements-npu.txt")
+    assert commands_of("docs/npu.md") == commands_of("docs/zh/npu.md")
+
+
+def test_the_dockerfile_and_the_pages_name_constraint_files_that_exist():
+    cann = {path.stem.removeprefix("cann-") for path in FILES if path.name.startswith("cann-")}
+    torch = {path.stem for path in FILES} - {f"cann-{version}" for version in cann}
+    pages = (*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "docker/Dockerfile.ascend", *ROOT.glob("*.txt"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"constraints/(torch-[\d.]+)\.txt", text))
+    assert named
+    assert named <= torch
+    versions = set(re.findall(r"\bCANN=(\d[\d.]*)|constraints/cann-([\d.]+)\.txt", text))
+    assert {first or second for first, second in versions} <= cann
