@@ -323,7 +323,11 @@ class NpuRow(DeviceRow):
         if _torch_npu_failure is not None:
             return f"torch_npu is installed but cannot load ({_torch_npu_failure}). {_NPU_CURE}"
         if self.library is None:
-            return "torch_npu is not installed: on a host with CANN, install the one for CANN and torch (docs/npu.md)."
+            wanted = torch_versions.release(str(torch.__version__))
+            return (
+                f"torch_npu is not installed: on a host with CANN, `pip install torch_npu=={wanted}.*`, with the .postN "
+                "for that CANN (docs/npu.md)."
+            )
         return "No NPU is visible: does `npu-smi info` list one, and does ASCEND_RT_VISIBLE_DEVICES hide it?"
 
     def software(self) -> dict[str, str]:

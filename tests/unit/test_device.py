@@ -138,7 +138,8 @@ def test_why_an_npu_is_missing(monkeypatch):
     row = devices.ROWS["npu"]
     monkeypatch.setattr(devices, "_torch_npu", None)
     monkeypatch.setattr(devices, "_torch_npu_failure", None)
-    assert "pip install torch_npu" in row.why_missing()
+    monkeypatch.setattr(torch, "__version__", "2.9.0+cpu")
+    assert "pip install torch_npu==2.9.0.*" in row.why_missing()
     monkeypatch.setattr(devices, "_torch_npu_failure", "ImportError: libhccl.so")
     assert "libhccl.so" in row.why_missing()
     assert "set_env.sh" in row.why_missing()
