@@ -325,8 +325,8 @@ class NpuRow(DeviceRow):
         if self.library is None:
             wanted = torch_versions.release(str(torch.__version__))
             return (
-                f"torch_npu is not installed: on a host with CANN, `pip install torch_npu=={wanted}.*`, with the .postN "
-                "for that CANN (docs/npu.md)."
+                f"torch_npu is not installed: on a host with CANN, `pip install torch_npu=={wanted}.*`, with the "
+                ".postN for that CANN (docs/npu.md)."
             )
         return "No NPU is visible: does `npu-smi info` list one, and does ASCEND_RT_VISIBLE_DEVICES hide it?"
 
