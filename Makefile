@@ -15,12 +15,12 @@ NPU_VENV ?= .venv-npu
 NPU_RUN := $(NPU_VENV)/bin/python
 NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
 
-.PHONY: help install peer demo test test-npu test-compat test-clip-benchmark lint bench clean
+.PHONY: help install peer demo test test-npu test-compat test-clip-benchmark lint check-pins bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras but npu
+install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras
 
 $(INSTALLED): setup.py requirements.txt
 ifneq ($(VENV),)
@@ -66,6 +66,9 @@ $(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt tests/npu/constraint
 lint: install  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+check-pins: install  ## ask pip what it would install over each pair of torch and torch_npu (needs a package index)
+	env --unset=PIP_CONSTRAINT $(RUN) tests/npu/dry_run_install.py
 
 bench: peer  ## measure against open_clip_torch 3.3.0
 	$(RUN) benchmarks/run.py

@@ -14,9 +14,8 @@ def read_version() -> str:
 
 
 def requirements(*names: str) -> list[str]:
-    """Lines of requirements*.txt for the given packages, so that a version bound is written in one place."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("requirements*.txt"))]
-    lines = "\n".join(texts).splitlines()
+    """Lines of requirements.txt for the given packages, so that a version bound is written in one place."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     by_name = {re.split(r"[<>=!~ ]", line)[0]: line for line in lines if line and not line.startswith("#")}
     return [by_name[name] for name in names]
 
@@ -37,9 +36,9 @@ setup(
     install_requires=requirements(
         "torch", "torchvision", "ftfy", "regex", "timm", "huggingface_hub", "safetensors", "tqdm"
     ),
+    # torch_npu is not an extra: which one is right depends on CANN (requirements-npu.txt).
     extras_require={
         "training": requirements("webdataset", "pandas", "tensorboard", "transformers", "sentencepiece"),
-        "npu": requirements("torch_npu"),
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "demo": ["scikit-learn", "matplotlib"],
         "test": [

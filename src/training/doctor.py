@@ -1,7 +1,9 @@
 """`python -m training.doctor`: what this machine has for training, and what to mend.
 
 The exit status is 0 if training can run, on whatever device: an accelerator that is there and cannot be used is a
-problem in the report, and the CPU still trains. `--json` prints the same findings for programs.
+problem in the report, and the CPU still trains. `--json` prints the same findings for programs. `--constraints` prints
+the installed torch, torchvision and torch_npu as a pip constraint file: `pip install -c <(python -m training.doctor
+--constraints) PACKAGE` installs a package and leaves these as they are.
 """
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from open_clip import device as devices
+from open_clip import torch_versions
 from open_clip.version import __version__
 from training import precision
 
@@ -202,7 +205,13 @@ def _describe(found: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--constraints", action="store_true", help="print a pip constraint file that keeps the installed torch"
+    )
     options = parser.parse_args(argv)
+    if options.constraints:
+        print("\n".join(torch_versions.installed_pins()))
+        return 0
     report = examine()
     if options.json:
         print(json.dumps({**asdict(report), "can_train": report.can_train}, indent=2))

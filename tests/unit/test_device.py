@@ -138,7 +138,8 @@ def test_why_an_npu_is_missing(monkeypatch):
     kind = devices.DEVICES["npu"]
     monkeypatch.setattr(devices.npu_loading, "torch_npu", None)
     monkeypatch.setattr(devices.npu_loading, "failure", None)
-    assert "pip install torch_npu" in kind.why_missing()
+    monkeypatch.setattr(torch, "__version__", "2.9.0+cpu")
+    assert "pip install torch_npu==2.9.0.*" in kind.why_missing()
     monkeypatch.setattr(devices.npu_loading, "failure", "ImportError: libhccl.so")
     assert "libhccl.so" in kind.why_missing()
     assert "set_env.sh" in kind.why_missing()

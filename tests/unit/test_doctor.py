@@ -1,7 +1,12 @@
 """What the doctor finds and says, and its exit status."""
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,3 +123,52 @@ def test_a_step_that_fails_stands_in_the_way(monkeypatch, break_it):
     (obstacle,) = report.obstacles
     assert ("kernel missing" if break_it == "raise" else "not finite") in obstacle
     assert not report.can_train
+
+
+def run_doctor(tmp_path, *flags: str, torch_npu: str | None = None) -> str:
+    """What the command prints on stdout, optionally with a package torch_npu of this source."""
+    if torch_npu is not None:
+        (tmp_path / "torch_npu.py").write_text(torch_npu)
+        write_metadata(tmp_path, "torch_npu", "2.9.0.post2")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "training.doctor", *flags], env={**os.environ, "PYTHONPATH": path}, check=False,
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_metadata(folder: Path, name: str, version: str) -> None:
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (folder / f"{name}-{version}.dist-info/METADATA").write_text(text)
+
+
+def test_constraints_are_the_installed_versions(tmp_path):
+    assert run_doctor(tmp_path, "--constraints").splitlines() == [
+        f"torch=={importlib.metadata.version('torch')}", f"torchvision=={importlib.metadata.version('torchvision')}",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--constraints", "--json"])
+def test_what_torch_npu_prints_does_not_get_between(tmp_path, flag):
+    """torch_npu prints a warning while it is imported without CANN's variables, whether it can load or not."""
+    printed = "print('Warning: ASCEND_HOME_PATH environment variable is not set.')\nraise ImportError('libhccl.so')\n"
+    text = run_doctor(tmp_path, flag, torch_npu=printed)
+    if flag == "--json":
+        assert "libhccl.so" in json.loads(text)["problems"][0]
+    else:
+        assert text.splitlines()[-1] == "torch-npu==2.9.0.post2"
+        assert all("==" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("own", "there", "matches"), [
+    ("2.9.0.post2", "2.9.0+cpu", True), ("2.14.0", "2.14.1", False), ("2.7.1.post11", "2.7.0", False),
+])
+def test_torch_npu_is_compared_to_all_three_numbers(monkeypatch, own, there, matches):
+    monkeypatch.setattr(devices.npu_loading, "torch_npu", SimpleNamespace(__version__=own))
+    monkeypatch.setattr(torch, "__version__", there)
+    problems = devices.get("npu").problems()
+    assert len(problems) == (not matches)
+    assert matches or f"torch_npu {own} does not match torch {there}" in problems[0]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from .. import torch_versions
 from . import npu_loading, peaks
 from .base import Device
 
@@ -39,7 +40,11 @@ class NpuDevice(Device):
         if npu_loading.failure is not None:
             return f"torch_npu is installed but cannot load ({npu_loading.failure}). {npu_loading.HOW_TO_FIX}"
         if self.library is None:
-            return "torch_npu is not installed: `pip install torch_npu` in the version of torch, on a host with CANN."
+            wanted = torch_versions.release(str(torch.__version__))
+            return (
+                f"torch_npu is not installed: on a host with CANN, `pip install torch_npu=={wanted}.*`, with the "
+                ".postN for that CANN (docs/npu.md)."
+            )
         return "No NPU is visible: does `npu-smi info` list one, and does ASCEND_RT_VISIBLE_DEVICES hide it?"
 
     def software(self) -> dict[str, str]:
@@ -58,11 +63,12 @@ class NpuDevice(Device):
         if npu_loading.failure is not None:
             found.append(self.why_missing() or "")
         if self.library is not None:
-            own, wanted = str(self.library.__version__), str(torch.__version__)
-            if own.split(".")[:2] != wanted.split(".")[:2]:
+            own, there = str(self.library.__version__), str(torch.__version__)
+            if not torch_versions.is_built_for(own, there):
+                needed = torch_versions.release(own)
                 found.append(
-                    f"torch_npu {own} does not match torch {wanted}: the first two numbers must agree "
-                    f"(pip install torch_npu=={'.'.join(wanted.split('.')[:2])}.*)."
+                    f"torch_npu {own} does not match torch {there}: its wheels require torch {needed}, to all three "
+                    f"numbers. Install that torch or the torch_npu for this one (docs/npu.md)."
                 )
         return found
 

@@ -6,9 +6,11 @@ torch_npu, and a failure of the second is one warning. Nothing is asked of a dri
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import sys
 from types import ModuleType
 
 logger = logging.getLogger(__name__)
@@ -16,7 +18,7 @@ logger = logging.getLogger(__name__)
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 HOW_TO_FIX = (
     "Source CANN's environment before starting python (source /usr/local/Ascend/ascend-toolkit/set_env.sh) and install "
-    "the torch_npu whose version is torch's; `python -m training.doctor` says more."
+    "the torch_npu for this torch, the same to all three numbers; `python -m training.doctor` says more."
 )
 
 
@@ -29,7 +31,9 @@ def _import_torch() -> tuple[ModuleType | None, str | None]:
     import torch  # noqa: F401  first without the backend, so that a broken one cannot take torch down with it
 
     try:
-        import torch_npu
+        # torch_npu prints a warning where CANN's variables are not set; stdout is for the tables and JSON of commands.
+        with contextlib.redirect_stdout(sys.stderr):
+            import torch_npu
     except Exception as error:  # a missing library, an undefined symbol, a version check: each has its own type
         # The variable stays set: processes started from this one must survive their `import torch`, too.
         reason = f"{type(error).__name__}: {error}"
