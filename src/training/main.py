@@ -97,7 +97,7 @@ def _log_end(error: Exception, debug: bool) -> None:
             "Out of memory: %s Try --grad-checkpointing, or a smaller --batch-size with a larger --accum-freq.", error
         )
         return
-    known = devices.hint(str(error))
+    known = devices.hint(_text_with_causes(error))
     advice = f" {known}" if known else ""
     if distributed.says_that_a_peer_died(error):
         reason = str(error).strip().partition("\n")[0] + advice
@@ -109,6 +109,15 @@ def _log_end(error: Exception, debug: bool) -> None:
     is_for_reader = is_ours or isinstance(error, (ValueError, OSError, NotImplementedError, ImportError))
     where = " (--debug shows where.)" if is_for_reader and not debug else ""
     log.error("The run ends: %s%s%s", error, advice, where, exc_info=debug or not is_for_reader)
+
+
+def _text_with_causes(error: BaseException | None) -> str:
+    """The texts of an error and of those that it was raised from, which may have been shortened in its own."""
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return "\n".join(texts)
 
 
 def _run(options: argparse.Namespace, world: World, signals: StopSignals) -> None:

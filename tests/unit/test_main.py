@@ -230,9 +230,13 @@ def test_what_the_device_has_to_say_is_in_the_log(inputs, tmp_path, monkeypatch)
     assert "Another name is used." in log
 
 
-def test_a_known_code_in_an_error_gets_its_hint(inputs, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("shortened", [False, True])
+def test_a_known_code_in_an_error_gets_its_hint(inputs, tmp_path, monkeypatch, shortened):
     def fail(*_, **__):
-        raise RuntimeError("HCCL function error, error code is 7\nEJ0001: Failed to initialize the HCCP process.")
+        error = RuntimeError("HCCL function error, error code is 7\nEJ0001: Failed to initialize the HCCP process.")
+        if shortened:
+            raise RuntimeError("Joining the others failed (HCCL function ...)") from error
+        raise error
 
     monkeypatch.setattr(main, "build_model", fail)
     with pytest.raises(RuntimeError):

@@ -102,7 +102,7 @@ class NpuDevice(Device):
         return found
 
     def environment_errors(self) -> list[str]:
-        found = []
+        found = []  # sources: checks in torch_npu's libtorch_npu.so (2.13), which raise at the first use of the NPU
         if "PYTORCH_ALLOC_CONF" in os.environ and "PYTORCH_NPU_ALLOC_CONF" in os.environ:
             found.append(
                 "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set, and torch_npu refuses to allocate memory "
@@ -114,6 +114,8 @@ class NpuDevice(Device):
         return found
 
     def environment_warnings(self) -> list[str]:
+        # Sources: torch_npu's ProcessGroupHCCL.cpp (event and execution), OptionsManager.cpp (blocking); CANN's
+        # documentation of the HCCL variables (connect, AIV).
         found = []
         asked = _whole_number("HCCL_EXEC_TIMEOUT")
         execution = _EXECUTION_LIMIT if asked is None or asked < 0 else asked
