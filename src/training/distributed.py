@@ -80,6 +80,8 @@ def init(cfg: DistributedConfig) -> World:
     global _world, _timeout
     local_rank, rank, world_size = world_info_from_env()
     device = devices.resolve(cfg.device, None if cfg.no_set_device_rank else local_rank)
+    if cfg.deterministic:
+        devices.get(device).set_deterministic()  # before the device is used: libraries read the environment once
     set_device(device)
     backend = None
     if world_size > 1:
@@ -89,7 +91,8 @@ def init(cfg: DistributedConfig) -> World:
                 local_rank,
                 device,
             )
-        backend = _check_backend(cfg.dist_backend or devices.get(device).backend, device)
+        backend = devices.resolve_backend(cfg.dist_backend or devices.get(device).backend)
+        backend = _check_backend(backend, device)
         _timeout = cfg.dist_timeout
         _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size)
     elif cfg.dist_backend:

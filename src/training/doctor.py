@@ -106,6 +106,8 @@ def _examine_devices(report: Report) -> None:
     for kind in devices.DEVICES.values():
         report.versions.update(kind.software())
         report.problems.extend(kind.problems())
+        if kind.is_available():
+            report.problems.extend([*kind.environment_errors(), *kind.environment_warnings()])
         report.environment.update({name: os.environ[name] for name in kind.variables if name in os.environ})
         reason = kind.why_missing()
         if reason is not None:
@@ -115,7 +117,7 @@ def _examine_devices(report: Report) -> None:
             try:
                 found = {"device": name, "name": kind.name(index), "memory": kind.memory(index).get("total")}
             except Exception as error:  # whatever a driver raises is what the reader has to know
-                report.problems.append(f"{name} does not answer: {_first_line(error)}")
+                report.problems.append(f"{name} does not answer: {_reason(error)}")
             else:
                 report.devices.append(found)
 
@@ -130,7 +132,7 @@ def _examine_packages(report: Report) -> None:
             importlib.import_module(module)
         except Exception as error:  # a wheel built for another torch raises errors of many types
             report.obstacles.append(
-                f"{distribution} {version} is installed and cannot be imported ({_first_line(error)}): install the "
+                f"{distribution} {version} is installed and cannot be imported ({_reason(error)}): install the "
                 f"version that belongs to torch {torch.__version__}."
             )
     report.optional = {distribution: _version(distribution) for distribution in OPTIONAL}
@@ -159,12 +161,14 @@ def _try_a_step(device: str) -> str | None:
         devices.get(device).synchronize()
         finite = bool(torch.isfinite(layer.weight).all())
     except Exception as error:  # the point is to report whatever it is
-        return _first_line(error)
+        return _reason(error)
     return None if finite else "the weights are not finite after it"
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def _reason(error: BaseException) -> str:
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    advice = devices.hint(str(error))
+    return f"{reason} {advice}" if advice else reason
 
 
 def render(report: Report) -> str:

@@ -15,6 +15,7 @@ from training.flags import (
     LR_SCHEDULERS,
     ON_SAVE_FAILURE,
     PRECISIONS,
+    PROFILE_LEVELS,
 )
 
 REPORTERS = ("tensorboard", "wandb", "all")
@@ -42,13 +43,14 @@ _AT_LEAST_ZERO = (
 _POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
 _FRACTIONS = ("max_bad_fraction",)
 _BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "ema_decay")
-_CHOICES = {
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": PRECISIONS,
     "fp32_matmul": FP32_MATMULS,
     "lr_scheduler": LR_SCHEDULERS,
     "loss_dist_impl": LOSS_DIST_IMPLS,
     "fused_optimizer": FUSED_OPTIMIZERS,
     "on_save_failure": ON_SAVE_FAILURE,
+    "profile_level": PROFILE_LEVELS,
 }
 
 
@@ -98,7 +100,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
         if value is not None and value not in choices:
-            raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}; got {value!r}")
+            raise ValueError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 def _check_images(args: argparse.Namespace) -> None:
@@ -289,6 +291,7 @@ def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
     writes = not writes_nothing(args.logs)
     saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase", "profile_steps")
     yield writes, (*saving, "save_every_n_steps", "on_save_failure", "sync_save"), "--output-dir is None"
+    yield args.profile_steps is not None, ("profile_level",), "there is no --profile-steps"
     if writes and args.save_frequency == 0:
         yield False, ("delete_previous_checkpoint",), "--save-frequency 0 saves only once, after the last epoch"
     yield args.save_every_n_steps > 0, ("keep_last",), "there is no --save-every-n-steps"

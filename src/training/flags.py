@@ -17,6 +17,7 @@ LR_SCHEDULERS = ("cosine", "const", "const-cooldown")
 FUSED_OPTIMIZERS = ("auto", "torch", "npu", "off")
 FP32_MATMULS = ("high", "highest")
 ON_SAVE_FAILURE = ("continue", "stop")
+PROFILE_LEVELS = (0, 1, 2)
 LOSS_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
@@ -155,8 +156,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
         "the locked layers too")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass: about a third "
         "more time, far less memory. When the batch does not fit")
-    add("--torchcompile", action="store_true", help="torch.compile the model: the first steps are slow. On an NPU it "
-        "needs torchair or triton-ascend")
+    add("--torchcompile", action="store_true", help="torch.compile the model: the first steps are slow. It needs "
+        "triton-ascend on an NPU, triton on a GPU and a C++ compiler on the CPU, which is checked at the start")
     add("--use-bn-sync", action="store_true", help="BatchNorm statistics over all processes (models with BatchNorm)")
 
 
@@ -252,6 +253,9 @@ def _distributed(parser: argparse.ArgumentParser) -> None:
         "parameters: it overlaps communication better, and --grad-checkpointing works with unused ones")
     add("--no-set-device-rank", action="store_true", help="every process uses the first device it sees: where the "
         "launcher shows each process its own only (ASCEND_RT_VISIBLE_DEVICES per process)")
+    add("--deterministic", action="store_true", help="the same command gives the same bits again, on the same devices "
+        "and as many processes: deterministic operators (torch.use_deterministic_algorithms) and collectives "
+        "(HCCL_DETERMINISTIC, NCCL_ALGO). Slower; an operator without a deterministic form ends the run with its name")
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +305,9 @@ def _logging(parser: argparse.ArgumentParser) -> None:
     add("--profile-steps", metavar="A:B", help="trace the steps A to B-1 of the run (from 0) on the first process into "
         "LOGS/NAME/profile: by the NPU's own profiler there (MindStudio Insight shows it), by torch.profiler elsewhere "
         "(TensorBoard, Perfetto). A few steps after the first ten are enough, and large enough")
+    add("--profile-level", type=int, choices=PROFILE_LEVELS, help="how much --profile-steps traces. 0: times and "
+        "memory. 1: also the shapes of the operators' inputs, on an NPU also the metrics of AI cores and collectives. "
+        "2: also Python stacks, on an NPU also its runtime and AI CPU: for few steps")
     add("--log-local", action="store_true", help="one log per machine, not only the first process's")
     add("--wandb-project-name", metavar="NAME", help="wandb: the project")
     add("--wandb-notes", metavar="TEXT", help="wandb: notes to the run")

@@ -177,7 +177,8 @@ def pairs_at_peak(
 ) -> float | None:
     """Image-text pairs a second that the chip could train on at its peak FLOP/s; None where that is not known."""
     dtype = precisions.dtype_of(precision, device)
-    peak = None if (dtype, fp32_matmul) == _WITHOUT_PEAK else devices.get(device).peak_flops(dtype, device.index)
+    kind = devices.get(device)
+    peak = None if (dtype, fp32_matmul) == _WITHOUT_PEAK else kind.peak_flops(dtype, device.index)
     if peak is None:
         return None
     try:
@@ -185,5 +186,8 @@ def pairs_at_peak(
     except (RuntimeError, NotImplementedError) as error:  # a tower whose code looks at values, which meta has not
         logger.info("The log has no MFU: the FLOPs of this model cannot be counted (%s).", error)
         return None
-    logger.info("%.2f GFLOPs a pair in training; the chip's peak is %.1f TFLOP/s.", flops / 1e9, peak / 1e12)
+    logger.info(
+        "%.2f GFLOPs per pair in training. MFU refers to a peak of %.1f TFLOP/s, from %s.",
+        flops / 1e9, peak / 1e12, kind.peak_source(device.index),
+    )  # fmt: skip
     return peak / flops

@@ -74,6 +74,7 @@ def main(args: list[str] | None = None) -> None:
             cfg = sections(options)
             preflight.check_options(cfg)
             with signals.default_handlers():
+                preflight.check_device(cfg)
                 world = distributed.init(cfg.distributed)
             with progress.showing(world.is_master):
                 _run(options, world, signals)
@@ -90,22 +91,33 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _log_end(error: Exception, debug: bool) -> None:
-    """A sentence alone for what its reader can mend; the traceback too for what may be a bug, and with --debug."""
+    """A sentence alone for what its reader can fix; the traceback too for what may be a bug, and with --debug."""
     if devices.is_out_of_memory(error):
         log.error(
             "Out of memory: %s Try --grad-checkpointing, or a smaller --batch-size with a larger --accum-freq.", error
         )
         return
+    known = devices.hint(_text_with_causes(error))
+    advice = f" {known}" if known else ""
     if distributed.says_that_a_peer_died(error):
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] + advice
         log.error("Another process of this run has ended, so this one does. The first error is the cause. %s", reason)
         return
     own_files = Path(open_clip.__file__).parents[1]
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = isinstance(error, RuntimeError) and raised_in.is_relative_to(own_files)
     is_for_reader = is_ours or isinstance(error, (ValueError, OSError, NotImplementedError, ImportError))
-    hint = " (--debug shows where.)" if is_for_reader and not debug else ""
-    log.error("The run ends: %s%s", error, hint, exc_info=debug or not is_for_reader)
+    where = " (--debug shows where.)" if is_for_reader and not debug else ""
+    log.error("The run ends: %s%s%s", error, advice, where, exc_info=debug or not is_for_reader)
+
+
+def _text_with_causes(error: BaseException | None) -> str:
+    """The texts of an error and of those that it was raised from, which may have been shortened in its own."""
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return "\n".join(texts)
 
 
 def _run(options: argparse.Namespace, world: World, signals: StopSignals) -> None:
@@ -194,6 +206,11 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     kind = devices.get(world.device)
     log.info("Run %s on %d x %s (%s), precision %s.", cfg.checkpoint.name, world.world_size, world.device.type,
              kind.name(world.device.index), cfg.model.precision)  # fmt: skip
+    for note in kind.notes():
+        log.info("%s", note)
+    if cfg.distributed.deterministic:
+        log.info("--deterministic: %s.", kind.deterministic_settings())
+    _warn(kind.environment_warnings(), world)
     _warn((f"{sentence}." for sentence in warnings_for(options, world.world_size)), world)
     if folder is not None:
         lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
@@ -396,7 +413,8 @@ def _tracing(
     if cfg.profile_steps is None or folder is None or not world.is_master:
         yield contextlib.nullcontext
         return
-    with StepTrace(world.device, folder / "profile", *step_range(cfg.profile_steps)) as trace:
+    first, end = step_range(cfg.profile_steps)
+    with StepTrace(world.device, folder / "profile", first, end, cfg.profile_level) as trace:
         yield trace.step
 
 

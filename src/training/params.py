@@ -122,6 +122,7 @@ class DistributedConfig:
     dist_timeout: float = 1800.0  # seconds
     ddp_static_graph: bool = False
     no_set_device_rank: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class LoggingConfig:
     wandb_project_name: str = "open-clip"
     log_every_n_steps: int = 100
     profile_steps: str | None = None
+    profile_level: int = 0
     log_local: bool = False
     debug: bool = False
     copy_codebase: bool = False

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip import device as devices
 from open_clip.recipe import read_recipe
 from training import distributed, file_utils, optim, rng, zero_shot
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
@@ -64,6 +65,21 @@ def check_options(cfg: TrainConfig) -> None:
         )
     if cfg.objective.distill_model is not None and trains(data):
         read_recipe(cfg.objective.distill_model, cfg.objective.distill_pretrained, cfg.model.cache_dir)
+
+
+def check_device(cfg: TrainConfig) -> None:
+    """Checks the environment of the device that the run will use, before anything is done on it.
+
+    Raises:
+        RuntimeError: the device is not there, or an environment variable would end the run on it.
+        ModuleNotFoundError: --torchcompile needs something that is not installed.
+    """
+    kind = devices.get(devices.resolve(cfg.distributed.device))
+    for problem in kind.environment_errors():
+        raise RuntimeError(problem)
+    missing = kind.why_not_compile() if cfg.model.torchcompile else None
+    if missing is not None:
+        raise ModuleNotFoundError(f"--torchcompile: {missing}")
 
 
 def _pairs(data: DataConfig) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -16,10 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """Traces the steps `first` to `end` - 1 of a run into `folder`; the run is done inside it as a context."""
+    """Traces the steps `first` to `end` - 1 of a run into `folder`; the run is done inside it as a context.
 
-    def __init__(self, device: torch.device, folder: Path, first: int, end: int) -> None:
-        self._device, self._folder = device, folder
+    level: how much is traced, see `Device.profiler`.
+    """
+
+    def __init__(self, device: torch.device, folder: Path, first: int, end: int, level: int = 0) -> None:
+        self._device, self._folder, self._level = device, folder, level
         self._first, self._end = first, end
         self._profiler: Any = None
         self._traced = 0
@@ -30,7 +33,9 @@ class StepTrace(contextlib.AbstractContextManager):
         if self._profiler is None and self._first - 1 <= number < self._end:
             warmup = max(self._first - number, 0)
             active = self._end - number - warmup
-            self._profiler = devices.get(self._device).profiler(str(self._folder), wait=0, warmup=warmup, active=active)
+            self._profiler = devices.get(self._device).profiler(
+                str(self._folder), wait=0, warmup=warmup, active=active, level=self._level
+            )
             self._profiler.start()
         yield
         if self._profiler is not None:

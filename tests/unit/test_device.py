@@ -192,7 +192,9 @@ def test_first_generation_has_no_bf16(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "tera"),
     [("Ascend910B1", 363.7), ("Ascend910B2C", 353.9), ("Ascend910B3", 294.9), ("Ascend910B4-1", 245.8),
-     ("Ascend910_9391", 353.9), ("Ascend910PremiumA", 256.0), ("Ascend310P3", None)],
+     ("Ascend910_9391", 353.9), ("Ascend910_9362", None), ("Ascend910PremiumA", 256.0), ("Ascend910B", 221.2),
+     ("Ascend910ProB", 221.2), ("Ascend950PR_9589", 432.5), ("Ascend950PR_9579", 378.5), ("Ascend950DT_9582", 486.6),
+     ("Ascend310P3", None)],
 )
 def test_ascend_peaks(monkeypatch, name, tera):
     install_npu(monkeypatch, FakeNpu(name))
@@ -222,8 +224,14 @@ def test_npu_profiler_is_torch_npus(npu, monkeypatch):
         schedule=lambda **kwargs: kwargs,
         tensorboard_trace_handler=lambda folder: folder,
         profile=lambda **kwargs: asked.update(kwargs) or "profiler",
+        ProfilerLevel=SimpleNamespace(Level0="L0", Level1="L1", Level2="L2"),
+        AiCMetrics=SimpleNamespace(AiCoreNone="no metrics"),
+        _ExperimentalConfig=lambda profiler_level, aic_metrics=None: (profiler_level, aic_metrics),
     ), raising=False)
-    assert devices.get("npu").profiler("traces", active=5) == "profiler"
+    for level in (2, 1, 0):
+        assert devices.get("npu").profiler("traces", active=5, level=level) == "profiler"
+        assert asked["experimental_config"] == (f"L{level}", None if level else "no metrics")
+        assert (asked["record_shapes"], asked["with_stack"]) == (level >= 1, level >= 2)
     assert asked["activities"] == ["host", "device"]
     assert asked["schedule"]["active"] == 5
     assert asked["on_trace_ready"] == "traces"

@@ -88,6 +88,9 @@ def test_an_npu_is_described_with_its_software(monkeypatch, tmp_path):
     (tmp_path / "version.cfg").write_text("runtime_running_version=[8.3.RC1:8.3.RC1]")
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("HCCL_EVENT_TIMEOUT", "600")
     monkeypatch.setattr(torch, "npu", fake, raising=False)
     monkeypatch.setattr(devices.npu_loading, "torch_npu", SimpleNamespace(__version__="1.11.0"))
     report = doctor.Report()
@@ -98,6 +101,9 @@ def test_an_npu_is_described_with_its_software(monkeypatch, tmp_path):
     assert "8.3.RC1" in text
     assert report.environment["ASCEND_RT_VISIBLE_DEVICES"] == "0,1"
     assert "torch_npu 1.11.0 does not match torch" in text
+    assert "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set" in text
+    assert "HCCL_EVENT_TIMEOUT=600 must be larger" in text
+    assert report.environment["HCCL_EVENT_TIMEOUT"] == "600"
 
 
 def test_a_driver_that_raises_is_reported_and_survived(monkeypatch):
@@ -107,6 +113,7 @@ def test_a_driver_that_raises_is_reported_and_survived(monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "memory", broken)
     report = doctor.examine()
     assert report.problems == ["cpu does not answer: RuntimeError: driver: error 507899"]
+    assert doctor._reason(RuntimeError("init\nEJ0001: ...")).startswith("RuntimeError: init EJ0001: the process that")
     assert report.can_train
 
 

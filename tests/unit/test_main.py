@@ -145,6 +145,7 @@ def test_compiling_leaves_the_names_in_the_checkpoint(inputs, plain, tmp_path, m
         return original(self, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
+    monkeypatch.setattr(devices.CpuDevice, "why_not_compile", lambda self: None)
     folder = train(inputs, tmp_path, "--torchcompile", "--epochs", "2")
     assert compiled == ["CLIP"]
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
@@ -157,6 +158,90 @@ def test_steps_are_traced_into_the_run_s_folder(inputs, plain, tmp_path):
     assert "Traced 4 step(s)" in (folder / "out.log").read_text()
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-6)
     assert not (plain / "profile").exists()
+
+
+def test_the_level_of_a_trace_is_the_profiler_s(inputs, tmp_path, monkeypatch):
+    levels, original = [], devices.CpuDevice.profiler
+
+    def profiler(self, folder, level, **schedule):
+        levels.append(level)
+        return original(self, folder, level=level, **schedule)
+
+    monkeypatch.setattr(devices.CpuDevice, "profiler", profiler)
+    folder = train(inputs, tmp_path, "--profile-steps", "1:2", "--profile-level", 1)
+    assert levels == [1]
+    (trace,) = (folder / "profile").glob("*.json")
+    assert "Input Dims" in trace.read_text()
+
+
+@pytest.fixture
+def determinism_restored():
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def test_two_deterministic_runs_have_the_same_bits(inputs, plain, tmp_path, determinism_restored):
+    first, second = (train(inputs, tmp_path / name, "--deterministic") for name in ("first", "second"))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert losses(first) == losses(second)
+    assert losses(first) == pytest.approx(losses(plain), rel=1e-4)
+    one, other = (weights(folder, "epoch_2.pt") for folder in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "--deterministic: torch.use_deterministic_algorithms." in (first / "out.log").read_text()
+    assert "--deterministic" not in (plain / "out.log").read_text()
+
+
+def test_determinism_comes_before_the_device_is_used(inputs, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(devices.CpuDevice, "set_deterministic", lambda self: calls.append("deterministic"))
+    monkeypatch.setattr(distributed, "set_device", lambda device: calls.append("device"))
+    train(inputs, tmp_path, "--deterministic", "--epochs", 1)
+    assert calls[:2] == ["deterministic", "device"]
+
+
+def no_model(*_, **__):
+    pytest.fail("a model was built")
+
+
+def test_what_torch_compile_lacks_is_said_before_a_model_is_built(inputs, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(devices.CpuDevice, "why_not_compile", lambda self: "the compiler is missing.")
+    monkeypatch.setattr(main, "build_model", no_model)
+    with pytest.raises(ModuleNotFoundError, match="--torchcompile: the compiler is missing"):
+        train(inputs, tmp_path / "logs", "--torchcompile")
+    assert not (tmp_path / "logs").exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_setting_that_ends_a_run_is_said_before_the_device_is_used(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices.CpuDevice, "environment_errors", lambda self: ["A and B are both set."])
+    monkeypatch.setattr(distributed, "set_device", no_model)
+    with pytest.raises(RuntimeError, match="A and B are both set"):
+        train(inputs, tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_what_the_device_has_to_say_is_in_the_log(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices.CpuDevice, "environment_warnings", lambda self: ["A is smaller than B."])
+    monkeypatch.setattr(devices.CpuDevice, "notes", lambda self: ["Another name is used."])
+    log = (train(inputs, tmp_path, "--epochs", 1) / "out.log").read_text()
+    assert "A is smaller than B." in log
+    assert "Another name is used." in log
+
+
+@pytest.mark.parametrize("shortened", [False, True])
+def test_a_known_code_in_an_error_gets_its_hint(inputs, tmp_path, monkeypatch, shortened):
+    def fail(*_, **__):
+        error = RuntimeError("HCCL function error, error code is 7\nEJ0001: Failed to initialize the HCCP process.")
+        if shortened:
+            raise RuntimeError("Joining the others failed (HCCL function ...)") from error
+        raise error
+
+    monkeypatch.setattr(main, "build_model", fail)
+    with pytest.raises(RuntimeError):
+        train(inputs, tmp_path)
+    assert "Wait 10 s" in (tmp_path / "run/out.log").read_text()
 
 
 @pytest.mark.parametrize(("flags", "fast"), [([], True), (["--fp32-matmul", "highest"], False)])

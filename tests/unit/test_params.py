@@ -225,6 +225,7 @@ def test_what_can_be_is_no_error(argv):
         (["--report-to", "tensorboard", "--logs", "None"], "--report-to"),
         (["--profile-steps", "1:2", "--logs", "None", *DATA], "--profile-steps"),
         (["--profile-steps", "1:2"], "--profile-steps"),
+        (["--profile-level", "1", *DATA], "--profile-level"),
         (["--wandb-notes", "x", "--report-to", "tensorboard"], "--wandb-notes"),
         (["--remote-sync-frequency", "3"], "--remote-sync-frequency"),
         (["--log-local"], "--log-local"),

@@ -37,11 +37,11 @@ def test_the_profiler_sees_the_steps_asked_for_and_one_before(monkeypatch, tmp_p
     monkeypatch.setattr(
         devices.CpuDevice, "profiler", lambda self, folder, **schedule: asked.append((folder, schedule)) or profiler
     )
-    with StepTrace(CPU, tmp_path, first, end) as trace:
+    with StepTrace(CPU, tmp_path, first, end, level=2) as trace:
         for number in run:
             with trace.step(number):
                 pass
-    assert asked == [(str(tmp_path), {"wait": 0, "warmup": warmup, "active": active})]
+    assert asked == [(str(tmp_path), {"wait": 0, "warmup": warmup, "active": active, "level": 2})]
     assert profiler == ["start", *["step"] * steps, "stop"]
 
 

@@ -19,6 +19,8 @@ from .table import DEVICES as DEVICES
 from .table import as_asked as as_asked
 from .table import best as best
 from .table import get as get
+from .table import hint as hint
 from .table import is_out_of_memory as is_out_of_memory
 from .table import resolve as resolve
+from .table import resolve_backend as resolve_backend
 from .xpu import XpuDevice as XpuDevice

@@ -2,6 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -25,6 +30,14 @@ class Device:
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
+    deterministic_env: ClassVar[dict[str, str]] = {}  # set by `set_deterministic`, where the user has not
+    deterministic_switches: ClassVar[tuple[str, ...]] = ("torch.use_deterministic_algorithms",)
+    # Regular expression searched in the text of an error.
+    out_of_memory: ClassVar[str] = r"(?i)out of memory|can't allocate memory"
+    # (regular expression searched in the text of an error, what to do about it)
+    hints: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"does not have a deterministic implementation", "Without --deterministic the run goes on, not reproducibly."),
+    )
 
     def __repr__(self) -> str:
         return f"<device {self.type}>"
@@ -55,8 +68,35 @@ class Device:
         return {}
 
     def problems(self) -> list[str]:
-        """What is wrong with the software of this device although it may run, each with its mend."""
+        """What is wrong with the software of this device although it may run, each with how to fix it."""
         return []
+
+    def environment_errors(self) -> list[str]:
+        """Environment variables that end a run on this device, a sentence each with how to fix it."""
+        return []
+
+    def environment_warnings(self) -> list[str]:
+        """Environment variables that contradict each other or are out of range, a sentence each."""
+        return []
+
+    def notes(self) -> list[str]:
+        """What the log of a run on this device should mention, a sentence each."""
+        return []
+
+    def why_not_compile(self) -> str | None:
+        """What torch.compile lacks on this device and how to get it, in a sentence; None where nothing is known."""
+        if importlib.util.find_spec("triton") is None:
+            return (
+                f"torch.compile on {self.type} needs the package triton, which is not installed. Install the version "
+                f"that torch {torch.__version__} was built for, or leave out --torchcompile."
+            )
+        if sys.platform.startswith("linux") and "CC" not in os.environ and not _find_command("gcc", "clang"):
+            return f"torch.compile on {self.type} needs a C compiler: install gcc, or name one by the variable CC."
+        return None
+
+    def hint(self, error_text: str) -> str | None:
+        """What to do about an error, by the codes in its text; None for an error without a known code."""
+        return next((advice for pattern, advice in self.hints if re.search(pattern, error_text)), None)
 
     # Running on it
 
@@ -117,6 +157,30 @@ class Device:
     def set_fast_matmul(self, enabled: bool) -> None:
         """fp32 products in a format of fewer mantissa bits (TF32, HF32): faster, about 3 decimal digits."""
 
+    # Determinism
+
+    def set_deterministic(self) -> None:
+        """Make operators and collectives give the same bits for the same input, run after run.
+
+        To be called before the process group exists and before the device is used. An operator that has no
+        deterministic form raises RuntimeError: with warn_only, torch also keeps the non-deterministic backward pass
+        of its memory-efficient attention.
+
+        Raises:
+            ValueError: an environment variable says the opposite.
+        """
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory is for finding reads of uninitialised values, and costs a kernel for each tensor.
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False
+        for name, value in self.deterministic_env.items():
+            os.environ.setdefault(name, value)
+
+    def deterministic_settings(self) -> str:
+        """What `set_deterministic` has set, for the log."""
+        variables = [f"{name}={os.environ.get(name, '')}" for name in self.deterministic_env]
+        return ", ".join([*self.deterministic_switches, *variables])
+
     # Speed
 
     def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
@@ -148,14 +212,21 @@ class Device:
         tera = getattr(peak, field) if peak and field else None
         return tera * 1e12 if tera else None
 
+    def peak_source(self, index: int | None = None) -> str:
+        """Where `peak_flops` is from, for the log."""
+        return "the table in open_clip/device/peaks.py"
+
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
 
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         return F.gelu(x, approximate=approximate)
 
-    def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
-        """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard."""
+    def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
+        """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard.
+
+        level: 0: times and memory; 1: also the operators' input shapes; 2: also the Python stacks.
+        """
         activities = [torch.profiler.ProfilerActivity.CPU]
         own = getattr(torch.profiler.ProfilerActivity, self.type.upper(), None)
         if own is not None and own not in activities:
@@ -165,4 +236,11 @@ class Device:
             schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
             on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
             profile_memory=True,
+            record_shapes=level >= 1,
+            with_stack=level >= 2,
         )
+
+
+def _find_command(*names: str) -> bool:
+    """Whether one of the commands is installed."""
+    return any(shutil.which(name) for name in names)

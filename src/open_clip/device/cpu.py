@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,14 @@ class CpuDevice(Device):
 
     def name(self, index: int | None = None) -> str:
         return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+    def why_not_compile(self) -> str | None:
+        # The command that torch._inductor.config.cpp.cxx names.
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        compiler = os.environ.get("CXX", usual)
+        if shutil.which(compiler) is None:
+            return f"torch.compile on the CPU needs a C++ compiler and {compiler!r} is not installed: install {usual}."
+        return None
 
     def set_device(self, index: int) -> None:
         pass

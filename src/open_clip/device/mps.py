@@ -28,6 +28,9 @@ class MpsDevice(Device):
     def name(self, index: int | None = None) -> str:
         return "Apple GPU (MPS)"
 
+    def why_not_compile(self) -> str | None:
+        return None  # Metal compiles the kernels
+
     def set_device(self, index: int) -> None:
         pass  # there is one
 

@@ -1,9 +1,12 @@
 """Huawei Ascend NPUs, through torch_npu."""
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +14,8 @@ import torch
 from .. import torch_versions
 from . import npu_loading, peaks
 from .base import Device
+
+_RESULT = r"(?:error code is|runtime result =) ?"  # before a code, in the texts of torch_npu and of CANN
 
 
 class NpuDevice(Device):
@@ -23,8 +28,38 @@ class NpuDevice(Device):
     fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
     peaks = peaks.ASCEND_PEAKS
     variables = (
-        "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF",
-        "HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT",
+        "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_LAUNCH_BLOCKING", "TORCH_TRANSFER_TO_NPU",
+        "PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF",
+        "ACL_DEVICE_SYNC_TIMEOUT", "INF_NAN_MODE_ENABLE",
+        "HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_EVENT_TIMEOUT", "HCCL_DETERMINISTIC",
+        "HCCL_OP_EXPANSION_MODE", "HCCL_IF_BASE_PORT", "HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE",
+        "HCCL_SOCKET_IFNAME", "TORCHINDUCTOR_NPU_BACKEND",
+    )
+    deterministic_env: ClassVar[dict[str, str]] = {"HCCL_DETERMINISTIC": "true"}
+    # The codes: CANN's acl/error_codes/rt_error_codes.h and its list of error codes.
+    out_of_memory = Device.out_of_memory + rf"|{_RESULT}(207001|207018)\b|\bEL0004\b"
+    hints = (
+        *Device.hints,
+        (
+            r"\bEJ0001\b",
+            "EJ0001: the process that last used this NPU has not ended yet. Wait 10 s after its end, then start again. "
+            "torchrun --max-restarts may restart within these 10 s, so give it 2 restarts or more.",
+        ),
+        (
+            r"\bEI0006\b",
+            "EI0006: not every rank came to the first collective within HCCL_CONNECT_TIMEOUT. Look for the first error "
+            "in the logs of the other ranks, and whether the NPUs' network ports reach each other (hccn_tool).",
+        ),
+        (
+            rf"\bE(E1002|I0002)\b|{_RESULT}(107020|507046|507047|507048)\b",
+            "A wait for the NPU took longer than its limit, mostly since another rank stopped or is late: look for the "
+            "first error in the logs of the other ranks and in ~/ascend/log. Where long waits are expected, raise "
+            "HCCL_EXEC_TIMEOUT (and ACL_DEVICE_SYNC_TIMEOUT, if set).",
+        ),
+        (
+            r"\bERR99999\b",
+            "ERR99999 only says that an exception outside torch_npu ended a process: its traceback has the cause.",
+        ),
     )
 
     @property
@@ -53,7 +88,7 @@ class NpuDevice(Device):
             found["torch_npu"] = str(self.library.__version__)
         elif npu_loading.failure is not None:
             found["torch_npu"] = "installed, cannot load"
-        home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
+        home = _cann_home()
         if home:
             found["CANN"] = _cann_version(home)
         return found
@@ -71,6 +106,98 @@ class NpuDevice(Device):
                     f"numbers. Install that torch or the torch_npu for this one (docs/npu.md)."
                 )
         return found
+
+    def environment_errors(self) -> list[str]:
+        found = []  # sources: checks in torch_npu's libtorch_npu.so (2.13), which raise at the first use of the NPU
+        if "PYTORCH_ALLOC_CONF" in os.environ and "PYTORCH_NPU_ALLOC_CONF" in os.environ:
+            found.append(
+                "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set, and torch_npu refuses to allocate memory "
+                "then. Unset one of them."
+            )
+        limit = _whole_number("ACL_DEVICE_SYNC_TIMEOUT")
+        if limit is not None and limit <= 0:
+            found.append(f"ACL_DEVICE_SYNC_TIMEOUT={limit}: torch_npu accepts 1 second or more. Unset it for no limit.")
+        return found
+
+    def environment_warnings(self) -> list[str]:
+        # Sources: torch_npu's ProcessGroupHCCL.cpp (event and execution), OptionsManager.cpp (blocking); CANN's
+        # documentation of the HCCL variables (connect, AIV).
+        found = []
+        asked = _whole_number("HCCL_EXEC_TIMEOUT")
+        execution = _EXECUTION_LIMIT if asked is None or asked < 0 else asked
+        event, connect = _whole_number("HCCL_EVENT_TIMEOUT"), _whole_number("HCCL_CONNECT_TIMEOUT")
+        if event is not None and event > 0 and (execution == 0 or event <= execution):  # 0: no limit
+            found.append(
+                f"HCCL_EVENT_TIMEOUT={event} must be larger than HCCL_EXEC_TIMEOUT, which is "
+                f"{execution or '0 (no limit)'}: a late rank is otherwise reported as a failed event. Unset "
+                "HCCL_EVENT_TIMEOUT, and torch_npu derives it."
+            )
+        if os.environ.get("HCCL_OP_EXPANSION_MODE") == "AIV" and (asked or 0) > _EXECUTION_LIMIT_AIV:
+            found.append(
+                f"HCCL_EXEC_TIMEOUT={asked} is more than the {_EXECUTION_LIMIT_AIV} seconds that CANN allows with "
+                "HCCL_OP_EXPANSION_MODE=AIV. Lower it, or choose another mode."
+            )
+        if connect is not None and not 120 <= connect <= 7200:
+            found.append(f"HCCL_CONNECT_TIMEOUT={connect}: CANN accepts 120 to 7200 seconds.")
+        if os.environ.get("ASCEND_LAUNCH_BLOCKING", "0") != "0":
+            found.append(
+                "ASCEND_LAUNCH_BLOCKING is set: the host waits for each operator, and TASK_QUEUE_ENABLE has no effect. "
+                "It is for debugging; unset it for training."
+            )
+        return found
+
+    def notes(self) -> list[str]:
+        if not npu_loading.replaces_cuda():
+            return []
+        return [
+            "torch_npu's transfer_to_npu is on: 'cuda' means npu, 'nccl' means hccl, and torch.jit.script does nothing."
+        ]
+
+    def why_not_compile(self) -> str | None:
+        backend = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default")
+        if backend != "default":
+            return None  # it needs other packages, and says so
+        if npu_loading.replaces_cuda():
+            return (
+                "torch.compile on an NPU does not find triton-ascend while torch_npu's transfer_to_npu is on. Train "
+                "without transfer_to_npu, which this project does not need, or leave out --torchcompile."
+            )
+        spec = importlib.util.find_spec("triton")
+        folders = (spec.submodule_search_locations or []) if spec else []
+        if not any(os.path.isdir(os.path.join(folder, "backends", "ascend")) for folder in folders):
+            return (
+                "torch.compile on an NPU needs triton-ascend, which is not installed. Install the version for your "
+                "CANN and torch_npu (pip install triton-ascend), or leave out --torchcompile."
+            )
+        return None
+
+    def set_deterministic(self) -> None:
+        if os.environ.get("HCCL_DETERMINISTIC", "true").lower() == "false":
+            raise ValueError("--deterministic contradicts HCCL_DETERMINISTIC=false: unset it, or leave the option out.")
+        super().set_deterministic()
+
+    def peak_flops(self, dtype: torch.dtype, index: int | None = None) -> float | None:
+        found = self._peak_of_cann(index)
+        if found is None:
+            return super().peak_flops(dtype, index)
+        # fp32 products are made in HF32 or on the vector units, which the file does not tell.
+        return found[0] if dtype in (torch.float16, torch.bfloat16) and self.supports(dtype) else None
+
+    def peak_source(self, index: int | None = None) -> str:
+        found = self._peak_of_cann(index)
+        return super().peak_source(index) if found is None else str(found[1])
+
+    def _peak_of_cann(self, index: int | None) -> tuple[float, Path] | None:
+        """(FLOP/s of half precision products, CANN's file that tells it); None where there is no such file."""
+        home = _cann_home()
+        if not home or not self.is_available():
+            return None
+        for folder in (f"{platform.machine()}-linux", "aarch64-linux", "arm64-linux", "x86_64-linux", "compiler"):
+            path = Path(home, folder, "data", "platform_config", f"{self.name(index)}.ini")
+            peak = peaks.of_platform_config(path) if path.is_file() else None
+            if peak is not None:
+                return peak, path
+        return None
 
     def grad_scaler(self, **kwargs: Any) -> Any:
         # torch.amp.GradScaler("npu") has been reported to fail in update() on some stacks; torch_npu's own is at home.
@@ -99,14 +226,37 @@ class NpuDevice(Device):
         # F.gelu computes the tanh form there whatever is asked; this operator does as it is told.
         return self.library.npu_gelu(x, approximate=approximate)
 
-    def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
+    def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
+        """See the base class. The levels are ProfilerLevel.Level0, Level1 and Level2 of torch_npu.profiler: 1 adds the
+        metrics of the AI cores and of HCCL, 2 those of the runtime and of the AI CPU."""
         npu_profiler = self.library.profiler
+        config = {"profiler_level": getattr(npu_profiler.ProfilerLevel, f"Level{level}")}
+        if level == 0:
+            config["aic_metrics"] = npu_profiler.AiCMetrics.AiCoreNone  # torch_npu warns of its own default otherwise
         return npu_profiler.profile(
             activities=[npu_profiler.ProfilerActivity.CPU, npu_profiler.ProfilerActivity.NPU],
             schedule=npu_profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
             on_trace_ready=npu_profiler.tensorboard_trace_handler(folder),
             profile_memory=True,
+            record_shapes=level >= 1,
+            with_stack=level >= 2,
+            experimental_config=npu_profiler._ExperimentalConfig(**config),
         )
+
+
+# Seconds that HCCL waits for a rank inside a collective (CANN's documentation of HCCL_EXEC_TIMEOUT).
+_EXECUTION_LIMIT = 1836
+_EXECUTION_LIMIT_AIV = 1091
+
+
+def _whole_number(name: str) -> int | None:
+    """The value of an environment variable; None where it is not set or is not a whole number."""
+    text = os.environ.get(name, "").strip()
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else None
+
+
+def _cann_home() -> str | None:
+    return os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
 
 
 def _cann_version(home: str) -> str:

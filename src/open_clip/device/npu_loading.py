@@ -47,3 +47,16 @@ def _import_torch() -> tuple[ModuleType | None, str | None]:
 
 
 torch_npu, failure = _import_torch()
+
+
+def replaces_cuda() -> bool:
+    """Whether torch_npu's transfer_to_npu is on, which makes the functions of torch.cuda those of torch.npu.
+
+    It may be imported at any time, so this must be asked at each use.
+    """
+    import torch
+
+    if torch_npu is None:
+        return False
+    of_npu = getattr(getattr(torch, "npu", None), "device_count", None)
+    return of_npu is not None and torch.cuda.device_count is of_npu

@@ -1,7 +1,9 @@
 """What chips can do at best: matrix-multiplication peaks by the name that a chip's driver gives it."""
 from __future__ import annotations
 
+import configparser
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -48,19 +50,42 @@ def _cube(cores: int, ghz: float) -> float:
     return cores * 16**3 * 2 * ghz / 1000
 
 
-# cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini. The larger figures of
-# Huawei's product pages (400, 376, 313, 280) add the vector units, which multiply no matrices. The first 910: the 256
-# of its announcement (Hot Chips 31, 2019). 910_93xx is one die of an A3 package, which torch sees as a device.
+# cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini as quoted in public
+# repositories; 950: torchtitan-npu's table. The larger figures of Huawei's product pages (400, 376, 313, 280) add the
+# vector units, which multiply no matrices. 910A: the 256 of its announcement (Hot Chips 31, 2019). 910_93xx is one die
+# of an A3 package, which torch sees as a device. 910_9362 is left out: public sources disagree (20 or 24 cube cores).
 ASCEND_PEAKS = (
     Peak(r"910B1", _cube(24, 1.85), _cube(24, 1.85), None),
     Peak(r"910B2", _cube(24, 1.80), _cube(24, 1.80), None),
     Peak(r"910B3", _cube(20, 1.80), _cube(20, 1.80), None),
     Peak(r"910B4", _cube(20, 1.50), _cube(20, 1.50), None),
-    Peak(r"910_93\d\d", _cube(24, 1.80), _cube(24, 1.80), None),
-    Peak(r"910(A|B|ProA|ProB|PremiumA)?$", 256, None, None),
+    Peak(r"910_93(?!62)\d\d", _cube(24, 1.80), _cube(24, 1.80), None),
+    Peak(r"910(B|ProB)$", _cube(30, 0.90), None, None),
+    Peak(r"910(A|ProA|PremiumA)?$", 256, None, None),
+    Peak(r"950PR_9579\b", _cube(28, 1.65), _cube(28, 1.65), None),
+    Peak(r"950PR", _cube(32, 1.65), _cube(32, 1.65), None),
+    Peak(r"950DT", _cube(36, 1.65), _cube(36, 1.65), None),
 )
 
 
 def find(peaks: tuple[Peak, ...], name: str) -> Peak | None:
     """The first entry whose pattern is in a chip's name; None where the table does not have it."""
     return next((peak for peak in peaks if re.search(peak.pattern, name)), None)
+
+
+def of_platform_config(path: Path) -> float | None:
+    """FLOP/s of an Ascend chip in fp16 and bf16, by CANN's description of it; None where the file lacks a number.
+
+    Args:
+        path: CANN's data/platform_config/<chip>.ini.
+    """
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        config.read_string(path.read_text(encoding="utf-8", errors="replace"))
+        chip, core = config["SoCInfo"], config["AICoreSpec"]
+        cores = int(chip.get("cube_core_cnt", "0")) or int(chip.get("ai_core_cnt", "0"))
+        products = int(core["cube_m_size"]) * int(core["cube_n_size"]) * int(core["cube_k_size"])
+        megahertz = float(core["cube_freq"])
+    except (OSError, configparser.Error, KeyError, ValueError):
+        return None
+    return cores * products * 2 * megahertz * 1e6 or None

@@ -8,6 +8,7 @@ import re
 
 import torch
 
+from . import npu_loading
 from .base import Device
 from .cpu import CpuDevice
 from .cuda import CudaDevice
@@ -26,12 +27,22 @@ def _split(name: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", name.strip().lower())
     if match is None or match[1] not in DEVICES:
         raise ValueError(f"Unknown device {name!r}. Known: {', '.join(DEVICES)}, npu:0 and so on, auto.")
-    return match[1], None if match[2] is None else int(match[2])
+    return _present(match[1]), None if match[2] is None else int(match[2])
+
+
+def _present(kind: str) -> str:
+    """The kind that runs what was asked of `kind`: the NPU where torch_npu has replaced torch.cuda."""
+    return "npu" if kind == "cuda" and npu_loading.replaces_cuda() else kind
+
+
+def resolve_backend(name: str) -> str:
+    """The collective backend that is meant: "hccl" for "nccl" where torch_npu has replaced torch.cuda."""
+    return name.replace("cuda", "npu").replace("nccl", "hccl") if npu_loading.replaces_cuda() else name
 
 
 def get(device: str | torch.device) -> Device:
     """The entry for a device or its name, such as "npu:3". Raises ValueError for an unknown kind."""
-    kind = device.type if isinstance(device, torch.device) else _split(device)[0]
+    kind = _present(device.type) if isinstance(device, torch.device) else _split(device)[0]
     if kind not in DEVICES:
         raise ValueError(f"Unknown device {kind!r}: known are {', '.join(DEVICES)}.")
     return DEVICES[kind]
@@ -45,7 +56,12 @@ def best() -> torch.device:
 def as_asked(name: str | int | torch.device | None) -> torch.device:
     """`resolve`, but "npu" stays the process's current one."""
     found = resolve(name)
-    return torch.device(name) if isinstance(name, (str, torch.device)) and name != "auto" else found
+    if not isinstance(name, (str, torch.device)) or name == "auto":
+        return found
+    asked = torch.device(name)
+    if asked.type == found.type:
+        return asked
+    return torch.device(found.type) if asked.index is None else found
 
 
 def resolve(name: str | int | torch.device | None = "auto", local_rank: int | None = None) -> torch.device:
@@ -81,5 +97,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the device's or the host's memory did not suffice."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(re.search(kind.out_of_memory, text) for kind in DEVICES.values())
+
+
+def hint(error_text: str) -> str | None:
+    """What to do about an error, by the codes of any device in its text; None for an error without a known code."""
+    hints = (kind.hint(error_text) for kind in DEVICES.values())
+    return next((found for found in hints if found is not None), None)
