@@ -27,6 +27,7 @@ class FlatAdamW(torch.optim.Optimizer):
             moments nor step counts, whatever the gradients hold. The host does not wait for it. `step` resets it.
     """
 
+    skips_on_device = True  # by `found_inf`; read by gradient scalers
     found_inf: Tensor | None = None
     # A gradient scaler of torch unscales `.grad`, then calls `step` if all of it is finite.
     _step_supports_amp_scaling = False

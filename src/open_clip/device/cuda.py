@@ -10,6 +10,7 @@ from .base import Device
 class CudaDevice(Device):
     type = "cuda"
     backend = "nccl"
+    fused_adamw_skips = True
     peaks = peaks.NVIDIA_PEAKS
     variables = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME")
 
