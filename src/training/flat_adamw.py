@@ -46,6 +46,7 @@ class FlatAdamW(torch.optim.Optimizer):
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._buffers: list[_Buffer] = []
         self._gathered = False
+        self._norm: Tensor | None = None  # of the gathered gradients
         self._factor: Tensor | None = None  # of the gathered gradients; applied by `step`
         super().__init__(params, torch.optim.AdamW([torch.zeros(1)]).defaults | given)
         self._flatten(range(len(self.param_groups)))
@@ -82,17 +83,18 @@ class FlatAdamW(torch.optim.Optimizer):
         if not self._gathered:
             for buffer in self._buffers:
                 buffer.gather_gradients()
-            self._gathered, self._factor = True, None
+            self._gathered, self._norm, self._factor = True, None, None
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of the gradients, including the factors of `scale_gradients`: a scalar on the device."""
         self.gather_gradients()
-        norms = [torch.linalg.vector_norm(b.gradients.buffer, dtype=b.moment_dtype) for b in self._buffers]
-        norm = norms[0]
-        if len(norms) > 1:
-            norm = torch.linalg.vector_norm(torch.stack([n.to(norm.device, norm.dtype) for n in norms]))
-        return norm if self._factor is None else norm * self._factor
+        if self._norm is None:
+            norms = [torch.linalg.vector_norm(b.gradients.buffer, dtype=b.moment_dtype) for b in self._buffers]
+            self._norm = norms[0]
+            if len(norms) > 1:
+                self._norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
+        return self._norm if self._factor is None else self._norm * self._factor
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply the gathered gradients by a scalar on the device, such as the inverse of a loss scale."""
@@ -117,7 +119,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p] = buffer.state_of(p)
             buffer.update(self.param_groups, self.found_inf, self._factor)
-        self.found_inf, self._factor, self._gathered = None, None, False
+        self.found_inf, self._norm, self._factor, self._gathered = None, None, None, False
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -59,8 +59,9 @@ class StepGuard:
         """folder: of the run, for the file that names the samples. remembered: steps whose samples it can name."""
         self.max_in_a_row = max_in_a_row
         self.folder = folder
-        is_fused = bool(optimizer.defaults.get("fused"))
-        self._on_device = isinstance(optimizer, FlatAdamW) or (is_fused and devices.get(device).fused_adamw_skips)
+        is_flat, is_fused = isinstance(optimizer, FlatAdamW), bool(optimizer.defaults.get("fused"))
+        self._on_device = is_flat or (is_fused and devices.get(device).fused_adamw_skips)
+        self._flag_dtype = torch.bool if is_flat else torch.float32  # of found_inf
         self._counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self._steps = self._skipped_before = 0  # steps of this process; skips that a resumed run had before it
         self._loss_is_bad = self.bad = self.skipped = torch.zeros((), dtype=torch.bool, device=device)
@@ -86,7 +87,7 @@ class StepGuard:
         """The optimizer's step, unless the gradient norm is not finite; the same on all ranks."""
         self.bad = self.skipped = ~torch.isfinite(norm)
         if self._on_device:
-            optimizer.found_inf = self.bad.float()  # type: ignore[attr-defined]
+            optimizer.found_inf = self.bad.to(self._flag_dtype)  # type: ignore[attr-defined]
             optimizer.step()
         elif not self.bad:
             optimizer.step()
