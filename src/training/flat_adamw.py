@@ -192,8 +192,8 @@ class _Buffer:
     def check_places(self) -> None:
         if any(p.data_ptr() != view.data_ptr() for p, view in zip(self.parameters, self.weights.views, strict=True)):
             raise RuntimeError(
-                "A parameter was moved, cast or replaced after FlatAdamW was made, which updates the memory that it had "
-                "then. Move and cast the model first, and make the optimizer afterwards."
+                "A parameter was moved, cast or replaced after FlatAdamW was made, which updates its former memory. "
+                "Move and cast the model first, and make the optimizer afterwards."
             )
 
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -272,35 +272,34 @@ class _Buffer:
             if decay:
                 _part(weights, segment).mul_(1 - counts * decay)
         for run in _runs(self._segments, groups):
-            tensors = weights, gradient, self._exp_avg.buffer, self._exp_avg_sq.buffer
-            step = (self._step_views[run.first] + 1).to(self.moment_dtype)
-            _update(*(_part(tensor, run) for tensor in tensors), step, counts, groups[run.group])
+            self._update_run(run, weights, gradient, counts, groups[run.group])
         self._steps.add_(counts if self._counted is None else counts * self._counted)
         if self._master is not None:
             self.weights.buffer.copy_(self._master.buffer)
+
+    def _update_run(
+        self, run: _Segment, weights: Tensor, gradient: Tensor, counts: Tensor, options: Mapping[str, Any]
+    ) -> None:
+        """Do torch.optim.AdamW's operations in their order, after the decay. Overwrites the gradient.
+
+        counts: scalar on the device, 1; 0 leaves weights and moments as they are.
+        """
+        lr, (beta1, beta2) = options["lr"], options["betas"]
+        weights, gradient = _part(weights, run), _part(gradient, run)
+        exp_avg, exp_avg_sq = _part(self._exp_avg.buffer, run), _part(self._exp_avg_sq.buffer, run)
+        step = (self._step_views[run.first] + 1).to(self.moment_dtype)
+        exp_avg.lerp_(gradient, counts * (1 - beta1))
+        exp_avg_sq.mul_(1 - counts * (1 - beta2)).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = torch.sqrt(exp_avg_sq, out=gradient)
+        denominator.div_(_bias_correction(beta2, step).sqrt_()).add_(options["eps"])
+        torch.div(exp_avg, denominator, out=gradient)
+        weights.addcmul_(gradient, counts * -lr / _bias_correction(beta1, step))
 
     def _follow_weights(self) -> None:
         """Where others have changed the weights since the last step (a clamp, a loaded model), the master follows."""
         if self._master is not None:
             weights, master = self.weights.buffer, self._master.buffer
             master.copy_(torch.where(weights == master.to(weights.dtype), master, weights.to(master.dtype)))
-
-
-def _update(
-    weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, counts: Tensor,
-    options: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """torch.optim.AdamW's operations in their order, after the decay. Overwrites the gradient.
-
-    step: the number of this step, from 1. counts: 1; 0 leaves all but the gradient as it is. Scalars on the device.
-    """
-    lr, (beta1, beta2) = options["lr"], options["betas"]
-    exp_avg.lerp_(gradient, counts * (1 - beta1))
-    exp_avg_sq.mul_(1 - counts * (1 - beta2)).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = torch.sqrt(exp_avg_sq, out=gradient)
-    denominator.div_(_bias_correction(beta2, step).sqrt_()).add_(options["eps"])
-    torch.div(exp_avg, denominator, out=gradient)
-    weights.addcmul_(gradient, counts * -lr / _bias_correction(beta1, step))
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:

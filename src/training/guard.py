@@ -1,16 +1,16 @@
 """Skip a step on all ranks when the loss or the gradient norm is not finite; abort after too many in a row.
 
-A loss that is not finite makes every gradient of its rank NaN, by a factor of 1 or NaN. The average over the ranks, which
-is taken anyway, then makes it NaN on all of them. So all ranks see the same gradient norm and decide alike, without
-communication.
+A loss that is not finite makes every gradient of its rank NaN, by a factor of 1 or NaN. The average over the ranks,
+which is taken anyway, then makes it NaN on all of them. So all ranks see the same gradient norm and decide alike,
+without communication.
 
 Where the optimizer can skip a step itself, the decision stays on the device: it takes it as `found_inf` and leaves
 weights, moments and step counts as they are. FlatAdamW does, and torch's AdamW(fused=True) on the devices that say so
 (`fused_adamw_skips`). For every other optimizer the host waits for the decision and does not call its `step`.
 
 Limit: on chips that saturate (the first Ascend 910, 310P) an overflow becomes the largest number and NaN becomes 0, so
-nothing here ever sees a value that is not finite. There only a gradient scaler, which reads the chip's status flag, skips
-steps (--precision amp).
+nothing here ever sees a value that is not finite. There only a gradient scaler skips steps (--precision amp): it reads
+the chip's status flag.
 """
 
 from __future__ import annotations

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import half_precision
 from emulated import run_script
 from npu_training import (
-    CONFIGURATIONS, CPU, NPU, Calls, encode, make_batch, make_model, make_trainer, move, replace_fused_adamw, train,
+    CONFIGURATIONS,
+    CPU,
+    NPU,
+    Calls,
+    encode,
+    make_batch,
+    make_model,
+    make_trainer,
+    move,
+    replace_fused_adamw,
+    train,
 )  # fmt: skip
 
+import half_precision
 import open_clip
 from open_clip import device as devices
 from training.checkpoint import TrainState

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gloo_ranks import run_ranks
-from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from open_clip import device as devices
+from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training.ema import WeightAverage
 from training.flat_adamw import FlatAdamW
 from training.guard import StepGuard, TooManyBadSteps
@@ -169,7 +169,7 @@ def test_a_run_of_skipped_steps_alone_is_an_error():
     batches = [bad(batch) for batch in batches_of(3)]
     for number, batch in enumerate(batches):
         trainer.step([batch], number)
-    with pytest.raises(TooManyBadSteps, match="All 3 steps of this run were skipped.*--precision"):
+    with pytest.raises(TooManyBadSteps, match=r"All 3 steps of this run were skipped.*--precision"):
         trainer.guard.check_run()
     saved = trainer.guard.state_dict()
     trainer.step([batches_of(1)[0]], 3)

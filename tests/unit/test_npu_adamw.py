@@ -1,4 +1,4 @@
-"""open_clip.device.npu_adamw, on a stand-in for torch_npu's optimizer that has its traps (tests/npu has the real one)."""
+"""open_clip.device.npu_adamw on a stand-in for torch_npu's optimizer that has its traps; tests/npu has the real one."""
 
 from __future__ import annotations
 

@@ -67,5 +67,6 @@ class _DeviceDecision:
         self._found = None
 
     def _leaves_decision_to(self, optimizer: Any) -> bool:
+        torch_npu: Any = npu_loading.torch_npu
         skips = getattr(optimizer, "skips_on_device", False) and self._dynamic
-        return bool(skips and npu_loading.torch_npu.npu.utils.is_support_inf_nan())
+        return bool(skips and torch_npu.npu.utils.is_support_inf_nan())
