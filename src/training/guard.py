@@ -10,7 +10,7 @@ weights, moments and step counts as they are. FlatAdamW does, and torch's AdamW(
 
 Limit: on chips that saturate (the first Ascend 910, 310P) an overflow becomes the largest number and NaN becomes 0, so
 nothing here ever sees a value that is not finite. There only a gradient scaler skips steps (--precision amp): it reads
-the chip's status flag.
+the chip's status flag, and the guard counts its skips.
 """
 
 from __future__ import annotations
@@ -94,18 +94,22 @@ class StepGuard:
         self._count()
 
     def scaled_step(self, optimizer: torch.optim.Optimizer, scaler: Any, norm: Tensor) -> None:
-        """The same with a gradient scaler, which sees by itself that there are infinities and skips them.
+        """The same with a gradient scaler, which itself skips steps whose gradients overflow.
 
-        They are its own affair, unless a rank's loss is not finite, or its factor is no more than 1 already.
+        These count as overflows and not as bad, unless a rank's loss is not finite or the scaler's factor has come down
+        to 1. Where the scaler says so (`overflowed`, open_clip.device.npu_scaler), it skipped a step although the norm
+        is finite.
         """
         self.skipped = ~torch.isfinite(norm)
         loss_is_bad = self._loss_is_bad.float()
         if distributed.world().distributed:
             dist.all_reduce(loss_is_bad, dist.ReduceOp.MAX)
         factor = scaler.scale(torch.ones_like(loss_is_bad))
-        self.bad = self.skipped & ((loss_is_bad > 0) | (factor <= 1))
         scaler.step(optimizer)
+        if getattr(scaler, "overflowed", False):
+            self.skipped = torch.ones_like(self.skipped)
         scaler.update()
+        self.bad = self.skipped & ((loss_is_bad > 0) | (factor <= 1))
         self._count()
 
     def _count(self) -> None:

@@ -230,6 +230,27 @@ def test_a_scaler_s_overflow_is_its_own_affair_and_counted_apart():
         assert (counters["scaler_overflows"], counters["skipped_steps"]) == (overflows, skipped)
 
 
+def test_a_skip_that_only_the_scaler_sees_is_an_overflow():
+    """As on chips that saturate: the gradients stay finite, and the scaler reads a status flag."""
+
+    class FlagScaler(Scaler):
+        overflowed = True
+
+        def step(self, optimizer):
+            self.found = True
+
+    trainer = trainer_of(Normed(), scaler=FlagScaler(2.0), limit=0)
+    trainer.step([batches_of(1)[0]], 0)
+    trainer.scaler.factor = 1.0
+    before = everything(trainer)
+    trainer.step([batches_of(2)[1]], 1)
+    assert_same(everything(trainer), before)
+    counters = trainer.guard.counters()
+    assert (counters["scaler_overflows"], counters["skipped_steps"]) == (1, 1)
+    with pytest.raises(TooManyBadSteps, match="All 2 steps"):
+        trainer.guard.check_run()
+
+
 def ranks_skip(rank: int, world_size: int) -> dict:
     """A NaN on rank 1 alone, then a good step: what each rank has after each, for two forms of AdamW."""
     return {form: steps_of_a_rank(rank, world_size, form) for form in ("fused", "flat")}

@@ -34,6 +34,11 @@ class _DeviceDecision:
     _growth_interval: int
     _found: torch.Tensor | None = None  # whether this step is skipped; None: decided on the host
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the host found that this step overflows; between `step` and `update`."""
+        return self._has_overflow
+
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
     ) -> dict[torch.device, torch.Tensor]:
