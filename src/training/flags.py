@@ -213,9 +213,10 @@ def _optim(parser: argparse.ArgumentParser) -> None:
     add("--accum-freq", type=int, metavar="N", help="N batches a step. Their features are computed first without "
         "gradients, so that all N x batch samples are each other's negatives: memory of one batch, about 1.3x the time "
         "of a large one")
-    add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="AdamW in one kernel: auto where that is known to be best; "
-        "torch: torch's; npu: the NPU library's (weights in fp32 or fp16, all moved into one tensor); off: never. Same "
-        "numbers within rounding, states interchangeable")
+    add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="how AdamW is computed. auto: by torch's fused kernel if "
+        "that can skip a step on the device, else (NPU, fp16 weights) on flat buffers; torch: by torch's fused kernel; "
+        "off: by torch's several kernels; npu: by the NPU library's (weights in fp32). Same numbers within rounding, "
+        "states interchangeable")
     add("--ema-decay", type=float, metavar="D", help="keep an exponential moving average of the weights (0.999 to "
         "0.9999), evaluated (`ema_...` beside each metric) and saved (`state_dict_ema`): 4 bytes more a parameter")
     add("--max-bad-steps", type=int, metavar="N", help="a step whose loss or gradient is not finite, on any process, "

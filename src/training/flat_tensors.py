@@ -37,7 +37,10 @@ class FlatTensors:
         if len(pairs) < len(self.views):
             self.buffer.zero_()
         if pairs:
-            torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs])
+            # Some versions of op-plugin's _foreach_copy_ wait for the NPU unless it is non_blocking. It makes no other
+            # difference within a device.
+            on_device = all(tensor.device == self.buffer.device for _, tensor in pairs)
+            torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs], non_blocking=on_device)
 
 
 @torch.no_grad()

@@ -1,9 +1,16 @@
-"""Steps whose numbers are no numbers: skipped on all ranks together, counted, and in the end a reason to stop.
+"""Skip a step on all ranks when the loss or the gradient norm is not finite; abort after too many in a row.
 
-A loss that is not finite makes every gradient of its rank NaN, by a factor of 1 or NaN; the average over the ranks,
-which there is anyway, makes it NaN on all. So all ranks see the same norm of the gradient and decide alike, without a
-word between them. The decision stays on the device: torch's fused optimizers take it as `found_inf` and then leave
-weights, moments and step count as they are. For other optimizers the host waits for it, as with a gradient scaler.
+A loss that is not finite makes every gradient of its rank NaN, by a factor of 1 or NaN. The average over the ranks,
+which is taken anyway, then makes it NaN on all of them. So all ranks see the same gradient norm and decide alike,
+without communication.
+
+Where the optimizer can skip a step itself, the decision stays on the device: it takes it as `found_inf` and leaves
+weights, moments and step counts as they are. FlatAdamW does, and torch's AdamW(fused=True) on the devices that say so
+(`fused_adamw_skips`). For every other optimizer the host waits for the decision and does not call its `step`.
+
+Limit: on chips that saturate (the first Ascend 910, 310P) an overflow becomes the largest number and NaN becomes 0, so
+nothing here ever sees a value that is not finite. There only a gradient scaler skips steps (--precision amp): it reads
+the chip's status flag, and the guard counts its skips.
 """
 
 from __future__ import annotations
@@ -19,8 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from open_clip import device as devices
 from open_clip.whole_file import write_text
 from training import distributed
+from training.flat_adamw import FlatAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +37,14 @@ COUNTERS = ("skipped_steps", "bad_in_a_row", "scaler_overflows")
 
 
 class TooManyBadSteps(ValueError):
-    """So many steps in a row had a loss or gradient that is not finite that the run cannot go on by itself."""
+    """So many steps had a loss or gradient that is not finite that the run cannot go on by itself."""
 
 
 class StepGuard:
-    """Decides on each step, and counts. `skipped` is whether the last one was none: a bool scalar on the device.
+    """Decides on each step, and counts. `skipped`: whether the last one was skipped, a bool scalar on the device.
 
-    After `max_in_a_row` bad steps in a row (0: however many) it lets none through any more, so that the weights are
-    those from before them when the host learns of it, by `check`.
+    After `max_in_a_row` bad steps in a row (0: no limit) it skips every further step, so the weights are still those
+    from before them when the host learns of it, by `check`.
     """
 
     def __init__(
@@ -50,9 +59,11 @@ class StepGuard:
         """folder: of the run, for the file that names the samples. remembered: steps whose samples it can name."""
         self.max_in_a_row = max_in_a_row
         self.folder = folder
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._on_device = bool(optimizer.defaults.get("fused"))
+        is_flat, is_fused = isinstance(optimizer, FlatAdamW), bool(optimizer.defaults.get("fused"))
+        self._on_device = is_flat or (is_fused and devices.get(device).fused_adamw_skips)
+        self._flag_dtype = torch.bool if is_flat else torch.float32  # of found_inf
         self._counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self._steps = self._skipped_before = 0  # steps of this process; skips that a resumed run had before it
         self._loss_is_bad = self.bad = self.skipped = torch.zeros((), dtype=torch.bool, device=device)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [b for m in norms for b in m.buffers()]  # which a forward pass changes
@@ -61,6 +72,7 @@ class StepGuard:
 
     def begin(self, number: int, batches: Iterable[Mapping[str, Any]]) -> None:
         """Before the forward pass of step `number`."""
+        self._steps += 1
         self._keys.append((number, [key for batch in batches for key in batch.get("key", ())]))
         if self._statistics:
             self._before = [buffer.clone() for buffer in self._statistics]
@@ -71,33 +83,33 @@ class StepGuard:
         stopped = self._counts[1] >= self.max_in_a_row if self.max_in_a_row else torch.zeros_like(self._loss_is_bad)
         return loss * torch.where(self._loss_is_bad | stopped, torch.nan, 1.0)
 
-    def norm(self) -> Tensor:
-        """Of all gradients (times the scaler's factor where they are still scaled)."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-
     def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-        """The optimizer's step, unless the gradient's norm is not finite; the same on all ranks."""
+        """The optimizer's step, unless the gradient norm is not finite; the same on all ranks."""
         self.bad = self.skipped = ~torch.isfinite(norm)
         if self._on_device:
-            optimizer.found_inf = self.bad.float()  # type: ignore[attr-defined]
+            optimizer.found_inf = self.bad.to(self._flag_dtype)  # type: ignore[attr-defined]
             optimizer.step()
         elif not self.bad:
             optimizer.step()
         self._count()
 
     def scaled_step(self, optimizer: torch.optim.Optimizer, scaler: Any, norm: Tensor) -> None:
-        """The same with a gradient scaler, which sees by itself that there are infinities and skips them.
+        """The same with a gradient scaler, which itself skips steps whose gradients overflow.
 
-        They are its own affair, unless a rank's loss is not finite, or its factor is no more than 1 already.
+        These count as overflows and not as bad, unless a rank's loss is not finite or the scaler's factor has come down
+        to 1. Where the scaler says so (`overflowed`, open_clip.device.npu_scaler), it skipped a step although the norm
+        is finite.
         """
         self.skipped = ~torch.isfinite(norm)
         loss_is_bad = self._loss_is_bad.float()
         if distributed.world().distributed:
             dist.all_reduce(loss_is_bad, dist.ReduceOp.MAX)
         factor = scaler.scale(torch.ones_like(loss_is_bad))
-        self.bad = self.skipped & ((loss_is_bad > 0) | (factor <= 1))
         scaler.step(optimizer)
+        if getattr(scaler, "overflowed", False):
+            self.skipped = torch.ones_like(self.skipped)
         scaler.update()
+        self.bad = self.skipped & ((loss_is_bad > 0) | (factor <= 1))
         self._count()
 
     def _count(self) -> None:
@@ -111,8 +123,18 @@ class StepGuard:
         """Scalars on the device, by COUNTERS: steps skipped, how many of them at the end, overflows of the scaler."""
         return dict(zip(COUNTERS, self._counts.unbind(), strict=True))
 
+    def check_run(self) -> None:
+        """At the end of a run: raise TooManyBadSteps if this process made steps and every one was skipped. Waits."""
+        bad, _, overflows = self._counts.tolist()
+        if self._steps and bad + overflows - self._skipped_before >= self._steps:
+            raise TooManyBadSteps(
+                f"All {self._steps} steps of this run were skipped ({bad} had a loss or gradient that is not finite, "
+                f"{overflows} an overflow of the gradient scaler), so nothing was learnt. If the data are right, try "
+                "--precision amp_bf16 or fp32, a lower --lr, or more steps for the scaler to find its factor."
+            )
+
     def check(self, bad_in_a_row: int) -> None:
-        """Raises TooManyBadSteps, after writing down which samples they had; each rank writes its own."""
+        """Raise TooManyBadSteps after writing down which samples these steps had; each rank writes its own."""
         if not self.max_in_a_row or bad_in_a_row < self.max_in_a_row:
             return
         steps = list(self._keys)[-bad_in_a_row:][: self.max_in_a_row]
@@ -131,4 +153,6 @@ class StepGuard:
         return {"counts": self._counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        bad, _, overflows = state["counts"].tolist()
+        self._steps, self._skipped_before = 0, bad + overflows
         self._counts = state["counts"].to(self._counts.device)

@@ -475,6 +475,8 @@ def _train(
             raise
         if saver is not None:
             saver.evaluated()
+    if trainer.guard is not None:
+        trainer.guard.check_run()
 
 
 def _evaluate(

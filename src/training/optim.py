@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from open_clip import device as devices
-from training import combined_adamw
+from training.flat_adamw import FlatAdamW
 from training.params import OptimConfig
 
 logger = logging.getLogger(__name__)
 
 # How a group is computed, not what: a checkpoint must not carry it from one device to another.
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+_BFLOAT16_FORMS = ("auto", "torch", "off")
 
 
 def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | str) -> torch.optim.Optimizer:
@@ -29,7 +30,7 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
         model: the bare module (not wrapped by DDP, whose prefix hides the names that timm excludes from decay), its
             parameters where they will be trained.
         cfg: `opt`, `lr` and its companions. None: AdamW's or timm's default.
-        device: where the model is; decides on `fused_optimizer="auto"`.
+        device: where the model is. It decides on `fused_optimizer="auto"`, together with the weights' dtype.
 
     Raises:
         ValueError: for an unknown optimizer, one that the device or the parameters' dtype cannot have, or a model
@@ -62,6 +63,20 @@ def check_name(opt: str) -> None:
         raise ValueError(f"--opt {opt!r}: timm has no such optimizer{near and f'; near it are {near}'}.")
 
 
+def check_form(form: str, dtype: torch.dtype) -> None:
+    """Raise ValueError if AdamW in this form (`fused_optimizer`) does not train weights of this dtype."""
+    if dtype == torch.float16 and form != "auto":
+        raise ValueError(
+            f"--fused-optimizer {form} keeps AdamW's second moment in the weights' float16, where it underflows to 0. "
+            "Use --fused-optimizer auto, which keeps it in float32, or --precision amp."
+        )
+    if dtype == torch.bfloat16 and form not in _BFLOAT16_FORMS:
+        raise ValueError(
+            f"--fused-optimizer {form} takes no bfloat16 weights. Use --fused-optimizer auto, or --precision amp_bf16, "
+            "which keeps the weights in float32."
+        )
+
+
 def has_no_decay(name: str, parameter: torch.Tensor) -> bool:
     """Gains, biases and scalars: everything below 2 dimensions, and what is so by name ("bn", "ln", "bias",
     "logit_scale" anywhere in it)."""
@@ -75,10 +90,14 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
         {"params": [p for name, p in named if not has_no_decay(name, p)], "weight_decay": cfg.wd},
     ]
     options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps)
-    optimizer = devices.get(device).adamw(groups, cfg.fused_optimizer, **options)
-    if not isinstance(optimizer, torch.optim.AdamW):
-        combined_adamw.guard(optimizer)
-    return optimizer
+    dtypes = {p.dtype for _, p in named}
+    for dtype in dtypes:
+        check_form(cfg.fused_optimizer, dtype)
+    # torch's fused kernel is the fastest, but keeps the moments in the weights' dtype, and skips steps on some devices.
+    kind = devices.get(device)
+    if cfg.fused_optimizer == "auto" and (torch.float16 in dtypes or not kind.fused_adamw_skips):
+        return FlatAdamW(groups, **options)
+    return kind.adamw(groups, cfg.fused_optimizer, **options)
 
 
 def _timm(model: nn.Module, cfg: OptimConfig, name: str) -> torch.optim.Optimizer:

@@ -29,6 +29,13 @@ def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
     return torch.float16 if precision.endswith("fp16") else torch.bfloat16
 
 
+def weights_dtype(precision: str | None) -> torch.dtype:
+    """The dtype that most weights are kept in; None, a device's default, keeps them in float32."""
+    if precision in ("fp16", "pure_fp16"):
+        return torch.float16
+    return torch.bfloat16 if precision in ("bf16", "pure_bf16") else torch.float32
+
+
 def available(device: str | torch.device) -> list[str]:
     """The precisions that the device has."""
     kind = devices.get(device)

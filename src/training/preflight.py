@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.recipe import read_recipe
-from training import distributed, file_utils, optim, rng, zero_shot
+from training import distributed, file_utils, optim, precision, rng, zero_shot
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
 from training.data.archives import is_local
 from training.data.probe import read_first_batch
@@ -48,6 +48,8 @@ def check_options(cfg: TrainConfig) -> None:
     _check_packages(cfg)
     if trains(data):
         optim.check_name(cfg.optim.opt)
+        if cfg.optim.opt.lower() == "adamw":
+            optim.check_form(cfg.optim.fused_optimizer, precision.weights_dtype(cfg.model.precision))
     _check_pairs(data)
     for name in _LABELLED:
         folder = getattr(data, name)

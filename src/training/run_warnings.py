@@ -122,8 +122,10 @@ def disk_space(folder: Path, needed: int) -> Iterator[str]:
 
 
 def checkpoint_bytes(model: nn.Module, averaged: bool) -> int:
-    """Size of a checkpoint with AdamW's two moments per trained parameter, in bytes."""
+    """Size of a checkpoint with AdamW's state per trained parameter, in bytes; at most that for half precision."""
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # Of half precision training.flat_adamw keeps both moments and the weights in float32.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = sum(p.numel() * (3 * 4 if p.element_size() == 2 else 2 * p.element_size()) for p in trained)
     average = 4 * sum(p.numel() for p in model.parameters()) if averaged else 0
-    return weights + moments + average
+    return weights + state + average

@@ -30,6 +30,8 @@ from training.data.skips import report as report_skips
 from training.distributed import world
 from training.ema import WeightAverage
 from training.evaluate import maybe_compute_generative_loss
+from training.flat_adamw import FlatAdamW
+from training.gradients import clip_gradients, gradient_norm
 from training.guard import StepGuard
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import SHARED, LossModule, Objective, Outputs, concatenate
@@ -189,11 +191,12 @@ class Trainer:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _update(self) -> None:
-        if self.scaler is not None and self.grad_clip_norm is not None:
+        is_flat = isinstance(self.optimizer, FlatAdamW)  # its gradients are read once, so the scaler comes first
+        if self.scaler is not None and (is_flat or self.grad_clip_norm is not None):
             self.scaler.unscale_(self.optimizer)  # the bound is of the true gradient
         norm = self._clip()
         if self.guard is not None:
-            norm = self.guard.norm() if norm is None else norm
+            norm = gradient_norm(self.optimizer) if norm is None else norm
             if self.scaler is None:
                 self.guard.step(self.optimizer, norm)
             else:
@@ -205,10 +208,10 @@ class Trainer:
             self.scaler.update()
 
     def _clip(self) -> Tensor | None:
-        """The gradient's norm before it was bounded; None where it has no bound."""
+        """The gradient norm before it was bounded; None where it has no bound."""
         if self.grad_clip_norm is None:
             return None
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm, norm_type=2.0)
+        return clip_gradients(self.optimizer, self.model.parameters(), self.grad_clip_norm)
 
 
 def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs]]:

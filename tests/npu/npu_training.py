@@ -90,6 +90,29 @@ def encode(model: open_clip.CLIP, device: torch.device) -> list[torch.Tensor]:
     return [F.normalize(feature, dim=-1).cpu() for feature in features]
 
 
+def replace_fused_adamw() -> torch.library.Library:
+    """Give the NPU a `_fused_adamw_` that ignores found_inf and grad_scale, as op-plugin's does, until `_destroy()`.
+
+    op_plugin/ops/opapi/FusedAdamWKernelNpuOpApi.cpp.
+    """
+
+    def fused_adamw(
+        parameters, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, *, lr, beta1, beta2, weight_decay, eps,
+        amsgrad, maximize, grad_scale=None, found_inf=None,
+    ):  # fmt: skip
+        states = zip(parameters, gradients, exp_avgs, exp_avg_sqs, steps, strict=True)
+        for parameter, gradient, exp_avg, exp_avg_sq, step in states:
+            parameter.mul_(1 - lr * weight_decay)
+            exp_avg.lerp_(gradient, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+            parameter.addcdiv_(exp_avg / (1 - beta1**step), root, value=-lr)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_adamw_", fused_adamw, "PrivateUse1")
+    return library
+
+
 # Whose result has a size, or is a number, that the host must know.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
 

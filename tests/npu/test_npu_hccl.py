@@ -42,7 +42,7 @@ def test_fifty_steps_on_several_npus_lose_as_on_the_cpu(world_size: int) -> None
         assert losses == pytest.approx(reference, abs=5e-4)
 
 
-NOT_A_NUMBER = """
+NOT_FINITE = """
     import json
     import open_clip, torch
     from npu_training import *
@@ -51,35 +51,47 @@ NOT_A_NUMBER = """
     from training.params import DistributedConfig
 
     world = distributed.init(DistributedConfig())
-    trainer = make_trainer(world.device, 'fp32', FORM, linked=LINKED)
-    if not LINKED:
-        trainer.model = build.parallelise(trainer.model, DistributedConfig(), world)
-    trainer.guard = StepGuard(trainer.model.module, trainer.optimizer, world.device)
+    library = replace_fused_adamw()
 
-    def sums():
-        return [float(p.detach().double().cpu().abs().sum()) for p in trainer.model.parameters()]
+    def train_with_a_nan(form, linked):
+        trainer = make_trainer(world.device, 'fp32', form, linked=linked)
+        if not linked:
+            trainer.model = build.parallelise(trainer.model, DistributedConfig(), world)
+        trainer.guard = StepGuard(trainer.model.module, trainer.optimizer, world.device)
 
-    found = []
-    for step in range(3):
-        batch = move(make_batch(step, world.rank, world.world_size), world.device)
-        if (step, world.rank) == (1, 2):
-            batch["image"] = batch["image"] * float("nan")
-        trainer.step([batch], step)
-        found.append(sums())
-    counters = [int(value) for value in trainer.guard.counters().values()]
+        def sums():
+            states = trainer.optimizer.state.values()
+            moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+            tensors = [*trainer.model.parameters(), *moments]
+            counts = [float(state["step"]) for state in states]
+            return counts + [float(value.detach().double().cpu().abs().sum()) for value in tensors]
+
+        found = []
+        for step in range(3):
+            batch = move(make_batch(step, world.rank, world.world_size), world.device)
+            if (step, world.rank) == (1, world.world_size - 1):
+                batch["image"] = batch["image"] * float("nan")
+            trainer.step([batch], step)
+            found.append(sums())
+        return [found, [int(value) for value in trainer.guard.counters().values()]]
+
+    found = {f"{form} {linked}": train_with_a_nan(form, linked) for form, linked in CASES}
     distributed.leave()
-    print(json.dumps([found, counters]))
+    print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(("form", "linked"), [("torch", True), ("auto", False)])
-def test_a_nan_on_one_of_four_ranks_is_skipped_by_all(form: str, linked: bool) -> None:
-    """`linked`: features are gathered, and the loss is NaN everywhere; else on one rank alone."""
-    script = NOT_A_NUMBER.replace("FORM", repr(form)).replace("LINKED", repr(linked))
-    ranks = [json.loads(lines[-1]) for lines in run_ranks(script, 4)]
-    for found, counters in ranks:
-        first, second, third = found
-        assert second == first
-        assert third != second
-        assert found == ranks[0][0]
-        assert counters == [1, 0, 0]
+@pytest.mark.parametrize(("world_size", "cases"), [
+    (2, [("auto", False), ("torch", False), ("npu", False), ("off", False)]),
+    (4, [("auto", False), ("torch", True)]),
+])  # fmt: skip
+def test_a_nan_on_one_rank_is_skipped_by_all(world_size: int, cases: list[tuple[str, bool]]) -> None:
+    """Each case is a form of AdamW, and whether features are gathered: the loss is NaN everywhere, else on one rank."""
+    ranks = [json.loads(lines[-1]) for lines in run_ranks(NOT_FINITE.replace("CASES", repr(cases)), world_size)]
+    for case in ranks[0]:
+        for rank in ranks:
+            (first, second, third), counters = rank[case]
+            assert second == first, case
+            assert third != second
+            assert rank[case] == ranks[0][case]
+            assert counters == [1, 0, 0]

@@ -8,8 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import run_script
-from npu_training import CONFIGURATIONS, CPU, NPU, Calls, encode, make_batch, make_model, make_trainer, move, train
+from npu_training import (
+    CONFIGURATIONS,
+    CPU,
+    NPU,
+    Calls,
+    encode,
+    make_batch,
+    make_model,
+    make_trainer,
+    move,
+    replace_fused_adamw,
+    train,
+)  # fmt: skip
 
+import half_precision
 import open_clip
 from open_clip import device as devices
 from training.checkpoint import TrainState
@@ -51,20 +64,12 @@ def test_every_form_of_the_optimizer_trains_alike(form: str, chosen: str) -> Non
     assert train(trainer, 12) == pytest.approx(train(make_trainer(CPU), 12), abs=tolerance)
 
 
-@pytest.mark.parametrize("chosen", ["amp", "amp_bf16", "bf16", "fp16", "pure_bf16"])
+@pytest.mark.parametrize("chosen", ["amp", "amp_bf16", "bf16", "fp16", "pure_bf16", "pure_fp16"])
 def test_every_precision_trains(chosen: str) -> None:
-    model = make_model()
-    dtype = open_clip.get_cast_dtype(chosen)
-    if dtype is not None and not chosen.startswith("amp"):
-        open_clip.convert_weights_to_lp(model, dtype)
-    trainer = make_trainer(NPU, chosen, model=model)
-    trainer.input_dtype = open_clip.get_input_dtype(chosen)
-    losses = train(trainer, 3) if trainer.input_dtype is None else [
-        trainer.step([{**move(make_batch(step), NPU), "image": move(make_batch(step), NPU)["image"].to(dtype)}], step)[
-            "loss"].item() for step in range(3)
-    ]  # fmt: skip
-    assert all(math.isfinite(loss) for loss in losses)
-    assert losses[0] == pytest.approx(train(make_trainer(CPU), 1)[0], abs=0.05)
+    """With an eps that float16 does not have: moments in float16 would divide by 0."""
+    reference = half_precision.train("fp32", CPU, steps=30)
+    losses = half_precision.train(chosen, NPU, steps=30)
+    half_precision.assert_learns_alike(losses, reference)
 
 
 def test_quick_gelu_is_one_fused_operator_a_layer() -> None:
@@ -109,12 +114,30 @@ def test_accumulated_batches_do_not_wait_for_the_device(synchronised: list[str])
 
 
 @pytest.mark.parametrize("form", ["auto", "torch", "off"])
-def test_the_scaler_waits_as_often_as_it_must(form: str, synchronised: list[str]) -> None:
-    """Whether to skip the step is decided on the host: torch's scaler and torch_npu's ask `found_inf.item()` for it."""
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_the_scaler_waits_only_for_optimizers_that_cannot_skip(
+    form: str, clip: float | None, synchronised: list[str]
+) -> None:
+    """For these torch_npu's scaler decides on the host: it asks `found_inf.item()`."""
     trainer = make_trainer(NPU, "amp", form)
+    trainer.grad_clip_norm = clip
     own = count(trainer, steps=4).waits / 4
-    assert own == waits_of_the_scaler_alone()
+    assert own == (0 if form == "auto" else waits_of_the_scaler_alone())
     assert synchronised == []
+
+
+def test_the_scaler_s_factor_moves_as_torch_npu_s() -> None:
+    """Up after `growth_interval` good steps, down after an overflow: with the flat optimizer and with torch's."""
+    factors = {}
+    for form in ("auto", "off"):
+        trainer = make_trainer(NPU, "amp", form, init_scale=256.0, growth_interval=2)
+        batch = move(make_batch(0), NPU)
+        overflow = {**batch, "image": batch["image"] * 1e30}
+        factors[form] = []
+        for number, each in enumerate([batch, batch, batch, overflow, batch, batch, overflow]):
+            trainer.step([each], number)
+            factors[form].append(trainer.scaler.get_scale())
+    assert factors["auto"] == factors["off"] == [256, 512, 512, 256, 256, 512, 256]
 
 
 def waits_of_the_scaler_alone() -> float:
@@ -246,9 +269,17 @@ def everything(trainer: Trainer) -> list[torch.Tensor]:
     return [value.detach().cpu().clone() for value in (*trainer.model.parameters(), *moments, *averages)]
 
 
+@pytest.fixture
+def blind_fused_adamw() -> Iterator[None]:
+    """`_fused_adamw_` as op-plugin has it: it looks at neither `found_inf` nor `grad_scale`."""
+    library = replace_fused_adamw()
+    yield
+    library._destroy()
+
+
 @pytest.mark.parametrize("form", ["auto", "torch", "npu", "off"])
 @pytest.mark.parametrize("chosen", ["fp32", "amp"])
-def test_a_step_that_is_no_number_changes_nothing(form: str, chosen: str) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(form: str, chosen: str, blind_fused_adamw: None) -> None:
     trainer = guarded(form, chosen)
     batches = [move(make_batch(step), NPU) for step in range(3)]
     trainer.step([batches[0]], 0)
@@ -261,9 +292,27 @@ def test_a_step_that_is_no_number_changes_nothing(form: str, chosen: str) -> Non
     assert not torch.equal(everything(trainer)[0], before[0])
 
 
-def test_the_guard_waits_only_where_the_optimizer_cannot_be_told_on_the_device(synchronised: list[str]) -> None:
-    assert count(guarded("torch"), steps=3).waits == 0
-    assert count(guarded("off"), steps=3).waits == 3
+@pytest.mark.parametrize("chosen", ["fp32", "amp_bf16", "bf16", "amp"])
+def test_a_guarded_step_waits_for_nothing(chosen: str, synchronised: list[str]) -> None:
+    model = make_model()
+    if chosen == "bf16":
+        open_clip.convert_weights_to_lp(model, torch.bfloat16)
+    trainer = make_trainer(NPU, chosen, model=model)
+    trainer.guard = StepGuard(trainer.model, trainer.optimizer, NPU)
+    batches = [move(make_batch(step), NPU) for step in range(4)]
+    if chosen == "bf16":
+        batches = [{**batch, "image": batch["image"].bfloat16()} for batch in batches]
+    trainer.step([batches[0]], 0)
+    with Calls() as calls:
+        for number, batch in enumerate(batches[1:], 1):
+            trainer.step([batch], number)
+    assert calls.waits == 0
+    assert synchronised == []
+
+
+@pytest.mark.parametrize("form", ["torch", "off"])
+def test_the_guard_waits_for_optimizers_that_cannot_skip(form: str, synchronised: list[str]) -> None:
+    assert count(guarded(form), steps=3).waits == 3
     assert synchronised == []
 
 

@@ -15,6 +15,11 @@ from open_clip import device as devices
 SOURCE = Path(__file__).parents[2] / "src"
 
 
+class FakeScaler:
+    def __init__(self, **options):
+        self.options = options
+
+
 class FakeNpu:
     """What of `torch.npu` the table uses, with a record of the calls."""
 
@@ -22,7 +27,7 @@ class FakeNpu:
         self.calls: list[tuple] = []
         self.matmul = SimpleNamespace(allow_hf32=False)
         self.conv = SimpleNamespace(allow_hf32=True)
-        self.amp = SimpleNamespace(GradScaler=lambda **kwargs: ("npu scaler", kwargs))
+        self.amp = SimpleNamespace(GradScaler=FakeScaler)
         self._name, self._bf16, self._count = name, bf16, count
 
     def is_available(self):
@@ -176,8 +181,10 @@ def test_npu_fast_matmul_sets_products_and_convolutions_alike(npu):
         assert (npu.matmul.allow_hf32, npu.conv.allow_hf32) == (enabled, enabled)
 
 
-def test_npu_scaler_is_its_own(npu):
-    assert devices.get("npu").grad_scaler(init_scale=4.0) == ("npu scaler", {"init_scale": 4.0})
+def test_npu_scaler_is_torch_npu_s(npu):
+    scaler = devices.get("npu").grad_scaler(init_scale=4.0)
+    assert isinstance(scaler, FakeScaler)
+    assert scaler.options == {"init_scale": 4.0}
 
 
 def test_first_generation_has_no_bf16(monkeypatch):
@@ -340,13 +347,14 @@ def test_attention_of_elementary_operators_is_the_fused_one_s(case, request):
 # Optimizers
 
 
-def test_torch_npu_s_fused_adamw_is_for_an_npu(npu):
+def test_torch_npu_s_fused_adamw_is_for_an_npu(npu, monkeypatch):
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     for kind in ("cpu", "cuda"):
         with pytest.raises(ValueError, match=f"runs on an NPU only, and this is {kind}"):
             devices.get(kind).adamw(groups, "npu")
+    monkeypatch.setattr(devices.npu_adamw, "make_safe", lambda made: ("safe", *made))
     devices.npu_loading.torch_npu.optim = SimpleNamespace(NpuFusedAdamW=lambda groups, **options: (groups, options))
-    assert devices.get("npu").adamw(groups, "npu", lr=0.5) == (groups, {"lr": 0.5})
+    assert devices.get("npu").adamw(groups, "npu", lr=0.5) == ("safe", groups, {"lr": 0.5})
 
 
 @pytest.mark.parametrize(("form", "fused"), [("auto", None), ("torch", True), ("off", None)])

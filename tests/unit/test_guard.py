@@ -1,4 +1,4 @@
-"""Steps that are no numbers: skipped whole, on all ranks, counted, and in the end a reason to stop. And the average."""
+"""Steps that are not finite: skipped whole, on all ranks, counted, and in the end a reason to stop. And the average."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gloo_ranks import run_ranks
+from open_clip import device as devices
 from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training.ema import WeightAverage
+from training.flat_adamw import FlatAdamW
 from training.guard import StepGuard, TooManyBadSteps
 from training.objective import ContrastiveObjective
 from training.train import Trainer, run_epoch
 
 
-def trainer_of(model: nn.Module, fused: bool | None = True, folder=None, limit: int = 3, **options) -> Trainer:
+def trainer_of(model: nn.Module, form: str = "fused", folder=None, limit: int = 3, **options) -> Trainer:
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    optimizer = torch.optim.AdamW(bare.parameters(), lr=0.01, fused=fused)
+    if form == "flat":
+        optimizer = FlatAdamW(bare.parameters(), lr=0.01)
+    else:
+        optimizer = torch.optim.AdamW(bare.parameters(), lr=0.01, fused=form == "fused" or None)
     guard = StepGuard(bare, optimizer, CPU, limit, folder, remembered=8)
     average = WeightAverage(bare, 0.9)
     return Trainer(model, ContrastiveObjective(), optimizer, CPU, guard=guard, average=average, **options)
@@ -54,13 +59,13 @@ class Normed(Towers):
         self.visual.insert(1, nn.BatchNorm1d(8).double())
 
 
-@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("form", ["fused", "foreach", "flat"])
 @pytest.mark.parametrize("options", [{}, {"grad_clip_norm": 1.0}])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kind", [Towers, Normed])
-def test_a_bad_step_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(fused, options, count, kind):
+def test_a_bad_step_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(form, options, count, kind):
     model = kind()
-    trainer, reference = trainer_of(model, fused, **options), trainer_of(copy.deepcopy(model), fused, **options)
+    trainer, reference = trainer_of(model, form, **options), trainer_of(copy.deepcopy(model), form, **options)
     batches = batches_of(2 * count)
     for each in (trainer, reference):
         each.step(batches[:count], 0)
@@ -74,9 +79,34 @@ def test_a_bad_step_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(fu
     assert trainer.guard.counters()["bad_in_a_row"] == 0
 
 
-def test_a_good_step_is_the_one_without_a_guard():
+@pytest.fixture
+def blind_fused_adamw(monkeypatch):
+    """A device whose fused AdamW ignores `found_inf`, as op-plugin's does on an NPU, and says so."""
+    kernel = torch._fused_adamw_
+
+    def ignore_flags(*args, grad_scale=None, found_inf=None, **options):
+        kernel(*args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", ignore_flags)
+    monkeypatch.setattr(type(devices.get("cpu")), "fused_adamw_skips", False)
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_clip_norm": 1.0}])
+def test_a_fused_kernel_that_cannot_skip_is_not_called_for_a_bad_step(blind_fused_adamw, options):
+    trainer = trainer_of(Towers(), "fused", **options)
+    batches = batches_of(3)
+    trainer.step([batches[0]], 0)
+    before = everything(trainer)
+    trainer.step([bad(batches[1])], 1)
+    assert_same(everything(trainer), before)
+    trainer.step([batches[2]], 2)
+    assert not torch.equal(everything(trainer)["logit_scale"], before["logit_scale"])
+
+
+@pytest.mark.parametrize("form", ["fused", "flat"])
+def test_a_good_step_is_the_one_without_a_guard(form):
     model = Towers()
-    guarded, plain = trainer_of(model), trainer_of(copy.deepcopy(model))
+    guarded, plain = trainer_of(model, form), trainer_of(copy.deepcopy(model), form)
     plain.guard = None
     for number, batch in enumerate(batches_of(3)):
         assert torch.equal(guarded.step([batch], number)["loss"], plain.step([batch], number)["loss"])
@@ -133,6 +163,24 @@ def test_too_many_in_a_row_stop_the_run_where_it_was_and_name_the_samples(tmp_pa
     assert named == {str(step): [f"{step}-{i}" for i in range(SIZE)] for step in (2, 3, 4)}
 
 
+def test_a_run_of_skipped_steps_alone_is_an_error():
+    trainer = trainer_of(Towers(), limit=0)
+    trainer.guard.check_run()  # no step is no error: a resumed run that has all its epochs
+    batches = [bad(batch) for batch in batches_of(3)]
+    for number, batch in enumerate(batches):
+        trainer.step([batch], number)
+    with pytest.raises(TooManyBadSteps, match=r"All 3 steps of this run were skipped.*--precision"):
+        trainer.guard.check_run()
+    saved = trainer.guard.state_dict()
+    trainer.step([batches_of(1)[0]], 3)
+    trainer.guard.check_run()
+    resumed = trainer_of(Towers(), limit=0)
+    resumed.guard.load_state_dict(saved)
+    resumed.step([batches[0]], 3)
+    with pytest.raises(TooManyBadSteps, match="All 1 steps"):
+        resumed.guard.check_run()
+
+
 def test_without_a_limit_it_goes_on(tmp_path):
     model, data = Towers(), data_of(6)
     data.dataloader[1:5] = [bad(batch) for batch in data.dataloader[1:5]]
@@ -182,10 +230,36 @@ def test_a_scaler_s_overflow_is_its_own_affair_and_counted_apart():
         assert (counters["scaler_overflows"], counters["skipped_steps"]) == (overflows, skipped)
 
 
+def test_a_skip_that_only_the_scaler_sees_is_an_overflow():
+    """As on chips that saturate: the gradients stay finite, and the scaler reads a status flag."""
+
+    class FlagScaler(Scaler):
+        overflowed = True
+
+        def step(self, optimizer):
+            self.found = True
+
+    trainer = trainer_of(Normed(), scaler=FlagScaler(2.0), limit=0)
+    trainer.step([batches_of(1)[0]], 0)
+    trainer.scaler.factor = 1.0
+    before = everything(trainer)
+    trainer.step([batches_of(2)[1]], 1)
+    assert_same(everything(trainer), before)
+    counters = trainer.guard.counters()
+    assert (counters["scaler_overflows"], counters["skipped_steps"]) == (1, 1)
+    with pytest.raises(TooManyBadSteps, match="All 2 steps"):
+        trainer.guard.check_run()
+
+
 def ranks_skip(rank: int, world_size: int) -> dict:
-    """A NaN on rank 1 alone, then a good step: what each rank has after each."""
-    wrapped = DistributedDataParallel(Towers())
-    trainer = trainer_of(wrapped)
+    """A NaN on rank 1 alone, then a good step: what each rank has after each, for two forms of AdamW."""
+    return {form: steps_of_a_rank(rank, world_size, form) for form in ("fused", "flat")}
+
+
+def steps_of_a_rank(rank: int, world_size: int, form: str) -> dict:
+    model = Towers()
+    trainer = trainer_of(model, form)
+    trainer.model = DistributedDataParallel(model)
     batches = batches_of(3 * world_size)[rank::world_size]
     found = []
     for number, batch in enumerate(batches):
@@ -194,8 +268,10 @@ def ranks_skip(rank: int, world_size: int) -> dict:
     return {"after": found, "counters": {name: int(value) for name, value in trainer.guard.counters().items()}}
 
 
-def test_all_ranks_skip_together(tmp_path):
-    ranks = run_ranks(__file__, "ranks_skip", (4,), tmp_path)[4]
+@pytest.mark.parametrize("form", ["fused", "flat"])
+def test_all_ranks_skip_together(form, tmp_path):
+    of_all = run_ranks(__file__, "ranks_skip", (4,), tmp_path)[4]
+    ranks = [rank[form] for rank in of_all]
     for rank in ranks:
         first, second, third = rank["after"]
         assert_same(second, first)

@@ -49,10 +49,10 @@ FLOORS = [
     ["training.params"],
     [
         "training.distributed", "training.precision", "training.scheduler", "training.metrics", "training.logger",
-        "training.file_utils", "training.rng", "training.combined_adamw", "training.batches", "training.ema",
-        "training.flat_tensors",
+        "training.file_utils", "training.rng", "training.batches", "training.ema", "training.flat_tensors",
     ],
-    ["training.guard", "training.signals"],
+    ["training.flat_adamw"],
+    ["training.guard", "training.gradients", "training.signals"],
     [
         "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
         "training.build", "training.flops", "training.trace",

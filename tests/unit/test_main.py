@@ -15,9 +15,11 @@ import torch
 import open_clip
 from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
-from training import distributed, file_utils, main
+from training import distributed, file_utils, main, precision
 from training.checkpoint import natural_key
 from training.data import csv_data
+from training.guard import TooManyBadSteps
+from training.objective import ContrastiveObjective
 from training.params import parse_args
 
 
@@ -88,6 +90,16 @@ def test_what_changes_only_how_it_is_computed(inputs, plain, tmp_path, flags):
     assert losses(train(inputs, tmp_path, *flags)) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.parametrize("flags", [[], ["--max-bad-steps", "0"], ["--precision", "pure_fp16"]], ids=" ".join)
+def test_a_run_without_one_update_does_not_end_well(inputs, tmp_path, monkeypatch, flags):
+    losses = ContrastiveObjective.losses
+    monkeypatch.setattr(
+        ContrastiveObjective, "losses", lambda *args: {name: loss * torch.nan for name, loss in losses(*args).items()}
+    )
+    with pytest.raises(TooManyBadSteps, match=r"All 6 steps of this run were skipped .*try --precision"):
+        train(inputs, tmp_path, *flags)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -95,6 +107,8 @@ def test_what_changes_only_how_it_is_computed(inputs, plain, tmp_path, flags):
         ["--precision", "amp_bf16"],
         ["--precision", "bf16"],
         ["--precision", "pure_bf16"],
+        ["--precision", "fp16"],
+        ["--precision", "pure_fp16"],
         ["--siglip"],
         ["--grad-clip-norm", "0.01"],
         ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"],
@@ -111,8 +125,7 @@ def test_what_changes_the_numbers(inputs, plain, tmp_path, flags):
     assert found != losses(plain)
     checkpoint = torch.load(folder / "checkpoints/epoch_2.pt", weights_only=True)
     dtype = checkpoint["state_dict"]["visual.conv1.weight"].dtype
-    halves = {"bf16", "pure_bf16"} & set(flags)
-    assert dtype == (torch.bfloat16 if halves else torch.float32)
+    assert dtype == precision.weights_dtype(parse_args(flags).precision)
     assert ("logit_bias" in checkpoint["state_dict"]) == ("--siglip" in flags)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from open_clip import device as devices
+from training.flat_adamw import FlatAdamW
 from training.optim import create_optimizer
 from training.params import OptimConfig, parse_args, sections
 
@@ -93,13 +94,27 @@ def test_nothing_to_train_is_an_error(model):
         create_optimizer(model.requires_grad_(False), config(), "cpu")
 
 
-@pytest.mark.parametrize(("choice", "of_device", "expected"), [
-    ("auto", True, True), ("auto", False, None), ("torch", False, True), ("off", True, None),
+@pytest.mark.parametrize(("choice", "skips", "dtype", "expected", "fused"), [
+    ("auto", True, torch.float32, torch.optim.AdamW, True),
+    ("auto", False, torch.float32, FlatAdamW, None),
+    ("auto", True, torch.float16, FlatAdamW, None),
+    ("auto", True, torch.bfloat16, torch.optim.AdamW, True),
+    ("torch", False, torch.float32, torch.optim.AdamW, True),
+    ("off", True, torch.float32, torch.optim.AdamW, None),
 ])  # fmt: skip
-def test_fused_follows_the_option_and_the_device(model, monkeypatch, choice, of_device, expected):
-    monkeypatch.setattr(type(devices.get("cpu")), "fused_adamw", of_device)
-    optimizer = create_optimizer(model, config("--fused-optimizer", choice), torch.device("cpu"))
-    assert {group["fused"] for group in optimizer.param_groups} == {expected}
+def test_the_form_follows_option_device_and_dtype(model, monkeypatch, choice, skips, dtype, expected, fused):
+    monkeypatch.setattr(type(devices.get("cpu")), "fused_adamw_skips", skips)
+    optimizer = create_optimizer(model.to(dtype), config("--fused-optimizer", choice), torch.device("cpu"))
+    assert type(optimizer) is expected
+    assert {group["fused"] for group in optimizer.param_groups} == {fused}
+
+
+@pytest.mark.parametrize(("form", "dtype"), [
+    ("torch", torch.float16), ("off", torch.float16), ("npu", torch.float16), ("npu", torch.bfloat16),
+])  # fmt: skip
+def test_forms_that_do_not_train_a_dtype_are_refused(model, form, dtype):
+    with pytest.raises(ValueError, match=f"--fused-optimizer {form} .* Use --fused-optimizer auto"):
+        create_optimizer(model.to(dtype), config("--fused-optimizer", form), "cpu")
 
 
 @pytest.mark.parametrize(("first", "second"), [("torch", "off"), ("off", "torch")])

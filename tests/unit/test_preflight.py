@@ -129,6 +129,9 @@ BEFORE_A_MODEL = {
     "an unknown optimizer": (
         lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer; near it are timm/lion",
     ),
+    "moments that float16 does not hold": (
+        lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Use",
+    ),
     "an unknown teacher": (
         lambda i, t: ["--distill-model", "ViT-B-23", "--distill-pretrained", "x"], RuntimeError, "ViT-B-32",
     ),

@@ -26,7 +26,8 @@ class Device:
     collective_env: ClassVar[dict[str, str]] = {}  # set before the process group is made, where the user has not
     default_precision: ClassVar[str] = "amp"
     pin_memory: ClassVar[bool] = True  # host memory pinned for it makes copies asynchronous
-    fused_adamw: ClassVar[bool] = True  # torch.optim.AdamW(fused=True) is the best choice on it
+    # torch.optim.AdamW(fused=True) leaves everything as it is if its `found_inf` is set: known from the kernel's source
+    fused_adamw_skips: ClassVar[bool] = False
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
@@ -188,8 +189,8 @@ class Device:
 
         Args:
             groups: parameters or their groups, on the device.
-            form: "auto": what is best here; "torch": torch's one kernel; "off": torch's several; "npu": torch_npu's
-                (see training.combined_adamw on what it takes).
+            form: "torch": torch's fused kernel; "off": torch's foreach kernels or loop; "npu": torch_npu's (see
+                npu_adamw); "auto": "torch" if it can skip a step on this device, else "off".
             options: lr, betas, eps, weight_decay.
 
         Raises:
@@ -199,7 +200,7 @@ class Device:
             raise ValueError(
                 f"torch_npu's fused AdamW runs on an NPU only, and this is {self.type}: use --fused-optimizer auto."
             )
-        fused = form == "torch" or (form == "auto" and self.fused_adamw)
+        fused = form == "torch" or (form == "auto" and self.fused_adamw_skips)
         # fused=None leaves the choice between foreach and a loop to torch.
         return torch.optim.AdamW(groups, fused=fused or None, **options)
 

@@ -17,6 +17,7 @@ class CpuDevice(Device):
     backend = "gloo"
     default_precision = "fp32"  # bf16 autocast halves the speed of a CPU without AMX
     pin_memory = False
+    fused_adamw_skips = True
     indexed = False
 
     def is_available(self) -> bool:

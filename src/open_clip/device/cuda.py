@@ -12,6 +12,7 @@ from .base import Device
 class CudaDevice(Device):
     type = "cuda"
     backend = "nccl"
+    fused_adamw_skips = True
     peaks = peaks.NVIDIA_PEAKS
     variables = (
         "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",

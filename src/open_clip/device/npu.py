@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import torch_versions
-from . import npu_loading, peaks
+from . import npu_adamw, npu_loading, npu_scaler, peaks
 from .base import Device
 
 _RESULT = r"(?:error code is|runtime result =) ?"  # before a code, in the texts of torch_npu and of CANN
@@ -25,7 +25,9 @@ class NpuDevice(Device):
     backend = "hccl"
     # Seconds (120 by default): the first collective may wait for a rank that downloads weights.
     collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
-    fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
+    # _fused_adamw_ reads neither found_inf nor grad_scale, and makes two launches per parameter
+    # (op_plugin/ops/opapi/FusedAdamWKernelNpuOpApi.cpp).
+    fused_adamw_skips = False
     peaks = peaks.ASCEND_PEAKS
     variables = (
         "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_LAUNCH_BLOCKING", "TORCH_TRANSFER_TO_NPU",
@@ -200,15 +202,15 @@ class NpuDevice(Device):
         return None
 
     def grad_scaler(self, **kwargs: Any) -> Any:
-        # torch.amp.GradScaler("npu") has been reported to fail in update() on some stacks; torch_npu's own is at home.
-        return self.module.amp.GradScaler(**kwargs)
+        # Not torch.amp.GradScaler("npu"): it has been reported to fail in update() on some versions.
+        return npu_scaler.create(self.module.amp.GradScaler, **kwargs)
 
     def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
         if form == "npu":
-            return self.library.optim.NpuFusedAdamW(groups, **options)
+            return npu_adamw.make_safe(self.library.optim.NpuFusedAdamW(groups, **options))
         optimizer = super().adamw(groups, form, **options)
-        # torch_npu's scaler hands itself to the step() of an optimizer that says it can unscale, as AdamW(fused=True)
-        # does; but that takes no such argument. So it says no, and the scaler unscales before the step.
+        # torch_npu's scaler passes itself to the step() of an optimizer that says it can unscale, as AdamW(fused=True)
+        # does, but AdamW takes no such argument. So it says no, and the scaler unscales before the step.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return optimizer
 

@@ -9,6 +9,7 @@ from .base import Device
 class XpuDevice(Device):
     type = "xpu"
     backend = "xccl"
+    fused_adamw_skips = True
 
     def why_missing(self) -> str | None:
         if self.is_available():

@@ -1,4 +1,4 @@
-"""training.combined_adamw, on a stand-in for torch_npu's optimizer that has its traps (tests/npu has the real one)."""
+"""open_clip.device.npu_adamw on a stand-in for torch_npu's optimizer that has its traps; tests/npu has the real one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import combined_adamw
+from open_clip.device import npu_adamw
 from training.checkpoint import TrainState
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
@@ -97,8 +97,7 @@ def groups(model: nn.Module) -> list[dict]:
 
 def guarded(model: nn.Module) -> StandIn:
     optimizer = StandIn(groups(model), **OPTIONS)
-    combined_adamw.guard(optimizer)
-    return optimizer
+    return npu_adamw.make_safe(optimizer)
 
 
 def plain(model: nn.Module) -> torch.optim.Optimizer:

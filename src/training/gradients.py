@@ -1,0 +1,30 @@
+"""Norm and clipping of the gradients: on the optimizer's flat buffers if it has them, else tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from training.flat_adamw import FlatAdamW
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Global 2-norm of the gradients of the optimizer's parameters: a scalar on the device."""
+    if isinstance(optimizer, FlatAdamW):
+        return optimizer.gradient_norm()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients of `parameters` down to a global 2-norm of at most `max_norm`; return the norm before that.
+
+    The formula is torch.nn.utils.clip_grad_norm_'s.
+    """
+    if not isinstance(optimizer, FlatAdamW):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=2.0)
+    norm = optimizer.gradient_norm()
+    optimizer.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
