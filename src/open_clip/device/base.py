@@ -154,6 +154,19 @@ class Device:
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         return F.gelu(x, approximate=approximate)
 
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """F.scaled_dot_product_attention on [batch, heads, tokens, head_dim]."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard."""
         activities = [torch.profiler.ProfilerActivity.CPU]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import npu_loading, peaks
+from . import npu_attention, npu_loading, peaks
 from .base import Device
 
 
@@ -92,6 +92,24 @@ class NpuDevice(Device):
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         # F.gelu computes the tanh form there whatever is asked; this operator does as it is told.
         return self.library.npu_gelu(x, approximate=approximate)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        tensors = (query, key, value)
+        if torch.is_autocast_enabled(self.type):  # which knows torch's function only
+            dtype = torch.get_autocast_dtype(self.type)
+            tensors = (query.to(dtype), key.to(dtype), value.to(dtype))
+        if torch.compiler.is_compiling() or not npu_attention.takes(*tensors, attn_mask):
+            return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return npu_attention.attend(self.library, tensors, attn_mask, dropout_p, is_causal, scale)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         npu_profiler = self.library.profiler

@@ -70,7 +70,7 @@ def attention(
         scale: of the scores; 1 / sqrt(head_dim) where None.
     """
     if _fused_ops:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        return _device_of(query).attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     # scaled before the product, which in half precision might not hold what is scaled after it
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
     if is_causal:

@@ -251,6 +251,13 @@ uint64_t nextSeed(at::Generator generator) {
   return bits ^ (bits >> 31);
 }
 
+// npu_fusion_attention draws random numbers for dropout only (op-plugin's dropout_gen_mask).
+bool drawsNothing(const c10::OperatorHandle& op, const c10::IValue* arguments) {
+  if (op.operator_name().name != "npu::npu_fusion_attention") return false;
+  const auto keepProbability = op.schema().argumentIndexWithName("keep_prob");
+  return keepProbability && arguments[*keepProbability].toDouble() == 1.0;
+}
+
 bool isGeneratorArgument(const c10::Argument& argument) {
   return argument.type()->str().find("Generator") != std::string::npos;
 }
@@ -268,7 +275,7 @@ class RandomStream {
         if (arguments[i].isGenerator() && arguments[i].toGenerator().device().type() == kNpu)
           generator = arguments[i].toGenerator();
       }
-    if (!takesGenerator && !op.hasTag(at::Tag::nondeterministic_seeded)) return;
+    if (!takesGenerator && (!op.hasTag(at::Tag::nondeterministic_seeded) || drawsNothing(op, arguments))) return;
     if (!generator.defined()) generator = at::globalContext().defaultGenerator(device);
     const uint64_t seed = nextSeed(generator);
     if (takesGenerator) {
