@@ -229,14 +229,42 @@ def test_a_model_takes_the_fused_operator_in_every_layer_and_checkpointing_agree
     torch.testing.assert_close(*gradients)
 
 
-def test_chips_without_the_kernel_use_torchs_function() -> None:
-    script = """
-    import torch
+FALLBACK = """
+    import logging, torch
+    logging.basicConfig(format="%(message)s")
+    import torch.nn.functional as F
+    from npu_training import Calls
     from open_clip import device as devices
-    x = torch.randn(2, 2, 5, 16).to("npu")
-    y = devices.attention(x, x, x, is_causal=True)
-    z = torch.nn.functional.scaled_dot_product_attention(x.cpu(), x.cpu(), x.cpu(), is_causal=True)
-    print(torch.allclose(y.cpu(), z, atol=1e-5))
-    """
-    for chip in ("Ascend910A", "Ascend310P3"):
-        assert run_script(script, chip=chip)[-1] == "True"
+
+    inputs = [torch.randn(2, 2, 5, 16) for _ in range(3)]
+    with Calls() as calls:
+        for _ in range(2):
+            leaves = [x.to("npu").requires_grad_() for x in inputs]
+            output = devices.attention(*leaves, is_causal=True)
+            output.square().sum().backward()
+    plain = [x.clone().requires_grad_() for x in inputs]
+    expected = F.scaled_dot_product_attention(*plain, is_causal=True)
+    expected.square().sum().backward()
+    same = torch.allclose(output.cpu(), expected, atol=1e-5)
+    print(same, all(torch.allclose(x.grad.cpu(), y.grad, atol=1e-4) for x, y in zip(leaves, plain)))
+    print("npu::npu_fusion_attention" in calls.counts)
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chip": "Ascend910A"},
+        {"chip": "Ascend310P3"},
+        {"broken_ops": "npu_fusion_attention:error"},
+        {"broken_ops": "npu_fusion_attention:wrong"},
+        {"broken_ops": "npu_fusion_attention_grad:error"},
+        {"broken_ops": "npu_fusion_attention_grad:wrong"},
+        {},
+    ],
+    ids=str,
+)
+def test_where_the_kernel_does_not_work_torchs_function_is_used(settings: dict) -> None:
+    same, is_fused = run_script(FALLBACK, **settings)[-2:]
+    assert same == "True True"
+    assert is_fused == str(not settings)
