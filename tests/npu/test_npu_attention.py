@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-
-import open_clip
 from emulated import run_script
 from npu_training import NPU, Calls, make_batch, make_model, move
+
+import open_clip
 from open_clip import device as devices
 from open_clip.device import npu_attention
 from open_clip.layers import MultiheadAttention
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 B, H, D = 2, 2, 16
 FUSED, FUSED_GRAD = "npu::npu_fusion_attention", "npu::npu_fusion_attention_grad"
 # What torch's function adds on an NPU: masks that are made and inverted, and copies for another order of dimensions.
-EXTRA = {"aten::clone", "aten::ones", "aten::triu", "aten::tril", "aten::logical_not", "aten::bitwise_not", "aten::copy_"}
+EXTRA = {"aten::clone", "aten::ones", "aten::triu", "aten::tril", "aten::logical_not", "aten::copy_", "aten::cat"}
 
 
 def projected(queries: int = 5, keys: int = 7, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -48,10 +48,18 @@ def closed_form(
     return (weights @ value).transpose(1, 2).flatten(2), plain
 
 
-def compare(leaves: list[torch.Tensor], allowed: torch.Tensor | None = None, **options) -> Counter[str]:
-    """Runs forward and backward on the NPU, compares both with the closed form, and returns the operators' counts."""
+def compare(
+    leaves: list[torch.Tensor], allowed: torch.Tensor | None = None, merged: bool = False, **options
+) -> Counter[str]:
+    """Runs forward and backward on the NPU, compares both with the closed form, and returns the operators' counts.
+
+    merged: call with [B, T, H * D] and the number of heads, not with views [B, H, T, D].
+    """
     with Calls() as calls:
-        output = devices.attention(*map(heads_of, leaves), **options).transpose(1, 2).flatten(2)
+        if merged:
+            output = devices.attention(*leaves, num_heads=H, **options)
+        else:
+            output = devices.attention(*map(heads_of, leaves), **options).transpose(1, 2).flatten(2)
         weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
         found = torch.autograd.grad(output, leaves, weight.to(output))
     expected, plain = closed_form(leaves, allowed, options.get("scale") or D**-0.5)
@@ -63,14 +71,17 @@ def compare(leaves: list[torch.Tensor], allowed: torch.Tensor | None = None, **o
     return calls.counts
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7}], ids=["plain", "causal", "scale"])
-def test_is_the_closed_form_in_two_launches(options: dict, dtype: torch.dtype) -> None:
+def test_is_the_closed_form_in_two_launches(options: dict, dtype: torch.dtype, merged: bool) -> None:
     devices.attention(*map(heads_of, projected()), is_causal=True)  # makes the mask that all causal calls share
     allowed = torch.ones(5, 7, dtype=torch.bool).tril() if options.get("is_causal") else None
-    counts = compare(projected(dtype=dtype), allowed, **options)
+    counts = compare(projected(dtype=dtype), allowed, merged, **options)
     assert (counts[FUSED], counts[FUSED_GRAD]) == (1, 1)
     assert not EXTRA & counts.keys()
+    if merged:
+        assert sum(counts.values()) - counts["aten::detach"] <= 6, counts  # the two, and what the test does itself
 
 
 MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -86,11 +97,12 @@ MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_of_every_shape(name: str) -> None:
+def test_masks_of_every_shape(name: str, merged: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     allowed = MASKS[name](torch.rand(B, H, 5, 7, generator=generator) > 0.4)
-    counts = compare(projected(), allowed.expand(B, H, 5, 7), attn_mask=allowed.to(NPU))
+    counts = compare(projected(), allowed.expand(B, H, 5, 7), merged, attn_mask=allowed.to(NPU))
     assert (counts[FUSED], counts[FUSED_GRAD]) == (1, 1)
 
 
@@ -101,6 +113,7 @@ def test_padding_of_whole_rows_gives_zeros_and_no_gradient() -> None:
     leaves = projected()
     compare(leaves, allowed.expand(B, H, 5, 7), attn_mask=allowed.to(NPU))
     output = devices.attention(*map(heads_of, leaves), attn_mask=allowed.to(NPU))
+    assert output[0].any()
     assert not output[1].any()
     torchs = F.scaled_dot_product_attention(*(heads_of(leaf.detach().cpu()) for leaf in leaves), attn_mask=allowed)
     torch.testing.assert_close(output.detach().cpu(), torchs, rtol=1e-5, atol=1e-5)
@@ -210,6 +223,7 @@ def test_the_attention_layer_copies_nothing(causal: bool) -> None:
     with Calls() as calls:
         layer(x, x, x, need_weights=False, is_causal=causal)[0].square().mean().backward()
     assert (calls.counts[FUSED], calls.counts[FUSED_GRAD]) == (1, 1)
+    assert calls.counts.pop("aten::cat") == 1  # the gradients of query, key and value, for the input projection
     assert not EXTRA & calls.counts.keys()
 
 

@@ -314,20 +314,23 @@ def test_fused_operators_by_the_environment(value):
 
 
 @pytest.mark.parametrize("case", ["plain", "causal", "bool", "additive", "scale"])
-def test_attention_of_elementary_operators_is_the_fused_one_s(case, request):
+@pytest.mark.parametrize("num_heads", [None, 2])
+def test_attention_of_elementary_operators_is_the_fused_one_s(case, num_heads, request):
     torch.manual_seed(0)
-    query = torch.randn(2, 3, 4, 8, requires_grad=True)
-    key, value = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    shape = (2, 3, 4, 8) if num_heads is None else (2, 4, 16)
+    query = torch.randn(shape, requires_grad=True)
+    key, value = torch.randn(shape), torch.randn(shape)
     seen = torch.rand(2, 1, 4, 4) > 0.4
     seen[..., 0] = True
     options = {
         "plain": {}, "causal": {"is_causal": True}, "bool": {"attn_mask": seen},
         "additive": {"attn_mask": torch.randn(4, 4)}, "scale": {"scale": 0.7},
     }[case]  # fmt: skip
-    expected = devices.attention(query, key, value, **options)
+    expected = devices.attention(query, key, value, **options, num_heads=num_heads)
+    assert expected.shape == shape
     (gradient,) = torch.autograd.grad(expected.square().sum(), query)
     request.getfixturevalue("elementary")
-    found = devices.attention(query, key, value, **options)
+    found = devices.attention(query, key, value, **options, num_heads=num_heads)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), query)[0], gradient)
 

@@ -172,9 +172,13 @@ class Device:
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
+        num_heads: int | None = None,
     ) -> torch.Tensor:
-        """F.scaled_dot_product_attention on [batch, heads, tokens, head_dim]."""
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        """See `ops.attention`."""
+        if num_heads is not None:
+            query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        return out if num_heads is None else merge_heads(out)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard."""
@@ -188,3 +192,13 @@ class Device:
             on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
             profile_memory=True,
         )
+
+
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[(batch,) tokens, width] -> [(batch,) heads, tokens, head_dim], a view"""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """[(batch,) heads, tokens, head_dim] -> [(batch,) tokens, width]"""
+    return x.transpose(-3, -2).flatten(-2)

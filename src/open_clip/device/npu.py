@@ -108,19 +108,20 @@ class NpuDevice(Device):
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
+        num_heads: int | None = None,
     ) -> torch.Tensor:
         tensors = (query, key, value)
         if torch.is_autocast_enabled(self.type) and query.dtype == torch.float32:  # it casts for torch's function only
             dtype = torch.get_autocast_dtype(self.type)
             tensors = (query.to(dtype), key.to(dtype), value.to(dtype))
         is_fused = (
-            npu_attention.takes(*tensors, attn_mask)
+            npu_attention.takes(*tensors, attn_mask, num_heads)
             and not torch.compiler.is_compiling()  # the masks that are kept are no part of a graph
             and npu_ops.is_usable("npu_fusion_attention", query.device, tensors[0].dtype)
         )
         if not is_fused:
-            return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return npu_attention.attend(self.library, tensors, attn_mask, dropout_p, is_causal, scale)
+            return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
+        return npu_attention.attend(self.library, tensors, attn_mask, dropout_p, is_causal, scale, num_heads)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         npu_profiler = self.library.profiler

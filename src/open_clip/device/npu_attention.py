@@ -1,9 +1,9 @@
 """Attention on Ascend NPUs by `torch_npu.npu_fusion_attention`, without the operators that torch's function adds there.
 
-F.scaled_dot_product_attention ends in the same kernel, but op-plugin (ScaledDotProductAttentionKernelNpuOpApi.cpp) makes
-a mask of 2048 x 2048 for every causal call, inverts a bool mask in every layer, and returns heads before tokens, which
-the output projection has to copy. The limits below are those of op-plugin's page torch_npu-npu_fusion_attention.md and
-of CANN's aclnn_flash_attention_score.cpp.
+F.scaled_dot_product_attention ends in the same kernel. On the way there op-plugin makes a mask of 2048 x 2048 for every
+causal call and inverts a bool mask in every layer (ScaledDotProductAttentionKernelNpuOpApi.cpp), and the result has
+heads before tokens, which must be copied for the output projection. The limits below are those of op-plugin's page
+torch_npu-npu_fusion_attention.md and of CANN's aclnn_flash_attention_score.cpp.
 """
 from __future__ import annotations
 
@@ -23,21 +23,34 @@ _ROWS_MAY_BE_HIDDEN = 2  # inner_precise: a query that may look nowhere gets zer
 _causal_masks: dict[torch.device, torch.Tensor] = {}
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> bool:
-    """Whether the kernel computes this: [batch, heads, tokens, head_dim] each, and no mask or a bool mask."""
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+def _shape(x: torch.Tensor, num_heads: int | None) -> tuple[int, int, int, int]:
+    """(batch, heads, tokens, head_dim) of [batch, heads, tokens, head_dim] or [batch, tokens, heads * head_dim]."""
+    if num_heads is None:
+        return (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+    return (x.shape[0], num_heads, x.shape[1], x.shape[2] // num_heads)
+
+
+def takes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    num_heads: int | None = None,
+) -> bool:
+    """Whether the kernel computes this; arguments as for `attend`."""
+    if key.shape != value.shape or any(x.dim() != (4 if num_heads is None else 3) for x in (query, key)):
         return False
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, head_dim = _shape(query, num_heads)
+    key_batch, key_heads, keys, key_dim = _shape(key, num_heads)
     return (
         query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
-        and key.shape[:2] == (batch, heads)
-        and key.shape[3] == head_dim
+        and (batch, heads, head_dim) == (key_batch, key_heads, key_dim)
+        and batch > 0
         and 0 < heads <= _MAX_HEADS
         and 0 < head_dim <= _MAX_HEAD_DIM
-        and batch > 0
         and 0 < queries <= _MAX_TOKENS
-        and 0 < key.shape[2] <= _MAX_TOKENS
+        and 0 < keys <= _MAX_TOKENS
         and (attn_mask is None or attn_mask.dtype == torch.bool)
     )
 
@@ -49,37 +62,35 @@ def attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    num_heads: int | None = None,
 ) -> torch.Tensor:
     """As F.scaled_dot_product_attention, for what the kernel `takes`.
 
     Args:
         library: torch_npu.
-        tensors: query, key and value. If they are views of [batch, tokens, heads * head_dim], the result is one, too.
+        tensors: query, key and value, [batch, heads, tokens, head_dim]. With `num_heads` [batch, tokens,
+            heads * head_dim], and so is the result.
     """
     query, key, value = tensors
-    # Views: the kernel takes both orders, and the one of the input projection's output is that of the output projection.
-    swapped = not key.is_contiguous()
-    if swapped:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    batch, heads, queries, head_dim = _shape(query, num_heads)
+    keys = _shape(key, num_heads)[2]
+    layout = "BSH"
+    if num_heads is None:
+        # Views of projections have tokens first in memory: the kernel takes them so, and returns heads merged.
+        layout = "BNSD" if key.is_contiguous() else "BSND"
+        if layout == "BSND":
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     options: dict[str, Any] = {}
     if is_causal:
         options = {"atten_mask": _causal_mask(query.device), "next_tockens": 0, "sparse_mode": _LEFT_UP_CAUSAL}
     elif attn_mask is not None:
-        shape = (*tensors[0].shape[:3], tensors[1].shape[2])
-        options = {"atten_mask": _hidden.of(attn_mask, shape)}
-        if shape[2] > 1:  # as op-plugin's function does it
+        options = {"atten_mask": _hidden.of(attn_mask, (batch, heads, queries, keys))}
+        if queries > 1:  # as op-plugin's function does it
             options["inner_precise"] = _ROWS_MAY_BE_HIDDEN
-    output = library.npu_fusion_attention(
-        query,
-        key,
-        value,
-        tensors[0].shape[1],
-        "BSND" if swapped else "BNSD",
-        scale=tensors[0].shape[3] ** -0.5 if scale is None else scale,
-        keep_prob=1.0 - dropout_p,
-        **options,
-    )[0]
-    return output.transpose(1, 2) if swapped else output
+    scale = head_dim**-0.5 if scale is None else scale
+    keep_prob = 1.0 - dropout_p
+    output = library.npu_fusion_attention(query, key, value, heads, layout, scale=scale, keep_prob=keep_prob, **options)
+    return output[0].transpose(1, 2) if layout == "BSND" else output[0]
 
 
 def _causal_mask(device: torch.device) -> torch.Tensor:
