@@ -1,8 +1,8 @@
 """Layers of the native towers: norms, activations, attention, poolers.
 
-Attention goes through `device.attention` on [batch, heads, tokens, head_dim] tensors, with no mask, a bool mask (True:
-may be attended to) or `is_causal`: what accelerators have a fused kernel for. Callers and hooks see torch's form of a
-mask (True: hidden; float: added). `KernelMask` carries both forms, so that nothing is converted in each layer.
+Attention goes through `device.attention`, with no mask, a bool mask (True: may be attended to) or `is_causal`: what
+accelerators have a fused kernel for. Callers and hooks see torch's form of a mask (True: hidden; float: added).
+`KernelMask` carries both forms, so that nothing is converted in each layer.
 """
 
 from __future__ import annotations
@@ -132,22 +132,10 @@ class KernelMask:
     allowed: torch.Tensor | None = None
 
 
-def _split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[(batch,) tokens, width] -> [(batch,) heads, tokens, head_dim], a view"""
-    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
-
-
-def _merge_heads(x: torch.Tensor) -> torch.Tensor:
-    """[(batch,) heads, tokens, head_dim] -> [(batch,) tokens, width]"""
-    return x.transpose(-3, -2).flatten(-2)
-
-
-def _project_qkv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One product for queries, keys and values of self-attention, each [(batch,) heads, tokens, head_dim]."""
+def _project_qkv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """One product for queries, keys and values of self-attention, each [(batch,) tokens, width]."""
     parts = F.linear(x, weight, bias).chunk(3, dim=-1)
-    return _split_heads(parts[0], num_heads), _split_heads(parts[1], num_heads), _split_heads(parts[2], num_heads)
+    return parts[0], parts[1], parts[2]
 
 
 def _converted_mask(
@@ -191,7 +179,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 class KeyValueCache:
-    """Keys and values that an attention layer made in earlier calls: `pair`, each [batch, heads, tokens, head_dim].
+    """Keys and values that an attention layer made in earlier calls: `pair`, each [batch, ..., tokens, channels].
 
     Self-attention adds those of its new tokens; attention to another sequence makes them once.
     """
@@ -201,12 +189,12 @@ class KeyValueCache:
 
     @property
     def num_tokens(self) -> int:
-        return 0 if self.pair is None else self.pair[0].shape[2]
+        return 0 if self.pair is None else self.pair[0].shape[-2]
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole pair, with new ones at its end."""
         if self.pair is not None:
-            keys, values = (torch.cat(parts, dim=2) for parts in zip(self.pair, (keys, values), strict=True))
+            keys, values = (torch.cat(parts, dim=-2) for parts in zip(self.pair, (keys, values), strict=True))
         self.pair = keys, values
         return self.pair
 
@@ -252,23 +240,23 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
     def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of two sequences, each [(batch,) heads, tokens, head_dim]."""
+        """Queries, keys and values of two sequences, each [(batch,) tokens, width]."""
         known = None if cache is None else cache.pair
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q = _split_heads(F.linear(query, weights[0], biases[0]), self.num_heads)
+        q = F.linear(query, weights[0], biases[0])
         if known is not None:
             k, v = known
         else:
-            k = _split_heads(F.linear(key, weights[1], biases[1]), self.num_heads)
-            v = _split_heads(F.linear(value, weights[2], biases[2]), self.num_heads)
+            k = F.linear(key, weights[1], biases[1])
+            v = F.linear(value, weights[2], biases[2])
             if cache is not None:
                 cache.extend(k, v)
-        if is_symbolic(q) or q.dim() == 4:
-            q = q.expand(k.shape[0], -1, -1, -1)
+        if is_symbolic(q) or q.dim() == 3:
+            q = q.expand(k.shape[0], -1, -1)
         return q, k, v
 
     def forward(
@@ -306,7 +294,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
         if flipped:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         if is_self_attention:
-            q, k, v = _project_qkv(query, self.in_proj_weight, self.in_proj_bias, self.num_heads)
+            q, k, v = _project_qkv(query, self.in_proj_weight, self.in_proj_bias)
             if cache is not None:
                 k, v = cache.extend(k, v)
         else:
@@ -319,15 +307,20 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
             is_causal, kernel_mask = False, None
         if kernel_mask is not None and kernel_mask.shown is attn_mask:
             is_causal, mask = kernel_mask.allowed is None, kernel_mask.allowed
+        elif is_causal or (attn_mask is None and key_padding_mask is None):
+            mask = None
         else:
-            mask = None if is_causal else _converted_mask(q, attn_mask, key_padding_mask)
+            mask = _converted_mask(device.split_heads(q, self.num_heads), attn_mask, key_padding_mask)
         if need_weights:
+            q, k, v = (device.split_heads(x, self.num_heads) for x in (q, k, v))
             weights = _attention_weights(q, k, mask, dropout)
-            out = weights @ v
+            out = device.merge_heads(weights @ v)
             weights = weights.mean(dim=-3) if average_attn_weights else weights
         else:
-            out = device.attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        out = self.out_proj(_merge_heads(out))
+            out = device.attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, num_heads=self.num_heads
+            )
+        out = self.out_proj(out)
         return out.transpose(0, 1) if flipped else out, weights
 
     def extra_repr(self) -> str:
@@ -417,7 +410,8 @@ class Attention(NotScriptable, nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """[batch, tokens, dim] -> [batch, tokens, dim]; masks and cache as in MultiheadAttention."""
-        q, k, v = _project_qkv(x, self.in_proj_weight, self.in_proj_bias, self.num_heads)
+        parts = _project_qkv(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (device.split_heads(part, self.num_heads) for part in parts)
         scale = None
         if self.logit_scale is not None:
             temperature = self.logit_scale.clamp(max=self.logit_scale_max).exp()
@@ -442,7 +436,7 @@ class Attention(NotScriptable, nn.Module):
         )
         if self.head_scale is not None:
             out = out * self.head_scale.to(out.dtype)
-        return self.out_drop(self.out_proj(self.ln_inner(_merge_heads(out))))
+        return self.out_drop(self.out_proj(self.ln_inner(device.merge_heads(out))))
 
 
 class AttentionalPooler(NotScriptable, nn.Module):

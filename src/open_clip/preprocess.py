@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torchvision.transforms import Compose, ToTensor
+from torch import nn
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from .image_resize import to_resizable
 
@@ -50,7 +51,8 @@ class Preprocess(Compose):
         super().__init__(list(steps))
         self._first = steps[0]
         self._fast = fast
-        self._replaced = [(step, _settings(step)) for step in steps[:num_fast]]
+        self._built = [(step, _settings(step)) for step in steps]
+        self._num_fast = num_fast
         self._before = before
 
     def __call__(self, img: Any) -> torch.Tensor:
@@ -59,35 +61,81 @@ class Preprocess(Compose):
         Raises:
             TypeError: `img` is something else.
         """
-        steps = self.transforms
+        return self._apply(img, self.transforms)
+
+    def without_normalization(self) -> PixelPreprocess | None:
+        """Return the steps before ToTensor and Normalize, or None unless the unchanged list ends in these two."""
+        is_unchanged = len(self.transforms) == len(self._built) and self._is_unchanged(len(self._built))
+        if not is_unchanged or len(self.transforms) < 3:
+            return None
+        to_tensor, normalize = self.transforms[-2:]
+        if not isinstance(to_tensor, ToTensor) or type(normalize) is not Normalize:
+            return None
+        return PixelPreprocess(self, [float(x) for x in normalize.mean], [float(x) for x in normalize.std])
+
+    def _apply(self, img: Any, steps: list[Callable]) -> Any:
+        """Apply `steps`, which are the first ones of the list or all of it."""
         if not steps or steps[0] is not self._first:
-            return super().__call__(img)  # the client's own first step may take anything
+            # the client's own first step may take anything
+            for step in steps:
+                img = step(img)
+            return img
         if not isinstance(img, torch.Tensor):
             img = to_resizable(to_image(img))
             if self._before is not None:
                 img = self._before(img)
-            if self._fast is not None and self._is_unchanged():
+            if self._fast is not None and self._is_unchanged(self._num_fast):
                 img = self._fast(img)
-                steps = steps[len(self._replaced) :]
+                steps = steps[self._num_fast :]
         for step in steps:
             img = step(img)
         return img
 
-    def _is_unchanged(self) -> bool:
-        if len(self.transforms) < len(self._replaced):
+    def _is_unchanged(self, num_steps: int) -> bool:
+        """Whether the first `num_steps` steps are those of the built list, with their original attributes."""
+        if len(self.transforms) < num_steps:
             return False
         return all(
             step is built and _has_settings(step, settings)
-            for step, (built, settings) in zip(self.transforms, self._replaced, strict=False)
+            for step, (built, settings) in zip(self.transforms[:num_steps], self._built, strict=False)
         )
 
     def __repr__(self) -> str:
         return repr(Compose(self.transforms))
 
 
+class PixelPreprocess:
+    """The steps of a `Preprocess` without its last two, from an image to uint8 pixels.
+
+    `normalization` is the (mean, std) of the missing ones, which make `(pixels / 255 - mean) / std`. A device does that
+    to a whole batch, and pixels are a quarter of the bytes to copy to it.
+
+    Args:
+        preprocess: ends in ToTensor and Normalize.
+        mean, std: of Normalize, by channel.
+    """
+
+    def __init__(self, preprocess: Preprocess, mean: list[float], std: list[float]) -> None:
+        self.preprocess = preprocess
+        self.normalization = (mean, std)
+
+    def __call__(self, img: Image) -> torch.Tensor:
+        """Return uint8 [channels, height, width] of an image that PIL opened."""
+        image = self.preprocess._apply(img, self.preprocess.transforms[:-2])
+        # numpy separates the interleaved channels in half the time of torch's contiguous()
+        return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.preprocess!r})"
+
+
 def _settings(step: Callable) -> dict[str, Any]:
-    """A step's attributes, hooks included, in their present state."""
-    return {name: copy.copy(value) for name, value in vars(step).items() if name != "training"}
+    """A step's attributes, hooks included, in their present state; a module in it with its own attributes."""
+    return {
+        name: (value, _settings(value)) if isinstance(value, nn.Module) else copy.copy(value)
+        for name, value in vars(step).items()
+        if name != "training"
+    }
 
 
 def _has_settings(step: Callable, settings: dict[str, Any]) -> bool:
@@ -96,10 +144,21 @@ def _has_settings(step: Callable, settings: dict[str, Any]) -> bool:
         return False
     for name, value in settings.items():
         found = current.get(name)
-        # Types first: an array that was put in place of a number compares element by element.
-        if found is not value and (type(found) is not type(value) or found != value):
+        if isinstance(found, nn.Module):
+            if not isinstance(value, tuple) or found is not value[0] or not _has_settings(found, value[1]):
+                return False
+        elif found is not value and not _are_equal(found, value):
             return False
     return True
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    # Types first: an array that was assigned instead of a number compares element by element.
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        return a.shape == b.shape and bool((a == b).all())
+    return bool(a == b)
 
 
 def to_image(value: Any) -> Image:

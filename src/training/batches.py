@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Normalization:
+    """Makes normalized floats of uint8 pixels: what torchvision's ToTensor and Normalize do, on the pixels' device.
+
+    The results are equal to the last bit of float32, in three operators instead of four.
+
+    Args:
+        mean, std: by channel, of values from 0 to 1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self._constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [batch, channels, height, width] -> float32 of the same shape."""
+        if pixels.device not in self._constants:
+            self._constants[pixels.device] = self._make_constants(pixels.device)
+        minus_mean, levels, std = self._constants[pixels.device]
+        return torch.addcdiv(minus_mean, pixels.float(), levels).div_(std)
+
+    def _make_constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        # 255 is a tensor: CUDA divides by a number through its reciprocal, which may change the last bit.
+        with torch.inference_mode(False):
+            return (
+                -torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1).to(device),
+                torch.tensor(255.0).to(device),
+                torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1).to(device),
+            )
+
+
+def to_pixels(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The transform for loaders whose batches `to_device` normalizes: `preprocess` without its normalization.
+
+    It stays `preprocess` where that is not open_clip's own, was edited, or does not end with the normalization.
+    """
+    without_normalization = getattr(preprocess, "without_normalization", None)
+    return (without_normalization and without_normalization()) or preprocess
+
+
+def normalization_of(preprocess: Any) -> Normalization | None:
+    """What is still to be done to the images that a transform of `to_pixels` makes, None if nothing."""
+    mean_and_std = getattr(preprocess, "normalization", None)
+    return None if mean_and_std is None else Normalization(*mean_and_std)
 
 
 def to_device(
@@ -14,17 +60,26 @@ def to_device(
     device: torch.device,
     input_dtype: torch.dtype | None = None,
     names: Sequence[str] = ("image", "text"),
+    normalization: Normalization | None = None,
 ) -> dict[str, Any]:
-    """The batch on `device`, its floating point tensors in `input_dtype` (None: as they come); the host does not wait.
+    """Move a batch to `device`, its floating point tensors in `input_dtype` (None: theirs). The host does not wait.
 
-    What is no tensor, as the samples' names, stays what it is.
+    A value that is not a tensor, such as the samples' names, is returned unchanged.
 
-    names: of the members of a tuple, which loaders of scripts written for open_clip_train give.
+    Args:
+        names: of the members of a tuple, which loaders of scripts written for open_clip_train give.
+        normalization: applied to the images on the device if they are uint8.
     """
     named = batch if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
-    return {
-        name: value.to(device, input_dtype if value.is_floating_point() else None, non_blocking=True)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in named.items()
-    }
+    moved = {name: _move(value, device, input_dtype) for name, value in named.items()}
+    image = moved.get("image")
+    if normalization is not None and isinstance(image, Tensor) and image.dtype == torch.uint8:
+        normalized = normalization(image)
+        moved["image"] = normalized if input_dtype is None else normalized.to(input_dtype)
+    return moved
+
+
+def _move(value: Any, device: torch.device, input_dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, input_dtype if value.is_floating_point() else None, non_blocking=True)

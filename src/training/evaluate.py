@@ -59,12 +59,12 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
     losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
     pad_id = getattr(model, "pad_id", 0)
     image_features, text_features, image_ids = [], [], []
-    total = getattr(dataloader, "num_samples", None)
+    total, normalization = getattr(dataloader, "num_samples", None), getattr(dataloader, "normalization", None)
     with progress.Task("Evaluating the validation data", total, "samples") as task:
         for batch in dataloader:
             if isinstance(batch, Mapping) and "image_id" in batch:
                 image_ids.append(batch["image_id"])
-            batch = to_device(batch, device, input_dtype)
+            batch = to_device(batch, device, input_dtype, normalization=normalization)
             with autocast():
                 outputs = as_outputs(model(batch["image"], batch["text"]))
             image, text = outputs["image_features"].float(), outputs["text_features"].float()

@@ -33,9 +33,9 @@ def count_params(model: nn.Module) -> int:
 
 
 def _count_flops(run: Callable[[], Any]) -> int:
-    # The fused attention kernels are one operator each, which the counter does not know for every device; the plain
-    # form is made of matrix products, which it does.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # A fused attention kernel is one operator, which the counter does not know on every device. Elementary operators,
+    # and the MATH backend for towers that call torch's function themselves, are matrix products, which it knows.
+    with devices.elementary_ops(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 

@@ -21,6 +21,7 @@ from open_clip import progress
 from open_clip.utils import check_folder
 from open_clip.whole_file import write_text
 from training import children, distributed, file_utils, logger, precision, preflight, rng, run_warnings
+from training.batches import to_pixels
 from training.build import (
     build_model,
     build_scheduler,
@@ -302,7 +303,7 @@ def _train_and_evaluate(
         check_fit(model, checkpoint.get("state_dict", checkpoint))
     data = get_data(
         cfg.data,
-        (preprocess_train, preprocess_val),
+        (to_pixels(preprocess_train), to_pixels(preprocess_val)),
         epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
         tokenizer=tokenizer,
     )

@@ -333,9 +333,10 @@ def run_epoch(
 ) -> None:
     """Trains epoch number `state.epoch` on `data` (training.data.DataInfo), and keeps `state` up to date.
 
-    Batches are dicts {"image": float [B, 3, H, W], "text": int64 [B, L]}. A step takes `trainer.accum_freq` of them; an
-    incomplete last one is left out, so an epoch has `state.steps_per_epoch` steps. Where `state` is within an epoch,
-    the rest of it is done: `data` goes on where it was saved.
+    Batches are dicts {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L]}. uint8 images are normalized on the
+    device (`training.batches.to_device`). A step takes `trainer.accum_freq` batches; an incomplete last step is left
+    out, so an epoch has `state.steps_per_epoch` steps. Where `state` is within an epoch, the rest of it is done: `data`
+    goes on where it was saved.
     `writer`: training.logger.MetricsWriter. `around_step`: makes a context for the step of a number. `after_step`: is
     called when `state` is one to save, but not at the epoch's end; returns the seconds that saving took from the loop.
 
@@ -395,13 +396,14 @@ def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]
     batches: list[Batch] = []
     start = time.perf_counter()
     waited = 0.0
+    normalization = getattr(loader, "normalization", None)
     position = getattr(loader, "position", None) if trainer.accum_freq > 1 else None
     if position is not None:
         position.mark()
     try:
         for batch in loader:
             waited += time.perf_counter() - start
-            batches.append(to_device(batch, trainer.device, trainer.input_dtype))
+            batches.append(to_device(batch, trainer.device, trainer.input_dtype, normalization=normalization))
             if len(batches) == trainer.accum_freq:
                 yield batches, waited
                 batches, waited = [], 0.0

@@ -122,9 +122,10 @@ def run(
     autocast, input_dtype = _precision(args, device)
     counts = torch.zeros(3, dtype=torch.int64)  # correct at the top, among the top 5, all
     total, ranks = getattr(dataloader, "num_samples", None), world().world_size
+    normalization = getattr(dataloader, "normalization", None)
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
         for batch in dataloader:
-            batch = to_device(batch, device, input_dtype, names=("image", "label"))
+            batch = to_device(batch, device, input_dtype, ("image", "label"), normalization)
             with autocast():
                 outputs = model(image=batch["image"])
             features = outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]

@@ -21,10 +21,13 @@ from npu_training import (
     replace_fused_adamw,
     train,
 )  # fmt: skip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import half_precision
 import open_clip
 from open_clip import device as devices
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from training.batches import Normalization, to_device
 from training.checkpoint import TrainState
 from training.ema import WeightAverage
 from training.guard import StepGuard
@@ -348,3 +351,33 @@ SAVED_WHILE_TRAINING = """
 def test_a_save_has_its_step_s_weights_though_copies_land_late(tmp_path: Path) -> None:
     script = SAVED_WHILE_TRAINING.replace("FOLDER", repr(str(tmp_path)))
     assert run_script(script, delay_copies=1)[-2:] == ["True", "cpu True"]
+
+
+class Copies(TorchDispatchMode):
+    """Bytes that are copied from the host to the NPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        source = args[0] if func is torch.ops.aten._to_copy.default else None
+        if source is not None and source.device.type == "cpu" and result.device.type == "npu":
+            self.bytes += source.nbytes
+        return result
+
+
+def test_images_cross_as_bytes_and_are_normalized_on_the_npu() -> None:
+    normalize = Normalization(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    expected = normalize(levels)
+    batch = {"image": levels.contiguous().pin_memory()}
+    to_device(batch, NPU, normalization=normalize)  # makes the constants
+    with Copies() as copies, Calls() as calls:
+        image = to_device(batch, NPU, normalization=normalize)["image"]
+    assert copies.bytes == levels.numel()
+    assert (calls.waits, sum(calls.counts.values())) == (0, 4)  # the copy, and three launches
+    assert torch.equal(image.cpu(), expected)
+    half = to_device(batch, NPU, torch.bfloat16, normalization=normalize)["image"]
+    assert torch.equal(half.cpu(), expected.bfloat16())

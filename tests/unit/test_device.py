@@ -273,8 +273,12 @@ def test_plain_activations_on_any_device():
     assert devices.quick_gelu(torch.empty(2, 3, device="meta")).shape == (2, 3)
 
 
-def test_npu_activations_are_fused(npu):
+def test_npu_activations_are_fused_where_the_chip_has_them(npu, monkeypatch):
     kind, x = devices.get("npu"), torch.ones(2)
+    monkeypatch.setattr(devices.npu_ops, "is_usable", lambda name, device, dtype: False)
+    torch.testing.assert_close(kind.gelu(x.double()), torch.nn.functional.gelu(x.double()))
+    torch.testing.assert_close(kind.quick_gelu(x), x * torch.sigmoid(1.702 * x))
+    monkeypatch.setattr(devices.npu_ops, "is_usable", lambda name, device, dtype: dtype == torch.float32)
     assert kind.quick_gelu(x)[0] == "fast_gelu"
     assert kind.gelu(x) == ("gelu", "none")
     assert kind.gelu(x, "tanh") == ("gelu", "tanh")
@@ -326,20 +330,23 @@ def test_fused_operators_by_the_environment(value):
 
 
 @pytest.mark.parametrize("case", ["plain", "causal", "bool", "additive", "scale"])
-def test_attention_of_elementary_operators_is_the_fused_one_s(case, request):
+@pytest.mark.parametrize("num_heads", [None, 2])
+def test_attention_of_elementary_operators_is_the_fused_one_s(case, num_heads, request):
     torch.manual_seed(0)
-    query = torch.randn(2, 3, 4, 8, requires_grad=True)
-    key, value = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    shape = (2, 3, 4, 8) if num_heads is None else (2, 4, 16)
+    query = torch.randn(shape, requires_grad=True)
+    key, value = torch.randn(shape), torch.randn(shape)
     seen = torch.rand(2, 1, 4, 4) > 0.4
     seen[..., 0] = True
     options = {
         "plain": {}, "causal": {"is_causal": True}, "bool": {"attn_mask": seen},
         "additive": {"attn_mask": torch.randn(4, 4)}, "scale": {"scale": 0.7},
     }[case]  # fmt: skip
-    expected = devices.attention(query, key, value, **options)
+    expected = devices.attention(query, key, value, **options, num_heads=num_heads)
+    assert expected.shape == shape
     (gradient,) = torch.autograd.grad(expected.square().sum(), query)
     request.getfixturevalue("elementary")
-    found = devices.attention(query, key, value, **options)
+    found = devices.attention(query, key, value, **options, num_heads=num_heads)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), query)[0], gradient)
 

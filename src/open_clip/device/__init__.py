@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from . import npu_loading as npu_loading  # before torch
 from .base import Device as Device
+from .base import merge_heads as merge_heads
+from .base import split_heads as split_heads
 from .cpu import CpuDevice as CpuDevice
 from .cuda import CudaDevice as CudaDevice
 from .mps import MpsDevice as MpsDevice

@@ -18,6 +18,11 @@ import torch.nn.functional as F
 from . import peaks
 
 
+def exact_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by erf, made of elementary operators, for devices on which F.gelu is another function."""
+    return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))
+
+
 class Device:
     """One kind of device. The base is an accelerator whose functions are in the module `torch.<type>`."""
 
@@ -217,11 +222,32 @@ class Device:
         """Where `peak_flops` is from, for the log."""
         return "the table in open_clip/device/peaks.py"
 
+    def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
+        """Why each fused operator that a chip may lack does not work, by name; None where it does. Tries them once."""
+        return {}
+
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
 
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         return F.gelu(x, approximate=approximate)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        num_heads: int | None = None,
+    ) -> torch.Tensor:
+        """See `ops.attention`."""
+        if num_heads is not None:
+            query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        return out if num_heads is None else merge_heads(out)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard.
@@ -245,3 +271,13 @@ class Device:
 def _find_command(*names: str) -> bool:
     """Whether one of the commands is installed."""
     return any(shutil.which(name) for name in names)
+
+
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[(batch,) tokens, width] -> [(batch,) heads, tokens, head_dim], a view"""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """[(batch,) heads, tokens, head_dim] -> [(batch,) tokens, width]"""
+    return x.transpose(-3, -2).flatten(-2)

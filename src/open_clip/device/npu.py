@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from .. import torch_versions
-from . import npu_adamw, npu_loading, npu_scaler, peaks
-from .base import Device
+from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, peaks
+from .base import Device, exact_gelu
 
 _RESULT = r"(?:error code is|runtime result =) ?"  # before a code, in the texts of torch_npu and of CANN
 
@@ -219,14 +219,44 @@ class NpuDevice(Device):
         self.module.matmul.allow_hf32 = enabled
         self.module.conv.allow_hf32 = enabled
 
+    def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
+        device = torch.device(self.type, index or 0)
+        return {name: npu_ops.find_failure(name, device, torch.float16) for name in npu_ops.FUSED_OPS}
+
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if not npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
             return super().quick_gelu(x)
         return self.library.npu_fast_gelu(x)  # x * sigmoid(1.702 x) in one kernel
 
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        # F.gelu computes the tanh form there whatever is asked; this operator does as it is told.
+        # F.gelu computes the tanh form on an NPU, whatever is asked; npu_gelu computes the form that is asked for.
+        if not npu_ops.is_usable("npu_gelu", x.device, x.dtype):
+            return exact_gelu(x) if approximate == "none" else super().gelu(x, approximate)
         return self.library.npu_gelu(x, approximate=approximate)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        num_heads: int | None = None,
+    ) -> torch.Tensor:
+        tensors = (query, key, value)
+        if torch.is_autocast_enabled(self.type) and query.dtype == torch.float32:  # it casts for torch's function only
+            dtype = torch.get_autocast_dtype(self.type)
+            tensors = (query.to(dtype), key.to(dtype), value.to(dtype))
+        is_fused = (
+            npu_attention.takes(*tensors, attn_mask, num_heads)
+            and not torch.compiler.is_compiling()  # the masks that are kept are no part of a graph
+            and npu_ops.is_usable("npu_fusion_attention", query.device, tensors[0].dtype)
+        )
+        if not is_fused:
+            return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
+        return npu_attention.attend(self.library, tensors, attn_mask, dropout_p, is_causal, scale, num_heads)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """See the base class. The levels are ProfilerLevel.Level0, Level1 and Level2 of torch_npu.profiler: 1 adds the

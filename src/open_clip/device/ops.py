@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .base import Device
+from .base import Device, exact_gelu, merge_heads, split_heads
 from .table import DEVICES
 
 _PLAIN = DEVICES["cpu"]
@@ -48,7 +48,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """GELU, exact (erf) or approximate="tanh", as asked on every device."""
     if not _fused_ops and approximate == "none":
-        return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))  # F.gelu is not this everywhere
+        return exact_gelu(x)  # F.gelu is not this on every device
     return _device_of(x).gelu(x, approximate)
 
 
@@ -60,8 +60,11 @@ def attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    num_heads: int | None = None,
 ) -> torch.Tensor:
     """F.scaled_dot_product_attention on [batch, heads, tokens, head_dim], which has a fused kernel on most devices.
+
+    With `num_heads`, inputs and result are [batch, tokens, heads * head_dim], which some kernels take as they are.
 
     Args:
         attn_mask: broadcastable to [batch, heads, query tokens, key tokens], True where a query may look. An additive
@@ -70,7 +73,9 @@ def attention(
         scale: of the scores; 1 / sqrt(head_dim) where None.
     """
     if _fused_ops:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        return _device_of(query).attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
+    if num_heads is not None:
+        query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
     # scaled before the product, which in half precision might not hold what is scaled after it
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
     if is_causal:
@@ -79,4 +84,5 @@ def attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
+    out = F.dropout(scores.softmax(dim=-1), dropout_p) @ value
+    return out if num_heads is None else merge_heads(out)

@@ -1,8 +1,8 @@
 """Training and evaluation data: `get_data` gives the loaders that the options ask for.
 
-Batches are dicts: {"image": float [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]} of
-classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Scripts that pass a
-flat namespace get `[images, texts]` instead: see `training.data.namespace`. Order and augmentation are functions of
+Batches are dicts: {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]}
+of classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Scripts that pass
+a flat namespace get `[images, texts]` instead: see `training.data.namespace`. Order and augmentation are functions of
 (seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved: see `training.data.position`.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from training.batches import normalization_of
 from training.data.csv_data import get_csv_dataset
 from training.data.dataset_types import dataset_type_of
 from training.data.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
@@ -97,7 +98,8 @@ def get_data(
     Args:
         args: params.DataConfig, or the flat namespace of a script written for open_clip_train. With a namespace,
             batches and the calls of `tokenizer` are open_clip_train's: see `training.data.namespace`.
-        preprocess_fns: (train, val), PIL image -> tensor.
+        preprocess_fns: (train, val), PIL image -> tensor. With those of `training.batches.to_pixels` images are uint8,
+            and `dataloader.normalization` is what `training.batches.to_device` does to them on the device.
         epoch: the first epoch; that of a resumed run is its next.
         tokenizer: list of captions -> int64 [B, L]; with None the captions stay strings.
     """
@@ -118,4 +120,7 @@ def get_data(
         data["imagenet-v2"] = get_imagenet(args, preprocess_fns, "v2")
     if options.zeroshot_data:
         data["zeroshot"] = get_labelled_folder(args, preprocess_val, options.zeroshot_data)
+    for name, info in data.items():
+        preprocess = preprocess_train if name == "train" else preprocess_val
+        info.dataloader.normalization = normalization_of(preprocess)
     return data

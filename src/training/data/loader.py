@@ -15,6 +15,7 @@ from torch.utils.data._utils import signal_handling
 
 from open_clip import device
 from training import children, distributed
+from training.batches import Normalization
 from training.data.position import Position, RowPosition
 from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
 from training.data.skips import BAD_IN_A_ROW, BadSample, SkipCounter, Streak
@@ -71,10 +72,12 @@ class Loader(DataLoader):
 
     Workers live until `close` or the end of the process. `classes` are the class names of a folder of classes.
     With `members`, names of a batch's members, it gives a list of these instead of each dict.
+    `normalization`: what `training.batches.to_device` is to do to the images; None if nothing.
     `agreement`: how the ranks stop before the same batch of training data; by default no signal stops them.
     """
 
     members: tuple[str, ...] | None = None
+    normalization: Normalization | None = None
 
     def __init__(
         self,
@@ -223,7 +226,7 @@ def tokenizes_randomly(tokenizer: Any) -> bool:
 class Collate:
     """Samples (dicts, None for a dropped one) to a batch: tensors stacked, captions tokenised in one call.
 
-    Returns a dict such as {"image": float [B, 3, H, W], "text": int64 [B, L], "key": B strings}, or None where no
+    Returns a dict such as {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L], "key": B strings}, or None if no
     sample is left.
     """
 

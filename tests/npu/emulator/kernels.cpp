@@ -7,6 +7,8 @@
 //   CANN_EMULATOR_STRICT=1  refuses what a real NPU refuses or runs slowly: float64 and complex arithmetic on more than
 //                           a scalar, and attention masks that are added (see checkStrictly)
 //   CANN_EMULATOR_DELAY_COPIES=1  non-blocking copies between host and device land late: see pending.h
+//   CANN_EMULATOR_BROKEN_OPS=npu_gelu:error,npu_fast_gelu_backward:wrong  operators that raise an error, or compute
+//                           something else (see brokenOperators)
 //   CANN_EMULATOR_TRACE=1   says how many operators were replaced
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -15,6 +17,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <map>
+#include <sstream>
 #include <unordered_set>
 
 #include "pending.h"
@@ -251,6 +255,13 @@ uint64_t nextSeed(at::Generator generator) {
   return bits ^ (bits >> 31);
 }
 
+// npu_fusion_attention draws random numbers for dropout only (op-plugin's dropout_gen_mask).
+bool drawsNothing(const c10::OperatorHandle& op, const c10::IValue* arguments) {
+  if (op.operator_name().name != "npu::npu_fusion_attention") return false;
+  const auto keepProbability = op.schema().argumentIndexWithName("keep_prob");
+  return keepProbability && arguments[*keepProbability].toDouble() == 1.0;
+}
+
 bool isGeneratorArgument(const c10::Argument& argument) {
   return argument.type()->str().find("Generator") != std::string::npos;
 }
@@ -268,7 +279,7 @@ class RandomStream {
         if (arguments[i].isGenerator() && arguments[i].toGenerator().device().type() == kNpu)
           generator = arguments[i].toGenerator();
       }
-    if (!takesGenerator && !op.hasTag(at::Tag::nondeterministic_seeded)) return;
+    if (!takesGenerator && (!op.hasTag(at::Tag::nondeterministic_seeded) || drawsNothing(op, arguments))) return;
     if (!generator.defined()) generator = at::globalContext().defaultGenerator(device);
     const uint64_t seed = nextSeed(generator);
     if (takesGenerator) {
@@ -325,6 +336,35 @@ class WideProducts {
   c10::optional<at::ScalarType> type_;
 };
 
+// ---- operators that the chip lacks
+
+// By name, from CANN_EMULATOR_BROKEN_OPS: "error" raises as an NPU does for an operator that it does not have, "wrong"
+// adds 1 to the results.
+const std::map<std::string, std::string>& brokenOperators() {
+  static const std::map<std::string, std::string> broken = [] {
+    std::map<std::string, std::string> found;
+    const char* value = getenv("CANN_EMULATOR_BROKEN_OPS");
+    std::stringstream list(value ? value : "");
+    for (std::string entry; std::getline(list, entry, ',');) {
+      const size_t colon = entry.find(':');
+      const std::string how = colon == std::string::npos ? "" : entry.substr(colon + 1);
+      TORCH_CHECK(how == "error" || how == "wrong", "CANN_EMULATOR_BROKEN_OPS: ", entry,
+                  " is not NAME:error or NAME:wrong");
+      found[entry.substr(0, colon)] = how;
+    }
+    return found;
+  }();
+  return broken;
+}
+
+// Whether the operator is to compute something else; raises where it is to fail.
+bool isWrong(const std::string& name) {
+  const auto found = brokenOperators().find(name);
+  if (found == brokenOperators().end()) return false;
+  TORCH_CHECK(found->second == "wrong", "EZ1001: ", name, " is not supported on this chip (CANN_EMULATOR_BROKEN_OPS)");
+  return true;
+}
+
 // ---- the kernel
 
 // Replaces NPU tensors among the arguments by CPU aliases and an NPU device argument by the CPU. Returns whether the
@@ -368,6 +408,7 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
   Call call;
   checkDevices(op, name, arguments, count, call);
   checkStrictly(op, name, arguments, count);
+  const bool wrong = isWrong(name);
   const bool staysOnHost = moveArguments(op, arguments, count, call);
   if (staysOnHost)
     emulator::finishAll();  // a copy to the host that blocks is a synchronisation
@@ -383,6 +424,7 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
     if (value.isTensor()) {
+      if (wrong && value.toTensor().is_floating_point()) value.toTensor().add_(1);
       value = call.toNpu(products.round(value.toTensor()));
     } else if (value.isTensorList()) {
       auto list = value.toTensorVector();

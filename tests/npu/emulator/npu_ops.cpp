@@ -4,13 +4,17 @@
 // (2) CPU formulas for torch_npu's own operators (npu::...), which kernels.cpp then serves on the NPU. An operator that
 //     has none here fails with 207000 (feature unsupported): add it where the project uses it, and its test beside it.
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <functional>
+#include <limits>
 
 #include "cann.h"
+
+extern "C" const char* aclrtGetSocName();
 
 // ---- (1) aclnn: a call that plans (…GetWorkspaceSize), then one that executes
 
@@ -187,23 +191,31 @@ Tensor geluBackward(const Tensor& grad, const Tensor& input, c10::string_view ap
   return at::gelu_backward(grad.to(at::kFloat), input.to(at::kFloat), approximate).to(input.scalar_type());
 }
 
-// npu_fusion_attention. Its mask is the opposite of PyTorch's: True is masked out. sparse_mode 2 is causal with the
-// diagonal from the upper left corner, 3 from the lower right; both ignore the values of the mask that is passed.
-enum { kSparseCausalUpperLeft = 2, kSparseCausalLowerRight = 3 };
+// npu_fusion_attention: CANN's FlashAttentionScore, with what it refuses (op-plugin's FlashAttentionKernelNpuOpApi.cpp
+// and torch_npu-npu_fusion_attention.md, CANN's aclnn_flash_attention_score.cpp). Its mask is the opposite of PyTorch's:
+// True is hidden. sparse_mode 2 is causal with the diagonal from the upper left corner, 3 from the lower right; both
+// take a compressed mask of 2048 x 2048 and ignore its values here. Without a mask, sparse_mode has no effect.
+// Not emulated: CANN copies inputs that are not contiguous (three kernels in each direction, which no counter here sees).
+enum { kDefaultMask = 0, kAllMask = 1, kSparseCausalUpperLeft = 2, kSparseCausalLowerRight = 3, kPrefixCompress = 6 };
+constexpr int64_t kCompressed = 2048, kMaxHeads = 256, kMaxHeadDim = 768;
+constexpr int64_t kHiddenRowsAreZero = 2;  // inner_precise
+constexpr float kHidden = std::numeric_limits<float>::lowest();  // a hidden score: finite, as in the kernel
 
 struct AttentionArguments {
   int64_t heads;
   c10::string_view layout;  // BNSD, BSND, BSH, SBH
   double scale;
+  double keepProbability;
+  int64_t innerPrecise;
   int64_t sparseMode;
+  int64_t seed;  // of dropout
 };
 
 Tensor toBnsd(const Tensor& x, int64_t heads, c10::string_view layout) {
   if (layout == "BNSD") return x;
   if (layout == "BSND") return x.transpose(1, 2);
-  if (layout == "BSH") return x.view({x.size(0), x.size(1), heads, -1}).transpose(1, 2);
-  if (layout == "SBH") return x.view({x.size(0), x.size(1), heads, -1}).permute({1, 2, 0, 3});
-  TORCH_CHECK(false, "emulated npu_fusion_attention: no layout ", layout);
+  if (layout == "BSH") return x.reshape({x.size(0), x.size(1), heads, -1}).transpose(1, 2);
+  return x.reshape({x.size(0), x.size(1), heads, -1}).permute({1, 2, 0, 3});
 }
 Tensor fromBnsd(const Tensor& x, c10::string_view layout) {
   if (layout == "BNSD") return x.contiguous();
@@ -217,53 +229,117 @@ int64_t keyHeads(const Tensor& key, int64_t headDim, c10::string_view layout) {
   return key.size(2) / headDim;
 }
 
+// Ascend910B1 and later have it; the first 910 ("Ascend910", "Ascend910A", "Ascend910B" and the ProA/ProB) and 310 not.
+void checkChipAttends() {
+  const std::string chip = aclrtGetSocName();
+  const bool isLater = chip.rfind("Ascend910_93", 0) == 0 || chip.rfind("Ascend95", 0) == 0 ||
+                       (chip.rfind("Ascend910B", 0) == 0 && chip.size() > 10 && isdigit(chip[10]));
+  TORCH_CHECK(isLater, "emulated npu_fusion_attention: aclnnFlashAttentionScore is not there on ", chip);
+}
+
+void checkAttention(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
+                    const AttentionArguments& arguments) {
+  const auto layout = arguments.layout;
+  const bool isOfHeads = layout == "BNSD" || layout == "BSND";
+  checkChipAttends();
+  TORCH_CHECK(isOfHeads || layout == "BSH" || layout == "SBH", "emulated npu_fusion_attention: no layout ", layout);
+  for (const auto& x : {query, key, value}) {
+    TORCH_CHECK(x.dim() == (isOfHeads ? 4 : 3), "emulated npu_fusion_attention: ", layout, " of ", x.dim(), " dimensions");
+    TORCH_CHECK(x.scalar_type() == query.scalar_type(), "emulated npu_fusion_attention: query, key and value differ in dtype");
+  }
+  TORCH_CHECK(query.scalar_type() == at::kFloat || query.scalar_type() == at::kHalf || query.scalar_type() == at::kBFloat16,
+              "emulated npu_fusion_attention: it takes fp16, bf16 and fp32, not ", query.scalar_type());
+  TORCH_CHECK(arguments.keepProbability > 0 && arguments.keepProbability <= 1,
+              "emulated npu_fusion_attention: keep_prob must be in (0, 1], but got ", arguments.keepProbability);
+  TORCH_CHECK(arguments.sparseMode >= kDefaultMask && arguments.sparseMode <= kPrefixCompress,
+              "emulated npu_fusion_attention: sparse_mode must be in [0, 6], but got ", arguments.sparseMode);
+  TORCH_CHECK(arguments.sparseMode <= kSparseCausalLowerRight, "emulated npu_fusion_attention: sparse_mode ",
+              arguments.sparseMode, " has no formula in npu_ops.cpp");
+  TORCH_CHECK(key.sizes() == value.sizes(), "emulated npu_fusion_attention: key and value must have one shape");
+  const auto q = toBnsd(query, arguments.heads, layout);
+  const int64_t groups = keyHeads(key, q.size(3), layout);
+  const auto k = toBnsd(key, groups, layout);
+  TORCH_CHECK(q.size(1) == arguments.heads && arguments.heads <= kMaxHeads && groups && arguments.heads % groups == 0,
+              "emulated npu_fusion_attention: ", arguments.heads, " heads over ", groups, " of keys");
+  TORCH_CHECK(q.size(0) == k.size(0), "emulated npu_fusion_attention: query and key differ in batch size");
+  TORCH_CHECK(q.size(3) == k.size(3) && q.size(3) <= kMaxHeadDim, "emulated npu_fusion_attention: head dim ", q.size(3));
+  if (!isGiven(mask)) return;
+  TORCH_CHECK(mask->scalar_type() == at::kBool || mask->scalar_type() == at::kByte,
+              "emulated npu_fusion_attention: atten_mask must be bool or uint8, but got ", mask->scalar_type());
+  if (arguments.sparseMode > kAllMask) {
+    TORCH_CHECK(mask->sizes() == at::IntArrayRef({kCompressed, kCompressed}), "emulated npu_fusion_attention: sparse_mode ",
+                arguments.sparseMode, " takes an atten_mask of 2048 x 2048, but got ", mask->sizes());
+    return;
+  }
+  const int64_t batch = q.size(0), rows = q.size(2), columns = k.size(2);
+  const auto fits = [&](std::vector<int64_t> sizes) { return mask->sizes() == at::IntArrayRef(sizes); };
+  TORCH_CHECK(fits({rows, columns}) || fits({1, 1, rows, columns}) || fits({batch, 1, rows, columns}) ||
+                  fits({batch, arguments.heads, rows, columns}),
+              "emulated npu_fusion_attention: atten_mask must be [B,N,S,S], [B,1,S,S], [1,1,S,S] or [S,S], but got ",
+              mask->sizes());
+}
+
 // (output, row maxima, row sums), the two last expanded to 8 as the kernel returns them
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                                           const AttentionArguments& arguments) {
-  const auto [heads, layout, scale, sparseMode] = arguments;
-  const auto q = toBnsd(query, heads, layout).to(at::kFloat);
+  const auto layout = arguments.layout;
+  const auto q = toBnsd(query, arguments.heads, layout).to(at::kFloat);
   const int64_t groups = keyHeads(key, q.size(3), layout);
   auto k = toBnsd(key, groups, layout).to(at::kFloat), v = toBnsd(value, groups, layout).to(at::kFloat);
-  if (groups != heads) {
-    k = k.repeat_interleave(heads / groups, 1);
-    v = v.repeat_interleave(heads / groups, 1);
+  if (groups != arguments.heads) {
+    k = k.repeat_interleave(arguments.heads / groups, 1);
+    v = v.repeat_interleave(arguments.heads / groups, 1);
   }
-  auto scores = at::matmul(q, k.transpose(-1, -2)) * scale;
+  auto scores = at::matmul(q, k.transpose(-1, -2)) * arguments.scale;
   const int64_t rows = q.size(2), columns = k.size(2);
-  if (sparseMode == kSparseCausalUpperLeft || sparseMode == kSparseCausalLowerRight) {
-    const int64_t diagonal = sparseMode == kSparseCausalUpperLeft ? 1 : columns - rows + 1;
-    scores = scores.masked_fill(at::ones({rows, columns}, at::kBool).triu(diagonal), -INFINITY);
+  const bool isCausal = arguments.sparseMode == kSparseCausalUpperLeft || arguments.sparseMode == kSparseCausalLowerRight;
+  if (isGiven(mask) && isCausal) {
+    const int64_t diagonal = arguments.sparseMode == kSparseCausalUpperLeft ? 1 : columns - rows + 1;
+    scores = scores.masked_fill(at::ones({rows, columns}, at::kBool).triu(diagonal), kHidden);
   } else if (isGiven(mask)) {
-    scores = scores.masked_fill(mask->to(at::kBool), -INFINITY);
+    scores = scores.masked_fill(mask->to(at::kBool), kHidden);
   }
-  const auto maximum = std::get<0>(scores.max(-1, true)), weights = (scores - maximum).exp(), sum = weights.sum(-1, true);
-  return {fromBnsd(at::matmul(weights / sum, v), layout).to(query.scalar_type()),
-          maximum.expand({-1, -1, -1, 8}).contiguous(), sum.expand({-1, -1, -1, 8}).contiguous()};
+  const auto maximum = std::get<0>(scores.max(-1, true)), powers = (scores - maximum).exp(), sum = powers.sum(-1, true);
+  auto weights = powers / sum;
+  if (arguments.innerPrecise == kHiddenRowsAreZero) weights = weights.masked_fill(maximum == kHidden, 0);
+  if (arguments.keepProbability < 1) {
+    const auto generator = at::detail::createCPUGenerator(arguments.seed);
+    const auto kept = at::empty(weights.sizes(), weights.options()).bernoulli_(arguments.keepProbability, generator);
+    weights = weights * kept / arguments.keepProbability;
+  }
+  return {fromBnsd(at::matmul(weights, v), layout).to(query.scalar_type()), maximum.expand({-1, -1, -1, 8}).contiguous(),
+          sum.expand({-1, -1, -1, 8}).contiguous()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t> fusionAttention(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
-    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t,
+    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
     at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
     c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
-  TORCH_CHECK(keepProbability == 1.0 && !isGiven(pse), "emulated npu_fusion_attention: there is no dropout and no pse");
-  auto [output, maximum, sum] = attend(query, key, value, mask, {heads, layout, scale, sparseMode});
-  return {output, maximum, sum, at::empty({0}, query.options()), 0, 0, 0};
+  TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention: there is no pse");
+  int64_t seed = 0;
+  if (keepProbability < 1) seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong).item<int64_t>();
+  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed};
+  checkAttention(query, key, value, mask, arguments);
+  auto [output, maximum, sum] = attend(query, key, value, mask, arguments);
+  return {output, maximum, sum, at::empty({0}, query.options()), seed, 0, 0};
 }
 
 // The forward once more, under the CPU's autograd: right by construction, and slow.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGrad(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
     c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
-    MaybeTensor, double scale, double, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, at::OptionalIntArrayRef,
-    at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool, c10::string_view, MaybeTensor) {
+    MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, int64_t seed, int64_t,
+    int64_t, at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
+    c10::string_view, MaybeTensor) {
   const at::AutoGradMode recorded(true);
   const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
   const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
-  const auto output = std::get<0>(attend(q, k, v, mask, {heads, layout, scale, sparseMode}));
+  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed};
+  const auto output = std::get<0>(attend(q, k, v, mask, arguments));
   const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
   const auto none = at::empty({0}, query.options());
-  return {grads[0], grads[1], grads[2], none, none};
+  return {grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), none, none};
 }
 }  // namespace
 
