@@ -224,7 +224,7 @@ def test_a_wrong_file_in_the_cache_is_replaced(server, tmp_path, caplog):
     (tmp_path / "weights.pt").write_bytes(b"cut off")
     path = Path(download_pretrained_from_url(url, tmp_path))
     assert path.read_bytes() == CONTENT
-    assert "it is downloaded again" in caplog.text
+    assert "Downloading it again" in caplog.text
     path.write_bytes(b"changed since")
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
     assert len(server.ranges) == 2
@@ -234,7 +234,7 @@ def test_a_right_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatc
     (tmp_path / "weights.pt").write_bytes(CONTENT)
     read = []
     monkeypatch.setattr(
-        pretrained, "_sha256", lambda path, sha256=pretrained._sha256: read.append(path) or sha256(path)
+        pretrained, "_compute_sha256", lambda path, sha256=pretrained._compute_sha256: read.append(path) or sha256(path)
     )
     for _ in range(3):
         download_pretrained_from_url(server.url(f"{SHA256}/weights.pt"), tmp_path)
@@ -245,7 +245,7 @@ def test_a_right_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatc
 def test_an_interrupted_download_is_continued(server, tmp_path):
     url = server.url(f"{SHA256}/weights.pt")
     server.cut_at = 300_000
-    with pytest.raises(RuntimeError, match=r"Call again to continue where it stopped \(300000 bytes are there\)"):
+    with pytest.raises(RuntimeError, match=r"Call again to continue from byte 300000"):
         download_pretrained_from_url(url, tmp_path)
     assert left_in(tmp_path) == {"weights.pt.part"}
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
@@ -287,7 +287,7 @@ def test_a_redirect_is_followed_and_does_not_choose_the_name(server, tmp_path):
     server.redirects["/weights.pt"] = "/elsewhere/other.pt"
     server.cut_at = 1000
     url = server.url("weights.pt")
-    with pytest.raises(RuntimeError, match=r"Call again to continue where it stopped \(1000 bytes are there\)"):
+    with pytest.raises(RuntimeError, match=r"Call again to continue from byte 1000"):
         download_pretrained_from_url(url, tmp_path)
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
     assert left_in(tmp_path) == {"weights.pt"}
@@ -310,7 +310,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pretrained, "_copy", fill)
-    with pytest.raises(RuntimeError, match=r"No space left on device.*\(5000 bytes are there\)"):
+    with pytest.raises(RuntimeError, match=r"No space left on device.*continue from byte 5000"):
         download_pretrained_from_url(url, tmp_path)
     monkeypatch.setattr(pretrained, "_copy", copy)
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
@@ -319,7 +319,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match=r"file/cache cannot be written .* Give another folder as cache_dir"):
+    with pytest.raises(RuntimeError, match=r"file/cache cannot be written .* Pass another folder as cache_dir"):
         download_pretrained_from_url(server.url("weights.pt"), tmp_path / "file/cache")
     assert server.ranges == []
 
@@ -376,7 +376,7 @@ def test_another_process_s_download_that_stands_still_is_given_up(server, tmp_pa
     finally:
         other.kill()
         other.communicate()
-    assert "Another process downloads" in caplog.text
+    assert "Waiting for another process to download" in caplog.text
     assert download_pretrained_from_url(server.url("weights.pt"), tmp_path)  # a dead process holds no lock
 
 
@@ -439,7 +439,7 @@ def test_the_hub_is_a_package_that_may_be_missing(monkeypatch):
 def test_downloads_are_logged(server, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="open_clip.pretrained")
     download_pretrained_from_url(server.url("weights.pt"), tmp_path)
-    assert f"downloading {server.url('weights.pt')}" in caplog.text
+    assert f"Downloading {server.url('weights.pt')}" in caplog.text
 
 
 def test_files_that_stay_as_they_are(tmp_path):
@@ -451,7 +451,7 @@ def test_files_that_stay_as_they_are(tmp_path):
     assert pretrained.is_unchanging(tmp_path / "link")
     file.write_bytes(b"x")
     assert not pretrained.is_unchanging(file)
-    pretrained._write_note(file, "abc")
+    pretrained._write_checksum_file(file, "abc")
     assert pretrained.is_unchanging(file)
     file.write_bytes(b"xy")
     assert not pretrained.is_unchanging(file)

@@ -79,8 +79,8 @@ def test_pairs():
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ("#version\na b\nab cd", "line 3.*is not two symbols known by then"),
-        ("#version\na b\na b", "line 3.*makes a symbol that an earlier line made"),
+        ("#version\na b\nab cd", "line 3.*is not two symbols of earlier lines"),
+        ("#version\na b\na b", "line 3.*makes a symbol that exists already"),
         ("#version\nab", "line 2.*is not two symbols"),
     ],
 )

@@ -23,7 +23,7 @@ from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
 from ..layers import QuickGELU
 from ..model import get_model_preprocess_cfg
-from ..pretrained import has_hf_hub, hub_errors, in_short
+from ..pretrained import has_hf_hub, hub_errors, shorten_error
 from ..recipe import check_untrusted, override, read_recipe
 from ..whole_file import replacing, write_text
 from .model_card import generate_readme
@@ -234,7 +234,7 @@ def push_to_hf_hub(
             )
         except hub_errors() as error:
             raise RuntimeError(
-                f"{repo_id} could not be written on Hugging Face's hub: {in_short(error)}. Is there a token that may "
+                f"{repo_id} could not be written on Hugging Face's hub: {shorten_error(error)}. Is there a token that may "
                 "write (HF_TOKEN, or `hf auth login`)? Without network, save_for_hf() writes the folder to be uploaded "
                 "elsewhere."
             ) from error
