@@ -55,7 +55,7 @@ class Evil:
 def test_objects_are_refused_and_not_unpickled(tmp_path):
     objects = np.array([Evil(tmp_path / "ran")], dtype=object)
     np.savez(tmp_path / "x.npz", a=objects)
-    with pytest.raises(ValueError, match="an array of object, and numbers were expected"):
+    with pytest.raises(ValueError, match="has the dtype object, which is not supported"):
         read_npz(tmp_path / "x.npz")
     assert not (tmp_path / "ran").exists()
     assert pickle.dumps(objects)  # else this would prove nothing
@@ -64,7 +64,7 @@ def test_objects_are_refused_and_not_unpickled(tmp_path):
 @pytest.mark.parametrize("array", [np.array(["text"]), np.ones(2, ">f4"), np.ones(2, "complex64")])
 def test_what_is_no_number_of_ours_is_refused(tmp_path, array):
     np.savez(tmp_path / "x.npz", a=array)
-    with pytest.raises(ValueError, match="numbers were expected"):
+    with pytest.raises(ValueError, match="which is not supported"):
         read_npz(tmp_path / "x.npz")
 
 

@@ -123,7 +123,7 @@ def test_code_in_a_pickle_is_not_run(archive, tmp_path, function):
     arguments = (str(tmp_path / "ran"),) if function is os.mkdir else ()
     evil = rewrite(archive, tmp_path / "evil.pt", {"data.pkl": pickle.dumps(Evil(function, arguments), 2)})
     for read in (read_torchscript, load_state_dict):
-        with pytest.raises(ValueError, match="its top is not a module"):
+        with pytest.raises(ValueError, match="the top level is not a module"):
             read(evil)
     assert not (tmp_path / "ran").exists()
 
@@ -133,7 +133,7 @@ def test_code_in_a_pickle_is_not_run(archive, tmp_path, function):
 )
 def test_names_with_dots_in_them_do_not_reach_further(archive, tmp_path, name):
     evil = rewrite(archive, tmp_path / "evil.pt", {"data.pkl": b"\x80\x02c" + name.encode() + b"\n."})
-    with pytest.raises(ValueError, match="its top is not a module"):
+    with pytest.raises(ValueError, match="the top level is not a module"):
         read_torchscript(evil)
 
 
@@ -199,7 +199,7 @@ def test_compressed_entries(archive, tmp_path):
         ({"byteorder": b"big"}, "big-endian"),
         ({"data.pkl": b""}, "damaged"),
         ({"data.pkl": b"\x80\x02}."}, "not a module"),
-        ({"data.pkl": b"\x80\x02c__torch__.A\nA\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."}, "nested without end"),
+        ({"data.pkl": b"\x80\x02c__torch__.A\nA\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."}, "nested too deeply"),
         (
             {"data.pkl": tensor_pickle(4, 0, (4,), (1,)).replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x00?")},
             "damaged",
