@@ -54,9 +54,9 @@ def test_unknown_architecture_is_none() -> None:
 
 
 def test_unknown_key_raises_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'patch_sise' \(nearest: 'patch_size'\).*typo"):
+    with pytest.raises(ValueError, match=r"'patch_sise' \(did you mean 'patch_size'\?\).*typo"):
         as_config(CLIPVisionCfg, {"patch_sise": 32})
-    with pytest.raises(ValueError, match=r"no 'zzz' \(nothing like it"):
+    with pytest.raises(ValueError, match=r"no 'zzz' \(no field is similar"):
         as_config(CLIPTextCfg, {"zzz": 1})
 
 

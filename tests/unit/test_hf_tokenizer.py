@@ -185,7 +185,9 @@ def test_a_folder_with_the_tokenizer_itself(words, tmp_path):
 def test_a_repository_holds_its_tokenizer(words, tmp_path, monkeypatch):
     calls = []
     load = hf_tokenizer._load_tokenizer
-    monkeypatch.setattr(hf_tokenizer, "_load_tokenizer", lambda name, **kwargs: calls.append((name, kwargs)) or load(words))
+    monkeypatch.setattr(
+        hf_tokenizer, "_load_tokenizer", lambda name, **kwargs: calls.append((name, kwargs)) or load(words)
+    )
     model(tmp_path, hf_tokenizer_name="elsewhere/tokenizer")
     config = str(tmp_path / "open_clip_config.json")
     monkeypatch.setattr("open_clip.recipe.download_pretrained_from_hf", lambda *_, **__: config)
@@ -261,7 +263,7 @@ def test_siglip_vocabularies_that_are_not_there(vocabulary, monkeypatch):
         raise RuntimeError(f"{url} could not be downloaded.")
 
     monkeypatch.setattr(hf_tokenizer, "download_pretrained_from_url", download)
-    with pytest.raises(RuntimeError, match=r"cc_en\.32000/sentencepiece\.model could not .*pass its path to SigLipTokenizer"):
+    with pytest.raises(RuntimeError, match=r"cc_en\.32000/sentencepiece\.model could not .*pass its path to SigLip"):
         SigLipTokenizer("c4-en")
     monkeypatch.setattr(hf_tokenizer, "download_pretrained_from_url", lambda url: str(vocabulary))
     assert SigLipTokenizer("mc4")("two cats").shape == (1, 64)
