@@ -77,7 +77,7 @@ def test_a_line_every_30_seconds_in_a_log(clock, lines):
 def test_the_line_says_what_is_known(total, unit, count, expected):
     task = progress.Task("Work", total, unit)
     task.move_to(count)
-    assert task.line(45.0) == expected
+    assert task.format_line(45.0) == expected
 
 
 @pytest.mark.parametrize("seconds", [4, 100])
