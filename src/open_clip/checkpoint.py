@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .binary_file import BinaryFile, FileError, name_damage
 from .convert import convert_foreign, convert_state_dict, fit_state_dict, is_text_key, to_custom_text_layout
-from .inert_pickle import is_foreign, plain, with_tensors
+from .inert_pickle import is_foreign, replace_records, to_plain_tree
 from .key_prefixes import (
     OPENAI_EXTRAS,
     common_prefixes,
@@ -27,7 +27,7 @@ from .key_prefixes import (
     strip_prefixes,
     strip_to_fit,
 )
-from .mismatch import explain, join_some
+from .mismatch import explain_mismatch, join_some
 from .model import convert_weights_to_lp, get_input_dtype
 from .npz import has_arrays_only, read_arrays
 from .safetensors_file import MAX_HEADER, read_safetensors
@@ -163,9 +163,9 @@ def read_checkpoint(source: Any, name: str = "") -> Any:
         if is_foreign(tree):
             raise FileError(_holds_no_weights(tree, file.name))
         _log_foreign(foreign, file.name)
-        tree, records = plain(tree, file.name)
+        tree, records = to_plain_tree(tree, file.name)
         load_tensors(file, records)
-        return with_tensors(tree, file.name)
+        return replace_records(tree, file.name)
 
 
 def check_layout(source: Any, name: str = "") -> dict[str, Any]:
@@ -178,7 +178,7 @@ def check_layout(source: Any, name: str = "") -> dict[str, Any]:
         ValueError: the file is damaged, has another format, or is not a dict.
     """
     with BinaryFile(source, name) as file, name_damage(file.name):
-        tree, records = plain(_parse(file)[0], file.name)
+        tree, records = to_plain_tree(_parse(file)[0], file.name)
         check_records(file, records)
         if not isinstance(tree, Mapping):
             raise FileError(_holds_no_weights(tree, file.name))
@@ -486,4 +486,4 @@ def _advise(state_dict: StateDict, expected: StateDict, missing: list[str], unex
         return "It was trained with a logit bias. Build the model with init_logit_bias=-10 (SigLIP)."
     prefix = "".join(common_prefixes(state_dict)[-1:])
     named = f"All names start with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
-    return named + (explain(state_dict, expected) or "Is it a checkpoint of another model?")
+    return named + (explain_mismatch(state_dict, expected) or "Is it a checkpoint of another model?")

@@ -42,7 +42,7 @@ from .model import (
     set_model_preprocess_cfg,
 )
 from .pretrained import is_unchanging
-from .recipe import Recipe, check_quick_gelu, override, read_recipe, use_tower_defaults
+from .recipe import Recipe, apply_overrides, check_quick_gelu, read_recipe, use_tower_defaults
 from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
@@ -185,7 +185,7 @@ def create_model(
     target = _resolve_device(device)
     pretrained_text = model_kwargs.pop("pretrained_hf", pretrained_text)
     recipe = read_recipe(model_name, pretrained, cache_dir)
-    override(
+    apply_overrides(
         recipe.model_cfg,
         force_quick_gelu,
         force_custom_text,

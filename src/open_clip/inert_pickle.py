@@ -42,7 +42,7 @@ class Foreign:
     extend = add = update = __setitem__ = append
 
 
-class Known:
+class AllowedFunction:
     """Replaces a function or class that a pickle may call, by a function of this module."""
 
     __slots__ = ("build",)
@@ -92,7 +92,7 @@ def _rebuild_typed(storage: Any, offset: Any, shape: Any, stride: Any, dtype: An
 
 
 def _rebuild_subclass(function: Any, _class: Any, arguments: Any, *_: Any) -> Any:
-    return function.build(*arguments) if isinstance(function, Known) else Foreign("torch.Tensor")
+    return function.build(*arguments) if isinstance(function, AllowedFunction) else Foreign("torch.Tensor")
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -142,7 +142,7 @@ def _device(*parts: Any) -> str:
     return ":".join(str(part) for part in parts if isinstance(part, (str, int)))
 
 
-_KNOWN: dict[tuple[str, str], Callable] = {
+_ALLOWED: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
@@ -172,7 +172,7 @@ _KNOWN: dict[tuple[str, str], Callable] = {
 def check_key(key: Any) -> None:
     """Raise UnpicklingError for a key that could take forever to hash: nested tuples with shared parts."""
     is_flat = isinstance(key, tuple) and len(key) <= _MAX_KEY and all(isinstance(part, _SCALARS) for part in key)
-    if not (is_flat or isinstance(key, (*_SCALARS, Foreign, Known))):
+    if not (is_flat or isinstance(key, (*_SCALARS, Foreign, AllowedFunction))):
         raise pickle.UnpicklingError(f"a key has the type {type(key).__name__}")
 
 
@@ -217,8 +217,8 @@ class InertUnpickler(_Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)
-        if (module, name) in _KNOWN:
-            return Known(_KNOWN[module, name])
+        if (module, name) in _ALLOWED:
+            return AllowedFunction(_ALLOWED[module, name])
         if module in ("torch", "torch.storage") and name in DTYPES:
             return StorageType(DTYPES[name])
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
@@ -242,7 +242,7 @@ class InertUnpickler(_Unpickler):
         return StorageRef(storage, storage_type.dtype, shift)
 
     def call(self, function: Any, arguments: Any) -> Any:
-        if isinstance(function, Known):
+        if isinstance(function, AllowedFunction):
             return function.build(*arguments)
         if isinstance(function, Foreign):
             return function
@@ -325,7 +325,7 @@ def unpickle(data: bytes, load_storage: Callable[[str, int], Storage]) -> tuple[
     return unpickler.load(), list(unpickler.foreign)
 
 
-def plain(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
+def to_plain_tree(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
     """Copy a tree into plain dicts, lists, tuples and sets without foreign objects, and collect its tensor records.
 
     A tensor with several names gets a record for each. Dict entries that are foreign are dropped; in a list or tuple, a
@@ -345,7 +345,7 @@ def plain(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
     return _map_tree(tree, convert, name), records
 
 
-def with_tensors(tree: Any, name: str) -> Any:
+def replace_records(tree: Any, name: str) -> Any:
     """Copy a tree, with the records replaced by their tensors."""
     return _map_tree(tree, lambda value: value.tensor if isinstance(value, TensorRecord) else value, name)
 
@@ -378,4 +378,4 @@ def _map_tree(tree: Any, convert: Callable[[Any], Any], name: str) -> Any:
 
 
 def is_foreign(value: Any) -> bool:
-    return isinstance(value, (Foreign, Known, StorageType, StorageRef))
+    return isinstance(value, (Foreign, AllowedFunction, StorageType, StorageRef))

@@ -76,7 +76,7 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     return facts
 
 
-def explain(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
     """Explain how the towers of a checkpoint differ from a model's, and which architectures have such towers.
 
     Returns:

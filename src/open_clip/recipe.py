@@ -342,7 +342,7 @@ def check_untrusted(model_cfg: dict[str, Any], source: str) -> None:
         )
 
 
-def override(
+def apply_overrides(
     model_cfg: dict[str, Any],
     force_quick_gelu: bool,
     force_custom_text: bool,

@@ -25,7 +25,7 @@ from ..layers import QuickGELU
 from ..mismatch import join_some
 from ..model import get_model_preprocess_cfg
 from ..pretrained import has_hf_hub, hub_errors, shorten_error
-from ..recipe import check_untrusted, override, read_recipe
+from ..recipe import apply_overrides, check_untrusted, read_recipe
 from ..whole_file import replacing, write_text
 from .model_card import generate_readme
 from .tokenizer_files import save_tokenizer
@@ -310,7 +310,7 @@ def push_pretrained_to_hf_hub(
             return_transform=False,
             **kwargs,
         )
-    model_config = _apply_overrides(recipe.model_cfg, **kwargs)
+    model_config = _with_overrides(recipe.model_cfg, **kwargs)
     if hf_tokenizer_self:
         model_config["text_cfg"]["hf_tokenizer_name"] = repo_id
     return push_to_hf_hub(
@@ -327,11 +327,11 @@ def push_pretrained_to_hf_hub(
     )
 
 
-def _apply_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+def _with_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Apply the arguments of `create_model_from_pretrained` to a configuration, in place, and return it."""
     for name in ("device", "jit", "cache_dir", "weights_only"):
         kwargs.pop(name, None)
-    override(
+    apply_overrides(
         model_cfg,
         force_quick_gelu=kwargs.pop("force_quick_gelu", False),
         force_custom_text=kwargs.pop("force_custom_text", False),
