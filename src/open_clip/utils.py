@@ -21,7 +21,7 @@ __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 def expect(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise ValueError if the value of the option `name` is not in `known`."""
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
 def run_command(main: Callable[[], object]) -> None:
