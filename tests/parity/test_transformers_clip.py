@@ -204,12 +204,12 @@ def test_old_configurations(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "of a model of type 'bert'"),
+        ({"model_type": "bert"}, "has the model_type 'bert'"),
         ({"model_type": "clip", "text_config": {"hidden_act": "gelu"}}, "QuickGELU in one tower only"),
         ({"model_type": "clip", "text_config": {"hidden_act": "relu"}}, "relu"),
         ({"model_type": "clip", "vision_config": {"num_channels": 4}}, "4 channels"),
-        ({"model_type": "siglip", "vision_config": {"hidden_size": 777}}, "not under a name"),
-        ({"model_type": "siglip", "text_config": {"projection_size": 7}}, "are 7 wide, those of images 768"),
+        ({"model_type": "siglip", "vision_config": {"hidden_size": 777}}, "an image tower that is not in timm"),
+        ({"model_type": "siglip", "text_config": {"projection_size": 7}}, "text features have the width 7, image"),
     ],
 )
 def test_what_of_theirs_is_refused(config, message):
@@ -295,18 +295,18 @@ def test_our_siglip_in_theirs(tmp_path, small_siglip_tower):
     ("cfg", "message"),
     [
         ("coca_ViT-B-32", "is a CoCa"),
-        ("convnext_base", "timm's convnext_base"),
-        ("RN50", "a ResNet"),
+        ("convnext_base", "the image tower convnext_base of timm"),
+        ("RN50", "the image tower ModifiedResNet"),
         ("roberta-ViT-B-32", "text tower roberta-base"),
         ("ViT-L-14-CLIPA", "the image tower has no_ln_pre=True"),
-        (tiny_clip.config(init_logit_bias=-10.0), "a bias of its logits"),
-        (tiny_clip.config(text={"pool_type": "last"}), "pools texts by 'last'"),
-        (tiny_clip.config(text={"pool_type": "eos"}), "whose id is not 2"),
+        (tiny_clip.config(init_logit_bias=-10.0), "a logit bias"),
+        (tiny_clip.config(text={"pool_type": "last"}), "pools text by 'last'"),
+        (tiny_clip.config(text={"pool_type": "eos"}), "if its id is not 2"),
         (tiny_clip.config(text={"no_causal_mask": True}), "no_causal_mask=True"),
-        (tiny_clip.config(vision={"image_size": (32, 64)}), "squares only"),
+        (tiny_clip.config(vision={"image_size": (32, 64)}), "support only squares"),
     ],
 )
-def test_what_of_ours_is_refused(cfg, message):
+def test_models_without_a_counterpart_raise(cfg, message):
     cfg = open_clip.get_model_config(cfg) if isinstance(cfg, str) else cfg
     with pytest.raises(ValueError, match=message):
         transformers_config.model_cfg_to_transformers(cfg, "the model")

@@ -29,7 +29,7 @@ def recorded():
 @pytest.mark.parametrize("with_torch", [True, False], ids=["torch", "pillow"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_levels_within_one_of_the_recorded(recorded, monkeypatch, setting, with_torch):
-    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: with_torch)
+    monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: with_torch)
     transform = image_transform(is_train=False, **UNIT, **SETTINGS[setting])
     compared = 0
     for mode in MODES:
@@ -48,12 +48,12 @@ def test_levels_within_one_of_the_recorded(recorded, monkeypatch, setting, with_
 
 def test_both_ways_of_resizing_are_taken(monkeypatch):
     """What the tests above compare: the vectorised resize is used where it may be, and only there."""
-    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: True)
+    monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: True)
     assert image_resize._torch_agrees(odd_image("RGB", "photo"), (16, 24))
     assert not image_resize._torch_agrees(odd_image("RGB", "photo"), (50, 75))
     assert not image_resize._torch_agrees(odd_image("RGBA", "photo"), (16, 24))
     assert not image_resize._torch_agrees(odd_image("RGB", "tall"), (16, 16))
-    assert image_resize._box_pays(odd_image("RGB", "wide"), 16, (16, 377))
-    assert not image_resize._box_pays(odd_image("RGB", "photo"), 16, (16, 24))
+    assert image_resize._should_use_box(odd_image("RGB", "wide"), 16, (16, 377))
+    assert not image_resize._should_use_box(odd_image("RGB", "photo"), 16, (16, 24))
     for mode in ("P", "1", "LA", "RGBA"):
-        assert not image_resize._box_pays(odd_image(mode, "wide"), 16, (16, 377))
+        assert not image_resize._should_use_box(odd_image(mode, "wide"), 16, (16, 377))

@@ -163,7 +163,7 @@ def _check_config(folder: str, model: nn.Module, state_dict: dict[str, torch.Ten
     found = {name: list(value.shape) for name, value in state_dict.items()}
     if expected != found:
         differences = [
-            f"{name} is {found.get(name, 'absent')} in the model, {expected.get(name, 'absent')} by the configuration"
+            f"{name}: {found.get(name, 'absent')} in the model, {expected.get(name, 'absent')} in the configuration"
             for name in sorted(expected.keys() | found.keys())
             if expected.get(name) != found.get(name)
         ]
