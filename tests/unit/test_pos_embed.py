@@ -62,7 +62,7 @@ def test_nothing_changes_if_sizes_agree() -> None:
 
 
 def test_a_grid_that_is_not_square_raises() -> None:
-    with pytest.raises(ValueError, match="6 patches, which is no square grid, and the model's is 2x2"):
+    with pytest.raises(ValueError, match="6 positions, which is not a square grid, and the model has 2x2"):
         pos_embed.resize_pos_embed({"visual.positional_embedding": torch.zeros(7, 4)}, Clip((2, 2)))
 
 
@@ -80,7 +80,7 @@ def test_text_embedding_of_equal_length_is_unchanged_and_of_another_width_raises
     before = state_dict["positional_embedding"]
     pos_embed.resize_text_pos_embed(state_dict, Clip())
     assert state_dict["positional_embedding"] is before
-    with pytest.raises(ValueError, match="is 6 wide, the model's is 4"):
+    with pytest.raises(ValueError, match="has the width 6, and the model has 4"):
         pos_embed.resize_text_pos_embed({"positional_embedding": ramp(5, 6)}, Clip())
 
 
