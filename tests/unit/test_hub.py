@@ -294,7 +294,7 @@ def test_a_configuration_with_a_timm_path_or_url_is_refused(hub, tiny, name):
 def test_a_configuration_with_unsafe_tokenizer_options_is_refused(hub, tiny, key):
     config = {"model_cfg": tiny_clip.config(text={"tokenizer_kwargs": {"clean": "lower", key: "x"}})}
     hub.put("org/tiny", {**tiny[1], CONFIG: json.dumps(config).encode()})
-    with pytest.raises(ValueError, match=rf"tokenizer_kwargs '{key}'. A configuration from the hub may set only .*clean"):
+    with pytest.raises(ValueError, match=rf"tokenizer_kwargs '{key}'. A configuration from the hub may set only"):
         open_clip.get_tokenizer("hf-hub:org/tiny")
 
 
