@@ -1,11 +1,11 @@
-"""Names that open_clip 3.3 has in a module and that this package defines or imports elsewhere.
+"""Names that a module has in open_clip 3.3 and that this package defines elsewhere.
 
 Programs import such names: `from open_clip.model import LayerNorm`, `open_clip.factory._MODEL_CONFIGS`. A module
-gives them away with `__getattr__ = aliases.of(__name__)`. They are resolved at first use, so that this costs nothing
-at import and takes no part in the order of imports.
+provides them with `__getattr__ = aliases.of(__name__)`. They are resolved on first use, so that they cost nothing at
+import and do not affect the import order.
 
-Imports of open_clip 3.3 from the standard library and whole modules (`np`, `F`, `nn`) are not names of its own and are
-left out. `tests/compat/test_names.py` compares the modules with 3.3.0's.
+Modules that open_clip 3.3 imports (`np`, `F`, `nn`, the standard library) are not listed. `tests/compat/test_names.py`
+compares the names of each module with those of 3.3.0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _legacy(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "open_clip.legacy")
 
 
-# Module -> name there -> the module that has it, as "module", or as "module:name" where the name differs.
+# Module -> name -> source: "module", or "module:name" if the name differs there.
 NAMES: dict[str, dict[str, str]] = {
     "open_clip.coca_model": {
         **_LAYERS,
@@ -142,7 +142,7 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 def of(module_name: str) -> Callable[[str], Any]:
-    """Return the module-level `__getattr__` of a module: it resolves the names that NAMES lists for it."""
+    """Return a `__getattr__` for a module that resolves the names listed for it in NAMES."""
     names = NAMES[module_name]
 
     def get(name: str) -> Any:

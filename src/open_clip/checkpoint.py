@@ -1,8 +1,8 @@
-"""State dicts in, whatever the file: what `torch.save` wrote (bare weights or a training checkpoint), safetensors,
-numpy archives, or OpenAI's TorchScript archives; fitted to a model and put into it.
+"""Loading of checkpoints into models.
 
-Each file is read once, straight into the memory of the tensors. Only files that nobody edits, those in the caches of
-downloads, are memory-mapped: a mapped file that is overwritten changes the model, or ends the process.
+A checkpoint is a file of `torch.save` (a state dict or a training checkpoint), safetensors, a NumPy archive, or
+OpenAI's TorchScript archive. Each file is read once, directly into the memory of the tensors. Only files that nobody
+edits, those in download caches, are memory-mapped: overwriting a mapped file changes the model or ends the process.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.overrides import TorchFunctionMode
 
 from .binary_file import BinaryFile, FileError, name_damage
 from .convert import convert_foreign, convert_state_dict, fit_state_dict, is_text_key, to_custom_text_layout
-from .inert_pickle import is_foreign, plain, with_tensors
+from .inert_pickle import is_foreign, replace_records, to_plain_tree
 from .key_prefixes import (
     OPENAI_EXTRAS,
     common_prefixes,
+    drop_extras,
     strip_prefixes,
     strip_to_fit,
-    without_leftovers,
 )
-from .mismatch import explain, some
+from .mismatch import explain_mismatch, join_some
 from .model import convert_weights_to_lp, get_input_dtype
 from .npz import has_arrays_only, read_arrays
 from .safetensors_file import MAX_HEADER, read_safetensors
@@ -42,21 +42,21 @@ StateDict = dict[str, torch.Tensor]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16", "amp_bfloat16")
 
-# Where a file has its weights, the averaged ones (EMA) after those that were trained; such containers may be nested.
+# Keys under which training programs store weights, averaged weights (EMA) last. They may be nested.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema", "ema")
 
-# ------------------------------------------------------------------------------------------------------- reading files
+# Reading files
 
 
 def file_format(path: str | os.PathLike) -> str:
-    """What kind of checkpoint a file is, by its content.
+    """Detect the format of a checkpoint from its content.
 
     Returns:
-        "torchscript", "torch", "legacy" (what `torch.save` wrote before torch 1.6), "safetensors" or "npz".
+        "torchscript", "torch", "legacy" (`torch.save` before torch 1.6), "safetensors" or "npz".
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is none of these; the message says what it looks like.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has none of these formats. The message says what it looks like.
     """
     _check_is_file(path)
     with BinaryFile(path) as file:
@@ -66,7 +66,7 @@ def file_format(path: str | os.PathLike) -> str:
 def _check_is_file(path: str | os.PathLike) -> None:
     if not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise FileNotFoundError(f"No checkpoint can be read from {path}: it {kind}.")
+        raise FileNotFoundError(f"No checkpoint can be read from {path}: it {kind}. Pass the path of a file.")
 
 
 def _format_of(file: BinaryFile) -> str:
@@ -89,11 +89,11 @@ def _looks_like(head: bytes) -> str:
     if not head:
         return "it is empty."
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs. `git lfs pull` gets the file itself."
+        return "it is a Git LFS pointer. Download the file itself with `git lfs pull`."
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page. Was it saved from a browser?"
     return (
-        f"it starts with {head[:8]!r}. Formats that can be read: torch.save's, safetensors, TorchScript archives, npz. "
+        f"it starts with {head[:8]!r}. Supported formats: torch.save, safetensors, TorchScript archives, npz. "
         "If it was one of them, it is damaged."
     )
 
@@ -103,20 +103,21 @@ def load_state_dict(
     device: str | torch.device = "cpu",
     weights_only: bool = True,
 ) -> StateDict:
-    """The weights in a file, by name: of a training checkpoint its `state_dict`, without DDP's and compile's prefixes.
+    """Load the state dict in a file, without the prefixes of DDP and torch.compile.
 
-    The tensors are in memory: the file may be overwritten or deleted afterwards.
+    From a training checkpoint, this is its `state_dict`. The tensors are in memory, so the file may be overwritten or
+    deleted afterwards.
 
     Args:
-        checkpoint_path: written by `torch.save`, safetensors, a numpy archive, or OpenAI's TorchScript archive (which
-            is never run).
-        device: where the tensors are put.
-        weights_only: kept for scripts written for open_clip. Nothing in a file is run in any case: objects that are
-            not tensors, numbers or containers are dropped.
+        checkpoint_path: file of `torch.save`, safetensors, NumPy archive, or OpenAI's TorchScript archive (whose
+            program is not run).
+        device: device of the tensors.
+        weights_only: accepted for compatibility with open_clip, without effect. No code in a file is ever run: objects
+            other than tensors, numbers and containers are dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind, or holds no weights.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, has another format, or contains no weights.
     """
     state_dict = read_state_dict(checkpoint_path)
     for key in state_dict:
@@ -125,17 +126,17 @@ def load_state_dict(
 
 
 def read_state_dict(path: str | os.PathLike, is_mapped: bool = False) -> StateDict:
-    """`load_state_dict` on the CPU; `is_mapped` maps a file that nobody edits (see `BinaryFile`)."""
+    """Load a state dict on the CPU. With `is_mapped`, memory-map a file that nobody edits (see `BinaryFile`)."""
     _check_is_file(path)
     with BinaryFile(path, is_mapped=is_mapped) as file, name_damage(file.name):
-        records = _weights_of(*_parse(file), file.name)
+        records = _find_weights(*_parse(file), file.name)
         load_tensors(file, records.values())
         weights = {key: record.tensor for key, record in records.items() if record.tensor is not None}
     return strip_prefixes(weights)
 
 
 def _parse(file: BinaryFile) -> tuple[Any, list[str]]:
-    """(nested containers with tensor records, names of the classes in them that are foreign)."""
+    """Return (nested containers with tensor records, names of the unknown classes in the file)."""
     kind = _format_of(file)
     if kind == "safetensors":
         return read_safetensors(file), []
@@ -148,33 +149,36 @@ def _parse(file: BinaryFile) -> tuple[Any, list[str]]:
 
 
 def read_checkpoint(source: Any, name: str = "") -> Any:
-    """All that `torch.save` wrote into a file: tensors, numbers and containers. Other objects are dropped.
+    """Load everything that `torch.save` wrote: tensors, numbers and containers. Other objects are dropped.
 
     Args:
-        source: a path, or a binary file object that can seek.
-        name: of the file in messages; the path if not given.
+        source: path, or seekable binary file object.
+        name: name of the file in messages; the path by default.
 
     Raises:
-        ValueError: the file is damaged, or of another kind.
+        ValueError: the file is damaged, or has another format.
     """
     with BinaryFile(source, name) as file, name_damage(file.name):
         tree, foreign = _parse(file)
         if is_foreign(tree):
             raise FileError(_holds_no_weights(tree, file.name))
         _log_foreign(foreign, file.name)
-        tree, records = plain(tree, file.name)
+        tree, records = to_plain_tree(tree, file.name)
         load_tensors(file, records)
-        return with_tensors(tree, file.name)
+        return replace_records(tree, file.name)
 
 
 def check_layout(source: Any, name: str = "") -> dict[str, Any]:
-    """The top level of a checkpoint without its tensors: what is not in it is not read.
+    """Check the structure of a checkpoint without reading its tensors.
+
+    Returns:
+        The numbers and strings at the top level of the checkpoint.
 
     Raises:
-        ValueError: the file is damaged, of another kind, or not a dict.
+        ValueError: the file is damaged, has another format, or is not a dict.
     """
     with BinaryFile(source, name) as file, name_damage(file.name):
-        tree, records = plain(_parse(file)[0], file.name)
+        tree, records = to_plain_tree(_parse(file)[0], file.name)
         check_records(file, records)
         if not isinstance(tree, Mapping):
             raise FileError(_holds_no_weights(tree, file.name))
@@ -183,43 +187,44 @@ def check_layout(source: Any, name: str = "") -> dict[str, Any]:
 
 def _log_foreign(foreign: list[str], name: str) -> None:
     if foreign:
-        logger.warning("%s: dropped what is not a tensor, number or container: %s.", name, some(foreign))
+        logger.warning("%s: dropped objects that are not tensors, numbers or containers: %s.", name, join_some(foreign))
 
 
 def _holds_no_weights(tree: Any, name: str) -> str:
     if is_foreign(tree):
         kind = getattr(tree, "name", type(tree).__name__)[:80]
         return (
-            f"{name} holds an object of {kind}, which is not rebuilt: that could run code. "
-            "A dict of tensors is expected: save model.state_dict()."
+            f"{name} contains an object of {kind}, which is not rebuilt because that could run code. "
+            "Save a dict of tensors instead: model.state_dict()."
         )
-    return f"{name} holds a {type(tree).__name__}, and weights by name were expected."
+    return f"{name} contains a {type(tree).__name__} instead of a state dict. Save model.state_dict()."
 
 
-def _weights_of(checkpoint: Any, foreign: list[str], name: str) -> dict[str, TensorRecord]:
-    """The flat state dict in what a file held, out of the containers that training programs put around it."""
+def _find_weights(checkpoint: Any, foreign: list[str], name: str) -> dict[str, TensorRecord]:
+    """Find the state dict within the containers that training programs put around it."""
     if not isinstance(checkpoint, Mapping):
         raise FileError(_holds_no_weights(checkpoint, name))
     _log_foreign(foreign, name)
     seen: list[int] = []
     while inner := [key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)]:
         if len(inner) > 1:
-            logger.warning("%s holds several sets of weights (%s): %s is taken.", name, some(inner), inner[0])
+            logger.warning("%s contains several sets of weights (%s). Using %s.", name, join_some(inner), inner[0])
         seen.append(id(checkpoint))
         checkpoint = checkpoint[inner[0]]
         if id(checkpoint) in seen:
-            raise FileError(f"{name} is damaged: a container in it contains itself.")
+            raise FileError(f"{name} is damaged: one of its containers contains itself.")
     tensors = {key: value for key, value in checkpoint.items() if isinstance(value, TensorRecord)}
     if not tensors:
-        raise FileError(f"{name} holds no weights by name, but {some(str(key)[:40] for key in checkpoint)}.")
+        found = join_some(str(key)[:40] for key in checkpoint) or "no entries"
+        raise FileError(f"{name} contains no state dict, only {found}. Save model.state_dict().")
     others = [str(key)[:40] for key, value in checkpoint.items() if key not in tensors and not is_foreign(value)]
     if others:
-        logger.warning("%s: left out what is not a tensor: %s", name, some(others))
-    # A tensor that has several names becomes several tensors.
+        logger.warning("%s: ignored entries that are not tensors: %s.", name, join_some(others))
+    # A tensor with several names becomes several tensors.
     return {str(key): dataclasses.replace(value) for key, value in tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------ putting them into a model
+# Loading into a model
 
 
 def load_checkpoint(
@@ -230,30 +235,32 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     is_mapped: bool = False,
 ) -> Any:
-    """Put the weights of a file into a model.
+    """Load a checkpoint into a model.
 
-    Position embeddings are resized to the model, CLIP's and CustomTextCLIP's layouts are converted, and a
-    `logit_bias` that the file lacks becomes zero. A prefix of all names is removed if what remains fits. The model is
-    changed only if all is well. A model on the meta device gets its memory here: the tensors read from the file,
-    converted to the model's types and moved to `device`.
+    Position embeddings are resized to the model. The layouts of CLIP and CustomTextCLIP are converted into each other.
+    A missing `logit_bias` becomes zero. A prefix that all names share is removed if the remaining names fit. If an
+    error is raised, the model is unchanged. A model on the meta device takes the tensors of the file, cast to the
+    model's dtypes and moved to `device`.
 
     Args:
-        strict: whether missing and unexpected names are an error; else they are logged. A wrong shape always is one.
+        model: the model to load into.
+        checkpoint_path: see `load_state_dict`.
+        strict: whether missing and unexpected names are errors; otherwise they are logged. A wrong shape always is one.
         weights_only: see `load_state_dict`.
-        device: where the file's tensors are put, and with them a model that was on the meta device.
-        is_mapped: map the file instead of reading it: only for a file in a cache, which nobody overwrites.
+        device: device for a model that is on the meta device.
+        is_mapped: memory-map the file instead of reading it. Only for files in a cache, which nobody overwrites.
 
     Returns:
         The incompatible keys: a tuple (missing_keys, unexpected_keys).
 
     Raises:
-        FileNotFoundError, ValueError: as `load_state_dict`.
-        RuntimeError: names or shapes are not the model's.
+        FileNotFoundError, ValueError: see `load_state_dict`.
+        RuntimeError: names or shapes do not match the model.
     """
     weights = read_state_dict(checkpoint_path, is_mapped)
     fitted = _fit(model, weights, str(checkpoint_path))
-    weights.clear()  # so that each tensor is freed as soon as it is converted
-    return _put(model, fitted, strict, device, str(checkpoint_path))
+    weights.clear()  # so that each tensor is freed once it is converted
+    return _load_fitted(model, fitted, strict, device, str(checkpoint_path))
 
 
 def put_weights(
@@ -263,33 +270,33 @@ def put_weights(
     device: str | torch.device = "cpu",
     source: str = "the state dict",
 ) -> Any:
-    """`load_checkpoint` for weights that are in memory already; `source` is their name in messages."""
-    return _put(model, _fit(model, state_dict, source), strict, device, source)
+    """Load a state dict that is in memory, see `load_checkpoint`. `source` is its name in messages."""
+    return _load_fitted(model, _fit(model, state_dict, source), strict, device, source)
 
 
 def _fit(model: nn.Module, state_dict: StateDict, source: str) -> StateDict:
-    """A new state dict with the model's names and sizes, as far as they are a matter of layout, size and prefix."""
+    """Convert a state dict to the model's layout, sizes and prefix, as far as possible."""
     expected = model.state_dict().keys()
     fitted = fit_state_dict(model, state_dict)
     if not expected <= fitted.keys():
         stripped = strip_to_fit(state_dict, expected, lambda weights: convert_state_dict(model, weights), source)
         if stripped is not None:
             fitted = fit_state_dict(model, stripped)
-    return without_leftovers(fitted, expected)
+    return drop_extras(fitted, expected)
 
 
-def _put(model: nn.Module, state_dict: StateDict, strict: bool, device: str | torch.device, source: str) -> Any:
-    """Put weights with the model's names into it; a model on the meta device takes them out of `state_dict`."""
+def _load_fitted(model: nn.Module, state_dict: StateDict, strict: bool, device: str | torch.device, source: str) -> Any:
+    """Load weights that have the model's names. A model on the meta device removes them from `state_dict`."""
     expected = model.state_dict()
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
-    shapes = _wrong_shapes(expected, state_dict)
-    complaints = _complaints(missing, unexpected, shapes)
-    if shapes or (strict and complaints):
-        hint = _hint(state_dict, expected, missing, unexpected)
-        raise RuntimeError(f"{source} does not fit {type(model).__name__}: {complaints} {hint}")
-    if complaints:
-        logger.warning("%s fits %s in part: %s", source, type(model).__name__, complaints)
+    shapes = _find_wrong_shapes(expected, state_dict)
+    mismatches = _format_mismatches(missing, unexpected, shapes)
+    if shapes or (strict and mismatches):
+        advice = _advise(state_dict, expected, missing, unexpected)
+        raise RuntimeError(f"{source} does not fit {type(model).__name__}: {mismatches} {advice}")
+    if mismatches:
+        logger.warning("%s fits %s only in part: %s", source, type(model).__name__, mismatches)
     if any(value.is_meta for value in expected.values()):
         return _assign(model, state_dict, expected, device, source)
     return model.load_state_dict(state_dict, strict=False)
@@ -298,7 +305,7 @@ def _put(model: nn.Module, state_dict: StateDict, strict: bool, device: str | to
 def _assign(
     model: nn.Module, state_dict: StateDict, expected: StateDict, device: str | torch.device, source: str
 ) -> Any:
-    """Give a model on the meta device the state dict's own tensors, in the types that the model was built with."""
+    """Assign the tensors of the state dict to a model on the meta device, cast to the model's dtypes."""
     unexpected = [key for key in state_dict if key not in expected]
     placed = {}
     for key in [key for key in expected if key in state_dict]:
@@ -316,7 +323,7 @@ def _assign(
 
 
 def _tied_parameters(model: nn.Module) -> list[list[str]]:
-    """Names of each parameter that the model uses in several places."""
+    """List, for each parameter that the model uses in several places, its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -324,9 +331,9 @@ def _tied_parameters(model: nn.Module) -> list[list[str]]:
 
 
 def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
-    """Give tables that no file has (rotary positions, indices of relative ones) their memory and their values.
+    """Allocate and compute non-persistent buffers (rotary positions, indices of relative positions).
 
-    A module that has such buffers computes them in `init_non_persistent_buffers`, as timm's modules do.
+    A module with such buffers computes them in `init_non_persistent_buffers`, as timm's modules do.
     """
     for module in model.modules():
         fill: Any = getattr(module, "init_non_persistent_buffers", None)
@@ -342,18 +349,18 @@ def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
 
 
 def check_nothing_on_meta(model: nn.Module, source: str) -> None:
-    """Raise RuntimeError if a parameter or buffer of the model still has no memory."""
+    """Raise RuntimeError if a parameter or buffer of the model is still on the meta device."""
     named = [*model.named_parameters(), *model.named_buffers()]
     left = [name for name, value in named if value.is_meta]
     if left:
-        raise RuntimeError(f"{source} has no {some(left)}, and the model was built without memory for them.")
+        raise RuntimeError(f"{source} has no {join_some(left)}, which the model needs.")
 
 
 class no_initialisation(TorchFunctionMode):
-    """A context in which modules built on the meta device skip their initial values, which have nowhere to go.
+    """Context in which modules that are built on the meta device skip their initialization.
 
-    Drawing and scaling numbers on that device is free, but for its first call: torch's meta kernels for it import the
-    compiler, which takes longer than all the rest of loading a model.
+    Meta tensors have no values to initialize. The first random or scaling operator on them would import the compiler,
+    which takes longer than the rest of loading a model.
     """
 
     _DRAW = (torch.rand, torch.randn)
@@ -372,15 +379,16 @@ class no_initialisation(TorchFunctionMode):
 
 
 def check_precision(precision: str) -> None:
-    """Raise ValueError for a precision that is not known."""
+    """Raise ValueError if the precision is unknown."""
     if precision not in PRECISIONS:
-        raise ValueError(f"Precision {precision!r} is not known: choose from {', '.join(PRECISIONS)}.")
+        raise ValueError(f"Precision {precision!r} is unknown. Choose from {', '.join(PRECISIONS)}.")
 
 
 def set_precision(model: nn.Module, precision: str) -> None:
-    """Cast a model's weights in place; on the meta device, the types that weights will be given when they come.
+    """Cast a model's weights in place. On the meta device this sets the dtypes that loading will cast to.
 
-    "fp16" and "bf16" leave norms and embeddings in float32, "pure_*" leave nothing; the others are float32.
+    "fp16" and "bf16" keep norms and embeddings in float32, "pure_fp16" and "pure_bf16" cast everything. With the other
+    precisions the weights remain float32.
     """
     check_precision(precision)
     dtype = get_input_dtype(precision)
@@ -396,48 +404,52 @@ def load_tower_checkpoint(
     checkpoint_path: str | os.PathLike,
     weights_only: bool = True,
 ) -> Any:
-    """Put the weights of one tower, "visual" or "text", into a model; the rest of it stays as it is.
+    """Load the weights of one tower. The rest of the model is unchanged. Missing and unexpected names are logged.
 
-    The file may be of the tower alone (its own names, or those of timm's or Hugging Face's model in it) or of a whole
-    model, of which only this tower is taken. Missing and unexpected names are logged.
+    Args:
+        model: the model to load into.
+        tower: "visual" or "text".
+        checkpoint_path: file with the weights of the tower alone (named as in the tower, or as in the timm or Hugging
+            Face model inside it) or of a whole model, from which this tower is taken.
+        weights_only: see `load_state_dict`.
 
     Returns:
-        The incompatible keys, by the model's names; only this tower's.
+        The incompatible keys of this tower: a tuple (missing_keys, unexpected_keys).
 
     Raises:
-        FileNotFoundError, ValueError: as `load_state_dict`.
-        RuntimeError: not one name is the tower's, or a shape is wrong.
+        FileNotFoundError, ValueError: see `load_state_dict`.
+        RuntimeError: no name matches the tower, or a shape is wrong.
     """
     expected = {key: value for key, value in model.state_dict().items() if _is_of_tower(model, key, tower)}
     weights = read_state_dict(checkpoint_path)
     for prefix in ("", *common_prefixes(weights)):
         stripped = {key.removeprefix(prefix): value for key, value in weights.items()}
-        state_dict = _only_tower(convert_foreign(model, stripped), tower, to_custom_text_layout(expected))
-        state_dict = without_leftovers(fit_state_dict(model, state_dict), expected)
+        state_dict = _select_tower(convert_foreign(model, stripped), tower, to_custom_text_layout(expected))
+        state_dict = drop_extras(fit_state_dict(model, state_dict), expected)
         if expected.keys() & state_dict.keys():
             break
     if not expected.keys() & state_dict.keys():
         raise RuntimeError(
             f"{checkpoint_path} has no weights of this {tower} tower: "
-            f"it has {some(state_dict) or 'none of any'}, the model {some(expected)}."
+            f"it has {join_some(state_dict) or 'none'}, and the model has {join_some(expected)}."
         )
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
-    shapes = _wrong_shapes(expected, state_dict)
-    complaints = _complaints(missing, unexpected, shapes)
+    shapes = _find_wrong_shapes(expected, state_dict)
+    mismatches = _format_mismatches(missing, unexpected, shapes)
     if shapes:
-        raise RuntimeError(f"{checkpoint_path} does not fit the {tower} tower: {complaints}")
-    if complaints:
-        logger.warning("%s fits the %s tower in part: %s", checkpoint_path, tower, complaints)
+        raise RuntimeError(f"{checkpoint_path} does not fit the {tower} tower: {mismatches}")
+    if mismatches:
+        logger.warning("%s fits the %s tower only in part: %s", checkpoint_path, tower, mismatches)
     incompatible = model.load_state_dict({k: v for k, v in state_dict.items() if k in expected}, strict=False)
     return type(incompatible)(missing, unexpected)
 
 
-def _only_tower(state_dict: StateDict, tower: str, expected: StateDict) -> StateDict:
-    """The weights of one tower, named as in CustomTextCLIP, out of a file of that tower or of a whole model."""
+def _select_tower(state_dict: StateDict, tower: str, expected: StateDict) -> StateDict:
+    """Select the weights of one tower, named as in CustomTextCLIP, from those of the tower or of a whole model."""
     if any(key.startswith("visual.") for key in state_dict):
         return {key: v for key, v in to_custom_text_layout(state_dict).items() if key.startswith(f"{tower}.")}
-    # names may begin at the model, at its tower, or at the model of another library in that
+    # names may start at the model, at its tower, or at the timm or Hugging Face model in the tower
     prefixes = ("", f"{tower}.", f"{tower}.trunk.", f"{tower}.transformer.")
     counts = {prefix: sum(f"{prefix}{key}" in expected for key in state_dict) for prefix in prefixes}
     prefix = max(prefixes, key=lambda prefix: counts[prefix])
@@ -448,10 +460,10 @@ def _is_of_tower(model: nn.Module, key: str, tower: str) -> bool:
     return key.startswith(f"{tower}.") or (tower == "text" and not hasattr(model, "text") and is_text_key(key))
 
 
-# ----------------------------------------------------------------------------------------------------------- messages
+# Messages
 
 
-def _wrong_shapes(expected: StateDict, state_dict: StateDict) -> list[str]:
+def _find_wrong_shapes(expected: StateDict, state_dict: StateDict) -> list[str]:
     return [
         f"{key} is {list(state_dict[key].shape)} instead of {list(value.shape)}"
         for key, value in expected.items()
@@ -459,19 +471,19 @@ def _wrong_shapes(expected: StateDict, state_dict: StateDict) -> list[str]:
     ]
 
 
-def _complaints(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+def _format_mismatches(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
     parts = [
-        f"{len(names)} {what}: {some(names)}."
+        f"{len(names)} {what}: {join_some(names)}."
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", shapes))
         if names
     ]
     return " ".join(parts)
 
 
-def _hint(state_dict: StateDict, expected: StateDict, missing: list[str], unexpected: list[str]) -> str:
-    """What the mismatch looks like, and what to do about it."""
+def _advise(state_dict: StateDict, expected: StateDict, missing: list[str], unexpected: list[str]) -> str:
+    """Say what probably caused the mismatch, and how to fix it."""
     if unexpected == ["logit_bias"] and not missing:
-        return "It was trained with a bias: build the model with init_logit_bias=-10 (SigLIP)."
+        return "It was trained with a logit bias. Build the model with init_logit_bias=-10 (SigLIP)."
     prefix = "".join(common_prefixes(state_dict)[-1:])
-    named = f"All names begin with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
-    return named + (explain(state_dict, expected) or "Is it a checkpoint of another model?")
+    named = f"All names start with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
+    return named + (explain_mismatch(state_dict, expected) or "Is it a checkpoint of another model?")

@@ -1,10 +1,10 @@
-"""Collectives that gradients pass through, on any backend (gloo, nccl, hccl, xccl).
+"""Differentiable collectives for any backend (gloo, nccl, hccl, xccl).
 
-torch's own differentiable all_gather has a reduce_scatter as its backward with NCCL alone, and is an all_to_all, a
-stack and a sum elsewhere. Here every backward is the adjoint collective: a gather's is a reduce_scatter, a shift's is
-the shift back.
+The backward of torch's differentiable all_gather is a reduce_scatter only with NCCL; with other backends it is an
+all_to_all, a stack and a sum. Here every backward is the adjoint collective: reduce_scatter for a gather, the reverse
+shift for a shift.
 
-Unless said otherwise every rank of the group calls the function, with tensors of one shape and dtype.
+Unless stated otherwise, every rank of the group calls the function, with tensors of the same shape and dtype.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.autograd.function import once_differentiable
 
 Group = Any  # dist.ProcessGroup | None; torch builds without distributed do not have the class
 
-# torch 2.14 gave the flat collectives new names and warns about the old ones.
+# torch 2.14 renamed the flat collectives and warns about the old names.
 _all_gather_flat: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def all_gather(tensor: Tensor, group: Group = None) -> Tensor:
-    """The ranks' tensors [n, ...] one below the other in the order of the ranks: [world * n, ...], without gradient."""
+    """Concatenate the tensors [n, ...] of all ranks in rank order: [world_size * n, ...], without gradient."""
     tensor = tensor.detach().contiguous()
     gathered = tensor.new_empty(dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:])
     _all_gather_flat(gathered, tensor, group=group)
@@ -32,25 +32,32 @@ def all_gather(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: Group = None) -> Tensor:
-    """The sum over the ranks of [world * n, ...], of which each rank keeps its own n rows; without gradient."""
+    """Sum tensors [world_size * n, ...] over the ranks and return this rank's rows [n, ...], without gradient.
+
+    Raises:
+        ValueError: the number of rows is not a multiple of the number of ranks.
+    """
     tensor = tensor.detach().contiguous()
     world_size = dist.get_world_size(group)
     if tensor.shape[0] % world_size:
-        raise ValueError(f"reduce_scatter of {tensor.shape[0]} rows over {world_size} ranks: the parts must be equal")
+        raise ValueError(f"reduce_scatter cannot divide {tensor.shape[0]} rows evenly among {world_size} ranks.")
     reduced = tensor.new_empty(tensor.shape[0] // world_size, *tensor.shape[1:])
     _reduce_scatter_flat(reduced, tensor, group=group)
     return reduced
 
 
 def all_reduce(tensor: Tensor, op: str = "sum", group: Group = None) -> Tensor:
-    """The sum of the ranks' tensors (op "max": their maximum) as a new tensor, without gradient."""
+    """Return the sum of the tensors of all ranks (with op "max", their maximum) as a new tensor, without gradient."""
     reduced = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
     return reduced
 
 
 def broadcast(tensor: Tensor, source: int, group: Group = None) -> Tensor:
-    """The tensor of rank `source` of the group; the others give one of its shape and dtype. Without gradient."""
+    """Return the tensor of rank `source` of the group, without gradient.
+
+    The other ranks pass a tensor of the same shape and dtype.
+    """
     tensor = tensor.detach().contiguous()
     received = tensor if dist.get_rank(group) == source else torch.empty_like(tensor)
     dist.broadcast(received, _global_rank(source, group), group=group)
@@ -58,7 +65,10 @@ def broadcast(tensor: Tensor, source: int, group: Group = None) -> Tensor:
 
 
 def reduce(tensor: Tensor, destination: int, group: Group = None) -> Tensor:
-    """On rank `destination` of the group the sum of the ranks' tensors; elsewhere undefined. Without gradient."""
+    """Return the sum of the tensors of all ranks on rank `destination` of the group, without gradient.
+
+    The result is undefined on the other ranks.
+    """
     reduced = tensor.detach().clone(memory_format=torch.contiguous_format)
     dist.reduce(reduced, _global_rank(destination, group), group=group)
     return reduced
@@ -81,15 +91,17 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_grad(tensor: Tensor, group: Group = None) -> Tensor:
-    """As `all_gather`; the gradient of a rank's rows is the sum of what all ranks' losses say about them."""
+    """Gather like `all_gather`. The gradient of a rank's rows is the sum of their gradients on all ranks."""
     return _AllGather.apply(tensor, group)
 
 
 def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:
-    """The ranks' rows [n_rank, ...] one below the other, where the ranks may have different numbers of rows, or none.
+    """Concatenate the rows [n_rank, ...] of all ranks, whose numbers may differ or be 0, without gradient.
 
-    Dtype and the other dimensions must be the same everywhere. Returns [sum of n_rank, ...] on every rank, without
-    gradient.
+    The dtype and the other dimensions must be the same on all ranks.
+
+    Returns:
+        [sum of n_rank, ...] on every rank.
     """
     rows = torch.tensor([tensor.shape[0]], device=tensor.device)
     counts = all_gather(rows, group).tolist()
@@ -100,7 +112,7 @@ def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def neighbour_exchange(from_rank: int, to_rank: int, tensor: Tensor, group: Group = None) -> Tensor:
-    """Send `tensor` to `to_rank` and return what `from_rank` sent here; without gradient."""
+    """Send `tensor` to `to_rank` and return the tensor that `from_rank` sends, without gradient."""
     received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     _exchange([(tensor, to_rank)], [(received, from_rank)], group)
     return received
@@ -109,10 +121,14 @@ def neighbour_exchange(from_rank: int, to_rank: int, tensor: Tensor, group: Grou
 def neighbour_exchange_bidir(
     left_rank: int, right_rank: int, tensor_to_left: Tensor, tensor_to_right: Tensor, group: Group = None
 ) -> tuple[Tensor, Tensor]:
-    """Send a tensor to each neighbour; returns (what the right one sent, what the left one sent); without gradient."""
+    """Send a tensor to each neighbour, without gradient.
+
+    Returns:
+        (tensor from the right neighbour, tensor from the left neighbour).
+    """
     from_right = torch.empty_like(tensor_to_left, memory_format=torch.contiguous_format)
     from_left = torch.empty_like(tensor_to_right, memory_format=torch.contiguous_format)
-    # With two ranks both neighbours are one peer, whose first message is the one to its left: from_right here.
+    # With two ranks, both neighbours are the same peer. Its first message goes to its left: it is our from_right.
     _exchange(
         [(tensor_to_left, left_rank), (tensor_to_right, right_rank)],
         [(from_right, right_rank), (from_left, left_rank)],
@@ -122,7 +138,7 @@ def neighbour_exchange_bidir(
 
 
 def _exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: Group) -> None:
-    """All sends and receives as one batch, so that no order of calls can make the ranks wait for each other."""
+    """Run all sends and receives as one batch, so that no order of calls can deadlock."""
     operations = [dist.P2POp(dist.isend, tensor.detach().contiguous(), peer, group) for tensor, peer in sends]
     operations += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor, peer in receives]
     for request in dist.batch_isend_irecv(operations):
@@ -130,7 +146,7 @@ def _exchange(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]
 
 
 class NeighbourExchange(torch.autograd.Function):
-    """`neighbour_exchange` whose gradient goes the way back."""
+    """`neighbour_exchange` with gradient, which is sent in the opposite direction."""
 
     @staticmethod
     def forward(ctx, from_rank: int, to_rank: int, group: Group, tensor: Tensor) -> Tensor:
@@ -145,12 +161,12 @@ class NeighbourExchange(torch.autograd.Function):
 
 
 def neighbour_exchange_with_grad(from_rank: int, to_rank: int, tensor: Tensor, group: Group = None) -> Tensor:
-    """As `neighbour_exchange`, with gradient."""
+    """Exchange like `neighbour_exchange`, with gradient."""
     return NeighbourExchange.apply(from_rank, to_rank, group, tensor)
 
 
 class NeighbourExchangeBidir(torch.autograd.Function):
-    """`neighbour_exchange_bidir` whose gradients go the way back."""
+    """`neighbour_exchange_bidir` with gradients, which are sent in the opposite direction."""
 
     @staticmethod
     def forward(ctx, left_rank: int, right_rank: int, group: Group, tensor_to_left: Tensor, tensor_to_right: Tensor):
@@ -160,7 +176,7 @@ class NeighbourExchangeBidir(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_from_right: Tensor, grad_from_left: Tensor):
-        # What came from the left returns there, and the gradient of what was sent to the left comes back from there.
+        # Gradients of received tensors return to their sender; those of sent tensors come back from their receiver.
         left_rank, right_rank = ctx.peers
         grad_to_right, grad_to_left = neighbour_exchange_bidir(
             left_rank, right_rank, grad_from_left, grad_from_right, ctx.group
@@ -171,5 +187,5 @@ class NeighbourExchangeBidir(torch.autograd.Function):
 def neighbour_exchange_bidir_with_grad(
     left_rank: int, right_rank: int, tensor_to_left: Tensor, tensor_to_right: Tensor, group: Group = None
 ) -> tuple[Tensor, Tensor]:
-    """As `neighbour_exchange_bidir`, with gradient."""
+    """Exchange like `neighbour_exchange_bidir`, with gradient."""
     return NeighbourExchangeBidir.apply(left_rank, right_rank, group, tensor_to_left, tensor_to_right)

@@ -1,7 +1,7 @@
 """Configurations of the towers, and the registry of named architectures.
 
-A configuration is JSON: {"embed_dim", "vision_cfg", "text_cfg"[, "quick_gelu", "custom_text", ...]}. The two towers'
-parts become the dataclasses below, whose fields and defaults are open_clip's. A key that no field has raises.
+A configuration is JSON: {"embed_dim", "vision_cfg", "text_cfg"[, "quick_gelu", "custom_text", ...]}. The sections of
+the towers become the dataclasses below, whose fields and defaults are those of open_clip. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCAL_DIR_PREFIX = "local-dir:"
 
 @dataclasses.dataclass
 class CLIPVisionCfg:
-    """The image tower: native ViT (`layers` a number), ModifiedResNet (four numbers) or timm (`timm_model_name`)."""
+    """The image tower: a ViT (`layers` is an int), a ModifiedResNet (four ints) or a timm model (`timm_model_name`)."""
 
     layers: tuple[int, int, int, int] | int = 12
     width: int = 768
@@ -37,8 +37,8 @@ class CLIPVisionCfg:
     patch_size: int = 16
     image_size: tuple[int, int] | int = 224
 
-    ls_init_value: float | None = None  # layer scale; None is off
-    patch_dropout: float = 0.0  # fraction of patches left out in training, https://arxiv.org/abs/2212.00794
+    ls_init_value: float | None = None  # initial value of layer scale; None disables it
+    patch_dropout: float = 0.0  # fraction of patches dropped in training, https://arxiv.org/abs/2212.00794
     attentional_pool: bool | str = False  # True, "parallel" or "cascade", https://arxiv.org/abs/2205.01917
     attn_pooler_queries: int = 256
     attn_pooler_heads: int = 8
@@ -50,7 +50,7 @@ class CLIPVisionCfg:
     act_kwargs: dict | None = None
     norm_kwargs: dict | None = None
 
-    block_type: str | None = None  # "default" or "custom"; None: custom where one of the options below asks for it
+    block_type: str | None = None  # "default" or "custom"; None: "custom" if an option below needs it
     qk_norm: bool = False
     scaled_cosine_attn: bool = False
     scale_heads: bool = False
@@ -69,7 +69,7 @@ class CLIPVisionCfg:
 
 @dataclasses.dataclass
 class CLIPTextCfg:
-    """The text tower: native transformer, or a Hugging Face model (`hf_model_name`)."""
+    """The text tower: a native transformer, or a Hugging Face model (`hf_model_name`)."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -82,11 +82,11 @@ class CLIPTextCfg:
     layers: int = 12
     mlp_ratio: float = 4.0
     ls_init_value: float | None = None
-    embed_cls: bool = False  # a learned class token behind the text, as in CoCa
+    embed_cls: bool = False  # append a learned class token to the text, as in CoCa
     pad_id: int = 0
     eos_id: int = 2
     no_causal_mask: bool = False
-    final_ln_after_pool: bool = False  # no effect: the final norm acts on each token alone
+    final_ln_after_pool: bool = False  # no effect: the final norm handles each token separately
     pool_type: str = "argmax"  # "first", "last", "argmax", "eos" or "none"
     proj_bias: bool = False
     proj_type: str = "linear"  # or "none"
@@ -120,37 +120,37 @@ class MultimodalCfg(CLIPTextCfg):
 
 
 def closest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The names in `known` most like `name`, upper and lower case alike."""
+    """List the names in `known` that are most similar to `name`, ignoring case."""
     by_lower = {k.lower(): k for k in known}
     return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.5)]
 
 
 def as_config(cls: type[ConfigT], cfg: ConfigT | Mapping[str, Any]) -> ConfigT:
-    """`cfg` as a dataclass of type `cls`.
+    """Convert `cfg` to the dataclass `cls`.
 
     Raises:
-        ValueError: a key that `cls` does not have, with the nearest that it has.
+        ValueError: `cfg` has an unknown key (the message names the most similar field), or is not a mapping.
     """
     if isinstance(cfg, cls):
         return cfg
     if not isinstance(cfg, Mapping):
-        raise ValueError(f"{cls.__name__} is made from a mapping, got {type(cfg).__name__}")
+        raise ValueError(f"{cls.__name__} is built from a mapping, got {type(cfg).__name__}.")
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [key for key in cfg if key not in fields]
     if unknown:
         hints = [f"{key!r} ({_hint(key, fields)})" for key in unknown]
-        raise ValueError(f"{cls.__name__} has no {', '.join(hints)}: you probably got a typo")
+        raise ValueError(f"{cls.__name__} has no {', '.join(hints)}. This is probably a typo.")
     return cls(**cfg)
 
 
 def _hint(key: str, fields: list[str]) -> str:
     near = closest(key, fields, n=1)
-    return f"nearest: {near[0]!r}" if near else "nothing like it is known"
+    return f"did you mean {near[0]!r}?" if near else "no field is similar"
 
 
-# ---- the registry ----
+# Registry
 
-# JSON files, and folders of them. `rescan_model_configs` reads what is appended here.
+# JSON files, and folders of them. `rescan_model_configs` reads paths that are appended here.
 MODEL_CONFIG_PATHS = [Path(__file__).parent / "model_configs"]
 _REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 _registry: dict[str, dict[str, Any]] = {}
@@ -158,12 +158,12 @@ _registry_lock = threading.RLock()
 
 
 def _natural_key(name: str) -> list[Any]:
-    """Sort key under which ViT-B-16 comes after ViT-B-8."""
+    """Return a sort key that puts ViT-B-16 after ViT-B-8."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
-    """The configurations in one JSON file or in all those of a folder, by name; others are left out."""
+    """Read the configurations in a JSON file or a folder, by name. Other JSON files in a folder are ignored."""
     files = [path] if path.is_file() else sorted(path.glob("*.json"))
     found = {}
     for file in files:
@@ -176,10 +176,10 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Parse a JSON file.
 
     Raises:
-        ValueError: the file is damaged or not JSON; the message names it.
+        ValueError: the file is damaged or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -188,9 +188,9 @@ def read_json(path: Path) -> Any:
 
 
 def _models() -> dict[str, dict[str, Any]]:
-    """Return the registry itself, configurations by name. Writing to it registers a model, deleting removes one.
+    """Return the registry itself, configurations by name. Setting an item registers a model, deleting one removes it.
 
-    The bundled files are read at the first call.
+    The first call reads the bundled files.
     """
     with _registry_lock:
         if not _registry:
@@ -199,7 +199,7 @@ def _models() -> dict[str, dict[str, Any]]:
 
 
 def rescan_model_configs() -> None:
-    """Read MODEL_CONFIG_PATHS again. What was registered otherwise stays, and names are in natural order."""
+    """Read MODEL_CONFIG_PATHS again and sort the names. Models that were registered in other ways are kept."""
     _register(*MODEL_CONFIG_PATHS)
 
 
@@ -208,42 +208,45 @@ def _register(*paths: str | Path) -> None:
         found = dict(_registry)
         for path in paths:
             found.update(_read_configs(Path(path)))
-        # The same dict always: programs hold it as `open_clip.factory._MODEL_CONFIGS`.
+        # Update the dict in place: programs keep a reference to it, `open_clip.factory._MODEL_CONFIGS`.
         _registry.clear()
         _registry.update({name: found[name] for name in sorted(found, key=_natural_key)})
 
 
 def list_models() -> list[str]:
-    """Names of the known architectures, in natural order."""
+    """List the names of the known architectures, in natural order."""
     return list(_models())
 
 
 def add_model_config(path: str | Path | Iterable[str | Path]) -> None:
-    """Register the configurations in a JSON file, in a folder of them, or in several of either.
+    """Register the configurations in JSON files or folders of JSON files.
+
+    Args:
+        path: one path or several.
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
-        ValueError: a file that is no model configuration was named.
+        FileNotFoundError: a path does not exist.
+        ValueError: a file is not a model configuration.
     """
     added = [Path(entry) for entry in ([path] if isinstance(path, (str, Path)) else path)]
     for entry in added:
         if not entry.exists():
-            raise FileNotFoundError(f"no model configuration at {entry}: give a JSON file or a folder of them")
+            raise FileNotFoundError(f"There is no model configuration at {entry}. Pass a JSON file or a folder.")
     _models()
     _register(*added)
     MODEL_CONFIG_PATHS.extend(added)
 
 
 def get_model_config(model_name: str) -> dict[str, Any] | None:
-    """A copy of the configuration of `model_name` (a bundled or an added one), None where there is none."""
+    """Return a copy of the configuration of `model_name`, or None if the name is unknown."""
     return copy.deepcopy(_models().get(model_name))
 
 
 def parse_model_name(model_name: str | os.PathLike) -> tuple[str | None, str]:
-    """Where a model's name points: (None, name), ("hf-hub", repository) or ("local-dir", folder).
+    """Split a model name into (None, name), ("hf-hub", repository) or ("local-dir", folder).
 
     Raises:
-        ValueError: a schema with nothing after it.
+        ValueError: nothing follows the prefix.
     """
     model_name = os.fspath(model_name)
     for prefix in (HF_HUB_PREFIX, LOCAL_DIR_PREFIX):
@@ -251,6 +254,6 @@ def parse_model_name(model_name: str | os.PathLike) -> tuple[str | None, str]:
             identifier = model_name[len(prefix) :]
             if not identifier:
                 example = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-                raise ValueError(f"{model_name!r} names nothing after {prefix!r}: write for example {example!r}")
+                raise ValueError(f"{model_name!r} names nothing after {prefix!r}. An example is {example!r}.")
             return prefix[:-1], identifier
     return None, model_name

@@ -1,4 +1,4 @@
-"""Normalisation statistics and file names that are shared with open_clip, OpenAI's CLIP and torchvision."""
+"""Normalization statistics and file names of open_clip, OpenAI's CLIP and torchvision."""
 
 OPENAI_DATASET_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_DATASET_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -7,11 +7,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INCEPTION_MEAN = (0.5, 0.5, 0.5)
 INCEPTION_STD = (0.5, 0.5, 0.5)
 
-# The files of a model repository on the Hugging Face hub, or of a local folder laid out like one.
+# Files of a model repository on the Hugging Face Hub, or of a local folder with the same layout.
 HF_WEIGHTS_NAME = "open_clip_pytorch_model.bin"
 HF_SAFE_WEIGHTS_NAME = "open_clip_model.safetensors"
 HF_CONFIG_NAME = "open_clip_config.json"
-# The same of a repository of the library transformers.
+# Files of a repository of the transformers library.
 TRANSFORMERS_CONFIG_NAME = "config.json"
 TRANSFORMERS_PREPROCESSOR_NAME = "preprocessor_config.json"
 TRANSFORMERS_WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")

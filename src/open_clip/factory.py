@@ -1,8 +1,8 @@
-"""Names in, ready models, transforms, tokenizers and losses out.
+"""Create models, transforms, tokenizers and losses from names.
 
-`create_model` goes through the same steps whatever the name: a recipe is read (configuration, preprocessing, and where
-weights are), overridden, built, and filled. A model that gets weights is built on the meta device and takes the
-tensors that were read from the file, so that nothing is initialised only to be overwritten, and nothing is copied.
+`create_model` takes the same steps for every name: read the recipe (configuration, preprocessing, source of weights),
+apply the caller's options, build, load weights. A model that gets weights is built on the meta device and then takes
+the tensors read from the file, so that no time is spent on initializing or copying weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .model import (
     set_model_preprocess_cfg,
 )
 from .pretrained import is_unchanging
-from .recipe import Recipe, check_quick_gelu, override, read_recipe, use_tower_defaults
+from .recipe import Recipe, apply_overrides, check_quick_gelu, read_recipe, use_tower_defaults
 from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
@@ -67,11 +67,11 @@ __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 Device = str | int | torch.device
 PathOrText = str | os.PathLike
 
-# ------------------------------------------------------------------------------------------------------------- building
+# Models
 
 
 def _instantiate(model_cfg: dict[str, Any], cast_dtype: torch.dtype | None, output_dict: bool | None) -> nn.Module:
-    """The model that a configuration describes, on torch's current default device."""
+    """Build the model that a configuration describes, on torch's current default device."""
     kwargs = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     model_class: type[TwoTowers]
     if "multimodal_cfg" in kwargs:
@@ -82,15 +82,15 @@ def _instantiate(model_cfg: dict[str, Any], cast_dtype: torch.dtype | None, outp
     known = inspect.signature(model_class).parameters
     for key in kwargs.keys() - known.keys():
         near = closest(key, known, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else f" Known are: {', '.join(known)}."
-        raise TypeError(f"{model_class.__name__} has no parameter {key!r}; probably a typo.{meant}")
-    if output_dict is not None and "output_dict" in known:  # CoCa returns a dictionary always
+        meant = f"Did you mean {near[0]!r}?" if near else f"The parameters are {', '.join(known)}."
+        raise TypeError(f"{model_class.__name__} has no parameter {key!r}. {meant}")
+    if output_dict is not None and "output_dict" in known:  # CoCa always returns a dictionary
         kwargs["output_dict"] = output_dict
     return model_class(**kwargs, cast_dtype=cast_dtype)
 
 
 def _resolve_device(device: Device | None) -> torch.device:
-    """The device that is meant, which must be there; "npu" stays the process's current one, "meta" has no weights."""
+    """Resolve a device and check that it is present. "npu" is the current NPU of the process."""
     if str(device) == "meta":
         return torch.device("meta")
     return devices.as_asked(device)
@@ -99,7 +99,7 @@ def _resolve_device(device: Device | None) -> torch.device:
 def _build(
     recipe: Recipe, precision: str, output_dict: bool | None, target: torch.device, weights_only: bool
 ) -> nn.Module:
-    """The model, with its weights if it has any, on `target`."""
+    """Build a model on `target` and load its weights, if it has any."""
     path = recipe.fetch_weights() if recipe.fetch_weights and target.type != "meta" else None
     on_meta = path is not None or target.type == "meta"
     with contextlib.ExitStack() as building:
@@ -138,44 +138,44 @@ def create_model(
     weights_only: bool = True,
     **model_kwargs: Any,
 ) -> nn.Module:
-    """A model, in training mode, with its preprocessing in `model.visual.preprocess_cfg`.
+    """Create a model, in training mode. Its preprocessing is stored in `model.visual.preprocess_cfg`.
 
     Args:
         model_name: one of `list_models()` ("ViT-B/32" is "ViT-B-32"), "hf-hub:ORGANISATION/NAME[@REVISION]", or
             "local-dir:FOLDER" with an open_clip_config.json.
-        pretrained: a tag of the model's published weights, or a file: what `load_state_dict` reads. Nothing or "":
-            the weights of the hub's repository or of the folder, and else random ones. With "hf-hub:" and
-            "local-dir:", a file goes before their own weights.
-        load_weights: False for no weights of the whole model, whatever `pretrained` says; its preprocessing is taken
-            still.
-        precision: of the weights. "fp32", "amp" and "amp_bf16": float32. "fp16", "bf16": half precision but for norms
-            and embeddings. "pure_fp16", "pure_bf16": all of it.
-        device: where the model is put; "auto" for the best one present, an int for the accelerator of that index,
-            "meta" for a model without memory.
-        jit: no effect but a warning: TorchScript is deprecated, and `torch.compile(model)` is its successor.
-        force_quick_gelu: QuickGELU in place of GELU, as OpenAI's weights need it.
-        force_custom_text: a CustomTextCLIP, with the text tower under `model.text`.
-        force_patch_dropout: fraction of patches left out in training.
-        force_image_size: side, or (height, width), in pixels; the position embedding of the weights is resized.
-        force_preprocess_cfg: goes before the preprocessing of the weights: mean, std, interpolation, resize_mode, ...
-        force_context_length: tokens; the position embedding of the weights is resized.
-        pretrained_image: whether a timm image tower starts from timm's weights, if the whole model has none.
-        pretrained_text: the same for a Hugging Face text tower.
-        pretrained_image_path: a file with weights of the image tower (or of a whole model, of which it is taken).
-        pretrained_text_path: the same for the text tower.
-        cache_dir: where downloads go; the hub's and `~/.cache/clip` by default.
+        pretrained: a tag of the model's published weights, or a file that `load_state_dict` reads. None or "": the
+            weights of the hub repository or the folder, or random weights for other names. With "hf-hub:" and
+            "local-dir:", a file replaces their weights.
+        load_weights: whether to load the weights of the whole model. The preprocessing that belongs to the weights is
+            used in either case.
+        precision: precision of the weights. "fp32", "amp" and "amp_bf16": float32. "fp16" and "bf16": half precision
+            except norms and embeddings. "pure_fp16" and "pure_bf16": half precision for everything.
+        device: device of the model. "auto": the best one present; an int: the accelerator with this index; "meta": no
+            memory is allocated.
+        jit: no effect except a warning. TorchScript is deprecated; use `torch.compile(model)`.
+        force_quick_gelu: use QuickGELU instead of GELU. OpenAI's weights need it.
+        force_custom_text: build a CustomTextCLIP, with the text tower at `model.text`.
+        force_patch_dropout: fraction of patches dropped in training.
+        force_image_size: side, or (height, width), in pixels. The position embedding of the weights is resized.
+        force_preprocess_cfg: replaces values of the weights' preprocessing: mean, std, interpolation, resize_mode, ...
+        force_context_length: number of tokens. The position embedding of the weights is resized.
+        pretrained_image: whether a timm image tower starts from timm's weights if the whole model has none.
+        pretrained_text: whether a Hugging Face text tower starts from its weights if the whole model has none.
+        pretrained_image_path: file with weights of the image tower, or of a whole model that contains it.
+        pretrained_text_path: file with weights of the text tower, or of a whole model that contains it.
+        cache_dir: folder for downloads. Default: the hub's cache, and `~/.cache/clip` for other URLs.
         output_dict: whether the model's forward returns a dictionary.
         require_pretrained: whether a model without weights is an error.
-        weights_only: kept for scripts written for open_clip; nothing in a file is run in any case.
-        model_kwargs: replace top-level keys of the configuration: `init_logit_bias=-10`. And `pretrained_hf`, which is
-            what `pretrained_text` was called before open_clip 3.
+        weights_only: accepted for compatibility with open_clip, without effect. No code in a file is ever run.
+        model_kwargs: replace top-level keys of the configuration, such as `init_logit_bias=-10`. `pretrained_hf` is
+            accepted as the name of `pretrained_text` before open_clip 3.
 
     Raises:
-        RuntimeError: the name or tag is not known, weights could not be had or are another model's, the device is not
-            there.
-        ValueError: a value in the arguments, the configuration or the file is wrong.
-        FileNotFoundError: a folder, a file, or a file of the hub is not there.
-        NotImplementedError: a kind of model that this package does not have yet.
+        RuntimeError: the name or tag is unknown, the weights cannot be downloaded or belong to another model, or the
+            device is missing.
+        ValueError: a value in the arguments, the configuration or the file is invalid.
+        FileNotFoundError: a folder, a file, or a file on the hub does not exist.
+        NotImplementedError: this package does not support this kind of model.
     """
     if jit:
         warnings.warn(
@@ -185,7 +185,7 @@ def create_model(
     target = _resolve_device(device)
     pretrained_text = model_kwargs.pop("pretrained_hf", pretrained_text)
     recipe = read_recipe(model_name, pretrained, cache_dir)
-    override(
+    apply_overrides(
         recipe.model_cfg,
         force_quick_gelu,
         force_custom_text,
@@ -200,7 +200,8 @@ def create_model(
         check_quick_gelu(recipe)
     elif require_pretrained:
         raise RuntimeError(
-            f"{model_name!r} with pretrained={pretrained!r} has no weights to load, and they were required."
+            f"{model_name!r} with pretrained={pretrained!r} has no weights, and the caller requires them. Pass a "
+            "tag or a file as pretrained."
         )
     needs_weights = recipe.fetch_weights is None and target.type != "meta"
     use_tower_defaults(
@@ -210,7 +211,7 @@ def create_model(
     )
     model = _build(recipe, precision, output_dict, target, weights_only)
     if recipe.fetch_weights is None and target.type != "meta":
-        logger.warning("%s has no pretrained weights: it is initialised at random.", model_name)
+        logger.warning("%s has no pretrained weights. It is initialized randomly.", model_name)
     for tower, path in (("visual", pretrained_image_path), ("text", pretrained_text_path)):
         if path:
             logger.info("Loading the %s tower from %s.", tower, path)
@@ -219,11 +220,11 @@ def create_model(
     return model
 
 
-# ---------------------------------------------------------------------------------------------- models with transforms
+# Models with transforms
 
 
 def _set_preprocess(model: nn.Module, *overlays: Mapping[str, Any]) -> None:
-    """Keep with the model how its images are prepared: defaults, then each overlay; the size is always the model's."""
+    """Store the preprocessing in the model: defaults, then each overlay. The size is always that of the model."""
     cfg = dataclasses.asdict(PreprocessCfg())
     for overlay in overlays:
         cfg = merge_preprocess_dict(cfg, dict(overlay))
@@ -232,7 +233,7 @@ def _set_preprocess(model: nn.Module, *overlays: Mapping[str, Any]) -> None:
     set_model_preprocess_cfg(model, cfg)
 
 
-def _given(**kwargs: Any) -> dict[str, Any]:
+def _drop_none(**kwargs: Any) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
@@ -262,14 +263,17 @@ def create_model_and_transforms(
     weights_only: bool = True,
     **model_kwargs: Any,
 ) -> tuple[nn.Module, Callable, Callable]:
-    """(model, transform for training, transform for validation); the transforms turn a PIL image into [3, height,
-    width].
+    """Create a model and its transforms for training and validation.
+
+    The other arguments and the errors are those of `create_model`.
 
     Args:
-        image_mean, image_std, image_interpolation, image_resize_mode: go before the preprocessing of the weights.
-        aug_cfg: augmentation in the transform for training, fields of AugmentationCfg.
+        image_mean, image_std, image_interpolation, image_resize_mode: replace the preprocessing of the weights.
+        aug_cfg: augmentation of the training transform (fields of AugmentationCfg).
 
-    The other arguments, and what is raised, are `create_model`'s.
+    Returns:
+        (model, training transform, validation transform). A transform converts a PIL image to float32
+        [3, height, width].
     """
     model = create_model(
         model_name,
@@ -282,7 +286,7 @@ def create_model_and_transforms(
         force_custom_text=force_custom_text,
         force_patch_dropout=force_patch_dropout,
         force_image_size=force_image_size,
-        force_preprocess_cfg=_given(
+        force_preprocess_cfg=_drop_none(
             mean=image_mean, std=image_std, interpolation=image_interpolation, resize_mode=image_resize_mode
         ),
         force_context_length=force_context_length,
@@ -322,10 +326,15 @@ def create_model_from_pretrained(
     weights_only: bool = True,
     **model_kwargs: Any,
 ) -> nn.Module | tuple[nn.Module, Callable]:
-    """(model, transform for validation), or with `return_transform=False` the model; that it has no weights is an
-    error.
+    """Create a model that must have pretrained weights, and its validation transform.
 
-    The arguments are those of `create_model_and_transforms`.
+    The other arguments and the errors are those of `create_model_and_transforms`.
+
+    Args:
+        return_transform: whether to return the transform.
+
+    Returns:
+        (model, validation transform), or the model alone.
     """
     model = create_model(
         model_name,
@@ -336,7 +345,7 @@ def create_model_from_pretrained(
         force_quick_gelu=force_quick_gelu,
         force_custom_text=force_custom_text,
         force_image_size=force_image_size,
-        force_preprocess_cfg=_given(
+        force_preprocess_cfg=_drop_none(
             mean=image_mean, std=image_std, interpolation=image_interpolation, resize_mode=image_resize_mode
         ),
         force_context_length=force_context_length,
@@ -350,7 +359,7 @@ def create_model_from_pretrained(
     return model, image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizers and losses
+# Tokenizers and losses
 
 
 def get_tokenizer(
@@ -359,17 +368,17 @@ def get_tokenizer(
     cache_dir: PathOrText | None = None,
     **kwargs: Any,
 ) -> SimpleTokenizer | HFTokenizer:
-    """The tokenizer of a model: a callable from texts to ids [N, context_length].
+    """Create the tokenizer of a model, which converts texts to ids: int64 [batch, context_length].
 
     Args:
-        model_name: as in `create_model`; "" for the default tokenizer.
-        context_length: tokens; None for the model's own.
-        kwargs: of the tokenizer, before those of the configuration.
+        model_name: see `create_model`; "" for the default tokenizer.
+        context_length: number of tokens; that of the model by default.
+        cache_dir: folder for downloads.
+        kwargs: arguments of the tokenizer. They replace those in the configuration.
 
     Raises:
-        RuntimeError, ValueError, FileNotFoundError: as `create_model`, about the name; the tokenizer's files cannot be
-            had.
-        ImportError: the model's tokenizer is Hugging Face's, and transformers is not installed.
+        RuntimeError, ValueError, FileNotFoundError: see `create_model`, or the tokenizer's files are not available.
+        ImportError: the tokenizer is from Hugging Face, and transformers is not installed.
     """
     model_name = os.fspath(model_name)
     text_cfg = read_recipe(model_name, None, cache_dir).model_cfg["text_cfg"] if model_name else {}
@@ -388,7 +397,7 @@ def get_tokenizer(
 
 
 def _tokenizer_source(model_name: str, hf_tokenizer_name: str) -> tuple[str, str]:
-    """Where the files of a model's tokenizer are, and the revision: with the model itself, if it has a place."""
+    """Return (repository or folder, revision) of a tokenizer. Files next to the model's weights come first."""
     schema, identifier = parse_model_name(model_name)
     if schema == "hf-hub":
         repository, _, revision = identifier.partition("@")
@@ -401,12 +410,12 @@ def _tokenizer_source(model_name: str, hf_tokenizer_name: str) -> tuple[str, str
 
 
 def create_loss(args: Any) -> nn.Module:
-    """The loss that the training options ask for: distillation, captioning, sigmoid or contrastive.
+    """Create the loss for training options: distillation, captioning, sigmoid or contrastive.
 
     Args:
-        args: any object with attributes: `model` (a name), `distill` or `distill_model`, `siglip`, `local_loss`,
+        args: any object with the attributes `model` (a name), `distill` or `distill_model`, `siglip`, `local_loss`,
             `gather_with_grad`, `rank`, `world_size`, `loss_dist_impl`, `coca_caption_loss_weight`,
-            `coca_contrastive_loss_weight`. Those that are absent are off.
+            `coca_contrastive_loss_weight`. An absent attribute is off.
     """
     contrastive: dict[str, Any] = {
         "local_loss": getattr(args, "local_loss", False),
@@ -418,7 +427,7 @@ def create_loss(args: Any) -> nn.Module:
     }
     if getattr(args, "distill", False) or getattr(args, "distill_model", None):
         return DistillClipLoss(**contrastive)
-    # A model is a captioner by its configuration, not by how it is called.
+    # The configuration decides whether a model writes captions, not its name.
     if "multimodal_cfg" in (get_model_config(getattr(args, "model", None) or "") or {}):
         return CoCaLoss(
             caption_loss_weight=args.coca_caption_loss_weight,
@@ -427,7 +436,7 @@ def create_loss(args: Any) -> nn.Module:
         )
     if getattr(args, "siglip", False):
         if contrastive["use_horovod"]:
-            raise ValueError("The sigmoid loss does not run under horovod: use torchrun.")
+            raise ValueError("The sigmoid loss does not support horovod. Use torchrun.")
         return SigLipLoss(
             rank=contrastive["rank"],
             world_size=contrastive["world_size"],

@@ -1,8 +1,8 @@
-"""Decoding: from a function that gives the next token's logits to whole texts, by sampling or by beam search.
+"""Text generation from a function that returns next-token logits, by sampling or beam search.
 
-Nothing here knows a model. `NextLogits` is asked for one more token again and again; it may keep what it computed for
-the tokens before, and is told by `take` when beams are reordered. Ids stay on the device: the host looks whether all
-texts have ended every few steps only, since it would wait for the device each time.
+This module does not depend on a model. It calls a `NextLogits` once per token. That object may cache results for
+previous tokens; `take` tells it when beams are reordered. Ids stay on the device. The host checks only every few steps
+whether all texts have ended, because each check waits for the device.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-LOOK_EVERY = 8  # steps after which the host looks whether all has ended
-UNLIKELY = -1e9  # score of beams that are copies of the first one, before their first step
+LOOK_EVERY = 8  # number of steps between checks whether all texts have ended
+UNLIKELY = -1e9  # initial score of all beams but the first, which are copies of it
 
 ScoresFunction = Callable[[Tensor, Tensor], Tensor]  # (ids [rows, tokens], scores [rows, vocabulary]) -> scores
 
 
 class NextLogits(Protocol):
-    """What texts are written with."""
+    """Returns the logits of the next token."""
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] of the token behind ids [rows, tokens], which grow by one column a call."""
+        """Return logits [rows, vocabulary] of the token after ids [rows, tokens], which grow by one column per call."""
 
     def take(self, rows: Tensor) -> None:
-        """The rows of the next call continue these rows of the last one; int64 [rows]."""
+        """Select the rows of the last call that the rows of the next call continue: int64 [rows]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """When texts end: at `eos_token_id`, at `seq_len` tokens (the first and a prompt included), or by the criteria.
+    """When a text ends: at `eos_token_id`, at `seq_len` tokens (including the first and a prompt), or by criteria.
 
-    A criterion is called with (ids [rows, tokens], None) and returns whether to stop, a bool or one a row in a bool
-    tensor; writing stops when each row has a criterion that says so.
+    A criterion is called with (ids [rows, tokens], None). It returns whether to stop, as a bool or as a bool tensor
+    [rows]. Generation stops when, for each row, a criterion says so.
     """
 
     seq_len: int
@@ -52,11 +52,11 @@ class Ending:
         return bool(stop.all())
 
 
-# ---- scores ----
+# Scores
 
 
 def min_length(length: int, eos_token_id: int) -> ScoresFunction:
-    """No end before there are `length` tokens."""
+    """Forbid the end of text before `length` tokens."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] >= length:
@@ -69,10 +69,15 @@ def min_length(length: int, eos_token_id: int) -> ScoresFunction:
 
 
 def repetition_penalty(penalty: float) -> ScoresFunction:
-    """Scores of tokens that are there already divided by `penalty`, or multiplied where negative (CTRL,
-    arXiv 1909.05858, section 4.1, which has positive scores only)."""
+    """Penalize tokens that occur already: divide positive scores by `penalty`, multiply negative scores by it.
+
+    The formula for positive scores is from CTRL, arXiv:1909.05858, section 4.1.
+
+    Raises:
+        ValueError: `penalty` is not positive.
+    """
     if penalty <= 0:
-        raise ValueError(f"repetition_penalty is a factor above 0, and 1 for none; got {penalty}")
+        raise ValueError(f"repetition_penalty must be greater than 0 (1 disables it), got {penalty}.")
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         present = scores.gather(1, ids)
@@ -82,9 +87,9 @@ def repetition_penalty(penalty: float) -> ScoresFunction:
 
 
 def top_k(k: int) -> ScoresFunction:
-    """Only the `k` most likely tokens."""
+    """Keep only the `k` most likely tokens."""
     if k < 1:
-        raise ValueError(f"top_k is a number of tokens, at least 1; got {k}")
+        raise ValueError(f"top_k must be at least 1, got {k}.")
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         least = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
@@ -94,21 +99,21 @@ def top_k(k: int) -> ScoresFunction:
 
 
 def top_p(p: float) -> ScoresFunction:
-    """The fewest most likely tokens that have the probability `p` together (nucleus sampling, arXiv 1904.09751)."""
+    """Keep the smallest set of most likely tokens with total probability `p` (nucleus sampling, arXiv:1904.09751)."""
     if not 0 < p <= 1:
-        raise ValueError(f"top_p is a probability above 0; got {p}")
+        raise ValueError(f"top_p must be greater than 0 and at most 1, got {p}.")
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         ordered, order = scores.sort(descending=True)
         probabilities = ordered.softmax(dim=-1)
-        beyond = probabilities.cumsum(dim=-1) - probabilities >= p  # those before suffice
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= p  # the tokens before it suffice
         return scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
 
     return process
 
 
 def in_turn(functions: Iterable[ScoresFunction]) -> ScoresFunction:
-    """One function that applies all, in their order."""
+    """Return a function that applies all functions in order."""
     functions = list(functions)
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
@@ -119,22 +124,22 @@ def in_turn(functions: Iterable[ScoresFunction]) -> ScoresFunction:
     return process
 
 
-# ---- one text a row ----
+# One text per row
 
 
 def most_likely(scores: Tensor) -> Tensor:
-    """The best token of each row: [rows, vocabulary] -> [rows]"""
+    """Return the best token of each row: [rows, vocabulary] -> int64 [rows]."""
     return scores.argmax(dim=-1)
 
 
 def at_random(temperature: float) -> Callable[[Tensor], Tensor]:
-    """Draws a token of each row with the probabilities softmax(scores / temperature)."""
+    """Return a function that draws a token per row with probabilities softmax(scores / temperature)."""
     if temperature <= 0:
-        raise ValueError(f"temperature is above 0; got {temperature}. For the most likely tokens: 'greedy'")
+        raise ValueError(f"temperature must be greater than 0, got {temperature}. Use 'greedy' for the best tokens.")
 
     def choose(scores: Tensor) -> Tensor:
         probabilities = (scores / temperature).softmax(dim=-1)
-        # What torch.multinomial does for one draw, but for its checks, for which the host would wait.
+        # As torch.multinomial for one draw, but without its checks, which wait for the device.
         return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
     return choose
@@ -143,9 +148,19 @@ def at_random(temperature: float) -> Callable[[Tensor], Tensor]:
 def write(
     next_logits: NextLogits, ids: Tensor, ending: Ending, process: ScoresFunction, choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Texts that begin with ids [rows, tokens], [rows, as many tokens as the longest has].
+    """Generate one text per row.
 
-    A text ends with `eos_token_id` (the one that comes to `seq_len`, too) or with `pad_token_id`; padding follows.
+    A text ends with `eos_token_id` (also a text that reaches `seq_len`) or with `pad_token_id`, followed by padding.
+
+    Args:
+        next_logits: returns the logits of the next token.
+        ids: start of each text, int64 [rows, tokens].
+        ending: when a text ends.
+        process: changes the scores.
+        choose: chooses a token per row from scores [rows, vocabulary].
+
+    Returns:
+        int64 [rows, length of the longest text].
     """
     eos, pad = (torch.full_like(ids[:, 0], id) for id in (ending.eos_token_id, ending.pad_token_id))
     prompt = ids.shape[1]
@@ -165,16 +180,16 @@ def write(
     return ids[:, : prompt + int(used)]
 
 
-# ---- beams ----
+# Beam search
 
 
 @dataclasses.dataclass
 class _Finished:
-    """The best texts of a group of beams that have ended, for each of `batch` images; free places score -inf."""
+    """The best finished texts of a group of beams, for each image. Empty entries have the score -inf."""
 
     ids: Tensor  # [batch, beams, seq_len]
-    lengths: Tensor  # [batch, beams], the end included
-    scores: Tensor  # [batch, beams], log-probability a token
+    lengths: Tensor  # [batch, beams], including the end
+    scores: Tensor  # [batch, beams], log-probability per token
 
     @classmethod
     def none(cls, batch: int, beams: int, seq_len: int, like: Tensor) -> _Finished:
@@ -183,23 +198,23 @@ class _Finished:
         return cls(like.new_zeros(batch, beams, seq_len), lengths, scores)
 
     def add(self, ids: Tensor, scores: Tensor) -> None:
-        """Texts [batch, n, tokens] and the sums of their log-probabilities [batch, n], -inf for none; the best stay."""
+        """Add texts [batch, n, tokens] with summed log-probabilities [batch, n] (-inf: no text), and keep the best."""
         length = ids.shape[-1]
-        places = self.ids.shape[1]
+        num_kept = self.ids.shape[1]
         ids = torch.nn.functional.pad(ids, (0, self.ids.shape[-1] - length))
-        self.scores, best = torch.cat([self.scores, scores / length], dim=1).topk(places)
+        self.scores, best = torch.cat([self.scores, scores / length], dim=1).topk(num_kept)
         lengths = torch.full_like(scores, length, dtype=torch.int64)
         self.lengths = torch.cat([self.lengths, lengths], dim=1).gather(1, best)
         self.ids = _take_rows(torch.cat([self.ids, ids], dim=1), best)
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Of x [batch, n, tokens] the rows index [batch, m]: [batch, m, tokens]"""
+    """Select rows of x [batch, n, tokens] by index [batch, m]: [batch, m, tokens]."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class _Group:
-    """Beams of each image that compete with one another."""
+    """The beams of each image that compete with each other."""
 
     def __init__(self, batch: int, beams: int, ending: Ending, ids: Tensor) -> None:
         self.beams, self.ending = beams, ending
@@ -209,12 +224,18 @@ class _Group:
         self.done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
 
     def advance(self, ids: Tensor, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """One token more: ids [batch, beams, tokens], log-probabilities [batch, beams, vocabulary] -> the beams that
-        are continued and with which tokens, both [batch, beams], the best first.
+        """Extend the beams by one token.
 
-        Of twice as many candidates as beams enough do not end. Those that do are kept if they are among the first
-        `beams`. An image is done when no beam can become better than the worst of as many finished texts as beams, if
-        it does not get less likely a token.
+        Twice as many candidates as beams are considered, so that enough of them do not end. Candidates that end are
+        stored if they are among the first `beams`. An image is done if no beam can exceed the worst of `beams` finished
+        texts without a higher log-probability per token.
+
+        Args:
+            ids: [batch, beams, tokens].
+            log_probabilities: [batch, beams, vocabulary].
+
+        Returns:
+            (beams to continue, their next tokens), both [batch, beams], best first.
         """
         length, vocabulary = ids.shape[-1] + 1, log_probabilities.shape[-1]
         totals = (self.scores[..., None] + log_probabilities).flatten(1)
@@ -228,12 +249,12 @@ class _Group:
         self.finished.add(ended, candidates.values[:, first].masked_fill(~may_finish, -torch.inf))
         self.done = self.done | (self.finished.scores[:, -1] >= candidates.values[:, 0] / length)
 
-        goes_on = ends.int().argsort(dim=1, stable=True)[:, first]
-        self.scores = candidates.values.gather(1, goes_on)
-        return beam.gather(1, goes_on), token.gather(1, goes_on)
+        continuing = ends.int().argsort(dim=1, stable=True)[:, first]
+        self.scores = candidates.values.gather(1, continuing)
+        return beam.gather(1, continuing), token.gather(1, continuing)
 
     def finish(self, ids: Tensor) -> _Finished:
-        """With the beams that are left, ids [batch, beams, tokens], where there is not enough without them."""
+        """Add the unfinished beams, ids [batch, beams, tokens], of images that are not done."""
         self.finished.add(ids, self.scores.masked_fill(self.done[:, None], -torch.inf))
         return self.finished
 
@@ -248,24 +269,32 @@ def beam_search(
     diversity_penalty: float = 0.0,
     sum_logits: bool = False,
 ) -> Tensor:
-    """The texts found with the highest log-probability a token (counting all of their tokens, the first one, too).
+    """Search for the texts with the highest log-probability per token, where all tokens count, also the first.
 
-    Diverse beam search (arXiv 1610.02424): groups of num_beams / num_beam_groups beams are searched one after another,
+    Diverse beam search (arXiv:1610.02424): groups of num_beams / num_beam_groups beams are searched one after another,
     and a token costs `diversity_penalty` for each beam of an earlier group that chose it in the same step.
 
     Args:
-        next_logits: has num_beams rows for each text, in a row; fewer where groups would be equal.
-        ids: what the texts begin with, [texts, tokens].
-        process: acts on log-probabilities.
-        sum_logits: add up logits as they come in their place. That is no likelihood, and what open_clip 3.3.0 does.
+        next_logits: returns the logits of the next token. Its rows are num_beams consecutive beams per text, or fewer
+            if all groups would be equal.
+        ids: start of each text, int64 [texts, tokens].
+        ending: when a text ends.
+        process: changes the log-probabilities.
+        num_beams: beams per text.
+        num_beam_groups: groups that the beams are divided into.
+        diversity_penalty: see above.
+        sum_logits: sum logits instead of log-probabilities, as open_clip 3.3.0 does. The sum is not a likelihood.
 
     Returns:
-        [texts, as many tokens as the longest has], with padding behind the end.
+        int64 [texts, length of the longest text], padded after the end.
+
+    Raises:
+        ValueError: the beams cannot be divided into equal groups.
     """
     _check_beams(num_beams, num_beam_groups)
     beams = num_beams // num_beam_groups
     if diversity_penalty == 0:
-        num_beam_groups = 1  # all groups would find the same
+        num_beam_groups = 1  # all groups would find the same texts
     batch = len(ids)
     groups = [_Group(batch, beams, ending, ids) for _ in range(num_beam_groups)]
     ids = ids[:, None, None].expand(-1, num_beam_groups, beams, -1)  # [batch, groups, beams, tokens]
@@ -275,7 +304,7 @@ def beam_search(
         logits = next_logits(rows).float()
         scores = process(rows, logits if sum_logits else logits.log_softmax(dim=-1))
         scores = scores.unflatten(0, (batch, num_beam_groups, beams))
-        taken = torch.zeros_like(scores[:, 0, 0])  # how often each token was, [batch, vocabulary]
+        taken = torch.zeros_like(scores[:, 0, 0])  # how often each token was chosen, [batch, vocabulary]
         beam, token = [], []
         for number, group in enumerate(groups):
             penalised = scores[:, number] - diversity_penalty * taken[:, None]
@@ -292,17 +321,17 @@ def beam_search(
             break
         if step % LOOK_EVERY == 0 and torch.stack([group.done for group in groups]).all():
             break
-    return _best([group.finish(ids[:, number]) for number, group in enumerate(groups)], ending.pad_token_id)
+    return _select_best([group.finish(ids[:, number]) for number, group in enumerate(groups)], ending.pad_token_id)
 
 
 def _check_beams(num_beams: int, num_beam_groups: int) -> None:
     if num_beams < 1 or num_beam_groups < 1 or num_beams % num_beam_groups:
-        raise ValueError(f"num_beams={num_beams} cannot be divided into num_beam_groups={num_beam_groups} equal groups")
+        raise ValueError(f"num_beams={num_beams} cannot be divided into num_beam_groups={num_beam_groups} equal parts.")
 
 
-def _best(finished: Sequence[_Finished], pad_token_id: int) -> Tensor:
+def _select_best(finished: Sequence[_Finished], pad_token_id: int) -> Tensor:
     best = torch.cat([group.scores for group in finished], dim=1).argmax(dim=1, keepdim=True)
     lengths = torch.cat([group.lengths for group in finished], dim=1).gather(1, best)  # [batch, 1]
     ids = _take_rows(torch.cat([group.ids for group in finished], dim=1), best)[:, 0]
-    behind = torch.arange(ids.shape[1], device=ids.device) >= lengths
-    return ids.masked_fill(behind, pad_token_id)[:, : int(lengths.max())]
+    is_after_end = torch.arange(ids.shape[1], device=ids.device) >= lengths
+    return ids.masked_fill(is_after_end, pad_token_id)[:, : int(lengths.max())]

@@ -1,6 +1,6 @@
-"""Hugging Face text models: how their kinds are spelled in transformers, and the architectures that we need of them.
+"""Hugging Face text models: names of their parts and sizes in transformers, and the architectures that models use.
 
-With the architectures kept here a model is built without asking the hub, as long as it needs no weights from there.
+With the architectures stored here, a model that needs no weights from the hub is built without contacting it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from types import ModuleType
 from typing import Any
 
-# The first release in which all kinds of text model below, T5's too, take their attention from where we can put ours.
+# The first release in which the attention of all text models below, T5 included, can be replaced.
 MINIMAL_TRANSFORMERS = "5.18"
 
 _BERT_NAMES = {
@@ -21,7 +21,7 @@ _BERT_NAMES = {
     "layers": "num_hidden_layers",
     "layer_attr": "layer",
     "token_embeddings_attr": "embeddings",
-    "final_norm_attr": "",  # each block ends with one
+    "final_norm_attr": "",  # each block ends with a norm
 }
 _T5_NAMES = {
     "context_length": "",  # positions are relative
@@ -44,7 +44,7 @@ _M2M_100_NAMES = {
     "final_norm_attr": "layer_norm",
 }
 
-# model_type -> names of the sizes in its configuration and of parts in its module; the pooler where none is asked for
+# model_type -> attribute names of sizes (in the configuration) and parts (in the module); the default pooler
 arch_dict: dict[str, dict[str, Any]] = {
     "roberta": {"config_names": _BERT_NAMES, "pooler": "mean_pooler"},
     "xlm-roberta": {"config_names": _BERT_NAMES, "pooler": "mean_pooler"},
@@ -70,7 +70,7 @@ _BERT_LARGE = {
     "intermediate_size": 4096,
 }
 _ROBERTA = {
-    "max_position_embeddings": 514,  # 512 tokens: positions are counted from pad_token_id + 1
+    "max_position_embeddings": 514,  # 512 tokens: positions start at pad_token_id + 1
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
     "bos_token_id": 0,
@@ -109,7 +109,7 @@ _NLLB = {
     "decoder_start_token_id": 2,
 }
 
-# Name on the hub -> model_type and what its published config.json says. From the papers: BERT arXiv:1810.04805, RoBERTa
+# Name on the hub -> (model_type, values of its published config.json). Papers: BERT arXiv:1810.04805, RoBERTa
 # arXiv:1907.11692, XLM-R arXiv:1911.02116, mT5 arXiv:2010.11934, NLLB arXiv:2207.04672.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": (
@@ -132,46 +132,55 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         _NLLB | {"encoder_layers": 24, "decoder_layers": 24, "encoder_ffn_dim": 8192, "decoder_ffn_dim": 8192},
     ),
 }
-# Where the hub keeps models whose names had no organisation at first.
+# Organisations that the hub later added to names without one.
 _ORGANISATIONS = ("FacebookAI/", "google-bert/")
 
 
 def known_architecture(name: str) -> tuple[str, dict[str, Any]] | None:
-    """(model_type, configuration) of a model of the table above, None for any other."""
+    """Return (model_type, configuration) of a model in ARCHITECTURES, or None."""
     for organisation in _ORGANISATIONS:
         name = name.removeprefix(organisation)
     return ARCHITECTURES.get(name)
 
 
 def import_transformers(wanted_for: str, minimal: str = MINIMAL_TRANSFORMERS) -> ModuleType:
-    """The package transformers, which only Hugging Face's text models and tokenizers need.
+    """Import transformers, which only Hugging Face text models and tokenizers need.
+
+    Args:
+        wanted_for: what needs it, for the error message.
+        minimal: oldest version that works, such as "5.18".
 
     Raises:
-        ImportError: it is not installed, or older than `minimal`.
+        ImportError: transformers is not installed, or older than `minimal`.
     """
-    mend = f"pip install 'transformers>={MINIMAL_TRANSFORMERS}' sentencepiece"
+    command = f"pip install 'transformers>={MINIMAL_TRANSFORMERS}' sentencepiece"
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise ImportError(f"{wanted_for} needs the package transformers ({error}): {mend}") from error
-    if _numbers(transformers.__version__) < _numbers(minimal):
-        raise ImportError(f"{wanted_for} needs a newer transformers than {transformers.__version__}: {mend}")
+        raise ImportError(f"{wanted_for} needs the package transformers ({error}). Install it: {command}.") from error
+    if _parse_version(transformers.__version__) < _parse_version(minimal):
+        version = transformers.__version__
+        raise ImportError(f"{wanted_for} needs a newer transformers than {version}. Install it: {command}.")
     return transformers
 
 
-def _numbers(version: str) -> list[int]:
+def _parse_version(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def unavailable(what: str, name: str, files: str, error: Exception, others: str = "") -> RuntimeError:
-    """The error for files of the hub that are neither there nor to be had.
+    """Create the error for files of the hub that are not in the cache and cannot be downloaded.
 
     Args:
-        what: "the text tower's weights"; `files`: by their names; `others`: mends that are the caller's own.
+        what: such as "The text tower's weights".
+        name: repository or folder.
+        files: names of the needed files.
+        error: the cause.
+        others: further advice of the caller.
     """
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return RuntimeError(
-        f"{what} of {name!r} cannot be loaded: {reason} Needed are {files}. With a network, they come from the hub "
-        f"(HF_ENDPOINT=URL names a mirror, HF_HOME a cache with them); without, name a local folder that has them. "
+        f"{what} of {name!r} cannot be loaded: {reason} Needed are {files}. With a network, they are downloaded from "
+        f"the hub (HF_ENDPOINT=URL sets a mirror, HF_HOME the cache). Without one, pass a local folder that has them. "
         f"{others}".rstrip()
     )

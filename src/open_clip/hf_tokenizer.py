@@ -1,6 +1,7 @@
-"""Tokenizers of Hugging Face's transformers, called like `SimpleTokenizer`: captions -> LongTensor [N, context_length].
+"""Tokenizers of Hugging Face's transformers with the interface of `SimpleTokenizer`.
 
-Their files come from a local folder, the hub's cache or the hub. transformers is imported when a tokenizer is made.
+The tokenizer's files come from a local folder, the hub's cache or the hub. transformers is imported when a tokenizer is
+created.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ MODES = ("", "clips")
 
 
 class HFTokenizer:
-    """A tokenizer of transformers with a cleaning of captions.
+    """A tokenizer of transformers that cleans captions first.
 
     Args:
         tokenizer_name: a folder with the tokenizer's files, or a repository on the hub.
-        context_length: columns of what `__call__` returns; None where every call gives its own.
-        clean: `whitespace`, `lower` or `canonicalize`, of which punctuation is left out.
-        strip_sep_token: put 0 in place of the separator's id.
-        language: code of the captions' language, for tokenizers that mark it (NLLB: "fra_Latn").
-        cache_dir: where downloads go; the hub's cache by default.
-        tokenizer_mode: "" for the tokenizer's own start and end of text; "clips" for start of text, text, end of text,
-            padding, class token (CLIPS, arXiv:2411.16828).
-        kwargs: of transformers' AutoTokenizer.from_pretrained.
+        context_length: number of columns that `__call__` returns. None: every call must pass it.
+        clean: `whitespace`, `lower` or `canonicalize` (lower case without punctuation).
+        strip_sep_token: replace the separator's id by 0.
+        language: language code of the captions, for tokenizers that mark it (NLLB: "fra_Latn").
+        cache_dir: folder for downloads; the hub's cache by default.
+        tokenizer_mode: "" for the special tokens that the tokenizer adds itself; "clips" for start of text, text, end
+            of text, padding, class token (CLIPS, arXiv:2411.16828).
+        kwargs: passed to transformers' AutoTokenizer.from_pretrained.
 
     Raises:
         ImportError: transformers is not installed, or too old.
-        RuntimeError: the files cannot be had.
-        ValueError: there is no such `clean`, `tokenizer_mode` or language, or the tokenizer lacks a token for them.
+        RuntimeError: the files cannot be found or downloaded.
+        ValueError: `clean`, `tokenizer_mode` or `language` is unknown, or the tokenizer lacks a token that they need.
     """
 
     def __init__(
@@ -58,55 +59,58 @@ class HFTokenizer:
     ) -> None:
         self.tokenizer_mode = tokenizer_mode or ""
         if self.tokenizer_mode not in MODES:
-            raise ValueError(f"tokenizer_mode={tokenizer_mode!r} is not known: choose '' or 'clips'")
+            raise ValueError(f"tokenizer_mode={tokenizer_mode!r} is unknown. Choose '' or 'clips'.")
         self.context_length = context_length
         self.clean_fn = get_clean_fn(clean)
         self.strip_sep_token = strip_sep_token
-        self.tokenizer = _load(tokenizer_name, cache_dir=cache_dir, **kwargs)
+        self.tokenizer = _load_tokenizer(tokenizer_name, cache_dir=cache_dir, **kwargs)
         needed = ["pad", *(["sep"] if strip_sep_token else [])]
         needed += ["bos", "eos", "cls"] if self.tokenizer_mode == "clips" else []
         missing = [name for name in needed if getattr(self.tokenizer, f"{name}_token_id") is None]
         if missing:
             raise ValueError(
-                f"the tokenizer {tokenizer_name!r} has no token for {', '.join(missing)}, which "
-                f"strip_sep_token={strip_sep_token} and tokenizer_mode={self.tokenizer_mode!r} need: "
-                f"name one, as in {missing[0]}_token='<{missing[0]}>'"
+                f"The tokenizer {tokenizer_name!r} has no token for {', '.join(missing)}, which "
+                f"strip_sep_token={strip_sep_token} and tokenizer_mode={self.tokenizer_mode!r} need. "
+                f"Name one, for example {missing[0]}_token='<{missing[0]}>'."
             )
         if language is not None:
             self.set_language(language)
 
     def save_pretrained(self, dest: str | os.PathLike) -> None:
-        """Write the tokenizer's files into the folder `dest`, from which HFTokenizer(dest) reads them."""
-        _save(self.tokenizer, dest)
+        """Write the tokenizer's files into the folder `dest`. HFTokenizer(dest) reads them."""
+        _save_tokenizer(self.tokenizer, dest)
 
     def set_language(self, src_lang: str) -> None:
-        """Mark captions as of this language from now on; a warning where the tokenizer has no such marks.
+        """Set the language of the captions that follow. Warn if the tokenizer does not mark languages.
 
         Raises:
             ValueError: the tokenizer does not know the language.
         """
         if not hasattr(self.tokenizer, "src_lang"):
-            warnings.warn(f"Cannot set language for the tokenizer: it does not mark {src_lang!r}.", stacklevel=2)
+            warnings.warn(
+                f"Cannot set language for the tokenizer: it does not mark languages, so {src_lang!r} has no effect.",
+                stacklevel=2,
+            )
             return
         before = self.tokenizer.src_lang
         try:
             self.tokenizer.src_lang = src_lang
-            known = getattr(self.tokenizer, "cur_lang_code", None) != self.tokenizer.unk_token_id
+            is_known = getattr(self.tokenizer, "cur_lang_code", None) != self.tokenizer.unk_token_id
         except KeyError:
-            known = False
-        if not known:
+            is_known = False
+        if not is_known:
             self.tokenizer.src_lang = before
-            raise ValueError(f"the tokenizer does not know the language {src_lang!r}; now it is {before!r}")
+            raise ValueError(f"The tokenizer does not know the language {src_lang!r}. It remains {before!r}.")
 
     def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
-        """Ids, padded and cut to `context_length` columns, with the special tokens of the mode.
+        """Tokenize captions; pad and truncate to `context_length`, with the special tokens of the mode.
 
         Args:
             texts: one caption or several.
-            context_length: columns of the answer; the tokenizer's own by default.
+            context_length: number of columns; the tokenizer's `context_length` by default.
 
         Returns:
-            LongTensor [N, context_length].
+            int64 [batch, context_length].
 
         Raises:
             ValueError: neither the call nor the tokenizer has a context length.
@@ -114,7 +118,7 @@ class HFTokenizer:
         """
         context_length = context_length or self.context_length
         if not context_length:
-            raise ValueError("give context_length, a positive number of tokens, to the tokenizer or to its call")
+            raise ValueError("No context_length. Pass a positive number of tokens to the tokenizer or to the call.")
         texts = [self.clean_fn(text) for text in ([texts] if isinstance(texts, str) else texts)]
         if not texts:
             return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
@@ -135,26 +139,27 @@ class HFTokenizer:
         return torch.tensor(rows)  # type: ignore[return-value]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of ids (ints or 0-d tensors, or a tensor [L]) without special tokens."""
+        """Decode ids (ints, 0-d tensors, or one tensor [length]) to text without special tokens."""
         return self.tokenizer.decode(ids_to_list(tokens), skip_special_tokens=True)
 
 
 class SigLipTokenizer:
-    """A sentencepiece vocabulary as SigLIP uses it (arXiv:2303.15343): captions in canonical form, an end, padding.
+    """A tokenizer made from a sentencepiece vocabulary of T5 or Gemma, as SigLIP uses it (arXiv:2303.15343).
 
-    The models themselves name tokenizers that HFTokenizer reads; this one makes such from vocabularies of T5 and Gemma.
+    Captions are canonicalized, then an end token and padding are added. The SigLIP models name tokenizers that
+    HFTokenizer reads; this class serves scripts that have the vocabulary file alone.
 
     Args:
-        tokenizer_name: one of VOCAB_FILES, which is downloaded, or a sentencepiece model file (that of Gemma has
-            "gemma" in its name).
-        context_length: columns of what `__call__` returns.
+        tokenizer_name: a key of VOCAB_FILES, which is downloaded, or the path of a sentencepiece model file. A file of
+            Gemma needs "gemma" in its name.
+        context_length: number of columns that `__call__` returns.
 
     Raises:
         ImportError: transformers is not installed, or too old.
-        RuntimeError: the file cannot be had.
+        RuntimeError: the file cannot be found or downloaded.
     """
 
-    VOCAB_FILES = {  # noqa: RUF012  a constant, under the name that it has in open_clip
+    VOCAB_FILES = {  # noqa: RUF012  a constant, with the name that open_clip gave it
         "c4-en": "https://storage.googleapis.com/t5-data/vocabs/cc_en.32000/sentencepiece.model",
         "mc4": "https://storage.googleapis.com/t5-data/vocabs/mc4.250000.100extra/sentencepiece.model",
         "gemma": "https://storage.googleapis.com/big_vision/gemma_tokenizer.model",
@@ -164,26 +169,26 @@ class SigLipTokenizer:
         self.context_length = context_length
         path = Path(_vocabulary_file(tokenizer_name, self.VOCAB_FILES))
         transformers = import_transformers("SigLipTokenizer")
-        gemma = "gemma" in Path(tokenizer_name).name.lower()
-        kind, name, options = (
+        is_gemma = "gemma" in Path(tokenizer_name).name.lower()
+        tokenizer_class, file_name, options = (
             (transformers.GemmaTokenizer, "tokenizer.model", {"add_bos_token": False, "add_eos_token": True})
-            if gemma
+            if is_gemma
             else (transformers.T5Tokenizer, "spiece.model", {"extra_ids": 0})
         )
-        with tempfile.TemporaryDirectory() as folder:  # transformers knows the file by its usual name
-            shutil.copy(path, Path(folder, name))
-            self.tokenizer = kind.from_pretrained(folder, padding_side="right", **options)
-        self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(0 if gemma else 1)
+        with tempfile.TemporaryDirectory() as folder:  # transformers expects the usual file name
+            shutil.copy(path, Path(folder, file_name))
+            self.tokenizer = tokenizer_class.from_pretrained(folder, padding_side="right", **options)
+        self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(0 if is_gemma else 1)
 
     def save_pretrained(self, dest: str | os.PathLike) -> None:
-        """Write the tokenizer's files into the folder `dest`, from which HFTokenizer reads them."""
-        _save(self.tokenizer, dest)
+        """Write the tokenizer's files into the folder `dest`. HFTokenizer(dest) reads them."""
+        _save_tokenizer(self.tokenizer, dest)
 
     def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
-        """LongTensor [N, context_length]; arguments and errors as HFTokenizer's."""
+        """Tokenize captions to int64 [batch, context_length]. Arguments and errors are those of HFTokenizer."""
         context_length = context_length or self.context_length
         if not context_length:
-            raise ValueError("give context_length, a positive number of tokens, to the tokenizer or to its call")
+            raise ValueError("No context_length. Pass a positive number of tokens to the tokenizer or to the call.")
         texts = [canonicalize_text(basic_clean(text)) for text in ([texts] if isinstance(texts, str) else texts)]
         if not texts:
             return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
@@ -191,7 +196,7 @@ class SigLipTokenizer:
 
 
 def ids_to_list(tokens: Iterable[Any]) -> list[Any]:
-    """Ids as a list of ints, from a tensor, an array, or a sequence of ints and 0-d tensors."""
+    """Convert ids (a tensor, an array, or a sequence of ints and 0-d tensors) to a list of ints."""
     if isinstance(tokens, (torch.Tensor, np.ndarray)):
         return tokens.tolist()
     return [token.item() if isinstance(token, torch.Tensor) and token.ndim == 0 else token for token in tokens]
@@ -202,19 +207,19 @@ def _padded_ids(tokenizer: Any, texts: list[str], context_length: int) -> torch.
     return encoded["input_ids"]
 
 
-def _load(name: str, **kwargs: Any) -> Any:
+def _load_tokenizer(name: str, **kwargs: Any) -> Any:
     transformers = import_transformers(f"The tokenizer {name!r}", minimal="4.0")
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, ImportError) as error:  # what it raises depends on which file is missing
+    except (OSError, ValueError, ImportError) as error:  # which one depends on the missing file
         raise unavailable(
-            "The tokenizer", name, TOKENIZER_FILES, error, others="hf_tokenizer_name in a text_cfg may name one."
+            "The tokenizer", name, TOKENIZER_FILES, error, others="Or set hf_tokenizer_name in text_cfg."
         ) from error
 
 
-def _save(tokenizer: Any, dest: str | os.PathLike) -> None:
-    """Write the files of a transformers tokenizer, each of which replaces an old one as a whole."""
-    with tempfile.TemporaryDirectory() as folder:  # transformers overwrites files that are there
+def _save_tokenizer(tokenizer: Any, dest: str | os.PathLike) -> None:
+    """Write the files of a transformers tokenizer. Each replaces an existing file atomically."""
+    with tempfile.TemporaryDirectory() as folder:  # transformers would overwrite existing files in place
         tokenizer.save_pretrained(folder)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             target = Path(dest, file.relative_to(folder))
@@ -228,7 +233,7 @@ def _vocabulary_file(name: str, known: dict[str, str]) -> str:
         try:
             return download_pretrained_from_url(known[name])
         except RuntimeError as error:
-            raise RuntimeError(f"{error} (Or pass it to SigLipTokenizer.)") from error
+            raise RuntimeError(f"{error} (Or pass its path to SigLipTokenizer.)") from error
     if not os.path.isfile(name):
-        raise RuntimeError(f"{name!r} is neither a sentencepiece model file nor one of {', '.join(known)}")
+        raise RuntimeError(f"{name!r} is neither a sentencepiece model file nor one of {', '.join(known)}.")
     return name

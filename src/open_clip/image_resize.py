@@ -1,6 +1,7 @@
-"""Resizing and cropping of PIL images (and of tensors [..., H, W], by torchvision's rules).
+"""Resizing and cropping of PIL images and of tensors [..., height, width].
 
-The same pixels as torchvision's Resize, CenterCrop and RandomResizedCrop within one level of 255, several times faster.
+For PIL images, the pixels equal those of torchvision's Resize, CenterCrop and RandomResizedCrop within one level of
+255, and are computed several times faster. Tensors are passed to torchvision.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "box", "hamming", "lanczos"
 
 
 def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a side, of a sequence of one side, or of a pair.
+    """Convert a side, a sequence of one side, or a pair to (height, width).
 
     Raises:
-        ValueError: it is neither, or not of positive ints.
+        ValueError: `size` is something else, or a side is not a positive int.
     """
     sides = [size] if isinstance(size, (int, np.integer)) else list(size) if isinstance(size, Sequence) else []
     if len(sides) not in (1, 2) or not all(isinstance(side, (int, np.integer)) and side > 0 for side in sides):
-        raise ValueError(f"size={size!r}: give a positive number of pixels, or two: (height, width)")
+        raise ValueError(f"size={size!r} is not valid. Pass a positive number of pixels, or (height, width).")
     return int(sides[0]), int(sides[-1])
 
 
@@ -37,41 +38,41 @@ def to_interpolation(interpolation: Any) -> str:
     """Return the name of an interpolation given as a name or as torchvision's InterpolationMode."""
     name = getattr(interpolation, "value", interpolation)
     if name not in _INTERPOLATIONS:
-        raise ValueError(f"interpolation={interpolation!r} is not known. Choose from {', '.join(_INTERPOLATIONS)}.")
+        raise ValueError(f"interpolation={interpolation!r} is unknown. Choose from {', '.join(_INTERPOLATIONS)}.")
     return name
 
 
 @lru_cache
-def _torch_resizes_bytes() -> bool:
-    """Whether torch's resize of uint8 is its vectorised one, 4 to 6 times as fast as Pillow's; others are slower."""
+def _has_fast_uint8_resize() -> bool:
+    """Whether torch has a vectorized resize for uint8 here. It is 4 to 6 times as fast as Pillow; others are slower."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def _vertical_first(image: Image, size: tuple[int, int]) -> bool:
-    """Whether Pillow 13 resizes columns before rows. What lies between is rounded, so the order shows in the result.
+    """Whether Pillow 13 resizes columns before rows. The intermediate image is rounded, so the order matters.
 
-    In torch, and in Pillow before 13, rows always come first.
+    torch, and Pillow before 13, always resize rows first.
     """
     return image.height - size[0] > 2 * max(image.width - size[1], 0)
 
 
 def _torch_agrees(image: Image, size: tuple[int, int]) -> bool:
-    """Whether torch's resize of uint8 is fast here, and gives Pillow's pixels within one level of 255.
+    """Whether torch's resize for uint8 is fast here, and equals Pillow's within one level of 255.
 
-    torch has fewer bits for its weights. What it rounds otherwise between the two passes stays within one level where
-    no single weight is large, that is, where the image shrinks: at ratios from 1.6 on, of 500 million values none was
-    two off.
+    torch stores its weights with fewer bits. The difference in rounding between the two passes stays within one level
+    if no single weight is large, that is, if the image shrinks: at ratios of 1.6 and more, none of 500 million values
+    differed by two levels.
     """
     return (
         image.mode in ("RGB", "L")
         and min(image.height / size[0], image.width / size[1]) >= 1.6
         and not _vertical_first(image, size)
-        and _torch_resizes_bytes()
+        and _has_fast_uint8_resize()
     )
 
 
 def to_resizable(image: Image) -> Image:
-    """The image in a mode that can be resized: 16 bits a pixel scaled to 8, palettes with an alpha band looked up."""
+    """Convert an image to a mode that can be resized: scale 16 bits to 8, convert palettes with alpha to RGBA."""
     from PIL.Image import fromarray
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
@@ -81,7 +82,7 @@ def to_resizable(image: Image) -> Image:
 
 
 def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
-    """The whole image at `size` (height, width), with antialiasing; palette and 1-bit images take nearest pixels."""
+    """Resize an image to (height, width) with antialiasing. Palette and 1-bit images use the nearest pixel."""
     from PIL.Image import Resampling, fromarray
 
     height, width = size
@@ -95,7 +96,7 @@ def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
 
 
 def _resize_any(image: Image | torch.Tensor, size: tuple[int, int], interpolation: str) -> Image | torch.Tensor:
-    """`resize`, or for a tensor [..., H, W] what torchvision does."""
+    """Resize a PIL image with `resize`, or a tensor [..., height, width] with torchvision."""
     if isinstance(image, torch.Tensor):
         from torchvision.transforms import InterpolationMode, functional
 
@@ -108,17 +109,17 @@ def _height_width(image: Image | torch.Tensor) -> tuple[int, int]:
 
 
 def resize_center_crop(image: Image, side: int, interpolation: str) -> Image:
-    """Resize the shortest side to `side` and crop the square in the middle, as torchvision's Resize and CenterCrop do.
+    """Resize the shorter side to `side` and crop the central square, as torchvision's Resize and CenterCrop do.
 
-    Only the pixels of the square are computed, where the image is long enough for that to be faster.
+    If it is faster, only the pixels of the square are computed.
     """
     width, height = image.size
     shortest = min(height, width)
-    # The long side is rounded down, as torchvision's Resize does.
+    # Round the long side down, as torchvision's Resize does.
     new_height, new_width = (side if edge == shortest else int(side * edge / shortest) for edge in (height, width))
     top, left = round((new_height - side) / 2), round((new_width - side) / 2)
     crop = (left, top, left + side, top + side)
-    if not _box_pays(image, side, (new_height, new_width)):
+    if not _should_use_box(image, side, (new_height, new_width)):
         return resize(image, (new_height, new_width), interpolation).crop(crop)
     from PIL.Image import Resampling
 
@@ -127,12 +128,12 @@ def resize_center_crop(image: Image, side: int, interpolation: str) -> Image:
     return image.resize((side, side), Resampling[interpolation.upper()], box)
 
 
-def _box_pays(image: Image, side: int, resized: tuple[int, int]) -> bool:
-    """Whether Pillow computes the square alone: the same pixels within one level, and faster than `resize`.
+def _should_use_box(image: Image, side: int, resized: tuple[int, int]) -> bool:
+    """Whether resizing only the square with Pillow gives the same pixels within one level, and is faster than `resize`.
 
-    Not with palettes and 1 bit, where it picks other pixels, nor with alpha, which magnifies a last bit, nor where
-    it would take the passes in another order, nor where the image grows: single weights are large then, and one value
-    in 10 million would be two levels off.
+    Exceptions: palette and 1-bit images, where other pixels would be selected; alpha, which amplifies rounding errors;
+    a different order of the two passes; and growing images, where single weights are large and one value in 10 million
+    would differ by two levels.
     """
     return (
         image.mode in ("RGB", "L", "CMYK", "YCbCr")
@@ -150,7 +151,7 @@ def random_resized_crop(
     ratio: tuple[float, float],
     interpolation: str,
 ) -> Image:
-    """What torchvision's RandomResizedCrop does, with the same draws from torch's generator."""
+    """Crop and resize randomly, as torchvision's RandomResizedCrop does, with the same draws from torch's generator."""
     from torchvision.transforms import RandomResizedCrop
 
     top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
@@ -158,14 +159,15 @@ def random_resized_crop(
 
 
 class ResizeKeepRatio:
-    """Resize and keep the aspect ratio, until the image covers `size` (longest=0), fits in it (longest=1) or between.
+    """Resize with a fixed aspect ratio: to cover `size` (longest=0), to fit in it (longest=1), or in between.
 
     Args:
         size: side, or (height, width).
-        longest: weight of the side that is longest relative to `size`, 0 to 1.
+        longest: weight of the side that is longer relative to `size`, 0 to 1.
         interpolation: name, or torchvision's InterpolationMode.
-        random_scale_prob, random_scale_range: how often, and by what factor, both sides are scaled (Python's `random`).
-        random_aspect_prob, random_aspect_range: how often, and by what factor, width grows and height shrinks.
+        random_scale_prob, random_scale_range: probability and factor of scaling both sides (Python's `random`).
+        random_aspect_prob, random_aspect_range: probability and factor of stretching the width and shrinking the
+            height.
     """
 
     def __init__(
@@ -198,7 +200,7 @@ class ResizeKeepRatio:
         random_aspect_prob: float = 0.0,
         random_aspect_range: tuple[float, float] = (0.9, 1.11),
     ) -> list[int]:
-        """[height, width] that `img` is to be resized to."""
+        """Draw the [height, width] to resize `img` to."""
         source = _height_width(img)
         ratios = [edge / target for edge, target in zip(source, target_size, strict=True)]
         ratio = max(ratios) * longest + min(ratios) * (1.0 - longest)
@@ -215,7 +217,7 @@ class ResizeKeepRatio:
             img, self.size, self.longest,
             self.random_scale_prob, self.random_scale_range, self.random_aspect_prob, self.random_aspect_range,
         )  # fmt: skip
-        # The short side of a very long image that has to fit in `size` rounds to nothing; one pixel of it is kept.
+        # The short side of a very long image could round to 0: keep at least one pixel.
         return _resize_any(img, (max(height, 1), max(width, 1)), to_interpolation(self.interpolation))
 
     def __repr__(self) -> str:
@@ -226,13 +228,13 @@ class ResizeKeepRatio:
 def center_crop_or_pad(
     img: Image | torch.Tensor, output_size: int | Sequence[int], fill: int | tuple[int, ...] = 0
 ) -> Image | torch.Tensor:
-    """The middle of an image at `output_size` (height, width); where the image is smaller, `fill` is put around it.
+    """Crop the centre of an image to `output_size` (height, width), or pad it with `fill` where it is smaller.
 
-    An odd pixel of padding goes to the right and to the bottom.
+    An odd pixel of padding is added at the right and at the bottom.
     """
     target = to_pair(output_size)
     source = _height_width(img)
-    # Where the output begins in the image; below 0 is padding. round() takes halves to even, as torchvision's does.
+    # Start of the output in the image; negative for padding. round() rounds halves to even, as in torchvision.
     top, left = (
         round((edge - side) / 2) if edge > side else -((side - edge) // 2)
         for edge, side in zip(source, target, strict=True)
@@ -241,9 +243,9 @@ def center_crop_or_pad(
         return img
     bottom, right = top + target[0], left + target[1]
     if isinstance(img, torch.Tensor):
-        kept = img[..., max(top, 0) : bottom, max(left, 0) : right]
-        around = (max(-left, 0), max(right - source[1], 0), max(-top, 0), max(bottom - source[0], 0))
-        return nn.functional.pad(kept, around, value=fill) if any(around) else kept  # type: ignore[arg-type]
+        cropped = img[..., max(top, 0) : bottom, max(left, 0) : right]
+        padding = (max(-left, 0), max(right - source[1], 0), max(-top, 0), max(bottom - source[0], 0))
+        return nn.functional.pad(cropped, padding, value=fill) if any(padding) else cropped  # type: ignore[arg-type]
     if source[0] >= target[0] and source[1] >= target[1]:
         return img.crop((left, top, right, bottom))
     from PIL.Image import new
@@ -257,7 +259,7 @@ def center_crop_or_pad(
 
 
 class CenterCropOrPad(nn.Module):
-    """`center_crop_or_pad` to `size` (a side, or (height, width))."""
+    """Module that applies `center_crop_or_pad` with `size` (a side, or (height, width))."""
 
     def __init__(self, size: int | Sequence[int], fill: int | tuple[int, ...] = 0) -> None:
         super().__init__()

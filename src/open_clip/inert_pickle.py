@@ -1,7 +1,7 @@
-"""Pickles read without calling or importing anything that they name.
+"""Unpickling without importing or calling anything that the pickle names.
 
-Tensors and plain containers are built. Whatever else a pickle names (NumPy scalars, `argparse.Namespace`, a function of
-`os`) becomes a `Foreign`, which swallows its arguments and its state and is dropped afterwards.
+Tensors and plain containers are built. Everything else (NumPy scalars, `argparse.Namespace`, a function of `os`)
+becomes a `Foreign`, which ignores its arguments and its state. Foreign objects are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from .binary_file import FileError
 from .tensor_records import DTYPES, Storage, TensorRecord
 
-# Of the standard library's Unpickler in Python; the one in C lets a few bytes allocate gigabytes (LONG_BINPUT).
+# The Python implementation: in the C implementation, a few bytes can allocate gigabytes (LONG_BINPUT).
 _Unpickler: Any = pickle._Unpickler
 
 _SCALARS = (str, int, float, bool, bytes, complex, type(None), torch.dtype)
-_MAX_DEPTH = 100  # of nested containers
-_MAX_KEY = 64  # elements of a tuple that is a key
+_MAX_DEPTH = 100  # nesting depth of containers
+_MAX_KEY = 64  # elements of a tuple used as a key
 
 
 class Foreign:
-    """Stands in for an object, class or function that is not known; it does nothing and holds nothing."""
+    """Replaces an unknown object, class or function. It does nothing and stores nothing but its name."""
 
     __slots__ = ("name",)
 
@@ -42,8 +42,8 @@ class Foreign:
     extend = add = update = __setitem__ = append
 
 
-class Known:
-    """A function or class that a pickle may call, with a builder of our own instead of it."""
+class AllowedFunction:
+    """Replaces a function or class that a pickle may call, by a function of this module."""
 
     __slots__ = ("build",)
 
@@ -52,7 +52,7 @@ class Known:
 
 
 class StorageType:
-    """Stands in for `torch.FloatStorage` and its like."""
+    """Replaces `torch.FloatStorage` and similar classes."""
 
     __slots__ = ("dtype",)
 
@@ -61,7 +61,7 @@ class StorageType:
 
 
 class StorageRef:
-    """What a pickle says of a storage: its bytes, their type, and where in them a view of old files begins."""
+    """A storage that a pickle refers to: its bytes, their dtype, and the offset of a view (in old files)."""
 
     __slots__ = ("dtype", "shift", "storage")
 
@@ -85,14 +85,14 @@ def _rebuild_tensor_v3(
 
 def _rebuild_typed(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> TensorRecord:
     if not isinstance(storage, StorageRef) or not isinstance(dtype, torch.dtype) or type(offset) is not int:
-        raise pickle.UnpicklingError("a tensor without a storage")
+        raise pickle.UnpicklingError("a tensor has no storage")
     if not (_is_shape(shape) and _is_shape(stride)):
-        raise pickle.UnpicklingError("a tensor without a shape or stride")
+        raise pickle.UnpicklingError("a tensor has no shape or stride")
     return TensorRecord(storage.storage, dtype, storage.shift + offset, tuple(shape), tuple(stride))
 
 
 def _rebuild_subclass(function: Any, _class: Any, arguments: Any, *_: Any) -> Any:
-    return function.build(*arguments) if isinstance(function, Known) else Foreign("torch.Tensor")
+    return function.build(*arguments) if isinstance(function, AllowedFunction) else Foreign("torch.Tensor")
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -119,11 +119,11 @@ def _set(items: Any = ()) -> set:
 
 
 def _bytes(text: Any = "", encoding: Any = "latin1", *_: Any) -> bytes:
-    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes; `bytearray` is called alike."""
+    """Replaces `_codecs.encode(text, "latin1")`, by which protocol 2 writes bytes, and `bytearray`."""
     if isinstance(text, bytes):
         return text
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError("bytes that are not written as text")
+        raise pickle.UnpicklingError("bytes are not encoded as Latin-1 text")
     return text.encode("latin1")
 
 
@@ -133,16 +133,16 @@ def _complex(real: Any = 0, imaginary: Any = 0) -> complex:
 
 def _size(numbers: Any = ()) -> torch.Size:
     if not _is_shape(tuple(numbers)):
-        raise pickle.UnpicklingError("a torch.Size of something else than numbers")
+        raise pickle.UnpicklingError("a torch.Size contains something other than numbers")
     return torch.Size(numbers)
 
 
 def _device(*parts: Any) -> str:
-    """As text: its backend may not be there."""
+    """Return the device as a str, because its backend may be missing."""
     return ":".join(str(part) for part in parts if isinstance(part, (str, int)))
 
 
-_KNOWN: dict[tuple[str, str], Callable] = {
+_ALLOWED: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
@@ -160,7 +160,7 @@ _KNOWN: dict[tuple[str, str], Callable] = {
     ("builtins", "frozenset"): _set,
     ("builtins", "bytearray"): _bytes,
     ("_codecs", "encode"): _bytes,
-    # of TorchScript: they add types to values
+    # TorchScript functions that add types to values
     ("torch.jit._pickle", "build_boollist"): _first,
     ("torch.jit._pickle", "build_doublelist"): _first,
     ("torch.jit._pickle", "build_intlist"): _first,
@@ -170,14 +170,14 @@ _KNOWN: dict[tuple[str, str], Callable] = {
 
 
 def check_key(key: Any) -> None:
-    """Raise UnpicklingError for a key whose hash could take for ever: tuples of shared tuples."""
+    """Raise UnpicklingError for a key that could take forever to hash: nested tuples with shared parts."""
     is_flat = isinstance(key, tuple) and len(key) <= _MAX_KEY and all(isinstance(part, _SCALARS) for part in key)
-    if not (is_flat or isinstance(key, (*_SCALARS, Foreign, Known))):
-        raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
+    if not (is_flat or isinstance(key, (*_SCALARS, Foreign, AllowedFunction))):
+        raise pickle.UnpicklingError(f"a key has the type {type(key).__name__}")
 
 
 class _ExactReader:
-    """A stream whose `read` never gives less than it was asked for."""
+    """A stream whose `read` returns exactly `count` bytes or raises EOFError."""
 
     def __init__(self, stream: Any, size: int) -> None:
         self._stream, self._size = stream, size
@@ -185,23 +185,25 @@ class _ExactReader:
 
     def read(self, count: int) -> bytes:
         if count > self._size:
-            raise EOFError(f"{count} bytes were announced")
+            raise EOFError(f"a value of {count} bytes is larger than the file")
         data = self._stream.read(count)
         if len(data) != count:
-            raise EOFError("it ends in the middle of its structure")
+            raise EOFError("the pickle is cut off")
         return data
 
 
 class InertUnpickler(_Unpickler):
     """Reads one pickle from a stream.
 
-    Args:
-        stream: a binary file object; it is left right after the pickle.
-        size: no value in the pickle has more bytes.
-        load_storage: gives the storage of a key, which has to have so many bytes.
+    A damaged pickle can raise any exception: use it within `name_damage`.
 
-    `foreign` has the names of what was not built. What is raised on damaged pickles can be any exception: use it
-    within `name_damage`.
+    Args:
+        stream: binary file object. Afterwards its position is the end of the pickle.
+        size: maximum size of a value in the pickle, in bytes.
+        load_storage: returns the storage for a key and a minimum size in bytes.
+
+    Attributes:
+        foreign: names of the objects that were not built.
     """
 
     dispatch: ClassVar[dict[int, Callable]] = dict(_Unpickler.dispatch)
@@ -215,8 +217,8 @@ class InertUnpickler(_Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)
-        if (module, name) in _KNOWN:
-            return Known(_KNOWN[module, name])
+        if (module, name) in _ALLOWED:
+            return AllowedFunction(_ALLOWED[module, name])
         if module in ("torch", "torch.storage") and name in DTYPES:
             return StorageType(DTYPES[name])
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
@@ -232,21 +234,21 @@ class InertUnpickler(_Unpickler):
             return self._foreign("torch.nn.Module")
         kind, storage_type, key, _location, numel, *view = pid
         if kind != "storage" or not isinstance(storage_type, StorageType) or self._load_storage is None:
-            raise pickle.UnpicklingError("a reference to something else than a storage")
+            raise pickle.UnpicklingError("a persistent reference is not to a storage")
         if not isinstance(key, (str, int)) or type(numel) is not int or numel < 0:
-            raise pickle.UnpicklingError("a storage without a key or size")
+            raise pickle.UnpicklingError("a storage has no key or size")
         storage = self._load_storage(str(key), numel * storage_type.dtype.itemsize)
         shift = view[0][1] if view and view[0] is not None else 0
         return StorageRef(storage, storage_type.dtype, shift)
 
     def call(self, function: Any, arguments: Any) -> Any:
-        if isinstance(function, Known):
+        if isinstance(function, AllowedFunction):
             return function.build(*arguments)
         if isinstance(function, Foreign):
             return function
-        raise pickle.UnpicklingError(f"a call of {type(function).__name__}")
+        raise pickle.UnpicklingError(f"a {type(function).__name__} is called")
 
-    # The opcodes that call, set a state, or trust a length.
+    # Opcodes that call a function, set a state, or rely on a length
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
@@ -262,7 +264,7 @@ class InertUnpickler(_Unpickler):
     dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
 
     def _instantiate(self, function: Any, arguments: Any) -> None:
-        """INST and OBJ, of protocol 0 and 1."""
+        """Handle the opcodes INST and OBJ of protocols 0 and 1."""
         self.append(self.call(function, arguments))
 
     def get_extension(self, code: int) -> None:
@@ -281,7 +283,7 @@ class InertUnpickler(_Unpickler):
 
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
-    # The opcodes that hash.
+    # Opcodes that hash a key
 
     def load_dict(self) -> None:
         items = self.pop_mark()
@@ -318,16 +320,16 @@ class InertUnpickler(_Unpickler):
 
 
 def unpickle(data: bytes, load_storage: Callable[[str, int], Storage]) -> tuple[Any, list[str]]:
-    """(what a pickle holds, names of what in it is foreign)."""
+    """Return (contents of a pickle, names of the foreign objects in it)."""
     unpickler = InertUnpickler(io.BytesIO(data), len(data), load_storage)
     return unpickler.load(), list(unpickler.foreign)
 
 
-def plain(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
-    """A copy of a tree with dicts, lists, tuples and sets only and nothing foreign, and its tensor records.
+def to_plain_tree(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
+    """Copy a tree into plain dicts, lists, tuples and sets without foreign objects, and collect its tensor records.
 
-    A tensor that has several names gets a record for each. A foreign value leaves its dict; in a list or tuple it is
-    None, so that the others keep their places.
+    A tensor with several names gets a record for each. Dict entries that are foreign are dropped; in a list or tuple, a
+    foreign value becomes None, so that the indices of the others do not change.
 
     Raises:
         FileError: a container contains itself, or containers are nested too deeply.
@@ -343,25 +345,25 @@ def plain(tree: Any, name: str) -> tuple[Any, list[TensorRecord]]:
     return _map_tree(tree, convert, name), records
 
 
-def with_tensors(tree: Any, name: str) -> Any:
-    """A copy of a tree with the tensors instead of their records."""
+def replace_records(tree: Any, name: str) -> Any:
+    """Copy a tree, with the records replaced by their tensors."""
     return _map_tree(tree, lambda value: value.tensor if isinstance(value, TensorRecord) else value, name)
 
 
 def _map_tree(tree: Any, convert: Callable[[Any], Any], name: str) -> Any:
-    """The tree with `convert` applied to all that is not a container. A container that is shared stays shared."""
+    """Copy a tree, with `convert` applied to everything but containers. A shared container stays shared."""
     done: dict[int, Any] = {}
-    under_way: set[int] = set()
+    in_progress: set[int] = set()
 
     def visit(value: Any) -> Any:
         if not isinstance(value, (Mapping, list, tuple, set)) or isinstance(value, torch.Size):
             return convert(value)
-        if id(value) in under_way or len(under_way) > _MAX_DEPTH:
+        if id(value) in in_progress or len(in_progress) > _MAX_DEPTH:
             raise FileError(f"{name} is damaged: its containers are nested more than {_MAX_DEPTH} deep.")
         if id(value) not in done:
-            under_way.add(id(value))
+            in_progress.add(id(value))
             done[id(value)] = visit_items(value)
-            under_way.discard(id(value))
+            in_progress.discard(id(value))
         return done[id(value)]
 
     def visit_items(value: Any) -> Any:
@@ -376,4 +378,4 @@ def _map_tree(tree: Any, convert: Callable[[Any], Any], name: str) -> Any:
 
 
 def is_foreign(value: Any) -> bool:
-    return isinstance(value, (Foreign, Known, StorageType, StorageRef))
+    return isinstance(value, (Foreign, AllowedFunction, StorageType, StorageRef))

@@ -1,4 +1,4 @@
-"""Prefixes that wrappers and training programs put before all names of a state dict."""
+"""Removal of prefixes that wrappers and training programs add to the names in a state dict."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("module.", "model.")
 
-# What old files hold besides the weights: the causal mask, and OpenAI's three numbers of the architecture.
+# Entries of old files that are not weights: the causal mask, and three sizes of OpenAI's models.
 _MASK = "attn_mask"
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size", _MASK)
-# What a model may have and a file lack.
+# Parameters and buffers that a file may lack.
 _MAY_LACK = ("logit_bias", "num_batches_tracked")
 
 NamedValues = Mapping[str, Any]
 
 
 def strip_prefixes(state_dict: NamedValues) -> dict[str, Any]:
-    """Names without what wrappers put there: DDP and averaged models `module.`, Lightning `model.` before all of
-    them, torch.compile `_orig_mod.` anywhere."""
+    """Remove the prefixes of wrappers.
+
+    These are `module.` (DDP, AveragedModel) and `model.` (Lightning) before all names, and `_orig_mod.` (torch.compile)
+    anywhere.
+    """
     state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
-    state_dict.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    state_dict.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel adds it
     while prefix := next((p for p in _WRAPPERS if state_dict and all(key.startswith(p) for key in state_dict)), None):
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict
 
 
-def without_leftovers(state_dict: NamedValues, expected: Collection[str]) -> dict[str, Any]:
-    """Without masks and numbers of the architecture that the model does not expect."""
+def drop_extras(state_dict: NamedValues, expected: Collection[str]) -> dict[str, Any]:
+    """Drop causal masks and sizes that the model does not expect."""
     return {
         key: value
         for key, value in state_dict.items()
@@ -39,7 +42,7 @@ def without_leftovers(state_dict: NamedValues, expected: Collection[str]) -> dic
 
 
 def common_prefixes(names: Collection[str]) -> list[str]:
-    """The prefixes that end with a dot and that all names have, shortest first: a.b.x, a.b.y -> ["a.", "a.b."]."""
+    """List the prefixes, ending with a dot, that all names share, shortest first: a.b.x, a.b.y -> ["a.", "a.b."]."""
     first = min(names, default="").split(".")
     found: list[str] = []
     for part in first[:-1]:
@@ -56,16 +59,20 @@ def strip_to_fit(
     to_layout: Callable[[dict[str, Any]], NamedValues],
     source: str,
 ) -> dict[str, Any] | None:
-    """The entries below the one prefix under which all expected names are; None where no prefix or several fit.
+    """Select the entries under the one prefix that has all expected names, without the prefix.
 
     Args:
+        state_dict: weights by name.
         expected: the model's names.
-        to_layout: renames entries to the model's layout.
-        source: name of the file in the log, which says what is left out.
+        to_layout: converts entries to the model's layout.
+        source: name of the file in log lines.
+
+    Returns:
+        The entries; None if no prefix fits, or several.
     """
     needed = {name for name in expected if name.rpartition(".")[2] not in _MAY_LACK}
     fitting = {}
-    for prefix in fitting_candidates(state_dict, needed):
+    for prefix in _candidate_prefixes(state_dict, needed):
         stripped = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if needed and needed <= to_layout(stripped).keys():
             fitting[prefix] = stripped
@@ -75,14 +82,14 @@ def strip_to_fit(
     others = [key for key in state_dict if not key.startswith(prefix)]
     if others:
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        logger.warning("%s: the names of this model begin with %r; left out: %s.", source, prefix, shown)
+        logger.warning("%s: using the names that start with %r and ignoring %s.", source, prefix, shown)
     else:
-        logger.info("%s: removed %r, with which all names begin.", source, prefix)
+        logger.info("%s: removed the prefix %r of all names.", source, prefix)
     return stripped
 
 
-def fitting_candidates(state_dict: NamedValues, needed: Collection[str]) -> list[str]:
-    """Prefixes that are worth a try: those that all names have, and those before one long name of the model."""
+def _candidate_prefixes(state_dict: NamedValues, needed: Collection[str]) -> list[str]:
+    """List the prefixes to try: those that all names share, and those of entries that end with a name of the model."""
     longest = max(needed, key=len, default="")
     endings = [f".{longest}", f".{longest.removeprefix('text.')}"]
     anchored = [key[: -len(end) + 1] for key in state_dict for end in endings if len(end) > 1 and key.endswith(end)]

@@ -1,6 +1,6 @@
-"""Small functions and values of open_clip 3.3 that this package does not need, for programs that import them.
+"""Functions and values of open_clip 3.3 that this package does not need, for programs that import them.
 
-They are found where open_clip 3.3 has them (`open_clip.transformer._expand_token`) through `aliases`. Each does what it
+`aliases` makes them available where open_clip 3.3 has them (`open_clip.transformer._expand_token`). Each behaves as it
 does there.
 """
 
@@ -34,13 +34,13 @@ from .constants import (
 logger = logging.getLogger(__name__)
 
 has_distributed = torch.distributed.is_available()
-hvd = None  # horovod is refused
+hvd = None  # horovod is not supported
 _nltk_init = False  # nltk is initialized at each use
-_has_transformers = True  # of coca_model: whether `generate` works, which needs no transformers here
+_has_transformers = True  # for coca_model, where it means that `generate` works; here that needs no transformers
 _has_hf_hub = pretrained.has_hf_hub()
 _has_safetensors = importlib.util.find_spec("safetensors") is not None
 
-# --------------------------------------------------------------------------------------------------------- factory
+# Factory
 
 _MODEL_CONFIGS = config._models()
 _MODEL_CONFIG_PATHS = config.MODEL_CONFIG_PATHS
@@ -53,7 +53,7 @@ def _get_hf_config(model_id: str, cache_dir: str | None = None) -> dict[str, Any
 
 
 def _find_checkpoint_in_dir(dir_path: Path) -> str | None:
-    """Return the path of the weights in a folder: a usual name, else the first other file of weights, else None."""
+    """Return the path of the weights in a folder: a file with a usual name, else the first file of weights, or None."""
     for name in recipe.FOLDER_WEIGHTS:
         if (dir_path / name).is_file():
             return str(dir_path / name)
@@ -66,28 +66,28 @@ def _find_checkpoint_in_dir(dir_path: Path) -> str | None:
 def _set_model_device_and_precision(
     model: nn.Module, device: torch.device, precision: str, is_timm_model: bool = False
 ) -> None:
-    """Move a model to a device and cast its weights in place. `is_timm_model` makes no difference."""
+    """Move a model to a device and cast its weights in place. `is_timm_model` has no effect."""
     checkpoint.set_precision(model, precision)
     model.to(device)
 
 
-# ------------------------------------------------------------------------------------------------- models and towers
+# Models and towers
 
 
 def _expand_token(token: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Repeat a class token for each sample, without copying: [batch, 1, width]."""
+    """Expand a class token to [batch, 1, width], without copying."""
     return token.view(1, 1, -1).expand(batch_size, -1, -1)
 
 
 def _token_to_tensor(token_id: int | Iterable[int] | torch.Tensor, device: str = "cpu") -> torch.Tensor:
-    """Make a tensor of an id or of ids; a tensor is returned unchanged."""
+    """Convert an id or several ids to a tensor. A tensor is returned unchanged."""
     if isinstance(token_id, torch.Tensor):
         return token_id
     return torch.tensor([token_id] if isinstance(token_id, int) else list(token_id), device=device)
 
 
 def _out_indices_as_tuple(x: int | Iterable[int]) -> tuple[int, ...]:
-    """A number n as the indices of the last n layers, (-n, ..., -1); other indices as a tuple."""
+    """Convert an int n to the indices of the last n layers, (-n, ..., -1), and other indices to a tuple."""
     return tuple(range(-x, 0)) if isinstance(x, int) else tuple(x)
 
 
@@ -95,7 +95,7 @@ def _camel2snake(s: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", s).lower()
 
 
-# ------------------------------------------------------------------------------------------------ published weights
+# Published weights
 
 _PRETRAINED = pretrained._registry()
 _PRETRAINED_quickgelu = {name: tags for name, tags in _PRETRAINED.items() if name.endswith("-quickgelu")}
@@ -134,44 +134,44 @@ def _entry(url: str, hf_hub: str, preprocess: tuple, kwargs: dict[str, Any]) -> 
 
 
 def _pcfg(url: str = "", hf_hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    """An entry of `_PRETRAINED` with OpenAI's preprocessing."""
+    """Create an entry of `_PRETRAINED` with OpenAI's preprocessing."""
     return _entry(url, hf_hub, (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, "bicubic", "shortest"), kwargs)
 
 
 def _slpcfg(url: str = "", hf_hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    """An entry with SigLIP's preprocessing."""
+    """Create an entry with SigLIP's preprocessing."""
     return _entry(url, hf_hub, (INCEPTION_MEAN, INCEPTION_STD, "bicubic", "squash"), kwargs)
 
 
 def _apcfg(url: str = "", hf_hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    """An entry with CLIPA's preprocessing."""
+    """Create an entry with CLIPA's preprocessing."""
     return _entry(url, hf_hub, (IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash"), kwargs)
 
 
 def _mccfg(url: str = "", hf_hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    """An entry with MobileCLIP's preprocessing."""
+    """Create an entry with MobileCLIP's preprocessing."""
     return _entry(url, hf_hub, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "shortest"), kwargs)
 
 
 def _mc2cfg(url: str = "", hf_hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    """An entry with MobileCLIP2's preprocessing."""
+    """Create an entry with MobileCLIP2's preprocessing."""
     return _entry(url, hf_hub, (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, "bilinear", "shortest"), kwargs)
 
 
 def _pecfg(url: str = "", hf_hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    """An entry with the Perception Encoder's preprocessing."""
+    """Create an entry with the Perception Encoder's preprocessing."""
     return _entry(url, hf_hub, (INCEPTION_MEAN, INCEPTION_STD, "bilinear", "squash"), kwargs)
 
 
 def _get_safe_alternatives(filename: str) -> Iterator[str]:
-    """Names under which a repository may have the same weights as safetensors."""
+    """Yield file names that the same weights may have as safetensors."""
     if filename == HF_WEIGHTS_NAME:
         yield HF_SAFE_WEIGHTS_NAME
     elif filename.endswith((".bin", ".pth")):
         yield filename.rpartition(".")[0] + ".safetensors"
 
 
-# --------------------------------------------------------------------------------------------------- preprocessing
+# Preprocessing
 
 
 def _convert_to_rgb(image: Any) -> Any:
@@ -179,10 +179,10 @@ def _convert_to_rgb(image: Any) -> Any:
 
 
 def _setup_size(size: Any, error_msg: str) -> Any:
-    """A number or a sequence of one number as a pair; a sequence of two is returned unchanged (as in torchvision).
+    """Convert a number or a sequence of one number to a pair; return a sequence of two unchanged (as in torchvision).
 
     Raises:
-        ValueError: with `error_msg`, for a sequence of another length.
+        ValueError: the sequence has another length. The message is `error_msg`.
     """
     if isinstance(size, numbers.Number):
         return int(size), int(size)  # type: ignore[call-overload]

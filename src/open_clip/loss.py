@@ -1,6 +1,6 @@
-"""Contrastive losses, as modules. What they compute, tile by tile, is in `pairwise`.
+"""Contrastive losses, as modules. `pairwise` computes them tile by tile.
 
-Shapes: n pairs on this rank, world_size ranks, N = n * world_size, D the embedding's width.
+Shapes: n is the number of pairs on this rank, N = n * world_size, D is the width of the embedding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import aliases, collectives, pairwise
-from .collectives import (  # noqa: F401  their place in open_clip 3.3.0
+from .collectives import (  # noqa: F401  open_clip 3.3.0 has them here
     NeighbourExchange,
     NeighbourExchangeBidir,
     neighbour_exchange,
@@ -32,10 +32,13 @@ def gather_features(
     world_size: int = 1,
     use_horovod: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Image and text features [n, D] of all ranks, each [N, D].
+    """Gather image and text features [n, D] from all ranks.
 
-    With `gather_with_grad` gradients reach the features of every rank. Without it they reach this rank's own rows, and
-    with `local_loss` (where the own features are used beside the gathered ones) none.
+    With `gather_with_grad`, gradients flow to the features of every rank. Without it, they flow only to this rank's
+    rows or, with `local_loss` (where the loss uses the local features directly), not at all.
+
+    Returns:
+        (image features [N, D], text features [N, D]).
     """
     _refuse_horovod(use_horovod)
     if world_size == 1:
@@ -45,32 +48,32 @@ def gather_features(
         if gather_with_grad:
             gathered.append(collectives.all_gather_with_grad(features))
             continue
-        everyone = collectives.all_gather(features)
+        gathered_rows = collectives.all_gather(features)
         if not local_loss:
             own = pairwise.own_rows(rank, len(features))
-            everyone = torch.cat([everyone[: own.start], features, everyone[own.stop :]])
-        gathered.append(everyone)
+            gathered_rows = torch.cat([gathered_rows[: own.start], features, gathered_rows[own.stop :]])
+        gathered.append(gathered_rows)
     return gathered[0], gathered[1]
 
 
 def _refuse_horovod(use_horovod: bool) -> None:
     if use_horovod:
         raise ValueError(
-            "use_horovod=True is not supported: Horovod is no longer maintained. "
-            "Start the processes with torchrun, which torch.distributed uses on every device."
+            "use_horovod=True is not supported, because Horovod is no longer maintained. "
+            "Start the processes with torchrun, which works on every device."
         )
 
 
 def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
-            f"Image features {list(image_features.shape)} and text features {list(text_features.shape)} must both be "
-            "[batch, embedding] of one size: row i of each is one pair."
+            f"Image features {list(image_features.shape)} and text features {list(text_features.shape)} must have the "
+            "same shape [batch, embedding]: row i of each is a pair."
         )
 
 
 def _product_dtype(image_features: Tensor, text_features: Tensor) -> torch.dtype:
-    """The dtype that `image_features @ text_features.T` is computed in where we are called."""
+    """Return the dtype in which `image_features @ text_features.T` is computed, given the current autocast."""
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
     device_type = image_features.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
@@ -87,14 +90,19 @@ def _as_tensor(value: Tensor | float, features: Tensor) -> Tensor:
 class ClipLoss(nn.Module):
     """The contrastive loss of CLIP (https://arxiv.org/abs/2103.00020), over the pairs of all ranks.
 
-    local_loss: the loss of this rank's images and texts against all, instead of everyone's (which is the same on every
-    rank).
-    gather_with_grad: gradients also reach the features of the other ranks, which this rank's loss sees as negatives.
-    Gradient scales are those of open_clip. With DDP, which averages over the ranks, both options together, or
-    gather_with_grad alone, give the gradient of the global loss, and neither of them gives the towers 1 / world_size of
-    it. local_loss alone leaves out what the negatives of others say.
+    The number of pairs must be the same on every rank. Gradient scales are those of open_clip. With DDP, which averages
+    over the ranks, `gather_with_grad` gives the gradient of the global loss, with or without `local_loss`. Without both
+    options, the towers get 1 / world_size of that gradient. With `local_loss` alone, the gradients of the features as
+    negatives of other ranks are missing.
 
-    cache_labels keeps the labels of `get_ground_truth`. The number of pairs must be the same on every rank.
+    Args:
+        local_loss: compute the loss of this rank's images and texts against those of all ranks, instead of the global
+            loss, which is the same on every rank.
+        gather_with_grad: let gradients also flow to the features of other ranks, which are negatives in this loss.
+        cache_labels: cache the labels of `get_ground_truth`.
+        rank: index of this process.
+        world_size: number of processes.
+        use_horovod: not supported.
     """
 
     def __init__(
@@ -118,7 +126,7 @@ class ClipLoss(nn.Module):
         self.labels: dict[torch.device, Tensor] = {}
 
     def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
-        """The class of each of `num_logits` rows of `get_logits`: int64 [num_logits]."""
+        """Return the class of each row of `get_logits`: int64 [num_logits]."""
         device = torch.device(device)
         if self.cache_labels and self.prev_num_logits == num_logits and device in self.labels:
             return self.labels[device]
@@ -139,7 +147,7 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits per image and per text, each [N, N], or [n, N] with local_loss. The loss itself does without them."""
+        """Compute logits per image and per text, each [N, N], or [n, N] with local_loss. The loss does not use them."""
         all_image, all_text = image_features, text_features
         if self.world_size > 1:
             all_image, all_text = gather_features(
@@ -162,7 +170,7 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
-        """The loss, a scalar in fp32 (fp64 for fp64 features)."""
+        """Compute the loss: a scalar in float32 (float64 for float64 features)."""
         _check_pairs(image_features, text_features)
         batch = pairwise.Batch(
             self.rank,
@@ -173,8 +181,7 @@ class ClipLoss(nn.Module):
         )
         loss = pairwise.softmax_loss(image_features, text_features, _as_tensor(logit_scale, image_features), batch)
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            # What is added to all logits changes no softmax; the bias stays in the graph, with the gradient 0 that it
-            # has.
+            # Adding a constant to all logits does not change a softmax. Keep the bias in the graph, with gradient 0.
             loss = loss + 0 * logit_bias.sum()
         return loss
 
@@ -186,13 +193,21 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features, text_features [n, D], normalised; row i of each is one pair. logit_scale: after its exp."""
+        """Compute the loss.
+
+        Args:
+            image_features: normalized, [n, D].
+            text_features: normalized, [n, D]. Row i belongs to row i of the images.
+            logit_scale: scale of the logits (the exponential of the learned parameter).
+            logit_bias: bias of the logits. It does not change the loss.
+            output_dict: whether to return {"contrastive_loss": loss} instead of the loss.
+        """
         loss = self.contrastive_loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class CoCaLoss(ClipLoss):
-    """The contrastive loss and the captioner's cross entropy, each with its weight (https://arxiv.org/abs/2205.01917)."""
+    """The weighted contrastive loss and captioning cross entropy of CoCa (https://arxiv.org/abs/2205.01917)."""
 
     def __init__(
         self,
@@ -211,7 +226,7 @@ class CoCaLoss(ClipLoss):
         self.caption_loss_weight = caption_loss_weight
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
-    def forward(  # type: ignore[override]  # the captioner's logits come in the middle, as in open_clip
+    def forward(  # type: ignore[override]  # argument order of open_clip
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -220,7 +235,16 @@ class CoCaLoss(ClipLoss):
         logit_scale: Tensor | float,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """logits [n, L, vocabulary], labels int64 [n, L], where pad_id does not count. Returns both losses."""
+        """Compute both losses.
+
+        Args:
+            image_features: normalized, [n, D].
+            text_features: normalized, [n, D].
+            logits: logits of the caption tokens, [n, L, vocabulary].
+            labels: int64 [n, L]; `pad_id` is ignored.
+            logit_scale: scale of the contrastive logits.
+            output_dict: whether to return a dict instead of (contrastive loss, caption loss).
+        """
         if self.clip_loss_weight:
             clip_loss = self.clip_loss_weight * self.contrastive_loss(image_features, text_features, logit_scale)
         else:
@@ -232,18 +256,18 @@ class CoCaLoss(ClipLoss):
 
 
 class DistillClipLoss(ClipLoss):
-    """The contrastive loss, and the cross entropy between a teacher's softmax and the student's over the same pairs.
+    """The contrastive loss, and the cross entropy between the softmax of a teacher and of the student.
 
-    The second one holds the logits of both, [N, N] or, with local_loss, [n, N].
+    The second loss stores the logits of both, [N, N] or, with local_loss, [n, N].
     """
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """Mean over the rows of the cross entropy of two distributions, given by their logits [rows, columns]."""
+        """Compute the cross entropy of two distributions, given by logits [rows, columns], averaged over the rows."""
         exact = pairwise.exact_dtype(student_logits.dtype)
         teacher = teacher_logits.softmax(dim=1, dtype=exact)
         return -(teacher * student_logits.log_softmax(dim=1, dtype=exact)).sum(dim=1).mean()
 
-    def forward(  # type: ignore[override]  # no bias, and the teacher's features, as in open_clip
+    def forward(  # type: ignore[override]  # arguments of open_clip
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -253,7 +277,13 @@ class DistillClipLoss(ClipLoss):
         dist_logit_scale: Tensor | float,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """The teacher's features [n, its own D] and scale beside the student's. Returns both losses."""
+        """Compute both losses from the features and scale of the student and of the teacher (`dist_*`).
+
+        The width of the teacher's features may differ.
+
+        Returns:
+            (contrastive loss, distillation loss), or a dict with `output_dict`.
+        """
         contrastive_loss = self.contrastive_loss(image_features, text_features, logit_scale)
         students = self.get_logits(image_features, text_features, logit_scale)
         teachers = self.get_logits(dist_image_features, dist_text_features, dist_logit_scale)
@@ -264,14 +294,19 @@ class DistillClipLoss(ClipLoss):
 
 
 class SigLipLoss(nn.Module):
-    """The sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343): this rank's images with the texts of all ranks.
+    """The sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343), of this rank's images and the texts of all ranks.
 
-    dist_impl: how the texts of the others come here, and their gradients get home; the same numbers each:
-      "bidir" (default): around the ring of ranks in both directions at once, half of the texts each way;
-      "shift": around the ring in one direction;
-      "reduce": each rank's in turn by broadcast and reduce, for backends without send and receive;
-      "gather": all at once, which holds [N, D] and needs the fewest messages.
     The number of pairs must be the same on every rank.
+
+    Args:
+        cache_labels: accepted for compatibility with open_clip, without effect.
+        rank: index of this process.
+        world_size: number of processes.
+        dist_impl: how texts are exchanged between ranks, and their gradients returned. The result is the same.
+            "bidir" (default): around the ring of ranks in both directions at once, half of the texts each way.
+            "shift": around the ring in one direction.
+            "reduce": by broadcast and reduce from each rank in turn, for backends without send and receive.
+            "gather": all at once, with the fewest messages; stores [N, D].
     """
 
     def __init__(
@@ -287,12 +322,12 @@ class SigLipLoss(nn.Module):
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         if self.dist_impl not in DIST_IMPLS:
-            raise ValueError(f"dist_impl={dist_impl!r} is not known; choose one of {', '.join(DIST_IMPLS)}.")
+            raise ValueError(f"dist_impl={dist_impl!r} is unknown. Choose one of {', '.join(DIST_IMPLS)}.")
 
     def get_ground_truth(
         self, device: torch.device | str, dtype: torch.dtype, num_logits: int, negative_only: bool = False
     ) -> Tensor:
-        """Labels [num_logits, num_logits]: 1 for pairs, which are on the diagonal, and -1."""
+        """Return labels [num_logits, num_logits]: 1 for pairs (on the diagonal), -1 elsewhere."""
         labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
         return labels if negative_only else labels.fill_diagonal_(1)
 
@@ -303,7 +338,7 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
-        """Logits [n, n] of this rank's pairs. The loss itself does without them."""
+        """Compute the logits [n, n] of this rank's pairs. The loss does not use them."""
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 
@@ -315,7 +350,7 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features, text_features [n, D], normalised. The loss is a scalar in fp32 (fp64 for fp64 features)."""
+        """Compute the loss of normalized features [n, D]: a scalar in float32 (float64 for float64 features)."""
         _check_pairs(image_features, text_features)
         batch = pairwise.Batch(
             self.rank, self.world_size, _product_dtype(image_features, text_features), exchange=self.dist_impl

@@ -1,4 +1,4 @@
-"""What a checkpoint and a model that do not fit have different, in words."""
+"""Explanations of why a checkpoint does not fit a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import get_model_config, list_models
 
 Facts = dict[str, Any]
 
-# (pattern of a parameter's name, what tower it tells of, what kind that is)
+# (pattern of parameter names, tower, kind of that tower)
 _KINDS = (
     (r"visual\.trunk\.", "image tower", "timm's"),
     (r"visual\.layer1\.", "image tower", "a ResNet"),
@@ -24,15 +24,15 @@ _DECODER = "text_decoder."
 _BLOCKS = r"transformer\.resblocks\.(\d+)\."
 
 
-def some(names: Iterable[str], limit: int = 4) -> str:
-    """A list in words that fits a line: the first few names, and how many more there are."""
+def join_some(names: Iterable[str], limit: int = 4) -> str:
+    """Join the first `limit` names, followed by the number of the others, so that the result fits a line."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def facts_of_weights(state_dict: Mapping[str, torch.Tensor]) -> Facts:
-    """Kinds and sizes of the towers, from a state dict in the layout of CLIP or CustomTextCLIP."""
+    """Find kinds and sizes of the towers from a state dict in the layout of CLIP or CustomTextCLIP."""
     facts: Facts = {}
     for pattern, tower, kind in _KINDS:
         if any(re.match(pattern, key) for key in state_dict):
@@ -45,7 +45,7 @@ def facts_of_weights(state_dict: Mapping[str, torch.Tensor]) -> Facts:
         facts["image width"], _, _, facts["patch size"] = shapes["visual.conv1.weight"]
         facts["image layers"] = _count(shapes, rf"visual\.{_BLOCKS}")
     if any(key.startswith(_DECODER) for key in state_dict):
-        facts["captioning decoder"] = "there"
+        facts["captioning decoder"] = "present"
     return facts
 
 
@@ -54,7 +54,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
-    """The same from a model's configuration, as far as it tells; defaults are CLIPVisionCfg's and CLIPTextCfg's."""
+    """Find the same facts from a model's configuration, with the defaults of CLIPVisionCfg and CLIPTextCfg."""
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     facts: Facts = {}
     if vision.get("timm_model_name"):
@@ -72,35 +72,38 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
         facts |= {"text tower": "native", "text width": sizes["width"]}
         facts |= {"vocabulary": sizes["vocab_size"], "text layers": sizes["layers"]}
     if "multimodal_cfg" in cfg:
-        facts["captioning decoder"] = "there"
+        facts["captioning decoder"] = "present"
     return facts
 
 
-def explain(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
-    """How the towers of a checkpoint differ from a model's, and which architectures have them; "" for not at all."""
+def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Explain how the towers of a checkpoint differ from a model's, and which architectures have such towers.
+
+    Returns:
+        The explanation; "" if no difference was found.
+    """
     theirs, ours = facts_of_weights(state_dict), facts_of_weights(expected)
     if not theirs.keys() & {"image tower", "text tower"}:
         return ""
-    names = [name for name in [*theirs, *(name for name in ours if name not in theirs)] if _tells(name, theirs, ours)]
+    names = [name for name in dict.fromkeys([*theirs, *ours]) if _is_comparable(name, theirs, ours)]
     differences = [
-        f"{name} {theirs.get(name, 'not there')} (the model's: {ours.get(name, 'not there')})"
+        f"{name} {theirs.get(name, 'absent')} (the model's: {ours.get(name, 'absent')})"
         for name in names
         if theirs.get(name) != ours.get(name)
     ]
     if not differences:
         return ""
-    return f"Its towers are others: {', '.join(differences)}. {_architectures(theirs)}"
+    return f"Its towers differ: {', '.join(differences)}. {_suggest_architectures(theirs)}"
 
 
-def _tells(name: str, theirs: Facts, ours: Facts) -> bool:
-    """Whether a fact is one of both, or of a kind; the width of a tower that only one has is none."""
+def _is_comparable(name: str, theirs: Facts, ours: Facts) -> bool:
+    """Whether both have the fact, or its absence is a difference: the width of a missing tower is not."""
     return name in ("image tower", "text tower", "captioning decoder") or (name in theirs and name in ours)
 
 
-def _architectures(facts: Facts) -> str:
-    """Advice on which model has these towers."""
+def _suggest_architectures(facts: Facts) -> str:
     configs = {name: facts_of_config(get_model_config(name) or {}) for name in list_models()}
     fitting = [name for name, cfg in configs.items() if cfg == facts]
     if not fitting:
         return "Build the model with the configuration that it was trained with."
-    return f"Of the known architectures, these have such towers: {some(fitting, limit=6)}."
+    return f"Of the known architectures, these have such towers: {join_some(fitting, limit=6)}."

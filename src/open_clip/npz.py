@@ -1,4 +1,4 @@
-"""Arrays of a numpy archive (`.npz`), as JAX projects publish weights, as tensors."""
+"""Reading of NumPy archives (`.npz`), in which JAX projects publish weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .zipped import ZipArchive, names_in_zip
 
 _MAX_HEADER = 1 << 16  # bytes of an array's header
 _DTYPES = {
-    "|V2": torch.bfloat16,  # numpy has no such type: JAX writes two bytes without a meaning
+    "|V2": torch.bfloat16,  # NumPy has no bfloat16: JAX writes two bytes without a type
     "<f2": torch.float16,
     "<f4": torch.float32,
     "<f8": torch.float64,
@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 def is_npz(path: str | os.PathLike) -> bool:
-    """Whether the file is a zip of numpy arrays and nothing else."""
+    """Whether the file is a zip archive of NumPy arrays only."""
     with BinaryFile(path) as file:
         return has_arrays_only(names_in_zip(file))
 
@@ -39,10 +39,10 @@ def has_arrays_only(names: list[str]) -> bool:
 
 
 def read_npz(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The arrays by name.
+    """Read the arrays as tensors, by name.
 
     Raises:
-        ValueError: the file is damaged, or an array is not of numbers (Python objects are never unpickled).
+        ValueError: the file is damaged, or an array does not contain numbers (Python objects are never unpickled).
     """
     with BinaryFile(path) as file, name_damage(file.name):
         records = read_arrays(file)
@@ -51,7 +51,7 @@ def read_npz(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def read_arrays(file: BinaryFile) -> dict[str, TensorRecord]:
-    """The records of the arrays by name."""
+    """Read the records of the arrays, by name."""
     archive = ZipArchive(file)
     return {name.removesuffix(".npy"): _record(archive, name) for name in archive.entries}
 
@@ -65,12 +65,12 @@ def _record(archive: ZipArchive, name: str) -> TensorRecord:
     start = head.tell()
     dtype = _DTYPES.get(numpy_dtype.str)
     if dtype is None:
-        raise FileError(f"{archive.name}: {name} is an array of {numpy_dtype}, and numbers were expected.")
+        raise FileError(f"{archive.name}: {name} has the dtype {str(numpy_dtype)[:40]}, which is not supported.")
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-        raise FileError(f"{archive.name} is damaged: {name} has no valid shape.")
+        raise FileError(f"{archive.name} is damaged: the shape of {name} is invalid.")
     if math.prod(shape) * dtype.itemsize != storage.nbytes - start:
         raise FileError(
-            f"{archive.name} is damaged: {name} has {storage.nbytes - start} bytes, and its shape {shape} is for "
+            f"{archive.name} is damaged: {name} has {storage.nbytes - start} bytes, and its shape {shape} needs "
             f"{math.prod(shape) * dtype.itemsize}."
         )
     data = _without_header(storage, start)
@@ -89,4 +89,5 @@ def _without_header(storage: Storage, start: int) -> Storage:
 
 
 def _copy_from(whole: torch.UntypedStorage, start: int) -> torch.UntypedStorage:
-    return torch.empty(0, dtype=torch.uint8).set_(whole)[start:].clone().untyped_storage()  # aligned
+    # The copy is aligned.
+    return torch.empty(0, dtype=torch.uint8).set_(whole)[start:].clone().untyped_storage()

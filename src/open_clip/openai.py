@@ -1,5 +1,7 @@
-"""OpenAI's CLIP models, from the archives that OpenAI published: https://arxiv.org/abs/2103.00020,
-github.com/openai/CLIP."""
+"""OpenAI's CLIP models, loaded from the archives that OpenAI published.
+
+Paper: https://arxiv.org/abs/2103.00020. Code: github.com/openai/CLIP.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from . import aliases
 from . import device as devices
 from .checkpoint import check_precision, no_initialisation, read_state_dict, set_precision
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from .key_prefixes import without_leftovers
+from .key_prefixes import drop_extras
 from .model import build_model_around_openai_weights, get_cast_dtype, set_model_preprocess_cfg
 from .pretrained import (
     download_pretrained_from_url,
@@ -29,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-# Without these, the sizes of the model cannot be told.
-_TELLING_KEYS = ("visual.conv1.weight", "positional_embedding", "text_projection", "token_embedding.weight")
+# The sizes of the model are read from these parameters.
+_SIZE_KEYS = ("visual.conv1.weight", "positional_embedding", "text_projection", "token_embedding.weight")
 
 
 def list_openai_models() -> list[str]:
-    """Names of the models with OpenAI's weights."""
+    """List the names of the models with OpenAI's weights."""
     return list_pretrained_models_by_tag("openai")
 
 
@@ -44,18 +46,18 @@ def load_openai_model(
     device: str | int | torch.device | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> nn.Module:
-    """A CLIP with OpenAI's weights, in evaluation mode, with QuickGELU as they were trained.
+    """Load a CLIP model with OpenAI's weights, in evaluation mode, with QuickGELU (as it was trained).
 
     Args:
         name: one of `list_openai_models()` ("ViT-B/32" is "ViT-B-32"), or the path of an archive or of its state
-            dict. The archive's program is never run: its weights go into this package's own model.
-        precision: None for "fp32" on the CPU and "fp16" on accelerators; else as in `create_model`.
-        device: None for the best one present.
-        cache_dir: where the archive is downloaded to, `~/.cache/clip` by default.
+            dict. The archive's program is never run: its weights are loaded into a model of this package.
+        precision: see `create_model`. None: "fp32" on the CPU, "fp16" on accelerators.
+        device: None for the best device present.
+        cache_dir: folder for downloads, `~/.cache/clip` by default.
 
     Raises:
-        RuntimeError: the name is not known, or the download failed.
-        ValueError: the file is not a checkpoint, or the precision is not known.
+        RuntimeError: the name is unknown, or the download failed.
+        ValueError: the file is not a checkpoint, or the precision is unknown.
     """
     target = devices.as_asked(device)
     if precision is None:
@@ -66,7 +68,7 @@ def load_openai_model(
     weights = _read_weights(path, is_mapped)
     cast_dtype = get_cast_dtype(precision)
     if cast_dtype is None:
-        for key, value in weights.items():  # one at a time, so that the model is never there in both types
+        for key, value in weights.items():  # one at a time, so that only one weight is in memory in both dtypes
             weights[key] = value.float() if value.is_floating_point() else value
     with no_initialisation():
         model = build_model_around_openai_weights(weights, cast_dtype=cast_dtype)
@@ -78,18 +80,18 @@ def load_openai_model(
 
 
 def _read_weights(path: str, is_mapped: bool) -> dict[str, torch.Tensor]:
-    weights = without_leftovers(read_state_dict(path, is_mapped), ())
-    missing = [key for key in _TELLING_KEYS if key not in weights]
+    weights = drop_extras(read_state_dict(path, is_mapped), ())
+    missing = [key for key in _SIZE_KEYS if key not in weights]
     if missing:
         raise ValueError(
-            f"{path} does not have the weights of an OpenAI CLIP: there is no {', '.join(missing)}. "
-            "For other models use create_model(NAME, pretrained=PATH)."
+            f"{path} does not have the weights of an OpenAI CLIP. Missing: {', '.join(missing)}. "
+            "For other models, use create_model(NAME, pretrained=PATH)."
         )
     return weights
 
 
 def _find_archive(name: str, cache_dir: str | os.PathLike | None) -> tuple[str, bool]:
-    """(path, whether it is a download that may be mapped)."""
+    """Return (path, whether it is a download that may be memory-mapped)."""
     url = get_pretrained_url(name.replace("/", "-"), "openai")
     if url:
         path = download_pretrained_from_url(url, cache_dir)
@@ -97,4 +99,4 @@ def _find_archive(name: str, cache_dir: str | os.PathLike | None) -> tuple[str, 
     if os.path.isfile(os.path.expanduser(name)):
         return os.path.expanduser(name), False
     known = ", ".join(list_openai_models())
-    raise RuntimeError(f"{name!r} is neither a model of OpenAI's nor a file. The models are: {known}.")
+    raise RuntimeError(f"{name!r} is neither an OpenAI model nor a file. The models are: {known}.")

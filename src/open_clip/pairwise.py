@@ -1,11 +1,11 @@
-"""Losses over the similarities of all pairs of images and texts in a batch, spread over ranks and computed in tiles.
+"""Losses over the similarities of all pairs of images and texts in a batch, distributed over ranks, in tiles.
 
-A batch of N pairs has N x N logits. They are never held, neither for the forward nor for the backward: a tile is
-computed, used for what is wanted of it (maxima and sums of the softmax, a sum of sigmoids, a gradient) and forgotten.
+A batch of N pairs has N x N logits. They are never stored as a whole, neither in the forward nor in the backward: each
+tile is computed, reduced (to maxima and sums of a softmax, a sum of sigmoids, or a gradient) and discarded.
 
-Shapes: n pairs on this rank, world_size ranks, N = n * world_size, D the embedding's width. Row i of the logits is
-image i, column j text j, both counted over all ranks. The products are computed in `Batch.dtype`, everything after them
-in fp32 at least.
+Shapes: n is the number of pairs on this rank, N = n * world_size, D is the width of the embedding. Row i of the logits
+belongs to image i, column j to text j, both counted over all ranks. Matrix products are computed in `Batch.dtype`,
+everything else in float32 at least.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.autograd.function import once_differentiable
 from . import collectives
 
 TILE_ROWS = 1024
-TILE_ELEMENTS = 2**20  # 4 MiB in fp32: within reach of a CPU's cache, and enough to fill an accelerator
+TILE_ELEMENTS = 2**20  # 4 MiB in float32: fits a CPU cache, and is large enough for an accelerator
 
 
 class Batch(NamedTuple):
-    """How the local pairs sit in the global batch, and what is to be computed of it."""
+    """Position of the local pairs in the global batch, and the variant of the loss."""
 
     rank: int
     world_size: int
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # dtype of the matrix products
     local_loss: bool = False  # softmax: see loss.ClipLoss
     gather_with_grad: bool = False
     exchange: str = "bidir"  # sigmoid: see loss.SigLipLoss
@@ -44,7 +44,7 @@ def own_rows(rank: int, count: int) -> slice:
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums and exponentials of numbers of `dtype`: fp32, or fp64 for fp64."""
+    """Return the dtype for sums and exponentials of values of `dtype`: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -57,16 +57,15 @@ def tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def pairs_of_tile(tile: Tensor, rows: slice, columns: slice, first_column: int = 0) -> Tensor:
-    """View of a tile's elements that belong to pairs: row i and column first_column + i; may be empty."""
+    """Return a view, possibly empty, of the elements of a tile for pairs: row i and column first_column + i."""
     return tile.diagonal(first_column + rows.start - columns.start)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The softmax loss of CLIP
+# Softmax loss of CLIP
 
 
 class _Softmax(NamedTuple):
-    """Maxima of the logits and sums of exp(logit - maximum), over each row [n] and each column [N]."""
+    """Maximum of the logits and sum of exp(logit - maximum), of each row [n] and each column [N]."""
 
     row_max: Tensor
     row_sum: Tensor
@@ -75,14 +74,22 @@ class _Softmax(NamedTuple):
 
 
 def softmax_loss(image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Tensor:
-    """Mean of the cross entropies image -> text and text -> image (https://arxiv.org/abs/2103.00020, figure 3).
+    """Compute the mean of the cross entropies image -> text and text -> image.
 
-    image, text [n, D], scale of one element; the loss is a scalar, and its gradients are scaled as `loss.ClipLoss`
-    says.
+    The formula is from https://arxiv.org/abs/2103.00020, figure 3. `loss.ClipLoss` documents the gradient scale.
 
-    A rank computes the logits of its own images with everyone's texts: the rows completely, and of each column a part,
-    which the ranks add up. So the images are never gathered, and no rank computes what another one has computed,
-    whichever of the four variants is asked for. The text's gradient is the sum of the ranks' parts, too.
+    A rank computes the logits of its images with the texts of all ranks: complete rows, and a part of each column. The
+    ranks then sum the parts of the columns. So images are never gathered, and no logit is computed twice, in all four
+    variants. The gradient of the texts is summed over the ranks in the same way.
+
+    Args:
+        image: [n, D].
+        text: [n, D].
+        scale: scale of the logits, one element.
+        batch: position of the pairs, and the variant.
+
+    Returns:
+        The loss, a scalar.
     """
     return _SoftmaxLoss.apply(image, text, scale, batch)
 
@@ -110,8 +117,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         image, all_text, scale, *statistics = ctx.saved_tensors
         need_image, need_text, need_scale, _ = ctx.needs_input_grad
         batch, softmax = ctx.batch, _Softmax(*statistics)
-        # A rank's features are in its own rows (of the logits) and columns, and in those of others as their negatives.
-        # They get the gradients of both, unless the loss is local and the others' features are constants.
+        # A rank's features occur in its own rows and columns of the logits, and as negatives in those of other ranks.
+        # They get the gradients of both, unless the loss is local and the features of other ranks are constants.
         linked = not batch.distributed or batch.gather_with_grad or not batch.local_loss
         weights = _weights(grad, batch, len(image))
         gradients = _softmax_gradients(image, all_text, scale, softmax, weights.ranks, batch, linked)
@@ -134,9 +141,11 @@ class _SoftmaxLoss(torch.autograd.Function):
 def _softmax_statistics(
     image: Tensor, all_text: Tensor, scale: Tensor, first_column: int, dtype: torch.dtype
 ) -> tuple[_Softmax, Tensor]:
-    """Softmax statistics of image [n, D] against all_text [N, D], with a maximum that is corrected tile by tile.
+    """Compute softmax statistics of image [n, D] and all_text [N, D], with a maximum that is updated tile by tile.
 
-    Columns cover the given images alone. Also returns the logits [n] of the pairs, row i and column first_column + i.
+    Returns:
+        (statistics, logits [n] of the pairs at row i and column first_column + i). The statistics of the columns cover
+        only the given images.
     """
     exact = exact_dtype(dtype)
     rows, columns = len(image), len(all_text)
@@ -158,22 +167,22 @@ def _softmax_statistics(
 
 
 def _complete_columns(softmax: _Softmax) -> _Softmax:
-    """The columns' statistics over the images of all ranks, from those over each rank's."""
+    """Combine the column statistics of all ranks."""
     column_max = collectives.all_reduce(softmax.column_max, op="max")
     rescaled = softmax.column_sum * (softmax.column_max - column_max).exp()
     return softmax._replace(column_max=column_max, column_sum=collectives.all_reduce(rescaled))
 
 
 class _Weights(NamedTuple):
-    """Gradients that come from above, of this rank's loss and of those of other ranks, which need not be the same."""
+    """Incoming gradients of the losses of this rank and of other ranks, which may differ."""
 
-    features: Tensor  # common factor of the features' gradients
-    scale: Tensor  # of the scale's gradient, which is of this rank's loss alone
-    ranks: Tensor | None = None  # [world_size], at most 1: what each rank's part of the logits weighs, if not the same
+    features: Tensor  # common factor of the gradients of the features
+    scale: Tensor  # factor of the gradient of the scale, which depends on this rank's loss only
+    ranks: Tensor | None = None  # [world_size], at most 1: weights of each rank's part of the logits, if they differ
 
 
 def _weights(grad: Tensor, batch: Batch, count: int) -> _Weights:
-    grad = grad / (2 * count * (1 if batch.local_loss else batch.world_size))  # both directions, mean over the pairs
+    grad = grad / (2 * count * (1 if batch.local_loss else batch.world_size))  # two directions, mean over the pairs
     if not batch.distributed or not batch.gather_with_grad:
         return _Weights(grad, grad)
     if not batch.local_loss:  # every rank's loss is the same function of all features
@@ -184,10 +193,10 @@ def _weights(grad: Tensor, batch: Batch, count: int) -> _Weights:
 
 
 class _Gradients(NamedTuple):
-    """Gradients with the features and the scale, before the factors that all elements share."""
+    """Gradients with respect to features and scale, without the common factors."""
 
     image: Tensor  # [n, D]
-    text: Tensor  # [N, D]: this rank's part of it; after their sum [n, D]
+    text: Tensor  # [N, D]: part of this rank; [n, D] after the sum over ranks
     of_scale: tuple[Tensor, Tensor] | None  # from the rows [], and from each column [N]
 
 
@@ -200,10 +209,17 @@ def _softmax_gradients(
     batch: Batch,
     linked: bool,
 ) -> _Gradients:
-    """Computes the tiles again, and from each the gradient of both cross entropies, softmax - one_hot.
+    """Compute the tiles again, and from each the gradient of both cross entropies, softmax - one_hot.
 
-    linked: the features get the gradients of rows and columns, else the images those of rows and the texts those of
-    columns.
+    Args:
+        image: [n, D].
+        all_text: [N, D].
+        scale: scale of the logits.
+        softmax: statistics of the forward.
+        weights: weight of each rank's part of the logits, or None.
+        batch: position of the pairs, and the variant.
+        linked: whether all features get the gradients of rows and columns. If not, images get those of rows and texts
+            those of columns.
     """
     exact, first_column = exact_dtype(batch.dtype), batch.rank * len(image)
     image, all_text = image.to(batch.dtype), all_text.to(batch.dtype)
@@ -232,10 +248,11 @@ def _softmax_gradients(
 
 
 def _scale_gradient(image: Tensor, text: Tensor, gradients: _Gradients, batch: Batch, linked: bool) -> Tensor:
-    """The gradient of this rank's loss with the scale, without the common factor: the sum of gradient times cosine.
+    """Compute the gradient of this rank's loss with respect to the scale, without the common factor.
 
-    That sum is also <features, their gradient>, which saves looking at the tiles; only where the features' gradients
-    are of several ranks' losses and the scale's is of one, it was taken from the tiles.
+    It is the sum over the logits of gradient times cosine. That equals the inner product of the features and their
+    gradient, which needs no tiles. But if the gradients of the features come from the losses of several ranks, that of
+    the scale does not, and `_softmax_gradients` has computed it from the tiles.
     """
     if gradients.of_scale is not None:
         of_rows, of_columns = gradients.of_scale
@@ -246,18 +263,25 @@ def _scale_gradient(image: Tensor, text: Tensor, gradients: _Gradients, batch: B
     return collectives.all_reduce(of_images) if batch.distributed else of_images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The sigmoid loss of SigLIP
+# Sigmoid loss of SigLIP
 
 
 def sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, batch: Batch) -> Tensor:
-    """Sum over the columns, mean over this rank's rows, of -log sigmoid(+-logit), + for pairs.
+    """Compute -log sigmoid(+-logit), + for pairs, summed over the columns and averaged over this rank's rows.
 
-    From https://arxiv.org/abs/2303.15343.
+    The formula is from https://arxiv.org/abs/2303.15343. The texts of other ranks are received by `batch.exchange`, one
+    rank at a time (all at once with "gather"). The backward receives them again and returns their gradients, so that
+    the memory kept between forward and backward does not grow with the number of ranks.
 
-    image, text [n, D]; scale and bias of one element. The texts of the other ranks come by `batch.exchange`, one rank's
-    at a time (all at once with "gather"), and come again in the backward, where they collect their gradients: nothing
-    that is kept between the two grows with the number of ranks.
+    Args:
+        image: [n, D].
+        text: [n, D].
+        scale: scale of the logits, one element.
+        bias: bias of the logits, one element.
+        batch: position of the pairs, and the exchange.
+
+    Returns:
+        The loss, a scalar.
     """
     return _SigmoidLoss.apply(image, text, scale, bias, batch)
 
@@ -294,7 +318,7 @@ class _SigmoidLoss(torch.autograd.Function):
 def _signed_tiles(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairs: bool
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of -label * logit, whose softplus is the loss. With `pairs` the diagonal's labels are 1, all others -1."""
+    """Yield tiles of -label * logit, whose softplus is the loss. Labels are -1 or, on the diagonal with `pairs`, 1."""
     for row, column in tiles(len(image), len(text)):
         logits = (image[row] @ text[column].T).to(exact_dtype(image.dtype)) * scale + bias
         if pairs:
@@ -303,16 +327,17 @@ def _signed_tiles(
 
 
 def _sigmoid_sum(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pairs: bool) -> Tensor:
-    """The loss of image [n, D] with text [m, D], without the mean."""
+    """Compute the loss of image [n, D] and text [m, D], without the mean."""
     text = text.to(image.dtype)
     total = torch.zeros((), dtype=exact_dtype(image.dtype), device=image.device)
     for _, _, logits in _signed_tiles(image, text, scale, bias, pairs):
-        total += F.softplus(logits, threshold=40).sum()  # beyond the default 20, fp64 still sees the difference
+        # With the default threshold of 20, the approximation would be visible in float64.
+        total += F.softplus(logits, threshold=40).sum()
     return total
 
 
 class _SigmoidGradients:
-    """Sums of the gradients of one rank's images while texts come by; `factor` and the scale are left out of them."""
+    """Sums of the gradients of this rank's images, without `factor` and scale, while texts of other ranks arrive."""
 
     def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, factor: Tensor, dtype: torch.dtype):
         self.own_image, self.scale, self.bias, self.factor = image.to(dtype), scale, bias, factor
@@ -320,7 +345,7 @@ class _SigmoidGradients:
         self.logits = torch.zeros((), dtype=exact_dtype(dtype), device=image.device)
 
     def of_text(self, text: Tensor, pairs: bool) -> Tensor:
-        """What this rank's loss says about texts [m, D]: their whole gradient [m, D], factors included."""
+        """Compute the gradient of this rank's loss with respect to texts [m, D], including all factors: [m, D]."""
         text = text.to(self.own_image.dtype)
         grad_text = torch.zeros_like(text, dtype=self.image.dtype)
         for row, column, logits in _signed_tiles(self.own_image, text, self.scale, self.bias, pairs):
@@ -335,7 +360,7 @@ class _SigmoidGradients:
 
 
 def _texts_of_others(text: Tensor, batch: Batch) -> Iterator[Tensor]:
-    """The texts of each other rank, in pieces [m, D]; all ranks iterate together, without gradient."""
+    """Yield the texts of each other rank in pieces [m, D], without gradient. All ranks iterate together."""
     if not batch.distributed:
         return
     rank, world_size = batch.rank, batch.world_size
@@ -351,8 +376,7 @@ def _texts_of_others(text: Tensor, batch: Batch) -> Iterator[Tensor]:
             if source != rank:
                 yield others
     elif _halves(text, batch):
-        # Both directions of the ring at once: the first half of everyone's rows goes around to the left, the other to
-        # the right.
+        # Use both directions of the ring at once: the first half of the rows goes to the left, the other to the right.
         to_left, to_right = text.tensor_split(2)
         for _ in range(world_size - 1):
             to_left, to_right = collectives.neighbour_exchange_bidir(left, right, to_left, to_right)
@@ -369,9 +393,10 @@ def _halves(text: Tensor, batch: Batch) -> bool:
 
 
 def _gradient_from_others(text: Tensor, own: _SigmoidGradients, batch: Batch) -> Tensor:
-    """What the losses of the other ranks say about this rank's text [n, D]; adds what theirs say about own's images.
+    """Compute the gradients of this rank's text [n, D] in the losses of other ranks, and add to those of its images.
 
-    Around a ring a text travels with its gradient so far, and one step more than in the forward brings that home.
+    Around a ring, a text is sent together with the sum of its gradients so far. One step more than in the forward
+    returns both to the owner.
     """
     rank, world_size = batch.rank, batch.world_size
     left, right = (rank - 1) % world_size, (rank + 1) % world_size
@@ -392,19 +417,19 @@ def _gradient_from_others(text: Tensor, own: _SigmoidGradients, batch: Batch) ->
             if source == rank:
                 returned = part
         return returned
-    travellers = [_with_room(part, own) for part in (text.tensor_split(2) if _halves(text, batch) else (text,))]
+    messages = [_with_gradient_sum(part, own) for part in (text.tensor_split(2) if _halves(text, batch) else (text,))]
     for step in range(world_size):
-        if len(travellers) == 2:
-            travellers = list(collectives.neighbour_exchange_bidir(left, right, *travellers))
+        if len(messages) == 2:
+            messages = list(collectives.neighbour_exchange_bidir(left, right, *messages))
         else:
-            travellers = [collectives.neighbour_exchange(left, right, travellers[0])]
+            messages = [collectives.neighbour_exchange(left, right, messages[0])]
         if step < world_size - 1:
-            for others, gradient in travellers:
+            for others, gradient in messages:
                 gradient += own.of_text(others, False)
-    return torch.cat([gradient for _, gradient in travellers])
+    return torch.cat([gradient for _, gradient in messages])
 
 
-def _with_room(text: Tensor, own: _SigmoidGradients) -> Tensor:
-    """[2, m, D]: a text and the sum of its gradients, one message instead of two."""
+def _with_gradient_sum(text: Tensor, own: _SigmoidGradients) -> Tensor:
+    """Stack a text and the sum of its gradients to [2, m, D], so that one message carries both."""
     text = text.to(own.image.dtype)
     return torch.stack([text, torch.zeros_like(text)])

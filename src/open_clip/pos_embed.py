@@ -1,4 +1,4 @@
-"""Position embeddings: fixed sine-cosine tables, and resizing of learned ones to another grid or context length."""
+"""Position embeddings: fixed sine-cosine tables, and resizing of learned tables to another grid or context length."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
-    """Sine-cosine embedding of a grid: the first half of the channels encodes the column, the second the row.
+    """Compute the sine-cosine embedding of a grid.
+
+    The first half of the channels encodes the column, the second half the row.
 
     Args:
-        embed_dim: channels, a multiple of 4.
+        embed_dim: number of channels, a multiple of 4.
         grid_size: height and width of the grid, in patches.
-        cls_token: put a row of zeros in front.
+        cls_token: whether to prepend a row of zeros.
 
     Returns:
-        float64 array, [grid height * width (+ 1), embed_dim].
+        float64 array [grid height * width (+ 1), embed_dim].
     """
     height, width = to_2tuple(grid_size)
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
@@ -36,25 +38,32 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cl
 
 
 def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: np.ndarray) -> np.ndarray:
-    """Half of the channels for each of the two coordinate arrays in `grid`: [2, ...] -> [positions, embed_dim]."""
+    """Embed two coordinate arrays, with half of the channels each: [2, ...] -> float64 [positions, embed_dim].
+
+    Raises:
+        ValueError: `embed_dim` is not a multiple of 4.
+    """
     if embed_dim % 4:
-        raise ValueError(f"a 2-D sine-cosine embedding needs a width that is a multiple of 4, got {embed_dim}")
+        raise ValueError(f"A 2-D sine-cosine embedding needs a width that is a multiple of 4, got {embed_dim}.")
     halves = [get_1d_sincos_pos_embed_from_grid(embed_dim // 2, coordinates) for coordinates in grid]
     return np.concatenate(halves, axis=1)
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
-    """Sines, then cosines, of the positions at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, 3.5).
+    """Compute sines, then cosines, of positions at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, 3.5).
 
     Args:
-        embed_dim: channels, even.
+        embed_dim: number of channels, even.
         pos: positions, of any shape.
 
     Returns:
-        float64 array, [pos.size, embed_dim].
+        float64 array [pos.size, embed_dim].
+
+    Raises:
+        ValueError: `embed_dim` is odd.
     """
     if embed_dim % 2:
-        raise ValueError(f"a sine-cosine embedding needs an even width, got {embed_dim}")
+        raise ValueError(f"A sine-cosine embedding needs an even width, got {embed_dim}.")
     frequencies = 10000.0 ** (-np.arange(embed_dim // 2, dtype=np.float64) / (embed_dim / 2.0))
     angles = np.asarray(pos, dtype=np.float64).reshape(-1, 1) * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -63,18 +72,19 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
 def _resize_grid(
     grid: torch.Tensor, old: tuple[int, int], new: tuple[int, int], interpolation: str, antialias: bool
 ) -> torch.Tensor:
-    """[old height * width, channels] -> [new height * width, channels], in the dtype of `grid`."""
-    image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # half precision has no antialiased CPU kernel
+    """Resize a grid of embeddings: [old height * width, channels] -> [new height * width, channels]."""
+    # The antialiased CPU kernel does not support half precision.
+    image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
     image = F.interpolate(image, size=new, mode=interpolation, antialias=antialias, align_corners=False)
     return image.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(grid.dtype)
 
 
 def interpolate_pos_embed(model: Any, checkpoint_model: dict[str, torch.Tensor]) -> None:
-    """Resize `checkpoint_model["pos_embed"]` in place to the square grid of `model`, for timm-like ViTs as MAE has.
+    """Resize `checkpoint_model["pos_embed"]` in place to the square grid of `model`, for ViTs like those of MAE.
 
     Args:
         model: has `patch_embed.num_patches` and `pos_embed` [1, tokens, channels].
-        checkpoint_model: a state dict; left alone where it has no "pos_embed" or where sizes agree.
+        checkpoint_model: state dict. It is unchanged if it has no "pos_embed" or the sizes agree.
     """
     table = checkpoint_model.get("pos_embed")
     if table is None:
@@ -98,12 +108,12 @@ def resize_pos_embed(
 ) -> None:
     """Resize the image tower's position embedding in `state_dict`, in place, to the grid of `model.visual`.
 
-    Nothing happens where the state dict has none, the tower has no grid of places, or sizes agree. A tower that has its
-    positions elsewhere (ResNets, those of timm) resizes them in its own `resize_pos_embed(state_dict, prefix)`.
+    The state dict is unchanged if it has no such embedding, the tower has no grid, or the sizes agree. A tower with
+    other position parameters (ResNet, timm) has a method `resize_pos_embed(state_dict, prefix)` that resizes them.
     """
-    own: Any = getattr(model.visual, "resize_pos_embed", None)
-    if own is not None:
-        own(state_dict, prefix="visual.")
+    method: Any = getattr(model.visual, "resize_pos_embed", None)
+    if method is not None:
+        method(state_dict, prefix="visual.")
         return
     grid_size = getattr(model.visual, "grid_size", None)
     if grid_size is not None:
@@ -117,12 +127,12 @@ def resize_table(
     interpolation: str = "bicubic",
     antialias: bool = True,
 ) -> None:
-    """Resize `state_dict[key]` in place to another grid.
+    """Resize the table `state_dict[key]` [1 + positions, channels] in place to the grid `new` (height, width).
 
-    It is [1 + places, channels]: the first row is the class token's, or the mean's.
+    The first row belongs to the class token or to the mean of the patches, and is not resized.
 
     Raises:
-        ValueError: its own grid is not square.
+        ValueError: the grid of the table is not square.
     """
     table = state_dict.get(key)
     num_extra = 1
@@ -132,8 +142,8 @@ def resize_table(
     side = math.isqrt(len(grid))
     if side * side != len(grid):
         raise ValueError(
-            f"{key} has {len(grid)} patches, which is no square grid, and the model's is {new[0]}x{new[1]}: "
-            "only square grids can be resized"
+            f"{key} has {len(grid)} positions, which is not a square grid, and the model has {new[0]}x{new[1]}. "
+            "Only square grids can be resized."
         )
     logger.info("Image position embedding resized from %dx%d to %dx%d.", side, side, *new)
     state_dict[key] = torch.cat([extra, _resize_grid(grid, (side, side), new, interpolation, antialias)])
@@ -148,7 +158,7 @@ def resize_text_pos_embed(
     """Resize the text tower's position embedding in `state_dict`, in place, to the context length of `model`.
 
     Raises:
-        ValueError: the widths differ: this is a checkpoint of another model.
+        ValueError: the widths differ, so the checkpoint belongs to another model.
     """
     key = next((k for k in ("positional_embedding", "text.positional_embedding") if k in state_dict), None)
     target = getattr(model, "positional_embedding", None)
@@ -159,8 +169,8 @@ def resize_text_pos_embed(
     table = state_dict[key]
     if table.shape[1] != target.shape[1]:
         raise ValueError(
-            f"{key} is {table.shape[1]} wide, the model's is {target.shape[1]}: these weights are of another model. "
-            "Choose the architecture that they were trained with."
+            f"{key} has the width {table.shape[1]}, and the model has {target.shape[1]}: these weights belong to "
+            "another model. Choose the architecture that they were trained with."
         )
     if table.shape[0] == target.shape[0]:
         return

@@ -1,7 +1,7 @@
-"""Progress of work that takes longer than a few seconds: a bar on a terminal, a log line every 30 seconds elsewhere.
+"""Progress of work that takes longer than a few seconds: a bar on a terminal, otherwise a log line every 30 seconds.
 
-A library is silent, so nothing is shown until a command asks for it with `showing`. In a run of several processes only
-the first one does. `Task` counts items in a loop; `watch` follows a single call, such as writing a file.
+Nothing is shown unless a command enables it with `showing`; with several processes, only the first one should.
+`Task` counts the items of a loop. `watch` follows a single call, such as writing a file.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-DELAY = 3.0  # seconds; work that is done sooner shows nothing
+DELAY = 3.0  # seconds before anything is shown
 LOG_SECONDS = 30.0  # between two log lines
-_POLL_SECONDS = 0.5  # between two looks of `watch`
+_POLL_SECONDS = 0.5  # between two updates of `watch`
 
 _is_shown = False
-_bars: set[Any] = set()  # on the terminal now
+_bars: set[Any] = set()  # currently on the terminal
 
 
 @contextlib.contextmanager
 def showing(is_shown: bool = True) -> Iterator[None]:
-    """Inside, tasks show their progress (or, with False, do not)."""
+    """Context in which tasks show their progress or, with False, do not."""
     global _is_shown
     before, _is_shown = _is_shown, is_shown
     try:
@@ -37,15 +37,15 @@ def showing(is_shown: bool = True) -> Iterator[None]:
 
 
 class Task:
-    """Work whose progress is shown. Use it as a context manager: leaving it removes the bar, also after an exception.
+    """Work whose progress is shown. Use it as a context manager, which removes the bar on exit.
 
     Args:
-        description: what is done, such as "Evaluating imagenet-val".
-        total: how many items there are; None or 0 where that is unknown.
+        description: such as "Evaluating imagenet-val".
+        total: number of items; None or 0 if it is unknown.
         unit: name of the items in the plural; "B" for bytes.
-        is_shown: None follows `showing`.
+        is_shown: whether to show progress; None: as set by `showing`.
         delay: seconds before anything is shown.
-        clock: returns seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Task:
         self._bar: Any = None
 
     def advance(self, items: int = 1) -> None:
-        """Counts items that are done."""
+        """Add to the number of finished items."""
         self.move_to(self.count + items)
 
     def move_to(self, count: int) -> None:
-        """Sets how many items are done; more than `total` counts as all."""
+        """Set the number of finished items, at most `total`."""
         self.count = count if self.total is None else min(count, self.total)
         if not self._is_shown:
             return
@@ -82,17 +82,17 @@ class Task:
             self._draw(now)
         if now >= self._next_line:
             self._next_line = now + LOG_SECONDS
-            logger.info("%s", self.line(now - self._started), extra={"is_progress": True})
+            logger.info("%s", self.format_line(now - self._started), extra={"is_progress": True})
 
-    def line(self, seconds: float) -> str:
-        """The log line after so many seconds."""
-        parts = [_amount(self.count, self.unit)] if self.count else []
+    def format_line(self, seconds: float) -> str:
+        """Format the log line after `seconds` seconds."""
+        parts = [_format_amount(self.count, self.unit)] if self.count else []
         if self.total is not None:
-            done = _amount(self.count, "B") if self.unit == "B" else f"{self.count:,}"
-            parts = [f"{done} of {_amount(self.total, self.unit)} ({100 * self.count / self.total:.0f}%)"]
-        parts.append(_duration(seconds))
+            done = _format_amount(self.count, "B") if self.unit == "B" else f"{self.count:,}"
+            parts = [f"{done} of {_format_amount(self.total, self.unit)} ({100 * self.count / self.total:.0f}%)"]
+        parts.append(_format_duration(seconds))
         if self.total is not None and 0 < self.count < self.total:
-            parts.append(f"about {_duration(seconds * (self.total - self.count) / self.count)} left")
+            parts.append(f"about {_format_duration(seconds * (self.total - self.count) / self.count)} left")
         return f"{self.description}: {', '.join(parts)}"
 
     def _draw(self, now: float) -> None:
@@ -110,17 +110,17 @@ class Task:
                 dynamic_ncols=_has_width(),
                 file=sys.stderr,
             )
-            # The bar counts from the start of the task.
+            # Let the bar show the time since the start of the task.
             self._bar.start_t -= now - self._started
             self._bar.last_print_t = self._bar.start_t
             _bars.add(self._bar)
         if self.count == self._bar.n:
-            self._bar.refresh()  # the elapsed time alone has changed
+            self._bar.refresh()  # only the elapsed time has changed
         else:
             self._bar.update(self.count - self._bar.n)
 
     def close(self) -> None:
-        """Removes the bar. Nothing is shown afterwards."""
+        """Remove the bar. Nothing is shown afterwards."""
         self._is_shown = False
         if self._bar is not None:
             bar, self._bar = self._bar, None
@@ -141,10 +141,13 @@ def watch(
     total: int | None = None,
     unit: str = "",
 ) -> Iterator[None]:
-    """Shows the progress of what is done inside, by a thread.
+    """Context that shows the progress of its body, from a thread.
 
     Args:
-        measure: returns how much is done, such as the size of the file being written; None shows the time alone.
+        description: see `Task`.
+        measure: returns the amount done, such as the size of the file being written. None: only the time is shown.
+        total: see `Task`.
+        unit: see `Task`.
     """
     if not _is_shown:
         yield
@@ -152,14 +155,14 @@ def watch(
     is_over = threading.Event()
     with Task(description, total, unit) as task:
 
-        def look() -> None:
+        def poll() -> None:
             done = 0
             while not is_over.wait(_POLL_SECONDS):
-                with contextlib.suppress(OSError):  # the file that is measured may be gone, or not there yet
+                with contextlib.suppress(OSError):  # the measured file may not exist yet, or no longer
                     done = 0 if measure is None else measure()
                 task.move_to(done)
 
-        thread = threading.Thread(target=look, name="progress", daemon=True)
+        thread = threading.Thread(target=poll, name="progress", daemon=True)
         thread.start()
         try:
             yield
@@ -169,7 +172,7 @@ def watch(
 
 
 class LogHandler(logging.StreamHandler):
-    """Writes log lines to stderr without tearing the bars there, and leaves out the lines that the bars replace."""
+    """Handler that writes log lines to stderr without breaking bars, and drops progress lines while a bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not _bars:
@@ -184,25 +187,25 @@ class LogHandler(logging.StreamHandler):
 def _is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # no stderr, or a closed one
+    except (AttributeError, ValueError):  # stderr is missing or closed
         return False
 
 
 def _has_width() -> bool:
-    """Whether the terminal knows its width; tqdm draws nothing on one that says 0."""
+    """Whether the terminal reports its width. tqdm draws nothing if it reports 0."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):  # not a terminal of the system
+    except (OSError, ValueError):  # stderr is not a terminal
         return False
 
 
-def _amount(count: int, unit: str) -> str:
+def _format_amount(count: int, unit: str) -> str:
     if unit != "B":
         return f"{count:,} {unit}".rstrip()
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 120:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""Files of safetensors: a JSON header that says where each tensor's bytes are, and the bytes."""
+"""Safetensors files: a JSON header with the position of each tensor, followed by the bytes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DTYPES = {
 
 
 def read_safetensors(file: BinaryFile) -> dict[str, TensorRecord]:
-    """The tensors by name."""
+    """Read the records of the tensors, by name."""
     length = int.from_bytes(file.read(0, 8), "little")
     if length > MAX_HEADER:
-        raise FileError(f"{file.name} is damaged: its header would have {length} bytes.")
+        raise FileError(f"{file.name} is damaged: its header claims {length} bytes.")
     header = json.loads(file.read(8, length))
     header.pop("__metadata__", None)
     return {name: _record(file, name, entry, 8 + length) for name, entry in header.items()}
@@ -34,13 +34,13 @@ def _record(file: BinaryFile, name: str, entry: dict[str, Any], base: int) -> Te
     dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
     if dtype is None:
         kind = str(entry["dtype"])[:20]
-        raise FileError(f"{file.name}: {name[:80]!r} has the type {kind!r}, which is not supported.")
+        raise FileError(f"{file.name}: {name[:80]!r} has the dtype {kind!r}, which is not supported.")
     shape, (first, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, first, end)) or end < first:
-        raise FileError(f"{file.name} is damaged: {name[:80]!r} has no valid shape or place.")
+        raise FileError(f"{file.name} is damaged: the shape or position of {name[:80]!r} is invalid.")
     if math.prod(shape) * dtype.itemsize != end - first or base + end > file.size:
         raise FileError(
-            f"{file.name} is damaged: {name[:80]!r} of shape {list(shape)} has {end - first} bytes, of "
-            f"{file.size} in the file. Was its copy or download interrupted?"
+            f"{file.name} is damaged: {name[:80]!r} of shape {list(shape)} has {end - first} bytes, and "
+            f"the file has {file.size}. Was its copy or download interrupted?"
         )
     return contiguous_record(Storage(end - first, start=base + first), dtype, shape)

@@ -1,7 +1,7 @@
-"""Where the tensors of a file are, and the tensors themselves.
+"""Records of the tensors in a file, and the loading of these tensors.
 
-A reader first parses the layout of a file into `TensorRecord`s; then the bytes of the tensors that are needed are read,
-once, each into memory of its own.
+A reader first parses the layout of a file into `TensorRecord`s. Then `load_tensors` reads the bytes of the selected
+tensors once, each into separate memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from .binary_file import BinaryFile, FileError
 
-_MAX_EXPANDED = 64 << 20  # bytes, or the size of the file: of a tensor whose elements share memory
-_MAX_REPEATS = 8  # how often the bytes of a file may be read under other names
+# Limits for malicious files. The elements of an expanded tensor share memory, and several tensors may share memory.
+_MAX_EXPANDED = 64 << 20  # bytes of an expanded tensor, if the file is smaller
+_MAX_REPEATS = 8  # total size of all tensors, as a multiple of the size of the file
 
 DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -36,9 +37,12 @@ DTYPES = {
 
 @dataclass(eq=False)
 class Storage:
-    """Bytes of a file that tensors are made of.
+    """A range of bytes in a file that tensors are views of.
 
-    nbytes: how many. start: their position in the file; None where they must be unpacked by `unpack`.
+    Attributes:
+        nbytes: number of bytes.
+        start: position in the file. None: the bytes are compressed, and `unpack` returns them.
+        unpack: decompresses the bytes.
     """
 
     nbytes: int
@@ -48,9 +52,15 @@ class Storage:
 
 @dataclass(eq=False)
 class TensorRecord:
-    """A tensor in a file: dtype, shape, and (in elements) its offset into the storage and its strides.
+    """A tensor in a file.
 
-    `tensor` is None until `load_tensors` has read it.
+    Attributes:
+        storage: the bytes it is a view of.
+        dtype: its dtype.
+        offset: offset in the storage, in elements.
+        shape: its shape.
+        stride: its strides, in elements.
+        tensor: the tensor itself, once `load_tensors` has read it.
     """
 
     storage: Storage
@@ -61,13 +71,13 @@ class TensorRecord:
     tensor: torch.Tensor | None = field(default=None, repr=False)
 
     def check(self, name: str) -> None:
-        """Raise FileError if an element lies outside of the storage."""
+        """Raise FileError if the shape is invalid or an element is outside the storage."""
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
-            raise FileError(f"{name} is damaged: a tensor in it has no valid shape or stride.")
+            raise FileError(f"{name} is damaged: the shape or stride of a tensor is invalid.")
         if self.numel and self.span()[1] > self.storage.nbytes:
             raise FileError(
-                f"{name} is damaged: a tensor of shape {list(self.shape)} reaches beyond its storage of "
+                f"{name} is damaged: a tensor of shape {list(self.shape)} exceeds its storage of "
                 f"{self.storage.nbytes} bytes."
             )
 
@@ -80,12 +90,12 @@ class TensorRecord:
         return self.numel * self.dtype.itemsize
 
     def span(self) -> tuple[int, int]:
-        """The range of bytes of the storage that its elements are in."""
+        """Return the range of bytes in the storage that contains its elements."""
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return self.offset * self.dtype.itemsize, (last + 1) * self.dtype.itemsize
 
     def is_compact(self) -> bool:
-        """Whether its elements fill at least half of their range and none is there twice."""
+        """Whether its elements fill at least half of their range and do not overlap."""
         first, end = self.span()
         return end - first <= 2 * self.nbytes and self.nbytes <= end - first
 
@@ -94,37 +104,37 @@ class TensorRecord:
 
 
 def contiguous_record(storage: Storage, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorRecord:
-    """The record of a tensor that fills a storage in C order."""
-    stride = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+    """Create the record of a tensor that fills a storage in C order."""
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return TensorRecord(storage, dtype, 0, shape, stride)
 
 
 def load_tensors(file: BinaryFile, records: Iterable[TensorRecord]) -> None:
-    """Set `tensor` of each record. No two of them share memory, and none keeps more than it needs.
+    """Read the tensor of each record and store it there. The tensors share no memory, and keep no unused memory.
 
     Raises:
-        FileError: the file is damaged: a tensor reaches beyond it.
+        FileError: the file is damaged: a tensor is not inside it.
     """
     records = list(records)
     check_records(file, records)
     direct: list[TensorRecord] = []
-    of_storage: dict[Storage, list[TensorRecord]] = {}
+    by_storage: dict[Storage, list[TensorRecord]] = {}
     for record in records:
         if not record.numel:
             record.tensor = torch.empty(record.shape, dtype=record.dtype)
         elif record.storage.start is not None and record.is_compact():
             direct.append(record)
         else:
-            of_storage.setdefault(record.storage, []).append(record)
+            by_storage.setdefault(record.storage, []).append(record)
     _map(file, direct) if file.is_mapped else _read(file, direct)
-    for storage, views in of_storage.items():
-        whole = _whole(file, storage)
+    for storage, views in by_storage.items():
+        whole = _read_storage(file, storage)
         for record in views:
             record.tensor = record.view(whole, record.offset).clone(memory_format=torch.contiguous_format)
 
 
 def check_records(file: BinaryFile, records: list[TensorRecord]) -> None:
-    """Raise FileError if a tensor lies outside of the file, or all together are much larger than it."""
+    """Raise FileError if a tensor is outside the file, or if the tensors are much larger than the file."""
     for record in records:
         record.check(file.name)
         start, (first, end) = record.storage.start, record.span()
@@ -136,7 +146,9 @@ def check_records(file: BinaryFile, records: list[TensorRecord]) -> None:
             )
     total = sum(record.nbytes for record in records if record.storage.start is not None)
     if total > _MAX_REPEATS * max(file.size, _MAX_EXPANDED):
-        raise FileError(f"{file.name} is damaged: {len(records)} tensors of {total} bytes share {file.size} bytes.")
+        raise FileError(
+            f"{file.name} is damaged: {len(records)} tensors of {total} bytes in total share {file.size} bytes."
+        )
 
 
 def _read(file: BinaryFile, records: list[TensorRecord]) -> None:
@@ -161,7 +173,7 @@ def _map(file: BinaryFile, records: list[TensorRecord]) -> None:
         seen.add(record.storage)
 
 
-def _whole(file: BinaryFile, storage: Storage) -> torch.UntypedStorage:
+def _read_storage(file: BinaryFile, storage: Storage) -> torch.UntypedStorage:
     if storage.start is None:
         assert storage.unpack is not None
         return storage.unpack()

@@ -1,7 +1,7 @@
-"""Cleaning of captions before they are cut into tokens: mojibake and HTML mended, white space folded, letters lowered.
+"""Cleaning of captions before tokenization: fix mojibake, unescape HTML, collapse white space, lower-case.
 
-`ftfy.fix_text` is what the ids are defined by, and the slowest step by far. Most captions need nothing of it, and that
-can be seen quickly; `basic_clean` gives what ftfy gives on every text and calls it on those that may need it.
+The token ids of CLIP are defined by `ftfy.fix_text`, which is by far the slowest step. Most captions do not need it,
+which a quick test shows. `basic_clean` returns what ftfy returns for every text, and calls it only where needed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import unicodedata
 from collections.abc import Callable
 
 _CONTROLS = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f"
-# "&" followed by neither "#" nor a letter begins no HTML entity, neither for ftfy nor for html.unescape.
+# Both ftfy and html.unescape start an HTML entity only at "&" followed by "#" or a letter.
 _MAYBE_ENTITY = "&[#A-Za-z]"
 _needs_ftfy_ascii = re.compile(f"[{_CONTROLS}]|{_MAYBE_ENTITY}").search
-# What ftfy treats by context: lines one by one, C1 controls (often mojibake), surrogates in pairs.
+# ftfy handles these characters by context: line breaks, C1 controls (often mojibake), surrogate pairs.
 _needs_ftfy = re.compile(f"[{_CONTROLS}\n\r\x80-\x9f\u2028\u2029\ud800-\udfff]|{_MAYBE_ENTITY}").search
 
 _PUNCTUATION_TO_NOTHING = str.maketrans("", "", string.punctuation)
 
 
 class _CharacterFixes(dict):
-    """Table for str.translate: what ftfy makes of a character that stands alone, asked once for each one met."""
+    """Table for str.translate from a character to what ftfy makes of it alone. It is filled on lookup."""
 
     def __init__(self) -> None:
         super().__init__((i, i) for i in range(128))
@@ -40,11 +40,11 @@ _character_fixes = _CharacterFixes()
 
 
 def _fix_text(text: str) -> str:
-    """html.unescape(html.unescape(ftfy.fix_text(text))), without calling them where they would change nothing.
+    """Return html.unescape(html.unescape(ftfy.fix_text(text))), without the calls that would change nothing.
 
-    ftfy repeats two steps until nothing changes: decode again what looks like mojibake (`ftfy.badness.is_bad`), then
-    mend characters (ligatures, widths, curly quotes, controls) and compose them (NFC). Where the text is not bad, and
-    its mended characters are composed and not bad either, the mending is all there is, character by character.
+    ftfy repeats two steps until the text is stable: decode again what looks like mojibake (`ftfy.badness.is_bad`), then
+    fix characters (ligatures, widths, curly quotes, controls) and compose them (NFC). If neither the text nor its fixed
+    characters look like mojibake, and the fixed characters are composed, fixing each character is the whole result.
     """
     if text.isascii():
         if (text.isprintable() and "&" not in text) or _needs_ftfy_ascii(text) is None:
@@ -65,18 +65,18 @@ def _fix_text(text: str) -> str:
 
 
 def basic_clean(text: str) -> str:
-    """Text with its mojibake and HTML entities (even doubly escaped ones) mended, and stripped.
+    """Fix mojibake, unescape HTML entities (even doubly escaped ones) and strip white space at both ends.
 
     Raises:
         TypeError: `text` is not a str.
     """
     if not isinstance(text, str):
-        raise TypeError(f"a caption must be a str, got {type(text).__name__}: {text!r}")
+        raise TypeError(f"A caption must be a str, got {type(text).__name__}: {text!r}.")
     return _fix_text(text).strip()
 
 
 def whitespace_clean(text: str) -> str:
-    """Every run of white space as one space; none at the ends."""
+    """Collapse each run of white space to one space and strip both ends."""
     return " ".join(text.split())
 
 
@@ -86,10 +86,10 @@ def canonicalize_text(
     keep_punctuation_exact_string: str | None = None,
     trans_punctuation: dict = _PUNCTUATION_TO_NOTHING,
 ) -> str:
-    """Lower case without punctuation; "_" and runs of white space as one space (the form of CLIPA's and SigLIP's text).
+    """Lower-case, remove punctuation, and collapse "_" and white space to one space, as CLIPA and SigLIP do.
 
     Args:
-        keep_punctuation_exact_string: a string, such as "{}", that is kept although it is punctuation.
+        keep_punctuation_exact_string: punctuation that is kept, such as "{}".
         trans_punctuation: table for str.translate that removes punctuation.
     """
     text = text.replace("_", " ")
@@ -138,16 +138,19 @@ _WORDS_FNS: dict[Callable[[str], str], Callable[[str], list[str]]] = {
 
 
 def get_clean_fn(type: str) -> Callable[[str], str]:
-    """The cleaning of that name: `lower`, `whitespace` or `canonicalize`; all begin with `basic_clean`.
+    """Return the cleaning function named `type`: `lower`, `whitespace` or `canonicalize`. All call `basic_clean` first.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     if type not in _CLEAN_FNS:
-        raise ValueError(f"clean={type!r} is not a way of cleaning text; choose from {', '.join(sorted(_CLEAN_FNS))}")
+        raise ValueError(f"clean={type!r} is unknown. Choose from {', '.join(sorted(_CLEAN_FNS))}.")
     return _CLEAN_FNS[type]
 
 
 def get_words_fn(clean_fn: Callable[[str], str]) -> Callable[[str], list[str]]:
-    """The words of a text that `clean_fn` has cleaned; where the cleaning is ours, it does not join them first."""
+    """Return a function that cleans a text and splits it into words.
+
+    For the cleaning functions of this module it skips joining the words first.
+    """
     return _WORDS_FNS.get(clean_fn) or (lambda text: clean_fn(text).split())

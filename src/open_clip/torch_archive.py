@@ -1,4 +1,4 @@
-"""What `torch.save` writes, a zip archive, and what it wrote before torch 1.6: pickles with the bytes after them."""
+"""Files of `torch.save`: zip archives, and the format before torch 1.6 (pickles followed by the bytes of tensors)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .inert_pickle import InertUnpickler, unpickle
 from .tensor_records import Storage
 from .zipped import ZipArchive
 
-MAX_PICKLE = 256 << 20  # bytes; that of a checkpoint of 1,000 tensors has 0.1 MB
+MAX_PICKLE = 256 << 20  # bytes; the pickle of a checkpoint with 1,000 tensors has 0.1 MB
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 def read_zip(file: BinaryFile) -> tuple[Any, list[str]]:
-    """(the tree with tensor records, names of what in it is foreign)."""
+    """Read a zip archive: (tree with tensor records, names of the foreign objects in it)."""
     archive = ZipArchive(file)
     root = archive_root(archive, "data.pkl")
     check_byteorder(archive, root)
@@ -25,17 +25,17 @@ def read_zip(file: BinaryFile) -> tuple[Any, list[str]]:
         if key not in storages:
             storages[key] = archive.storage(f"{root}data/{key}")
         if storages[key].nbytes < nbytes:
-            raise FileError(f"{file.name} is damaged: data/{key} in it has less than {nbytes} bytes.")
+            raise FileError(f"{file.name} is damaged: data/{key} has less than {nbytes} bytes.")
         return storages[key]
 
     return unpickle(archive.read(f"{root}data.pkl", MAX_PICKLE), load_storage)
 
 
 def archive_root(archive: ZipArchive, entry: str) -> str:
-    """The folder that all entries are in, with its slash."""
+    """Return the folder that contains all entries, with a trailing slash."""
     root = next((name[: -len(entry)] for name in archive.entries if name.endswith(f"/{entry}")), None)
     if root is None:
-        raise FileError(f"{archive.name} is a zip archive without {entry}, which torch.save would have written.")
+        raise FileError(f"{archive.name} is a zip archive without {entry}, so torch.save did not write it.")
     return root
 
 
@@ -45,7 +45,7 @@ def check_byteorder(archive: ZipArchive, root: str) -> None:
 
 
 def read_legacy(file: BinaryFile) -> tuple[Any, list[str]]:
-    """The same of a file in the format before torch 1.6."""
+    """Read a file in the format before torch 1.6, see `read_zip`."""
     stream, sizes = file.file, dict[str, int]()
     storages: dict[str, Storage] = {}
 
@@ -55,9 +55,9 @@ def read_legacy(file: BinaryFile) -> tuple[Any, list[str]]:
 
     stream.seek(0)
     if InertUnpickler(stream, file.size).load() != _LEGACY_MAGIC:
-        raise FileError(f"{file.name} is a pickle, and not one that torch.save writes.")
+        raise FileError(f"{file.name} is a pickle that torch.save did not write.")
     if InertUnpickler(stream, file.size).load() != _LEGACY_PROTOCOL:
-        raise FileError(f"{file.name} is damaged: its format has no known version.")
+        raise FileError(f"{file.name} is damaged: the version of its format is unknown.")
     system = InertUnpickler(stream, file.size).load()
     if not system.get("little_endian", True):
         raise FileError(f"{file.name} was written on a big-endian machine, which is not supported.")

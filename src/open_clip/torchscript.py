@@ -1,10 +1,9 @@
-"""The weights of a TorchScript archive, read without running anything that is in it.
+"""Reading of the weights in a TorchScript archive, without running its program.
 
-OpenAI published CLIP as TorchScript, and `torch.jit.load` of such a file brings its program along. Here the archive
-is read as a zip: `data.pkl` is the tree of modules, `data/N` are the tensors' bytes, `code/` is the program. The tree
-is unpickled by a reader that knows tensors and containers and builds nothing else; classes of the program
-(`__torch__...`) become boxes for their attributes. Of the program, two lines per class are read as text: which
-attributes are parameters and which are buffers.
+OpenAI published CLIP as TorchScript, and `torch.jit.load` would load the program as well. Here the archive is read as a
+zip file: `data.pkl` is the module tree, `data/N` are the bytes of the tensors, `code/` is the program. The unpickler
+builds tensors and containers only; an instance of a class of the program (`__torch__...`) becomes a `_Module` with its
+attributes. Two lines of each class are read as text: the names of its parameters and of its buffers.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .tensor_records import Storage, TensorRecord, load_tensors
 from .torch_archive import MAX_PICKLE, archive_root, check_byteorder
 from .zipped import ZipArchive, names_in_zip
 
-_MAX_SOURCE = 16 << 20  # bytes of a file of the program
-_MAX_DEPTH = 64  # of nested modules
+_MAX_SOURCE = 16 << 20  # bytes of a source file
+_MAX_DEPTH = 64  # nesting depth of modules
 _MAX_MODULES = 100_000
 
 
 def is_torchscript(path: str | os.PathLike) -> bool:
-    """Whether the file is a TorchScript archive (and not what `torch.save` writes, which is a zip too)."""
+    """Whether the file is a TorchScript archive. (Files of `torch.save` are zip archives too.)"""
     with BinaryFile(path) as file:
         return has_program(names_in_zip(file))
 
@@ -39,7 +38,7 @@ def has_program(names: list[str]) -> bool:
 
 
 def read_torchscript(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """State dict of a TorchScript archive.
+    """Read the state dict of a TorchScript archive.
 
     Raises:
         ValueError: the archive is damaged or not little-endian.
@@ -51,12 +50,12 @@ def read_torchscript(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def read_program_weights(file: BinaryFile) -> tuple[dict[str, TensorRecord], list[str]]:
-    """(the records of the weights by name, names of what in the archive is foreign)."""
+    """Return (records of the weights by name, names of the unknown classes in the archive)."""
     return _Archive(ZipArchive(file)).read()
 
 
 class _Module:
-    """Stands in for any class of the program; holds what the pickle says of its attributes."""
+    """Replaces an instance of any class of the program; stores its attributes."""
 
     def __init__(self, qualified_name: str) -> None:
         self.qualified_name = qualified_name
@@ -75,8 +74,8 @@ class _Class:
 
 class _Unpickler(InertUnpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_of_program = module.split(".")[0] == "__torch__"
-        return _Class(f"{module}.{name}") if is_of_program else super().find_class(module, name)
+        is_program_class = module.split(".")[0] == "__torch__"
+        return _Class(f"{module}.{name}") if is_program_class else super().find_class(module, name)
 
     def call(self, function: Any, arguments: Any) -> Any:
         return _Module(function.qualified_name) if isinstance(function, _Class) else super().call(function, arguments)
@@ -91,7 +90,7 @@ class _Archive:
         self.root = archive_root(archive, "constants.pkl")
         self.storages: dict[str, Storage] = {}
         self.sources: dict[str, str] = {}
-        self.modules = 0
+        self.num_modules = 0
 
     def read(self) -> tuple[dict[str, TensorRecord], list[str]]:
         check_byteorder(self.archive, self.root)
@@ -103,16 +102,16 @@ class _Archive:
         if key not in self.storages:
             self.storages[key] = self.archive.storage(f"{self.root}data/{key}")
         if self.storages[key].nbytes < nbytes:
-            raise FileError(f"{self.name} is damaged: storage {key} in it has less than {nbytes} bytes.")
+            raise FileError(f"{self.name} is damaged: storage {key} has less than {nbytes} bytes.")
         return self.storages[key]
 
     def walk(self, module: Any, prefix: str, depth: int) -> Iterator[tuple[str, TensorRecord]]:
-        """Names and tensors of all parameters and buffers, depth first as in nn.Module.state_dict."""
-        self.modules += 1
-        if depth > _MAX_DEPTH or self.modules > _MAX_MODULES or not isinstance(module, _Module):
-            place = prefix[:80] or "its top"
-            raise FileError(f"{self.name} is damaged: {place} is not a module, or modules are nested without end.")
-        registered = self.registered(module.qualified_name)
+        """Yield names and records of all parameters and buffers, depth first as in nn.Module.state_dict."""
+        self.num_modules += 1
+        if depth > _MAX_DEPTH or self.num_modules > _MAX_MODULES or not isinstance(module, _Module):
+            position = prefix[:80] or "the top level"
+            raise FileError(f"{self.name} is damaged: {position} is not a module, or modules are nested too deeply.")
+        registered = self.registered_names(module.qualified_name)
         for name, value in module.attributes.items():
             if isinstance(value, TensorRecord) and (registered is None or name in registered):
                 yield prefix + name, value
@@ -120,20 +119,19 @@ class _Archive:
             if isinstance(value, _Module):
                 yield from self.walk(value, f"{prefix}{name}.", depth + 1)
 
-    def registered(self, qualified_name: str) -> set[str] | None:
-        """Names of a class's parameters and buffers; None (all tensors) where the program does not tell."""
+    def registered_names(self, qualified_name: str) -> set[str] | None:
+        """Find the names of a class's parameters and buffers; None (all tensors) if the program does not list them."""
         module, _, name = qualified_name.rpartition(".")
         header = re.search(
             rf"^class {re.escape(name)}\(Module\):\n\s*__parameters__ = \[(.*?)\]\n\s*__buffers__ = \[(.*?)\]$",
-            self.source(module),
+            self.read_source(module),
             re.MULTILINE,
         )
         return set(re.findall(r'"([^"]+)"', header[1] + header[2])) if header else None
 
-    def source(self, module: str) -> str:
+    def read_source(self, module: str) -> str:
         if module not in self.sources:
             path = f"{self.root}code/{module.replace('.', '/')}.py"
-            found = path in self.archive.entries
-            source = self.archive.read(path, _MAX_SOURCE) if found else b""
+            source = self.archive.read(path, _MAX_SOURCE) if path in self.archive.entries else b""
             self.sources[module] = source.decode("utf-8", errors="replace")
         return self.sources[module]

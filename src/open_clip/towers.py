@@ -1,4 +1,4 @@
-"""The towers that a configuration describes: which class, and with which of its fields."""
+"""Building of the towers that a configuration describes."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ logger = logging.getLogger(__name__)
 def layer_types(
     cfg: CLIPVisionCfg | CLIPTextCfg, quick_gelu: bool, cast_dtype: torch.dtype | None
 ) -> dict[str, ModuleFactory]:
-    """`act_layer` and `norm_layer` of native towers; norms compute in float32 where weights will be half precision."""
+    """Return `act_layer` and `norm_layer` of a native tower. Norms compute in float32 if weights are half precision."""
     act_layer: ModuleFactory = QuickGELU if quick_gelu else GELU
     norm_layer: ModuleFactory = LayerNormFp32 if cast_dtype in (torch.float16, torch.bfloat16) else LayerNorm
     if cfg.act_kwargs:
         if quick_gelu:
-            raise ValueError(f"act_kwargs {cfg.act_kwargs} have no effect on QuickGELU: leave out one of them")
+            raise ValueError(f"act_kwargs {cfg.act_kwargs} have no effect on QuickGELU. Remove one of the two.")
         act_layer = functools.partial(act_layer, **cfg.act_kwargs)
     if cfg.norm_kwargs:
         norm_layer = functools.partial(norm_layer, **cfg.norm_kwargs)
     return {"act_layer": act_layer, "norm_layer": norm_layer}
 
 
-def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, *without: str) -> dict[str, Any]:
-    """The fields of `cfg` that native towers take under the same name: all but those that begin as named."""
+def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, *excluded: str) -> dict[str, Any]:
+    """Return the fields of `cfg` that are arguments of native towers: all except those with the given prefixes."""
     names = [field.name for field in dataclasses.fields(cfg)]
-    return {name: getattr(cfg, name) for name in names if not name.startswith((*without, "act_kwargs", "norm_kwargs"))}
+    return {name: getattr(cfg, name) for name in names if not name.startswith((*excluded, "act_kwargs", "norm_kwargs"))}
 
 
 def build_vision_tower(
@@ -48,7 +48,7 @@ def build_vision_tower(
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
 ) -> VisionTransformer | ModifiedResNet | TimmModel:
-    """timm's tower where its name is given, a ResNet where `layers` are of four stages, else the native ViT."""
+    """Build a timm tower if `timm_model_name` is set, a ModifiedResNet if `layers` has four numbers, else a ViT."""
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
         return TimmModel(
@@ -66,7 +66,7 @@ def build_vision_tower(
         )
     if isinstance(cfg.layers, (tuple, list)):
         if cfg.patch_dropout:
-            logger.warning("patch_dropout=%s has no effect: a ResNet has no patches to leave out.", cfg.patch_dropout)
+            logger.warning("patch_dropout=%s has no effect: a ResNet has no patches.", cfg.patch_dropout)
         heads = cfg.width * STRIDE // cfg.head_width
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, "timm_", "head_width") | layer_types(cfg, quick_gelu, cast_dtype)
@@ -79,7 +79,7 @@ def build_text_tower(
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
 ) -> TextTransformer | HFTextEncoder:
-    """Hugging Face's tower where its name is given, else the native transformer."""
+    """Build a Hugging Face tower if `hf_model_name` is set, else a native transformer."""
     cfg = as_config(CLIPTextCfg, text_cfg)
     if cfg.hf_model_name:
         return HFTextEncoder(

@@ -1,4 +1,4 @@
-"""Small helpers on modules and tuples, with the names that open_clip's users import."""
+"""Small helpers for modules and tuples, with the names that users of open_clip import."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 
 def expect(name: str, value: Any, known: Collection[Any]) -> None:
-    """Raise a ValueError where the option `name` has a value that is not among the `known`."""
+    """Raise ValueError if the value of the option `name` is not in `known`."""
     if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}")
+        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command's `main`. What its reader can mend ends it with that sentence alone, and the status 1."""
+    """Run a command's `main`. For errors that the user can fix, print only the message and exit with status 1."""
     try:
         main()
     except (RuntimeError, ValueError, OSError, ImportError) as error:
@@ -33,17 +33,17 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 class NotScriptable:
-    """A mixin for modules that torch.jit.script cannot compile: it says what to use."""
+    """Mixin for modules that torch.jit.script cannot compile. The error says what to use instead."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
-            f"torch.jit.script does not compile {type(self).__name__}. Use torch.jit.trace (open_clip.trace_model), "
+            f"torch.jit.script cannot compile {type(self).__name__}. Use torch.jit.trace (open_clip.trace_model), "
             "torch.export.export or torch.compile."
         )
 
 
 def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: bool) -> None:
-    """Let all parameters of a (nested) group of modules and parameters be trained, or not."""
+    """Set `requires_grad` of all parameters in a (nested) group of modules and parameters."""
     if group is None:
         return
     if isinstance(group, torch.Tensor):
@@ -56,7 +56,7 @@ def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: 
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something listens to a module: hooks of its own, or those that torch calls for all modules."""
+    """Whether a module has hooks, or torch has hooks for all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -70,19 +70,19 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_method(module: nn.Module, method: Callable, name: str = "forward") -> bool:
-    """Whether `method` is what runs as `name`: no subclass, instance or patched class has put another there."""
+    """Whether calling `module.name` runs `method`: no subclass, instance or patch replaces it."""
     return getattr(type(module), name) is method and name not in vars(module)
 
 
 def check_images(
     x: torch.Tensor, image_size: int | tuple[int, int] | None, fits: Callable[[], bool] | None = None
 ) -> None:
-    """Raise ValueError unless `x` is a batch of images of the size that a tower takes.
+    """Raise ValueError unless `x` is a batch of images of the size that a tower accepts.
 
     Args:
         x: [batch, channels, height, width].
-        image_size: the tower's; None for a tower that takes any size.
-        fits: asked about images of another size; False: no other size is taken.
+        image_size: size that the tower accepts; None: any size.
+        fits: returns whether another size is accepted too. None: it is not.
     """
     if is_symbolic(x):
         return
@@ -111,13 +111,13 @@ def check_token_ids(text: torch.Tensor) -> None:
 
 
 def is_symbolic(x: Any) -> bool:
-    """Whether torch.fx or TorchScript records operations on `x`, so that code must not depend on its shape."""
+    """Whether torch.fx or TorchScript traces `x`, so that code must not depend on its shape."""
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context with `model` in evaluation mode; each of its modules is left in the mode that it came in."""
+    """Context in which `model` is in evaluation mode. On exit, each module gets its previous mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -128,12 +128,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = (), name: str = "") -> nn.Module:
-    """Replace BatchNorm2d and SyncBatchNorm below `module` (or `module` itself) by torchvision's FrozenBatchNorm2d.
+    """Replace BatchNorm2d and SyncBatchNorm in `module` (or `module` itself) by torchvision's FrozenBatchNorm2d.
 
     Args:
         module: where to start.
-        module_match: dotted module names to which the replacement is limited; all where empty.
-        name: the dotted name of `module` itself.
+        module_match: dotted names of the modules to replace; empty: all.
+        name: dotted name of `module` itself.
 
     Returns:
         `module`, or its replacement.
@@ -150,11 +150,11 @@ def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = (), 
 
 
 def _frozen_batch_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
-    from torchvision.ops.misc import FrozenBatchNorm2d  # heavy, and only needed to lock convolutional towers
+    from torchvision.ops.misc import FrozenBatchNorm2d  # slow to import, and only needed to lock convolutional towers
 
     frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
     own = norm.state_dict()
-    # a norm with affine=False has no weight and bias: one and zero are what it computes with
+    # a norm with affine=False has no weight and bias; the defaults, one and zero, are equivalent
     frozen.load_state_dict({key: own.get(key, value) for key, value in frozen.state_dict().items()})
     reference = norm.running_mean if norm.running_mean is not None else norm.weight
     return frozen.to(reference.device) if reference is not None else frozen
@@ -162,7 +162,7 @@ def _frozen_batch_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
 
 def _ntuple(n: int) -> Callable[[Any], tuple]:
     def to_tuple(x: Any) -> tuple:
-        # A string is one value here, although it can be iterated over.
+        # A str is iterable, but counts as one value.
         if isinstance(x, Iterable) and not isinstance(x, str):
             return tuple(x)
         return tuple(repeat(x, n))
@@ -177,18 +177,19 @@ to_4tuple = _ntuple(4)
 
 
 def to_ntuple(n: int, x: Any) -> tuple:
-    """`x` as a tuple: what can be iterated over (strings excepted) as it is, anything else repeated `n` times."""
+    """Convert an iterable (except a str) to a tuple, and repeat any other value `n` times."""
     return _ntuple(n)(x)
 
 
 def check_folder(folder: str | os.PathLike[str], argument: str) -> None:
-    """Try to write a file where a folder is, or will be made, before the work whose result is written there.
+    """Check that a folder can be written, or created, before work whose result goes there.
 
     Args:
-        argument: what named the folder, such as "--output".
+        folder: the folder.
+        argument: the option that named it, such as "--output", for the message.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -201,7 +202,7 @@ def check_folder(folder: str | os.PathLike[str], argument: str) -> None:
     except OSError as error:
         raise type(error)(
             f"{argument} {folder} cannot be written ({existing}: {error.strerror or error}). Choose another folder, or "
-            "give this user the right to write there."
+            "give this user write permission."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -214,11 +215,13 @@ def replace_linear(
     include_modules: Collection[str] = ("c_fc", "c_proj"),
     copy_weights: bool = True,
 ) -> nn.Module:
-    """Replace in place the nn.Linear children named in `include_modules`, wherever in `model` they are.
+    """Replace nn.Linear modules in `model`, in place.
 
     Args:
+        model: the model.
         linear_replacement: called with (in_features, out_features, bias: bool).
-        copy_weights: carry weight and bias over.
+        include_modules: attribute names of the modules to replace.
+        copy_weights: whether to copy weight and bias.
     """
     for name, child in model.named_children():
         if isinstance(child, nn.Linear) and name in include_modules:
@@ -234,7 +237,7 @@ def replace_linear(
 
 
 def convert_int8_model_to_inference_mode(model: nn.Module) -> nn.Module:
-    """Refused: it converted layers that bitsandbytes no longer has."""
+    """Raise NotImplementedError: this converted layers that bitsandbytes no longer has."""
     raise NotImplementedError(
         "int8 training relied on bitsandbytes.nn.triton_based_modules, which newer releases of bitsandbytes removed. "
         "Use precision='bf16' (or 'fp16') for inference instead."
@@ -246,29 +249,31 @@ def feature_take_indices(
     indices: int | Collection[int] | None = None,
     as_set: bool = False,
 ) -> tuple[list[int] | set[int], int]:
-    """Which of `num_features` blocks are wanted.
+    """Resolve a selection of blocks to their indices.
 
     Args:
-        indices: None for all; a number n for the last n; a collection of indices, negative ones counted from the end.
-        as_set: return a set in place of a list, which keeps the order asked for.
+        num_features: number of blocks.
+        indices: None for all; an int n for the last n; or a collection of indices, where negative ones count from the
+            end.
+        as_set: whether to return a set instead of a list in the given order.
 
     Returns:
-        The indices and their maximum.
+        (indices, their maximum).
 
     Raises:
-        ValueError: an index, or a number, outside of what exists.
+        ValueError: a block does not exist, or no block is selected.
     """
     if indices is None:
         take = list(range(num_features))
     elif isinstance(indices, int):
         if not 0 < indices <= num_features:
-            raise ValueError(f"the last {indices} blocks were asked for, and there are {num_features}")
+            raise ValueError(f"The last {indices} blocks are requested, and there are {num_features}.")
         take = list(range(num_features - indices, num_features))
     else:
         take = [index + num_features if index < 0 else index for index in indices]
-        for asked, index in zip(indices, take, strict=True):
+        for requested, index in zip(indices, take, strict=True):
             if not 0 <= index < num_features:
-                raise ValueError(f"block index {asked} is out of range: there are {num_features} blocks")
+                raise ValueError(f"Block index {requested} is out of range: there are {num_features} blocks.")
     if not take:
-        raise ValueError("no block index was given: leave indices=None for all of them")
+        raise ValueError("No block index is given. Use indices=None for all blocks.")
     return (set(take) if as_set else take), max(take)

@@ -1,4 +1,4 @@
-"""Files that are at every moment the old ones or the whole new ones."""
+"""Atomic replacement of files: readers see either the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, is_synced: bool = False) -> Iterator[Path]:
-    """A context in which a new file is written, which then gets the name `path` at once.
+    """Context that yields the path of a temporary file and, on exit, renames it to `path`.
 
-    The new file is in the folder of the old one (for a symbolic link, of the file that it points to) and is removed if
-    the context fails. Its permissions are those of any new file.
+    The temporary file is in the folder of `path` (of the target, if that is a symbolic link). It is removed if the
+    context raises. The new file has the default permissions.
 
     Args:
-        is_synced: whether the file and its name survive a power cut once the context is left.
+        path: the file to replace.
+        is_synced: whether to sync the file and its folder to disk, so that they survive a power failure.
 
     Raises:
         OSError: the folder cannot be written.
     """
     target = Path(os.path.realpath(path))
-    # The suffix keeps it from being taken for a checkpoint.
+    # The suffix keeps it from being mistaken for a checkpoint.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.open("xb").close()
         permissions = temporary.stat().st_mode & 0o777
         yield temporary
-        os.chmod(temporary, permissions)  # safetensors makes a private file
+        os.chmod(temporary, permissions)  # safetensors creates a file that only its owner can read
         if is_synced:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -42,13 +43,13 @@ def replacing(path: str | os.PathLike, is_synced: bool = False) -> Iterator[Path
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 file whole."""
+    """Write a UTF-8 file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut; where folders cannot be opened (Windows), nothing."""
+    """Sync a folder so that a rename in it survives a power failure. Windows cannot open folders; do nothing there."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Zero-shot classifiers: a class's weights are the mean of the embeddings of captions with its name."""
+"""Zero-shot classifiers: the weights of a class are the mean embedding of captions with its name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Template = Callable[[str], str] | str
 
 
 def batched(iterable: Iterable[Item], n: int) -> Iterator[list[Item]]:
-    """Lists of n items each, the last one of what is left."""
+    """Yield lists of n items. The last one may be shorter.
+
+    Raises:
+        ValueError: n is less than 1.
+    """
     if n < 1:
-        raise ValueError(f"batches of n={n} items: at least 1 is needed")
+        raise ValueError(f"A batch needs at least 1 item, got n={n}.")
     iterator = iter(iterable)
     while batch := list(islice(iterator, n)):
         yield batch
@@ -34,15 +38,25 @@ def build_zero_shot_classifier(
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
 ) -> Tensor:
-    """Weights [embed_dim, number of classes], such that `image_features @ weights` are cosines.
+    """Compute the weights of a zero-shot classifier, so that `image_features @ weights` are cosine similarities.
 
-    model: has `encode_text(tokens, normalize=True)`, and is on `device`.
-    templates: functions from a class name to a caption, or format strings ("a photo of a {}."), all of one kind.
-    num_classes_per_batch: this many times len(templates) captions are encoded at once; None: all.
-    use_tqdm: show a bar at once. Without it, `progress.showing` decides.
+    The embeddings are normalized, averaged over the templates and normalized again (https://arxiv.org/abs/2103.00020,
+    section 3.1.4).
 
-    The embeddings are normalised, averaged over the templates and normalised again (https://arxiv.org/abs/2103.00020,
-    3.1.4).
+    Args:
+        model: has `encode_text(tokens, normalize=True)`, and is on `device`.
+        tokenizer: converts captions to token ids [batch, tokens].
+        classnames: names of the classes.
+        templates: functions from a class name to a caption, or format strings ("a photo of a {}.").
+        num_classes_per_batch: number of classes whose captions (one per template) are encoded at once; None: all.
+        device: device of the model.
+        use_tqdm: whether to show a bar immediately. If not, `progress.showing` decides.
+
+    Returns:
+        [embed_dim, number of classes], in the dtype of the embeddings.
+
+    Raises:
+        ValueError: there are no class names or no templates, or `templates` is a str.
     """
     if isinstance(templates, str) or not templates or not classnames:
         raise ValueError(
@@ -71,7 +85,7 @@ def build_zero_shot_classifier_legacy(
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
 ) -> Tensor:
-    """`build_zero_shot_classifier`, one class at a time."""
+    """Compute the weights of a zero-shot classifier one class at a time, see `build_zero_shot_classifier`."""
     return build_zero_shot_classifier(model, tokenizer, classnames, templates, 1, device, use_tqdm)
 
 
@@ -82,14 +96,14 @@ def _class_weights(
     templates: Sequence[Template],
     device: str | torch.device,
 ) -> Tensor:
-    """Weights [embed_dim, len(classnames)]."""
+    """Compute the weights of some classes: [embed_dim, len(classnames)]."""
     captions = [
         template.format(name) if isinstance(template, str) else template(name)
         for name in classnames
         for template in templates
     ]
     tokens = tokenizer(captions)
-    trim_padding = getattr(getattr(model, "text", model), "trim_padding", None)  # native text towers have one
+    trim_padding = getattr(getattr(model, "text", model), "trim_padding", None)  # native text towers have this method
     if trim_padding is not None:
         tokens = trim_padding(tokens)
     embeddings = model.encode_text(tokens.to(device), normalize=True)

@@ -1,7 +1,7 @@
-"""ImageNet's class names in the order of its labels, and the captions that CLIP's zero-shot classifiers are made of.
+"""ImageNet's class names in the order of its labels, and the caption templates of CLIP's zero-shot classifiers.
 
-Both are data of OpenAI's CLIP (MIT licence, see NOTICE), kept in imagenet_zeroshot.json. A template is a function from
-a class name to a caption.
+Both are data of OpenAI's CLIP (MIT licence, see NOTICE), stored in imagenet_zeroshot.json. A template is a function
+from a class name to a caption.
 """
 
 from __future__ import annotations

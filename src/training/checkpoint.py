@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from open_clip import progress
 from open_clip.checkpoint import check_layout
-from open_clip.key_prefixes import strip_prefixes, strip_to_fit, without_leftovers
-from open_clip.mismatch import some
+from open_clip.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
+from open_clip.mismatch import join_some
 from training import distributed, file_utils, rng
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
         ours = optimizer.param_groups[min(number, len(optimizer.param_groups) - 1)]
         absent = {key: value for key, value in ours.items() if key not in group and key != "params"}
         if absent:
-            logger.info("The checkpoint's optimizer has no %s: this run's values are used.", some(absent))
+            logger.info("The checkpoint's optimizer has no %s: this run's values are used.", join_some(absent))
         groups.append({**group, **absent})
     return {**saved, "param_groups": groups}
 
@@ -232,7 +232,7 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
     named, own = strip_prefixes(weights), model.state_dict()
     if not own.keys() <= named.keys():
         named = strip_to_fit(named, own, lambda stripped: stripped, "The checkpoint") or named
-    named = without_leftovers(named, own)
+    named = drop_extras(named, own)
     missing = [name for name in own if name not in named]
     unexpected = [name for name in named if name not in own]
     shapes = [
@@ -244,7 +244,7 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
         found = [("lacks", missing), ("has, unknown to the model,", unexpected), ("has other shapes:", shapes)]
         raise ValueError(
             "The checkpoint is of another model than this run's: it "
-            + "; it ".join(f"{what} {some(names, limit=3)}" for what, names in found if names)
+            + "; it ".join(f"{what} {join_some(names, limit=3)}" for what, names in found if names)
             + ". Give the --model (and --force-*) options that it was trained with, or, to start a new run from it, "
             "--pretrained instead of --resume."
         )

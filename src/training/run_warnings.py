@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_clip.mismatch import some
+from open_clip.mismatch import join_some
 from training import scheduler
 from training.flag_checks import step_range
 from training.params import ScheduleConfig
@@ -30,8 +30,8 @@ def frozen(model: nn.Module) -> Iterator[str]:
     if trained and all(p.ndim < 2 for p in trained.values()):
         count, total = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
         yield (
-            f"Only {some(trained, limit=3)} {'is' if len(trained) == 1 else 'are'} trained, {count:,} of {total:,} "
-            "parameters: --lock-image and --lock-text freeze both towers. Leave one of them out, or add "
+            f"Only {join_some(trained, limit=3)} {'is' if len(trained) == 1 else 'are'} trained, {count:,} of "
+            f"{total:,} parameters: --lock-image and --lock-text freeze both towers. Leave one of them out, or add "
             "--lock-image-unlocked-groups or --lock-text-unlocked-layers."
         )
 

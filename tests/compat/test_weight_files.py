@@ -26,7 +26,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
 
 @pytest.fixture(params=["w.pt", "legacy.pt", "w.safetensors"])
 def file(request: pytest.FixtureRequest, model: torch.nn.Module, tmp_path: Path) -> Path:
-    """The weights of `model` in one of the formats."""
+    """Save the weights of `model` in one of the formats."""
     path = tmp_path / request.param
     save(model, path)
     return path
@@ -34,7 +34,7 @@ def file(request: pytest.FixtureRequest, model: torch.nn.Module, tmp_path: Path)
 
 @pytest.fixture
 def other_file(file: Path, tiny_name: str) -> Path:
-    """A whole file of another model's weights, of the same format and size."""
+    """Save the weights of another model in the same format and size."""
     torch.manual_seed(9)
     path = file.with_name("new" + file.suffix) if file.name != "legacy.pt" else file.with_name("other") / "legacy.pt"
     path.parent.mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def other_file(file: Path, tiny_name: str) -> Path:
 
 
 def test_fine_tuned_weights_are_saved_over_the_file_they_came_from(file, tiny_name, images, texts):
-    """In a process of its own: it ended with a bus error, and the file was lost."""
+    """In a separate process, because memory-mapping would end it with a bus error and lose the file."""
     script = f"""
 import torch, open_clip, sys
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_load_checkpoint_then_save(file, tiny_name, model):
 
 
 def test_one_tensor_under_two_names_trains_as_two(tiny_name, model, tmp_path):
-    """3.3.0 copies into the model's parameters, so there they never share memory."""
+    """3.3.0 copies into the parameters of the model, where tensors never share memory."""
     weights = dict(model.state_dict())
     first, second = (f"visual.transformer.resblocks.{n}.mlp.c_fc.weight" for n in (0, 1))
     weights[second] = weights[first]

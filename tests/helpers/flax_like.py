@@ -1,6 +1,6 @@
-"""Two towers as big_vision (SigLIP) and CLIPA compute them, in numpy and float64, from arrays in their files' layout.
+"""The towers of big_vision (SigLIP) and CLIPA in NumPy and float64, from arrays in the layout of their files.
 
-Written after the models' description in JAX, to have numbers that our towers had no part in.
+Written from the JAX definition of the models, as an independent reference for our towers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def random_block(rng: np.random.Generator, width: int, heads: int, mlp: int, pre
 
 
 def draw(rng: np.random.Generator, shapes: dict[str, tuple[int, ...]]) -> Arrays:
-    """float32; scales of norms near one."""
+    """Return random float32 arrays. Scales of norms are near one."""
     return {
         name: (rng.normal(size=shape) * 0.2 + name.endswith("scale")).astype(np.float32)
         for name, shape in shapes.items()
@@ -45,7 +45,7 @@ def norm(x: np.ndarray, arrays: Arrays, name: str) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh form, which is JAX's default."""
+    """Compute GELU with tanh, the default of JAX."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -76,7 +76,7 @@ def blocks(x: np.ndarray, arrays: Arrays, name: str, count: int) -> np.ndarray:
 
 
 def patches(images: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """[batch, height, width, 3] -> [batch, patches, channels]"""
+    """Embed patches: [batch, height, width, 3] -> [batch, patches, channels]."""
     size = kernel.shape[0]
     batch, height, width, _ = images.shape
     cut = images.reshape(batch, height // size, size, width // size, size, 3)
@@ -124,7 +124,7 @@ def siglip_text(ids: np.ndarray, arrays: Arrays, layers: int) -> np.ndarray:
 
 
 def clipa(rng: np.random.Generator, width: int, heads: int, patch: int, learned_positions: int = 0) -> Arrays:
-    """Arrays of a CLIPA model of two layers a tower, vocabulary 64, 6 tokens, embed_dim 16."""
+    """Create arrays of a CLIPA model with two layers per tower, vocabulary 64, 6 tokens, embed_dim 16."""
     shapes = {
         "img/embedding/kernel": (patch, patch, 3, width),
         "img/cls": (1, 1, width),
@@ -148,7 +148,7 @@ def clipa(rng: np.random.Generator, width: int, heads: int, patch: int, learned_
 
 
 def siglip(rng: np.random.Generator, width: int, heads: int, patch: int, positions: int) -> Arrays:
-    """Arrays of a SigLIP model of two layers a tower, vocabulary 64, 6 tokens."""
+    """Create arrays of a SigLIP model with two layers per tower, vocabulary 64, 6 tokens."""
     shapes = {
         "img/embedding/kernel": (patch, patch, 3, width),
         "img/embedding/bias": (width,),

@@ -1,9 +1,8 @@
-"""Runs a function of a test module in several processes that are joined by gloo.
+"""Runs a function of a test module in several processes of a gloo group.
 
-The processes start once and take every world size in turn, because importing torch costs more than all they compute. A
-test module gives `run_ranks(__file__, "function", world_sizes, directory)`; the function is called as
-`function(rank, world_size)` in each process and what it returns is saved: tensors, numbers, and lists and dicts of
-them.
+The processes start once and run every world size in turn, because importing torch takes longer than the computation. A
+test module calls `run_ranks(__file__, "function", world_sizes, directory)`. Each process calls
+`function(rank, world_size)` and saves the result: tensors, numbers, and lists and dicts of them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 
 def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], directory: Path) -> dict[int, list]:
-    """{world size: [what each rank returned]}."""
+    """Return {world size: [result of each rank]}."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SOURCE), str(Path(__file__).parent)]),

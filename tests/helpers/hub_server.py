@@ -1,6 +1,6 @@
-"""A stand-in for Hugging Face's hub on 127.0.0.1: as much of its HTTP interface as downloads and uploads need.
+"""A fake Hugging Face Hub on 127.0.0.1 with the part of its HTTP interface that downloads and uploads use.
 
-It keeps repositories in memory: files by (repository, revision). huggingface_hub itself talks to it, unchanged.
+It stores repositories in memory: files by (repository, revision). huggingface_hub connects to it unchanged.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _begin(self) -> str | None:
-        """The path asked for, still quoted, or None where the answer has been given."""
+        """Return the requested path, still quoted, or None if the response has been sent."""
         path = urlsplit(self.path).path
         if path == "/api/agent-harnesses":  # huggingface_hub asks for it under some programs; it concerns nobody here
             self._json({}, 404)
@@ -173,7 +173,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def go_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Let huggingface_hub talk to another address in this process, as HF_ENDPOINT does from its start."""
+    """Make huggingface_hub use another server in this process, as HF_ENDPOINT does at start."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -181,7 +181,7 @@ def go_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Hub:
-    """A hub that this process talks to, with a cache of its own."""
+    """Context with a hub that this process uses, and a separate cache."""
     from huggingface_hub import constants
 
     hub = Hub()

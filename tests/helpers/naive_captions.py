@@ -1,6 +1,6 @@
-"""Captions of a CoCa written as slowly as can be: one text at a time, read anew for each token, in plain Python.
+"""Naive generation of CoCa captions in plain Python: one text at a time, encoded again for each token.
 
-What it says is compared with `CoCa.generate`; it shares nothing with open_clip.generation.
+The captions are compared with those of `CoCa.generate`. It shares no code with open_clip.generation.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def log_probabilities(
     window: int = 10,
     logits: bool = False,
 ) -> Scores:
-    """Of the token after some ids, about one image [3, height, width], with minimal length and repetition penalty.
+    """Return the scores of the next token for an image [3, height, width], with minimal length and repetition penalty.
 
-    They are the logits themselves where asked for.
+    With `logits`, the scores are logits instead of log-probabilities.
     """
 
     def scores(ids: list[int]) -> list[float]:
@@ -43,7 +43,7 @@ def log_probabilities(
 
 
 def greedy(scores: Scores, start: list[int], end: int, length: int, pad: int = 0) -> list[int]:
-    """The most likely token each time, until one is the end or padding; the last of `length` is the end."""
+    """Generate greedily until the end or padding. The last of `length` tokens is the end."""
     ids = list(start)
     while len(ids) < length and ids[-1] not in (end, pad):
         values = scores(ids)
@@ -54,7 +54,7 @@ def greedy(scores: Scores, start: list[int], end: int, length: int, pad: int = 0
 def beams(
     scores: Scores, start: list[int], end: int, length: int, width: int, groups: int = 1, diversity: float = 0.0
 ) -> list[int]:
-    """`width` beams in each of the groups; the text with the highest score a token is the answer."""
+    """Search with `width` beams per group and return the text with the highest score per token."""
     live: list[list[tuple[float, list[int]]]] = [[(0.0, list(start))] for _ in range(groups)]
     ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(groups)]
     done = [False] * groups

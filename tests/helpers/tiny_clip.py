@@ -1,4 +1,4 @@
-"""A CLIP of some 10,000 parameters, as a folder for `local-dir:`: no test needs to add to the global registry."""
+"""A CLIP with about 10,000 parameters, as a folder for `local-dir:`, so that tests do not change the registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = {
 
 
 def config(vision: dict | None = None, text: dict | None = None, **top: object) -> dict:
-    """A copy of CONFIG with keys added to its parts."""
+    """Return a copy of CONFIG with keys added to its sections."""
     cfg = {**copy.deepcopy(CONFIG), **top}
     cfg["vision_cfg"].update(vision or {})
     cfg["text_cfg"].update(text or {})
@@ -29,7 +29,7 @@ def folder(path: Path, preprocess_cfg: dict | None = None, **changes: object) ->
 
 
 def write_folder(path: Path, model_cfg: dict, preprocess_cfg: dict | None = None) -> str:
-    """The same for any configuration."""
+    """Write any configuration into a folder and return the model's name."""
     path.mkdir(parents=True, exist_ok=True)
     whole = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg or {}}
     (path / "open_clip_config.json").write_text(json.dumps(whole), encoding="utf-8")
@@ -37,7 +37,7 @@ def write_folder(path: Path, model_cfg: dict, preprocess_cfg: dict | None = None
 
 
 def inputs(image_size: int = 32, context_length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [2, 3, image_size, image_size] and ids [3, context_length] that are the same everywhere."""
+    """Return fixed images [2, 3, image_size, image_size] and ids [3, context_length]."""
     count = 2 * 3 * image_size**2
     images = torch.linspace(-1, 1, count).sin().mul(3).cos().reshape(2, 3, image_size, image_size)
     texts = torch.arange(3 * context_length).mul(7).remainder(60).reshape(3, context_length)

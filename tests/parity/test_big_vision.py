@@ -1,4 +1,4 @@
-"""big_vision's files give the features that big_vision computes; tests/helpers/flax_like.py is the independent half."""
+"""Files of big_vision give the features that big_vision computes, as reimplemented in helpers/flax_like.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import open_clip
 import tiny_clip
 from open_clip.convert import load_big_vision_weights
 
-# as JAX computes: GELU by tanh, and flax's epsilon
+# numerics of JAX: tanh GELU, and the epsilon of flax
 NUMERICS = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
 CLIPA = {
     "embed_dim": 16,
@@ -43,7 +43,7 @@ SIGLIP = {
 
 
 def write(path, arrays, root="params/", stacked=False, compressed=False):
-    """As such files are published; `stacked` as training in a scan leaves blocks."""
+    """Save arrays as published files have them. `stacked`: one array for all blocks, as after training in a scan."""
     if stacked:
         first = [name for name in arrays if "encoderblock_0/" in name]
         for name in first:
@@ -90,7 +90,7 @@ def test_clipa(tmp_path, positions, root, custom_text):
 
 
 def test_a_convolution_with_a_bias_and_positions_without_the_class_token(tmp_path):
-    """As big_vision's own towers with a class token have it: the native tower keeps both in its position embedding."""
+    """As in big_vision's towers with a class token. The native tower adds both to its position embedding."""
     arrays = flax_like.clipa(np.random.default_rng(0), 32, 2, 8, learned_positions=9)
     arrays["img/embedding/bias"] = np.linspace(-1, 1, 32, dtype=np.float32)
     path = write(tmp_path / "x.npz", dict(arrays))
@@ -102,8 +102,8 @@ def test_a_convolution_with_a_bias_and_positions_without_the_class_token(tmp_pat
     check(model, images, ids, *expected, arrays)
 
 
-def test_fixed_positions_are_those_of_the_models_own_grid(tmp_path):
-    """CLIPA is finished at a higher resolution, where the table is computed anew, not stretched."""
+def test_fixed_positions_are_computed_for_the_grid_of_the_model(tmp_path):
+    """CLIPA is fine-tuned at a higher resolution, for which the table is computed again, not resized."""
     arrays = flax_like.clipa(np.random.default_rng(0), 32, 2, 8)
     path = write(tmp_path / "x.npz", dict(arrays))
     name = tiny_clip.write_folder(tmp_path / "model", CLIPA)
@@ -115,7 +115,7 @@ def test_fixed_positions_are_those_of_the_models_own_grid(tmp_path):
 
 @pytest.fixture
 def small_timm_tower(monkeypatch):
-    """timm's SigLIP tower with narrow blocks, under the name that it has in full size."""
+    """Replace timm's SigLIP tower by one with narrow blocks, with the same name."""
     create = timm.create_model
     narrow = {"embed_dim": 64, "depth": 2, "num_heads": 4}
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **narrow, **kwargs))
@@ -137,7 +137,7 @@ def test_siglip(tmp_path, small_timm_tower, stacked):
 
 
 @pytest.mark.parametrize(("tower", "side"), [("visual", "image"), ("text", "text")])
-def test_one_tower_of_it(tmp_path, small_timm_tower, tower, side):
+def test_one_tower(tmp_path, small_timm_tower, tower, side):
     arrays = flax_like.siglip(np.random.default_rng(0), 64, 4, 32, positions=9)
     path = write(tmp_path / "x.npz", arrays)
     name = tiny_clip.write_folder(tmp_path / "model", SIGLIP)
@@ -148,7 +148,7 @@ def test_one_tower_of_it(tmp_path, small_timm_tower, tower, side):
 
 
 def test_half_precision_of_jax(tmp_path):
-    """numpy has no bfloat16: two bytes without a type stand for it in a file."""
+    """NumPy has no bfloat16: a file contains two bytes without a type instead."""
     arrays = flax_like.clipa(np.random.default_rng(0), 32, 2, 8)
     halves = {key: torch.from_numpy(value).bfloat16() for key, value in arrays.items()}
     raw = {key: value.view(torch.int16).numpy().view("V2") for key, value in halves.items()}
@@ -157,7 +157,7 @@ def test_half_precision_of_jax(tmp_path):
     assert torch.equal(model.token_embedding.weight, halves["txt/Embed_0/embedding"].float())
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_mismatches_are_named(tmp_path):
     arrays = flax_like.clipa(np.random.default_rng(0), 32, 2, 8)
     name = tiny_clip.write_folder(tmp_path / "model", CLIPA)
     arrays["img/head/bias"] = np.ones(16, np.float32)
@@ -167,5 +167,5 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(RuntimeError, match=r"1 missing: transformer.resblocks.1.attn.in_proj_bias\. 2 unexpected: tx"):
         open_clip.create_model(name, pretrained=write(tmp_path / "y.npz", dict(arrays)))
     other = write(tmp_path / "z.npz", {"weight": np.ones(2)}, root="")
-    with pytest.raises(ValueError, match=r"no big_vision model of two towers, but weight"):
+    with pytest.raises(ValueError, match=r"not a big_vision model with two towers. It has weight"):
         load_big_vision_weights(open_clip.create_model(name), other)

@@ -1,4 +1,4 @@
-"""Checkpoints of open_clip_torch 3.3.0 load here with its features, and it loads ours; see record/loading.py."""
+"""Checkpoints of open_clip_torch 3.3.0 give the same features here, and it loads ours; see record/loading.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def features(model: torch.nn.Module, **kwargs: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("writer", ["theirs", "ours"])
 def test_features_of_a_training_checkpoint(tmp_path, writer, variant):
-    """Whether it is assigned to a model on the meta device, or copied into one that exists."""
+    """Both for a model on the meta device and for an existing model."""
     name, path, kwargs = tiny_clip.folder(tmp_path), FIXTURES / f"loading_{writer}.pt", VARIANTS[variant]
     filled = open_clip.create_model(name, load_weights=False, **kwargs)
     assert open_clip.load_checkpoint(filled, path) == ([], [])
@@ -49,7 +49,7 @@ def test_features_of_a_training_checkpoint(tmp_path, writer, variant):
 
 
 def test_the_variants_differ():
-    """Else the comparison above would prove little."""
+    """Otherwise the comparison above would prove little."""
     plain = FEATURES["theirs"]["plain"]["image_features"]
     keys = {"larger image": "image_features", "shorter text": "text_features", "quick gelu": "image_features"}
     for variant, key in keys.items():
@@ -61,7 +61,7 @@ def test_the_variants_differ():
 
 @pytest.mark.parametrize("writer", ["theirs", "ours"])
 def test_training_resumes_from_it(tmp_path, writer):
-    """The optimizer's moments are those of the file, parameter by parameter."""
+    """The moments of the optimizer equal those of the file for each parameter."""
     checkpoint = torch.load(FIXTURES / f"loading_{writer}.pt", weights_only=True)
     model = open_clip.create_model(tiny_clip.folder(tmp_path))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -84,14 +84,14 @@ def test_registry_of_weights():
 
 
 def test_preprocessing_of_a_folder(tmp_path):
-    """What the folder says goes before the defaults; the size is the model's, whatever it says."""
+    """Values of the folder replace the defaults. The size is always that of the model."""
     cfg = {"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear", "size": 99}
     model = open_clip.create_model(tiny_clip.folder(tmp_path, preprocess_cfg=cfg))
     assert json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model))) == DEFAULTS["preprocess_cfg"]
 
 
 @pytest.mark.parametrize("changes", DEFAULTS["losses"])
-def test_the_loss_that_options_ask_for(changes):
+def test_the_loss_for_training_options(changes):
     args = {
         "distill": False,
         "siglip": False,

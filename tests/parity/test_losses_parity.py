@@ -18,7 +18,7 @@ CASES += [f"SigLipLoss {dist_impl}" for dist_impl in ("bidir", "shift", "reduce"
 
 
 def answers(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
-    """Case -> losses and gradients, as tests/parity/record/losses.py has them."""
+    """Return losses and gradients by case, as tests/parity/record/losses.py records them."""
     return {name: answer(name, rank, world_size) for name in CASES}
 
 

@@ -1,4 +1,4 @@
-"""What is saved for the hub is what open_clip_torch 3.3.0 saves, to the letter; see record/publishing.py."""
+"""Files saved for the hub equal those of open_clip_torch 3.3.0 byte for byte; see record/publishing.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_readme(i):
 
 @pytest.mark.parametrize(("key", "kwargs"), [("pushed", {}), ("pushed_tokenizer_self", {"hf_tokenizer_self": True})])
 def test_configuration_of_a_tag(monkeypatch, key, kwargs):
-    """OpenAI's weights have QuickGELU, which the name ViT-B-32 alone does not say."""
+    """OpenAI's weights use QuickGELU, which the name ViT-B-32 does not show."""
     pushed = {}
     push = push_pretrained_to_hf_hub.__globals__
     monkeypatch.setitem(push, "create_model_from_pretrained", lambda *_, **__: None)

@@ -25,7 +25,7 @@ def captions():
     return list(odd_captions(COUNT, SEED))
 
 
-def test_captions_are_the_recorded_ones(recorded, captions):
+def test_captions_equal_the_recorded_ones(recorded, captions):
     texts = [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in captions]
     assert texts == recorded["texts"].tolist()
 
@@ -40,7 +40,7 @@ def test_ids_of_ten_thousand_odd_captions(recorded, captions, clean):
     assert not wrong, f"{len(wrong)} of {len(captions)} captions differ, such as {shown}"
 
 
-def test_rows_of_known_captions():
+def test_ids_of_known_captions():
     # Ids as open_clip_torch 3.3.0 gives them.
     sot, eot = 49406, 49407
     assert tokenize(["hello", "a b c d e f g h"], 5).tolist() == [[sot, 3306, eot, 0, 0], [sot, 320, 321, 322, eot]]
@@ -57,7 +57,7 @@ def test_whitespace_cleaning_keeps_case():
 
 
 def test_ids_equal_those_of_transformers(captions, tmp_path):
-    """An implementation of its own, in Rust, fed the vocabulary in its format; on text that both clean alike."""
+    """transformers has an independent implementation in Rust. The texts are those that both clean in the same way."""
     transformers = pytest.importorskip("transformers")
     tokenizer = SimpleTokenizer()
     vocabulary = {

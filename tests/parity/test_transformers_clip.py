@@ -1,4 +1,4 @@
-"""transformers' own CLIPModel and SiglipModel: the same numbers from their weights in ours, and from ours in theirs."""
+"""Features equal those of transformers' CLIPModel and SiglipModel, for weights converted in both directions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SIGLIP_TOWER = (64, 2, 4, 256, 32)
 
 
 def randomise(model):
-    """Weights of a size that shows every one of them in the features; initial ones are often zero."""
+    """Set weights that all affect the features. Initial weights are often zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def siglip(act="gelu_pytorch_tanh"):
 
 @pytest.fixture
 def small_siglip_tower(monkeypatch):
-    """timm's SigLIP tower with narrow blocks, under the name that it has in full size."""
+    """Replace timm's SigLIP tower by one with narrow blocks, with the same name."""
     create_model = timm.create_model
 
     def create(name, **kwargs):
@@ -81,7 +81,7 @@ def small_siglip_tower(monkeypatch):
 
 
 def texts(end=63, pad=0):
-    """Ids [2, 12]: one text that is padded, and one that fills the context."""
+    """Return ids [2, 12]: a text that is padded, and one that fills the context."""
     return torch.tensor([[60, 4, 9, 11, end, *[pad] * 7], [60, 8, 14, 3, 5, 7, 9, 1, 2, 4, 6, end]])
 
 
@@ -97,14 +97,14 @@ def assert_same(ours, theirs, ids):
     torch.testing.assert_close(ours.get_logits(images, ids)[0], their_output.logits_per_image, **TOLERANCE)
 
 
-# ---- theirs in ours ----
+# From transformers
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("eos", [2, 63, 40])
 def test_a_clip_repository(tmp_path, act, eos, custom_text):
-    """2 is what configurations said by mistake: the highest id then ends the text."""
+    """Old configurations have the wrong eos_token_id 2. Then the highest id ends the text."""
     theirs = clip(eos=eos, act=act)
     theirs.save_pretrained(tmp_path)
     ours = open_clip.create_model(f"local-dir:{tmp_path}", force_custom_text=custom_text)
@@ -114,7 +114,7 @@ def test_a_clip_repository(tmp_path, act, eos, custom_text):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_repository_on_the_hub(tmp_path, monkeypatch, safe):
-    """One that has no open_clip_config.json; its weights may be a pickle of tensors."""
+    """The repository has no open_clip_config.json, and its weights may be a pickle of tensors."""
     theirs = clip()
     theirs.save_pretrained(tmp_path)
     if not safe:
@@ -153,8 +153,8 @@ def test_a_siglip_repository(tmp_path, small_siglip_tower, act):
     assert type(ours) is open_clip.CustomTextCLIP
 
 
-def test_a_file_of_theirs_for_a_model_by_name(tmp_path):
-    """(and in the older format, with the counting tensors that releases before 4.31 wrote)"""
+def test_a_transformers_file_for_a_named_model(tmp_path):
+    """Also with the position_ids that releases before 4.31 stored."""
     theirs = clip(act="gelu")
     theirs.save_pretrained(tmp_path / "theirs")
     cfg = transformers_config.model_cfg_from_transformers(theirs.config.to_dict(), "config.json")
@@ -172,7 +172,7 @@ def test_a_file_of_theirs_for_a_model_by_name(tmp_path):
             torch.testing.assert_close(encode(given), their_encode(given).pooler_output, **TOLERANCE)
 
 
-def test_the_activation_beside_the_file_is_compared(tmp_path):
+def test_the_activation_in_the_configuration_next_to_the_file_is_compared(tmp_path):
     clip(act="quick_gelu").save_pretrained(tmp_path)
     cfg = transformers_config.model_cfg_from_transformers(clip(act="gelu").config.to_dict(), "config.json")
     with pytest.warns(UserWarning, match="QuickGELU mismatch: .* were trained with quick_gelu=True"):
@@ -182,7 +182,7 @@ def test_the_activation_beside_the_file_is_compared(tmp_path):
 
 
 def test_old_configurations(tmp_path):
-    """Defaults are left out, and `text_config_dict` goes before `text_config`, as transformers reads them."""
+    """Defaults are omitted, and `text_config_dict` takes precedence over `text_config`, as in transformers."""
     config = {
         "model_type": "clip",
         "projection_dim": 20,
@@ -204,15 +204,15 @@ def test_old_configurations(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "of a model of type 'bert'"),
+        ({"model_type": "bert"}, "has the model_type 'bert'"),
         ({"model_type": "clip", "text_config": {"hidden_act": "gelu"}}, "QuickGELU in one tower only"),
         ({"model_type": "clip", "text_config": {"hidden_act": "relu"}}, "relu"),
         ({"model_type": "clip", "vision_config": {"num_channels": 4}}, "4 channels"),
-        ({"model_type": "siglip", "vision_config": {"hidden_size": 777}}, "not under a name"),
-        ({"model_type": "siglip", "text_config": {"projection_size": 7}}, "are 7 wide, those of images 768"),
+        ({"model_type": "siglip", "vision_config": {"hidden_size": 777}}, "an image tower that is not in timm"),
+        ({"model_type": "siglip", "text_config": {"projection_size": 7}}, "text features have the width 7, image"),
     ],
 )
-def test_what_of_theirs_is_refused(config, message):
+def test_unsupported_configurations_raise(config, message):
     if "relu" in message:
         config = {**config, "vision_config": {"hidden_act": "relu"}}
     with pytest.raises(ValueError, match=message):
@@ -232,7 +232,7 @@ def test_preprocessing(preprocessor, expected):
     assert (cfg["interpolation"], cfg["resize_mode"]) == expected
 
 
-# ---- ours in theirs ----
+# To transformers
 
 
 def test_a_round_trip_is_bit_identical(small_siglip_tower):
@@ -244,7 +244,7 @@ def test_a_round_trip_is_bit_identical(small_siglip_tower):
             assert torch.equal(back[key], value), key
 
 
-def test_tensors_are_shared_where_they_are_the_same():
+def test_unchanged_tensors_are_shared():
     weights = clip().state_dict()
     converted = from_transformers(weights)
     ours, theirs = converted["transformer.resblocks.0.mlp.c_fc.weight"], "text_model.encoder.layers.0.mlp.fc1.weight"
@@ -267,7 +267,7 @@ CLIP_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CLIP_CONFIGS)
-def test_our_clip_in_theirs(tmp_path, case):
+def test_our_clip_in_transformers(tmp_path, case):
     changes = CLIP_CONFIGS[case]
     name = tiny_clip.folder(tmp_path / "ours", **changes)
     ours = randomise(open_clip.create_model(name))
@@ -279,7 +279,7 @@ def test_our_clip_in_theirs(tmp_path, case):
         assert torch.equal(again.state_dict()[key], value.reshape(again.state_dict()[key].shape)), key
 
 
-def test_our_siglip_in_theirs(tmp_path, small_siglip_tower):
+def test_our_siglip_in_transformers(tmp_path, small_siglip_tower):
     cfg = transformers_config.model_cfg_from_transformers(siglip().config.to_dict(), "config.json")
     preprocess_cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
     ours = randomise(open_clip.create_model(tiny_clip.write_folder(tmp_path / "ours", cfg, preprocess_cfg)))
@@ -295,25 +295,25 @@ def test_our_siglip_in_theirs(tmp_path, small_siglip_tower):
     ("cfg", "message"),
     [
         ("coca_ViT-B-32", "is a CoCa"),
-        ("convnext_base", "timm's convnext_base"),
-        ("RN50", "a ResNet"),
+        ("convnext_base", "the image tower convnext_base of timm"),
+        ("RN50", "the image tower ModifiedResNet"),
         ("roberta-ViT-B-32", "text tower roberta-base"),
         ("ViT-L-14-CLIPA", "the image tower has no_ln_pre=True"),
-        (tiny_clip.config(init_logit_bias=-10.0), "a bias of its logits"),
-        (tiny_clip.config(text={"pool_type": "last"}), "pools texts by 'last'"),
-        (tiny_clip.config(text={"pool_type": "eos"}), "whose id is not 2"),
+        (tiny_clip.config(init_logit_bias=-10.0), "a logit bias"),
+        (tiny_clip.config(text={"pool_type": "last"}), "pools text by 'last'"),
+        (tiny_clip.config(text={"pool_type": "eos"}), "if its id is not 2"),
         (tiny_clip.config(text={"no_causal_mask": True}), "no_causal_mask=True"),
-        (tiny_clip.config(vision={"image_size": (32, 64)}), "squares only"),
+        (tiny_clip.config(vision={"image_size": (32, 64)}), "support only squares"),
     ],
 )
-def test_what_of_ours_is_refused(cfg, message):
+def test_models_without_a_counterpart_raise(cfg, message):
     cfg = open_clip.get_model_config(cfg) if isinstance(cfg, str) else cfg
     with pytest.raises(ValueError, match=message):
         transformers_config.model_cfg_to_transformers(cfg, "the model")
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-H-14-378-quickgelu", "ViT-bigG-14"])
-def test_bundled_models_have_a_configuration_of_theirs(name):
+def test_bundled_models_have_a_transformers_configuration(name):
     config = transformers_config.model_cfg_to_transformers(open_clip.get_model_config(name), name)
     with torch.device("meta"):
         theirs = CLIPModel(CLIPConfig(**config))
@@ -322,11 +322,11 @@ def test_bundled_models_have_a_configuration_of_theirs(name):
     assert {key: value.shape for key, value in to_transformers(ours.state_dict(), siglip=False).items()} == expected
 
 
-# ---- the command ----
+# The command
 
 
-def test_the_command_both_ways(tmp_path, caplog):
-    """What it writes serves with CLIPProcessor: ids of texts and pixels of images as open_clip makes them."""
+def test_the_command_in_both_directions(tmp_path, caplog):
+    """CLIPProcessor on the written folder gives the ids and pixels of open_clip."""
     caplog.set_level(logging.INFO)
     vocabulary = {"vocab_size": 49408, "context_length": 16}
     name = tiny_clip.folder(tmp_path / "ours", {"interpolation": "bicubic"}, text=vocabulary)
@@ -350,7 +350,7 @@ def test_the_command_both_ways(tmp_path, caplog):
     with torch.no_grad():
         served = theirs(**batch).logits_per_text
         expected = ours.get_logits(preprocess(image)[None], ids)[1]
-    # they resize in torch, we in PIL: pixels differ by a grey level or two
+    # transformers resizes in torch, open_clip in PIL: pixels differ by one or two levels
     torch.testing.assert_close(served, expected, rtol=0, atol=2e-2)
 
     main(["--model", f"local-dir:{tmp_path / 'theirs'}", "--to", "open_clip", str(tmp_path / "back")])

@@ -1,4 +1,4 @@
-"""Evaluation transforms give open_clip_torch 3.3.0's levels within one (recorded by record/val_transform.py)."""
+"""Evaluation transforms equal those of open_clip_torch 3.3.0 within one level (record/val_transform.py)."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from open_clip import image_resize
 from open_clip.transform import image_transform
 
 FIXTURE = Path(__file__).parent / "fixtures" / "val_transform.npz"
-# Pillow 13 resizes tall images columns first; before, its own answers differ from those recorded by more than a level.
+# Pillow 13 resizes columns of tall images first. Older versions differ from the recorded levels by more than one.
 COMPARABLE = [shape for shape in SHAPES if shape != "tall" or int(PIL.__version__.split(".")[0]) >= 13]
 
 
@@ -28,8 +28,8 @@ def recorded():
 
 @pytest.mark.parametrize("with_torch", [True, False], ids=["torch", "pillow"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_levels_within_one_of_the_recorded(recorded, monkeypatch, setting, with_torch):
-    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: with_torch)
+def test_pixels_equal_the_recorded_ones_within_one_level(recorded, monkeypatch, setting, with_torch):
+    monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: with_torch)
     transform = image_transform(is_train=False, **UNIT, **SETTINGS[setting])
     compared = 0
     for mode in MODES:
@@ -46,14 +46,14 @@ def test_levels_within_one_of_the_recorded(recorded, monkeypatch, setting, with_
     assert compared >= len(MODES) * (len(COMPARABLE) - 1)
 
 
-def test_both_ways_of_resizing_are_taken(monkeypatch):
-    """What the tests above compare: the vectorised resize is used where it may be, and only there."""
-    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: True)
+def test_both_implementations_of_resizing_are_used(monkeypatch):
+    """The vectorized resize is used exactly where it is allowed, so the tests above cover it."""
+    monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: True)
     assert image_resize._torch_agrees(odd_image("RGB", "photo"), (16, 24))
     assert not image_resize._torch_agrees(odd_image("RGB", "photo"), (50, 75))
     assert not image_resize._torch_agrees(odd_image("RGBA", "photo"), (16, 24))
     assert not image_resize._torch_agrees(odd_image("RGB", "tall"), (16, 16))
-    assert image_resize._box_pays(odd_image("RGB", "wide"), 16, (16, 377))
-    assert not image_resize._box_pays(odd_image("RGB", "photo"), 16, (16, 24))
+    assert image_resize._should_use_box(odd_image("RGB", "wide"), 16, (16, 377))
+    assert not image_resize._should_use_box(odd_image("RGB", "photo"), 16, (16, 24))
     for mode in ("P", "1", "LA", "RGBA"):
-        assert not image_resize._box_pays(odd_image(mode, "wide"), 16, (16, 377))
+        assert not image_resize._should_use_box(odd_image(mode, "wide"), 16, (16, 377))

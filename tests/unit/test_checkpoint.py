@@ -1,4 +1,4 @@
-"""Files become state dicts, and state dicts go into models, or an error says why not."""
+"""Loading of files into state dicts and of state dicts into models, and the errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import tiny_clip
 from open_clip import checkpoint
 from open_clip.binary_file import BinaryFile, FileError
 from open_clip.checkpoint import (
-    _only_tower,
+    _select_tower,
     check_nothing_on_meta,
     load_checkpoint,
     load_state_dict,
@@ -62,7 +62,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# --- files
+# Files
 
 
 def save_bare(weights, path):
@@ -103,7 +103,7 @@ def save_averaged(weights, path):
 
 
 def save_nested(weights, path):
-    """With an average beside the trained weights, which are taken."""
+    """Save averaged weights as well. The trained weights are used."""
     average = {key: value + 1 for key, value in weights.items()}
     torch.save({"model": {"state_dict": weights}, "state_dict_ema": average, "epoch": torch.tensor(1)}, path)
 
@@ -120,7 +120,7 @@ SAVERS = [
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin"])
 @pytest.mark.parametrize("save", SAVERS)
-def test_formats_are_known_by_content(tmp_path, save, suffix):
+def test_formats_are_detected_by_content(tmp_path, save, suffix):
     weights = clip().state_dict()
     save(weights, tmp_path / f"file{suffix}")
     found = load_state_dict(tmp_path / f"file{suffix}")
@@ -135,7 +135,7 @@ def test_prefixes():
 
 
 @pytest.mark.parametrize("save", [save_bare, save_legacy, save_safetensors, save_npz])
-def test_weights_are_in_memory_and_not_in_the_file(tmp_path, save):
+def test_weights_do_not_depend_on_the_file_after_loading(tmp_path, save):
     path = tmp_path / "file"
     save(clip().state_dict(), path)
     before = digest(path)
@@ -144,7 +144,7 @@ def test_weights_are_in_memory_and_not_in_the_file(tmp_path, save):
     for value in weights.values():
         value.add_(1)
     assert digest(path) == before
-    path.write_bytes(b"")  # a mapped file would end the process when it is read
+    path.write_bytes(b"")  # reading a mapped file would now end the process
     assert all(torch.equal(weights[key], value + 1) for key, value in clip().state_dict().items())
 
 
@@ -189,7 +189,7 @@ def test_a_small_view_keeps_no_large_storage(tmp_path):
 
 
 def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
-    """Not the optimizer's state, which is twice as large."""
+    """The state of the optimizer, which is twice as large, is not read."""
     torch.save({"state_dict": {"a": torch.ones(10)}, "optimizer": {"m": torch.ones(1000)}}, tmp_path / "file.pt")
     read = []
     fill = BinaryFile.fill
@@ -199,7 +199,7 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["pure_fp16", "pure_bf16"])
-def test_casting_holds_each_tensor_once(tmp_path, precision, monkeypatch):
+def test_casting_does_not_duplicate_all_tensors(tmp_path, precision, monkeypatch):
     torch.save(clip().state_dict(), tmp_path / "file.pt")
     model = meta_clip()
     set_precision(model, precision)
@@ -224,7 +224,7 @@ def test_casting_holds_each_tensor_once(tmp_path, precision, monkeypatch):
     assert alive[-1] < alive[0] / 2
 
 
-def test_what_the_model_ties_stays_tied(tmp_path):
+def test_tied_parameters_stay_tied(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -238,7 +238,7 @@ def test_what_the_model_ties_stays_tied(tmp_path):
     assert model.second.weight is model.first.weight
 
 
-# --- objects that are not weights
+# Objects that are not weights
 
 
 class Colour(enum.Enum):
@@ -269,13 +269,13 @@ PLAIN = {
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("is_new", [True, False])
-def test_objects_beside_the_weights_are_dropped_and_said_once(tmp_path, caplog, is_new, protocol):
+def test_other_objects_are_dropped_with_one_warning(tmp_path, caplog, is_new, protocol):
     content = {**FOREIGN, **PLAIN, "in a list": [1, numpy.float32(2), torch.ones(2)], "state_dict": clip().state_dict()}
     path = tmp_path / "file.pt"
     torch.save(content, path, _use_new_zipfile_serialization=is_new, pickle_protocol=protocol)
     weights = load_state_dict(path)
     assert all(torch.equal(weights[key], value) for key, value in clip().state_dict().items())
-    assert sum("dropped what is not a tensor" in record.getMessage() for record in caplog.records) == 1
+    assert sum("dropped objects that are not tensors" in record.getMessage() for record in caplog.records) == 1
     loaded = read_checkpoint(path)
     assert not FOREIGN.keys() & loaded.keys()
     assert {key: loaded[key] for key in PLAIN} == PLAIN
@@ -285,12 +285,12 @@ def test_objects_beside_the_weights_are_dropped_and_said_once(tmp_path, caplog, 
 
 def test_a_whole_pickled_model_is_named(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"an object of torch.nn.modules.linear.Linear.*save model.state_dict\(\)"):
+    with pytest.raises(ValueError, match=r"an object of torch.nn.modules.linear.Linear.*instead: model.state_dict\(\)"):
         load_state_dict(tmp_path / "file.pt")
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -305,27 +305,27 @@ def test_code_in_a_pickle_is_not_run(tmp_path, save, weights_only, caplog):
     marker = tmp_path / "ran"
     save({"state_dict": {"weight": torch.ones(1)}, "note": Evil(marker)}, tmp_path / "evil.pt")
     assert list(load_state_dict(tmp_path / "evil.pt", weights_only=weights_only)) == ["weight"]
-    assert "evil.pt: dropped what is not a tensor, number or container: posix.mkdir" in caplog.text
+    assert "evil.pt: dropped objects that are not tensors, numbers or containers: posix.mkdir" in caplog.text
     assert not marker.exists()
 
 
 @pytest.mark.parametrize(
     "attack",
     [
-        b"\x80\x02r\xff\xff\xff\x7f.",  # LONG_BINPUT: 34 GB of memo in the unpickler in C
+        b"\x80\x02r\xff\xff\xff\x7f.",  # LONG_BINPUT: 34 GB of memo in the C unpickler
         b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x00\x00.",  # BYTEARRAY8
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # BINBYTES8
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",  # FRAME
-        b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b"}q\x01h\x00K\x01s.",  # a key that hashes 2**60 tuples
+        b"\x80\x02)" + b"q\x00h\x00\x86" * 60 + b"}q\x01h\x00K\x01s.",  # a key whose hash visits 2**60 tuples
         b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b".",  # a list of 2**60 lists
-        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",  # nested without end
-        b"\x80\x02]q\x00h\x00a.",  # a list in itself
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",  # nested too deeply
+        b"\x80\x02]q\x00h\x00a.",  # a list that contains itself
         b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
         b"\x80\x02}(X\x01\x00\x00\x00a\x82\x01X\x01\x00\x00\x00b.",  # EXT1, unregistered
         b"\x80\x02ctorch.nn\nLinear\n}X\x01\x00\x00\x00aK\x01s\x86b.",  # BUILD that sets attributes of a class
     ],
 )
-def test_pickles_made_to_exhaust_memory_or_time(tmp_path, attack):
+def test_pickles_cannot_exhaust_memory_or_time(tmp_path, attack):
     with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
         archive.writestr("archive/data.pkl", attack)
     for load in (load_state_dict, read_checkpoint):
@@ -343,18 +343,18 @@ def test_pickles_made_to_exhaust_memory_or_time(tmp_path, attack):
         (b"\n<!DOCTYPE html><html></html>", "web page"),
         (b"x" * 100, "starts with b'xxxxxxxx'"),
         (b"PK\x03\x04" + b"\0" * 100, "cut off"),
-        (b"\x80\x02}q\x00.", "not one that torch.save writes"),
-        (pickle.dumps([1, 2]), "not one that torch.save writes"),
+        (b"\x80\x02}q\x00.", "a pickle that torch.save did not write"),
+        (pickle.dumps([1, 2]), "a pickle that torch.save did not write"),
     ],
 )
-def test_what_is_no_checkpoint(tmp_path, content, message):
+def test_files_that_are_not_checkpoints_raise(tmp_path, content, message):
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_state_dict(tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize("save", [save_bare, save_legacy, save_safetensors, save_npz])
-def test_a_file_that_is_cut_off(tmp_path, save):
+def test_a_truncated_file_raises(tmp_path, save):
     path = tmp_path / "file"
     save(clip().state_dict(), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -362,7 +362,7 @@ def test_a_file_that_is_cut_off(tmp_path, save):
         load_state_dict(path)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="is a folder"):
         load_state_dict(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -370,21 +370,21 @@ def test_files_that_are_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [({"epoch": 3}, "no weights by name, but epoch"), ([torch.ones(1)], "a list")]
+    ("content", "message"), [({"epoch": 3}, "no state dict, only epoch"), ([torch.ones(1)], "a list")]
 )
-def test_files_without_weights(tmp_path, content, message):
+def test_files_without_weights_raise(tmp_path, content, message):
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=message):
         load_state_dict(tmp_path / "file.pt")
 
 
-def test_what_is_no_tensor_is_left_out_aloud(tmp_path, caplog):
+def test_other_entries_are_ignored_with_a_warning(tmp_path, caplog):
     torch.save({"weight": torch.ones(1), "note": "hello"}, tmp_path / "file.pt")
     assert list(load_state_dict(tmp_path / "file.pt")) == ["weight"]
-    assert "left out what is not a tensor: note" in caplog.text
+    assert "ignored entries that are not tensors: note" in caplog.text
 
 
-# --- models
+# Models
 
 
 @pytest.mark.parametrize("from_class", [CLIP, CustomTextCLIP])
@@ -405,7 +405,7 @@ def test_layouts_with_every_text_parameter(text):
     assert_same_weights(plain, other)
 
 
-def test_strict_says_what_does_not_fit_and_changes_nothing(tmp_path):
+def test_strict_loading_raises_and_leaves_the_model_unchanged(tmp_path):
     weights = clip(1).state_dict()
     weights["surplus"] = weights.pop("ln_final.bias")
     torch.save(weights, tmp_path / "file.pt")
@@ -443,7 +443,7 @@ def test_many_names_are_shortened():
 
 
 def test_logit_bias():
-    """One that the file lacks is zero, the value that changes nothing; one that the model lacks is said."""
+    """A bias that the file lacks becomes zero, which has no effect. A bias that the model lacks is an error."""
     with_bias = clip(0, init_logit_bias=-10.0)
     put_weights(with_bias, clip(1).state_dict())
     assert with_bias.logit_bias.item() == 0
@@ -470,7 +470,7 @@ def test_position_embeddings_are_resized():
     assert weights["positional_embedding"].shape == (12, 32), "the caller's state dict is its own"
 
 
-# --- prefixes and leftovers
+# Prefixes and extra entries
 
 PREFIXES = ["clip.", "clip_model.", "net.", "backbone.", "student.", "_forward_module.", "_fsdp_wrapped_module."]
 PREFIXES += ["cond_stage_model.model.", "base_model.model.", "module.clip.", "clip.module."]
@@ -483,26 +483,26 @@ def test_a_common_prefix_is_removed(prefix, model_class, caplog):
     model = clip(0, model_class)
     put_weights(model, {prefix + key: value for key, value in clip(1).state_dict().items()})
     assert_same_weights(model, clip(1, model_class))
-    assert "with which all names begin" in caplog.text
+    assert "of all names" in caplog.text
 
 
 @pytest.mark.parametrize("model_class", [CLIP, CustomTextCLIP])
 @pytest.mark.parametrize("prefix", ["model.", "clip."])
-def test_what_is_beside_a_prefix_is_left_out_aloud(prefix, model_class, caplog):
+def test_entries_without_the_prefix_are_ignored_with_a_warning(prefix, model_class, caplog):
     model = clip(0, model_class)
     weights = {prefix + key: value for key, value in clip(1, model_class).state_dict().items()}
     put_weights(model, {"loss.weight": torch.ones(1), **weights})
     assert_same_weights(model, clip(1, model_class))
-    assert f"begin with {prefix!r}; left out: loss.weight." in caplog.text
+    assert f"start with {prefix!r} and ignoring loss.weight." in caplog.text
 
 
 def test_a_prefix_that_does_not_help_is_named():
     weights = {f"clip.{key}": value for key, value in clip(1).state_dict().items() if "ln_final" not in key}
-    with pytest.raises(RuntimeError, match=r"All names begin with 'clip\.'"):
+    with pytest.raises(RuntimeError, match=r"All names start with 'clip\.'"):
         put_weights(clip(0), weights)
 
 
-def test_of_two_models_in_a_file_none_is_chosen():
+def test_two_models_in_a_file_raise():
     weights = clip(1).state_dict()
     both = {f"{prefix}.{key}": value for prefix in ("student", "teacher") for key, value in weights.items()}
     with pytest.raises(RuntimeError, match="does not fit"):
@@ -511,7 +511,7 @@ def test_of_two_models_in_a_file_none_is_chosen():
         put_weights(clip(0), {**weights, "extra": torch.ones(1)})
 
 
-def test_masks_and_openais_numbers_are_ignored():
+def test_masks_and_openai_sizes_are_ignored():
     extras = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
     extras |= {"text.attn_mask": torch.zeros(3, 3), "text_decoder.attn_mask": torch.zeros(3, 3)}
     model = clip(0)
@@ -520,7 +520,7 @@ def test_masks_and_openais_numbers_are_ignored():
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "clip.visual."])
-def test_a_towers_prefix_is_removed(tmp_path, prefix):
+def test_the_prefix_of_a_tower_is_removed(tmp_path, prefix):
     weights = {prefix + key: value for key, value in clip(1).visual.state_dict().items()}
     torch.save(weights, tmp_path / "file.pt")
     model = clip(0)
@@ -528,11 +528,11 @@ def test_a_towers_prefix_is_removed(tmp_path, prefix):
     assert torch.equal(model.visual.proj, clip(1).visual.proj)
 
 
-# --- models on the meta device
+# Models on the meta device
 
 
 @pytest.mark.parametrize("model_class", [CLIP, CustomTextCLIP])
-def test_a_model_on_meta_takes_the_files_tensors(tmp_path, model_class):
+def test_a_meta_model_takes_the_tensors_of_the_file(tmp_path, model_class):
     source = clip(1, init_logit_bias=-3.0)
     torch.save(source.state_dict(), tmp_path / "file.pt")
     model = meta_clip(model_class, init_logit_bias=-10.0)
@@ -545,7 +545,7 @@ def test_a_model_on_meta_takes_the_files_tensors(tmp_path, model_class):
         assert torch.equal(a, b)
 
 
-def test_training_such_a_model_leaves_the_file_alone(tmp_path):
+def test_training_a_loaded_model_does_not_change_the_file(tmp_path):
     path = tmp_path / "file.pt"
     torch.save(clip(1).state_dict(), path)
     before = digest(path)
@@ -560,7 +560,7 @@ def test_training_such_a_model_leaves_the_file_alone(tmp_path):
     assert digest(path) == before
 
 
-def test_what_was_frozen_stays_frozen(tmp_path):
+def test_frozen_parameters_stay_frozen(tmp_path):
     torch.save(clip(1, vision={"pos_embed_type": "sin_cos_2d"}).state_dict(), tmp_path / "file.pt")
     model = meta_clip(vision={"pos_embed_type": "sin_cos_2d"})
     model.visual.requires_grad_(False)
@@ -569,22 +569,22 @@ def test_what_was_frozen_stays_frozen(tmp_path):
     assert model.text_projection.requires_grad
 
 
-def test_an_absent_bias_is_filled_on_meta_too():
+def test_a_missing_bias_is_filled_on_a_meta_model():
     model = meta_clip(init_logit_bias=-10.0)
     put_weights(model, clip(1).state_dict())
     assert model.logit_bias.item() == 0
     assert isinstance(model.logit_bias, nn.Parameter)
 
 
-def test_nothing_may_remain_on_meta():
+def test_parameters_left_on_meta_raise():
     weights = clip(1).state_dict()
     del weights["ln_final.bias"]
     with pytest.raises(RuntimeError, match=r"the state dict has no ln_final.bias"):
         put_weights(meta_clip(), weights, strict=False)
 
 
-def test_types_are_the_models_own():
-    """The model decides on its precision, whatever the file's is; what it keeps in float32 stays so."""
+def test_dtypes_are_those_of_the_model():
+    """The dtypes of the file do not matter, and float32 parameters of the model stay float32."""
     half = {key: value.half() for key, value in clip(1).state_dict().items()}
     model = meta_clip()
     put_weights(model, half)
@@ -615,12 +615,12 @@ def test_precisions(precision, proj, norm):
     assert (model.visual.proj.dtype, model.visual.ln_post.weight.dtype) == (proj, norm)
 
 
-def test_an_unknown_precision():
-    with pytest.raises(ValueError, match="'fp8' is not known: choose from fp32"):
+def test_an_unknown_precision_raises():
+    with pytest.raises(ValueError, match=r"'fp8' is unknown\. Choose from fp32"):
         set_precision(clip(), "fp8")
 
 
-def test_no_initialisation_draws_nothing_and_touches_real_tensors_as_ever():
+def test_no_initialisation_skips_meta_tensors_and_not_real_ones():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
@@ -635,14 +635,14 @@ def test_no_initialisation_draws_nothing_and_touches_real_tensors_as_ever():
         assert torch.equal(nn.init.constant_(torch.empty(2), 5.0), torch.full((2,), 5.0))
 
 
-# --- towers
+# Towers
 
 
 @pytest.mark.parametrize("to_class", [CLIP, CustomTextCLIP])
 @pytest.mark.parametrize("source", ["tower", "plain", "custom"])
 @pytest.mark.parametrize("tower", ["visual", "text"])
 def test_one_tower(tmp_path, tower, source, to_class):
-    """From a file of the tower or of a whole model, into either layout; the other tower is left alone."""
+    """From a file of the tower or of a whole model, into either layout. The other tower is unchanged."""
     custom = clip(1, CustomTextCLIP)
     weights = {"tower": getattr(custom, tower), "plain": clip(1), "custom": custom}[source].state_dict()
     torch.save(weights, tmp_path / "file.pt")
@@ -655,7 +655,7 @@ def test_one_tower(tmp_path, tower, source, to_class):
         assert torch.equal(value, (from_file if changed else before)[key]), key
 
 
-def test_a_tower_in_part_is_said(tmp_path, caplog):
+def test_a_partly_loaded_tower_is_a_warning(tmp_path, caplog):
     weights = clip(1).visual.state_dict()
     weights["surplus"] = weights.pop("proj")
     torch.save(weights, tmp_path / "file.pt")
@@ -664,7 +664,7 @@ def test_a_tower_in_part_is_said(tmp_path, caplog):
     assert "in part: 1 missing: visual.proj." in caplog.text
 
 
-def test_a_file_of_timms_own_names(tmp_path):
+def test_a_file_with_timm_names(tmp_path):
     vision = {"timm_model_name": "test_vit", "timm_proj": "linear", "timm_pool": "", "image_size": 160}
     cfg = {**tiny_clip.config(), "vision_cfg": vision}
     torch.manual_seed(0)
@@ -675,14 +675,14 @@ def test_a_file_of_timms_own_names(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["text.transformer.", "transformer.", ""])
-def test_names_of_hugging_faces_model_in_a_tower(prefix):
+def test_a_file_with_hugging_face_names(prefix):
     expected = {f"text.transformer.{name}": torch.ones(1) for name in ("embeddings.weight", "encoder.weight")}
     given = {f"{prefix}{name}": torch.ones(1) for name in ("embeddings.weight", "encoder.weight", "pooler.weight")}
-    found = _only_tower(given, "text", expected)
+    found = _select_tower(given, "text", expected)
     assert found.keys() == {*expected, "text.transformer.pooler.weight"}
 
 
-def test_a_tower_of_another_model(tmp_path):
+def test_a_tower_of_another_model_raises(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "file.pt")
     with pytest.raises(RuntimeError, match="no weights of this text tower"):
         load_tower_checkpoint(clip(0), "text", tmp_path / "file.pt")
@@ -691,7 +691,7 @@ def test_a_tower_of_another_model(tmp_path):
         load_tower_checkpoint(clip(0), "visual", tmp_path / "file.pt")
 
 
-def test_a_towers_position_embedding_is_resized(tmp_path, caplog):
+def test_the_position_embedding_of_a_tower_is_resized(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     torch.save(clip(1).visual.state_dict(), tmp_path / "file.pt")
     model = clip(0, vision={"image_size": 48})
@@ -700,7 +700,7 @@ def test_a_towers_position_embedding_is_resized(tmp_path, caplog):
     assert "resized from 4x4 to 6x6" in caplog.text
 
 
-# --- what does not fit, and why
+# Explanations of mismatches
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_a_towers_position_embedding_is_resized(tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("model_class", [CLIP, CustomTextCLIP])
-def test_what_a_checkpoint_of_another_model_has_different(model_class, changes, words):
+def test_differences_from_another_model_are_named(model_class, changes, words):
     with pytest.raises(RuntimeError, match=words) as error:
         put_weights(clip(0), clip(1, model_class, **changes).state_dict())
     assert "configuration that it was trained with" in str(error.value)
@@ -726,16 +726,16 @@ def test_what_a_checkpoint_of_another_model_has_different(model_class, changes, 
         ({"visual.trunk.stem.0.weight": torch.ones(2)}, r"image tower timm's \(the model's: a native ViT\)"),
         ({"visual.layer1.0.conv1.weight": torch.ones(2)}, r"image tower a ResNet \(the model's: a native ViT\)"),
         ({"text.transformer.embeddings.x": torch.ones(2)}, r"text tower Hugging Face's \(the model's: native\)"),
-        ({"visual.class_embedding": torch.ones(2)}, r"text tower not there \(the model's: native\)"),
-        ({**clip().state_dict(), "text_decoder.x": torch.ones(2)}, r"captioning decoder there \(the model"),
+        ({"visual.class_embedding": torch.ones(2)}, r"text tower absent \(the model's: native\)"),
+        ({**clip().state_dict(), "text_decoder.x": torch.ones(2)}, r"captioning decoder present \(the model"),
     ],
 )
-def test_towers_of_another_kind(foreign, words):
+def test_other_kinds_of_towers_are_named(foreign, words):
     with pytest.raises(RuntimeError, match=words):
         put_weights(clip(0), foreign)
 
 
-def test_the_architecture_of_a_checkpoint_is_named(tmp_path):
+def test_the_architecture_of_a_checkpoint_is_suggested(tmp_path):
     from open_clip.config import get_model_config
 
     with torch.device("meta"), no_initialisation():

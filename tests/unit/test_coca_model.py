@@ -186,7 +186,7 @@ def test_a_file_of_another_vocabulary_is_refused(name, tmp_path):
     [
         ({"vision_cfg": coca_cases.VISION | {"output_tokens": False}}, "set output_tokens in vision_cfg"),
         ({"text_cfg": coca_cases.TEXT | {"output_tokens": False}}, "set output_tokens in text_cfg"),
-        ({"multimodal_cfg": {"with": 3}}, "nearest: 'width'"),
+        ({"multimodal_cfg": {"with": 3}}, "did you mean 'width'"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(change, words):

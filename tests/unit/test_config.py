@@ -13,7 +13,7 @@ from open_clip.config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_confi
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
+    """Remove models that a test registered."""
     config.list_models()
     monkeypatch.setattr(config, "_registry", dict(config._registry))
     monkeypatch.setattr(config, "MODEL_CONFIG_PATHS", list(config.MODEL_CONFIG_PATHS))
@@ -40,7 +40,7 @@ def test_every_bundled_architecture_has_only_known_keys() -> None:
             assert as_config(MultimodalCfg, cfg["multimodal_cfg"]).layers > 0, name
 
 
-def test_configurations_are_copies_all_the_way_down() -> None:
+def test_configurations_are_deep_copies() -> None:
     first = config.get_model_config("ViT-B-32")
     assert first is not None
     first["vision_cfg"]["width"] = 1
@@ -53,14 +53,14 @@ def test_unknown_architecture_is_none() -> None:
     assert config.get_model_config("ViT-B-33") is None
 
 
-def test_unknown_key_raises_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'patch_sise' \(nearest: 'patch_size'\).*typo"):
+def test_an_unknown_key_raises_and_names_the_most_similar() -> None:
+    with pytest.raises(ValueError, match=r"'patch_sise' \(did you mean 'patch_size'\?\).*typo"):
         as_config(CLIPVisionCfg, {"patch_sise": 32})
-    with pytest.raises(ValueError, match=r"no 'zzz' \(nothing like it"):
+    with pytest.raises(ValueError, match=r"no 'zzz' \(no field is similar"):
         as_config(CLIPTextCfg, {"zzz": 1})
 
 
-def test_as_config_keeps_a_dataclass_and_refuses_what_is_no_mapping() -> None:
+def test_as_config_returns_a_dataclass_unchanged_and_raises_for_other_types() -> None:
     cfg = CLIPVisionCfg(width=12)
     assert as_config(CLIPVisionCfg, cfg) is cfg
     with pytest.raises(ValueError, match="from a mapping, got list"):
@@ -86,14 +86,14 @@ def test_a_file_and_a_folder_of_configurations_can_be_added(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("registry")
-def test_an_added_configuration_replaces_one_of_its_name(tmp_path: Path) -> None:
+def test_an_added_configuration_replaces_one_with_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "ViT-B-32.json").write_text(json.dumps(tiny()))
     config.add_model_config(str(tmp_path / "ViT-B-32.json"))
     assert config.get_model_config("ViT-B-32") == tiny()
     assert len(config.list_models()) == 144
 
 
-def test_adding_what_is_not_there_or_no_model_raises(tmp_path: Path) -> None:
+def test_adding_a_missing_file_or_another_json_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model configuration at"):
         config.add_model_config(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_text(json.dumps({"embed_dim": 3}))
@@ -114,6 +114,6 @@ def test_parse_model_name(name: str, expected: tuple[str | None, str]) -> None:
     assert config.parse_model_name(name) == expected
 
 
-def test_a_schema_with_nothing_behind_it_raises() -> None:
+def test_a_prefix_without_a_name_raises() -> None:
     with pytest.raises(ValueError, match="names nothing after 'hf-hub:'"):
         config.parse_model_name("hf-hub:")

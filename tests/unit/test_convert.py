@@ -1,4 +1,4 @@
-"""Layouts of other projects, told by their names, become ours without a change in a number.
+"""Layouts of other projects are recognized by their names and converted without changing a value.
 
 The inverse tables here are written after the makers' own code; the image towers' are timm's to know, and checked here
 in the model that they are for.
@@ -22,7 +22,7 @@ from open_clip.convert import (
     to_plain_layout,
 )
 
-# ours -> Apple's, applied in order
+# our names -> Apple's, applied in order
 APPLE_TEXT = [
     (r"^text\.", "text_encoder."),
     (r"token_embedding\.", "embedding_layer."),
@@ -104,7 +104,7 @@ def renamed(name: str, table: list[tuple[str, str]]) -> str:
 
 
 def small(monkeypatch: pytest.MonkeyPatch, name: str, depth: int | None = None) -> torch.nn.Module:
-    """The bundled model with a short text tower, and where it is said an image tower of less depth."""
+    """Build a bundled model with a shorter text tower and, if requested, a shallower image tower."""
     cfg = open_clip.get_model_config(name)
     cfg["text_cfg"] |= {"layers": 2, "vocab_size": 64}
     if depth is not None:
@@ -119,7 +119,7 @@ def small(monkeypatch: pytest.MonkeyPatch, name: str, depth: int | None = None) 
                 parameter.copy_(torch.randn(parameter.shape))
         for name, parameter in model.visual.trunk.named_parameters():
             if name in ("head.fc.bias", "head.bias"):
-                parameter.zero_()  # their projections have none
+                parameter.zero_()  # Apple's projections have no bias
     return model
 
 
@@ -174,12 +174,12 @@ def test_perception_encoder(monkeypatch):
     assert_equal(convert_state_dict(model, theirs), ours)
 
 
-def test_names_of_a_native_model_are_not_taken_for_metas():
+def test_a_native_model_is_not_recognized_as_metas():
     model = open_clip.CLIP(**tiny_clip.config())
     assert_equal(convert_state_dict(model, model.state_dict()), model.state_dict())
 
 
-def test_the_two_layouts_of_ours():
+def test_layouts_of_clip_and_custom_text_clip():
     plain, custom = open_clip.CLIP(**tiny_clip.config()), open_clip.CustomTextCLIP(**tiny_clip.config())
     weights = plain.state_dict()
     assert to_custom_text_layout(weights).keys() == custom.state_dict().keys()
@@ -189,7 +189,7 @@ def test_the_two_layouts_of_ours():
     assert all(converted[key].data_ptr() == value.data_ptr() for key, value in to_custom_text_layout(weights).items())
 
 
-def test_counting_tensors_of_old_transformers_are_dropped():
+def test_position_ids_of_old_transformers_are_dropped():
     model = open_clip.CLIP(**tiny_clip.config())
     weights = {**model.state_dict(), "text.transformer.embeddings.position_ids": torch.arange(5)}
     assert put_weights(model, weights) == ([], [])

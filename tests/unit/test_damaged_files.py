@@ -1,4 +1,4 @@
-"""A small seeded fuzz of all readers: benchmarks/faults/damaged_files.py has the large one."""
+"""A small fuzz test of all readers with a fixed seed. benchmarks/faults/damaged_files.py is the large one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import damaged_files
 
 
 @pytest.mark.parametrize("name", damaged_files.CHECKPOINTS + damaged_files.CONFIGS)
-def test_a_damaged_file_is_read_or_named_in_an_error(name):
+def test_a_damaged_file_is_read_or_raises_an_error_with_its_name(name):
     assert damaged_files.run_batch(damaged_files.cases(25, (name,))) == []
 
 
 @pytest.mark.parametrize("name", damaged_files.CHECKPOINTS)
-def test_an_end_in_the_middle_of_tensors_is_an_error(name, tmp_path):
-    """At every place: never a tensor of zeros."""
+def test_a_file_truncated_within_tensors_raises(name, tmp_path):
+    """At every position: no tensor is filled with zeros."""
     from open_clip.checkpoint import load_state_dict
 
     content = damaged_files.write(name)

@@ -1,4 +1,4 @@
-"""Names become models, transforms, tokenizers and losses; what cannot be said so."""
+"""Creation of models, transforms, tokenizers and losses from names, and the errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def has_weights(model: torch.nn.Module, path: str) -> bool:
 
 @pytest.fixture
 def tiny_tags(monkeypatch, weights):
-    """The model "Tiny-1" (and its -quickgelu) with the tags "plain" and "quick_one"; downloading gives `weights`."""
+    """Register the models "Tiny-1" and "Tiny-1-quickgelu" with tags "plain" and "quick_one" for the file `weights`."""
     models = {"Tiny-1": tiny_clip.config(), "Tiny-1-quickgelu": tiny_clip.config(quick_gelu=True)}
     monkeypatch.setattr(config, "_registry", {**config._models(), **models})
     row = {
@@ -55,14 +55,14 @@ def tiny_tags(monkeypatch, weights):
     return asked
 
 
-# --- weights from everywhere
+# Sources of weights
 
 
-def test_random_weights_are_said(name, caplog):
+def test_random_weights_are_a_warning(name, caplog):
     for given in (None, ""):
         caplog.clear()
         model = open_clip.create_model(name, pretrained=given)
-        assert "initialised at random" in caplog.text
+        assert "initialized randomly" in caplog.text
         assert model.training
         assert not any(value.is_meta for value in model.state_dict().values())
 
@@ -82,19 +82,19 @@ def test_a_file_in_the_home_folder(name, weights, monkeypatch):
     assert has_weights(open_clip.create_model(name, pretrained="~/weights.pt"), weights)
 
 
-def test_nothing_is_initialised_twice(name, weights, monkeypatch):
-    """No random number is drawn for a model that gets weights."""
+def test_loading_does_not_initialize_weights(name, weights, monkeypatch):
+    """No random numbers are drawn for a model that gets weights."""
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
     open_clip.create_model(name, pretrained=weights)
     assert torch.equal(torch.rand(1), expected)
-    monkeypatch.setattr(torch.Tensor, "copy_", None)  # nor is a weight copied
+    monkeypatch.setattr(torch.Tensor, "copy_", None)  # no weight is copied either
     open_clip.create_model(name, pretrained=weights)
 
 
-def test_torchs_compiler_is_not_imported_for_it(name, weights):
-    """Its import takes longer than all of loading; torch's meta kernels of random functions would ask for it."""
+def test_loading_does_not_import_the_compiler(name, weights):
+    """The import takes longer than loading, and torch's meta kernels of random functions would cause it."""
     code = (
         "import sys, torch, open_clip; before = set(sys.modules)\n"
         f"open_clip.create_model({name!r}, pretrained={weights!r})\n"
@@ -120,17 +120,17 @@ def test_without_load_weights_nothing_is_downloaded(tiny_tags, weights, caplog):
     model = open_clip.create_model("Tiny-1", pretrained="plain", load_weights=False)
     assert tiny_tags == []
     assert not has_weights(model, weights)
-    assert "initialised at random" in caplog.text
+    assert "initialized randomly" in caplog.text
     assert open_clip.get_model_preprocess_cfg(model)["mean"] == (0.1, 0.2, 0.3)
 
 
 def test_weights_of_a_folder(name, weights, tmp_path):
     save_file(torch.load(weights, weights_only=True), tmp_path / "model/open_clip_model.safetensors")
-    torch.save({"x": torch.ones(1)}, tmp_path / "model/open_clip_pytorch_model.bin")  # safetensors go first
+    torch.save({"x": torch.ones(1)}, tmp_path / "model/open_clip_pytorch_model.bin")  # safetensors come first
     assert has_weights(open_clip.create_model(name), weights)
 
 
-def test_a_file_beside_a_folder_goes_first(name, weights, tmp_path):
+def test_a_given_file_replaces_the_weights_of_a_folder(name, weights, tmp_path):
     torch.save(open_clip.create_model(name).state_dict(), tmp_path / "model/open_clip_pytorch_model.bin")
     assert not has_weights(open_clip.create_model(name), weights)
     assert has_weights(open_clip.create_model(name, pretrained=weights), weights)
@@ -164,14 +164,14 @@ def test_a_repository_on_the_hub(tmp_path, weights, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf-hub:../b", "hf-hub:a/../../b", "hf-hub:a/b@../x"])
-def test_hub_names_that_point_elsewhere(name):
+def test_hub_names_with_a_path_or_url_raise(name):
     with pytest.raises(ValueError, match=r"is not the name of a repository|would point outside"):
         open_clip.create_model(name)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_one_towers_weights(name, weights, tower):
-    """The other tower is as it would be without."""
+def test_weights_of_one_tower(name, weights, tower):
+    """The other tower is unchanged."""
     torch.manual_seed(1)
     model = open_clip.create_model(name, **{f"pretrained_{tower}_path": weights})
     assert has_weights(model, weights) == (tower == "image")
@@ -181,36 +181,36 @@ def test_one_towers_weights(name, weights, tower):
         open_clip.create_model(name, **{f"pretrained_{tower}_path": "nothing.pt"})
 
 
-# --- QuickGELU
+# QuickGELU
 
 
 @pytest.mark.parametrize(
-    ("model", "tag", "kwargs", "mend"),
+    ("model", "tag", "kwargs", "fix"),
     [
         ("Tiny-1", "quick_one", {}, "the model Tiny-1-quickgelu or force_quick_gelu=True"),
-        ("Tiny-1-quickgelu", "plain", {}, "the model whose name has no -quickgelu"),
-        ("Tiny-1", "plain", {"force_quick_gelu": True}, "Leave out force_quick_gelu"),
+        ("Tiny-1-quickgelu", "plain", {}, "the model whose name does not end in -quickgelu"),
+        ("Tiny-1", "plain", {"force_quick_gelu": True}, "without force_quick_gelu"),
         ("Tiny-1", "plain", {}, None),
         ("Tiny-1-quickgelu", "quick_one", {}, None),
         ("Tiny-1", "quick_one", {"force_quick_gelu": True}, None),
         ("Tiny-1", "quick_one", {"load_weights": False}, None),
     ],
 )
-def test_quick_gelu_mismatch(tiny_tags, recwarn, caplog, model, tag, kwargs, mend):
+def test_quick_gelu_mismatch(tiny_tags, recwarn, caplog, model, tag, kwargs, fix):
     open_clip.create_model(model, pretrained=tag, **kwargs)
-    assert ("QuickGELU mismatch" in caplog.text) == (mend is not None)
+    assert ("QuickGELU mismatch" in caplog.text) == (fix is not None)
     found = [str(warning.message) for warning in recwarn if "QuickGELU" in str(warning.message)]
-    assert len(found) == (mend is not None)
-    assert mend is None or mend in found[0]
+    assert len(found) == (fix is not None)
+    assert fix is None or fix in found[0]
 
 
-def test_quick_gelu_in_a_files_name(name, weights, recwarn):
+def test_quick_gelu_in_the_file_name(name, weights, recwarn):
     path = Path(weights).rename(Path(weights).with_name("vit_b_32-quickgelu-laion400m.pt"))
     open_clip.create_model(name, pretrained=str(path))
     assert [w for w in recwarn if "QuickGELU mismatch" in str(w.message)]
 
 
-# --- overrides
+# Overrides
 
 
 def test_overrides(name):
@@ -269,44 +269,44 @@ def test_devices(name, weights, device):
     assert model.visual.proj.device.type == (open_clip.device.best().type if device in ("auto", None) else "cpu")
 
 
-# --- errors
+# Errors
 
 
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"precision": "fp8"}, ValueError, "'fp8' is not known"),
+        ({"precision": "fp8"}, ValueError, "'fp8' is unknown"),
         ({"device": "xpu"}, RuntimeError, "not there"),
         ({"device": "tpu"}, ValueError, "tpu"),
         ({"pretrained": "nothing.pt"}, RuntimeError, "neither a tag of .* nor a file"),
-        ({"require_pretrained": True}, RuntimeError, "no weights to load, and they were required"),
-        ({"init_logit_bais": 1}, TypeError, "'init_logit_bais'; probably a typo. Did you mean 'init_logit_bias'"),
+        ({"require_pretrained": True}, RuntimeError, "has no weights, and the caller requires them"),
+        ({"init_logit_bais": 1}, TypeError, "'init_logit_bais'. Did you mean 'init_logit_bias'"),
         ({"text_cfg": {"layer": 1}}, ValueError, "'layers'"),
     ],
 )
-def test_arguments_that_cannot_be(name, kwargs, error, message):
+def test_invalid_arguments_raise(name, kwargs, error, message):
     with pytest.raises(error, match=message):
         open_clip.create_model(name, **kwargs)
 
 
-def test_weights_of_another_model(name, tmp_path):
+def test_weights_of_another_model_raise(name, tmp_path):
     torch.save(open_clip.CLIP(**tiny_clip.config(embed_dim=8)).state_dict(), tmp_path / "other.pt")
     with pytest.raises(RuntimeError, match=r"visual.proj is \[32, 8\] instead of \[32, 16\].*another model"):
         open_clip.create_model(name, pretrained=str(tmp_path / "other.pt"))
 
 
-def test_required_weights_that_are_not_loaded(name, weights):
-    with pytest.raises(RuntimeError, match="were required"):
+def test_missing_required_weights_raise(name, weights):
+    with pytest.raises(RuntimeError, match="the caller requires them"):
         open_clip.create_model(name, pretrained=weights, load_weights=False, require_pretrained=True)
 
 
 @pytest.mark.parametrize("call", [open_clip.create_model, open_clip.get_tokenizer])
-def test_a_model_that_is_not_known(call):
+def test_an_unknown_model_raises(call):
     with pytest.raises(RuntimeError, match=r"no model 'ViT-B-23'. Did you mean .*ViT-B-32"):
         call("ViT-B-23")
 
 
-def test_a_tag_that_is_not_known():
+def test_an_unknown_tag_raises():
     with pytest.raises(
         RuntimeError,
         match=r"'laion2b_e61' is neither a tag of ViT-B-32's weights nor a file. Nearest tags: laion2b_e16",
@@ -314,8 +314,8 @@ def test_a_tag_that_is_not_known():
         open_clip.create_model("ViT-B/32", pretrained="laion2b_e61")
 
 
-def test_folders_that_are_no_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+def test_folders_without_a_model_raise(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         open_clip.create_model(f"local-dir:{tmp_path / 'nothing'}")
     with pytest.raises(FileNotFoundError, match=r"no open_clip_config.json"):
         open_clip.create_model(f"local-dir:{tmp_path}")
@@ -330,7 +330,7 @@ def test_timm_weights_for_a_native_tower_have_no_effect(name, caplog):
     assert "pretrained_image has no effect" in caplog.text
 
 
-# --- transforms
+# Transforms
 
 
 def test_transforms(tiny_tags):
@@ -360,7 +360,7 @@ def test_create_model_from_pretrained(tiny_tags, name):
     model, val = open_clip.create_model_from_pretrained("Tiny-1", "plain", image_std=(2.0, 2.0, 2.0))
     assert val(Image.new("RGB", (40, 40), (0, 0, 0)))[0, 0, 0].item() == pytest.approx(-0.05)
     assert isinstance(open_clip.create_model_from_pretrained("Tiny-1", "plain", return_transform=False), open_clip.CLIP)
-    with pytest.raises(RuntimeError, match="were required"):
+    with pytest.raises(RuntimeError, match="the caller requires them"):
         open_clip.create_model_from_pretrained(name)
     assert model.training
 
@@ -373,7 +373,7 @@ def test_force_preprocess_cfg(name):
     assert tuple(cfg["size"]) == (32, 32)
 
 
-# --- tokenizers and losses
+# Tokenizers and losses
 
 
 def test_tokenizers(name, tmp_path):
@@ -387,7 +387,7 @@ def test_tokenizers(name, tmp_path):
     assert not torch.equal(other("A Cat!"), open_clip.get_tokenizer(name)("a cat"))
 
 
-def test_losses_need_few_options():
+def test_absent_loss_options_are_off():
     assert type(open_clip.create_loss(SimpleNamespace())) is open_clip.ClipLoss
     loss = open_clip.create_loss(SimpleNamespace(distill_model="ViT-B-32", local_loss=True, rank=1, world_size=2))
     assert type(loss) is open_clip.DistillClipLoss
@@ -398,8 +398,8 @@ def test_losses_need_few_options():
         open_clip.create_loss(SimpleNamespace(siglip=True, horovod=True))
 
 
-def test_a_captioner_is_one_by_its_configuration(monkeypatch, tmp_path):
-    """Not by its name."""
+def test_the_configuration_decides_whether_a_model_is_a_captioner(monkeypatch, tmp_path):
+    """The name does not matter."""
     options = {"coca_caption_loss_weight": 2.0, "coca_contrastive_loss_weight": 1.0}
     (tmp_path / "my_captioner.json").write_text(json.dumps(open_clip.get_model_config("coca_ViT-B-32")))
     (tmp_path / "cocatoo.json").write_text(json.dumps(tiny_clip.config()))

@@ -1,4 +1,4 @@
-"""Captions equal those of a naive decoder (helpers/naive_captions.py), and each function does what its paper says."""
+"""Captions equal those of a naive decoder (helpers/naive_captions.py), and functions follow their papers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODELS = {
 
 
 def build(text: dict[str, Any] | None = None, seed: int = 0, **changes: Any) -> Any:
-    """A random model whose captions about different images differ; "a word" is an id that is in one of them."""
+    """A random model whose captions differ between images. "A word" is an id that occurs in one of them."""
     cfg = coca_cases.TEXT | (text or {})
     masking = {key: cfg.pop(key) for key in ("pad_id", "correct_cls_mask") if key in cfg}
     torch.manual_seed(seed + 1)
@@ -51,13 +51,13 @@ def images(count: int = 3) -> torch.Tensor:
 
 
 def ends_of(model: Any) -> list[int]:
-    """Ids that captions come to early, and in the middle."""
+    """Return ids that occur early, and in the middle of captions."""
     found = model.generate(images(1), generation_type="greedy", eos_token_id=coca_cases.END, seq_len=9, **IDS)[0]
     return sorted({found[1].item(), found[min(5, len(found) - 1)].item()})
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_captions_are_those_of_a_naive_decoder(name):
+def test_greedy_captions_equal_those_of_a_naive_decoder(name):
     model = build(MODELS[name])
     for end in ends_of(model):
         for least, penalty, window in ((0, 1.0, 10), (4, 1.0, 10), (0, 1.7, 10), (0, 1.0, 3)):
@@ -84,7 +84,7 @@ def test_greedy_captions_are_those_of_a_naive_decoder(name):
         (2, 1, {"max_seq_len": 4}),
     ],
 )
-def test_beam_search_is_that_of_a_naive_decoder(name, beams, groups, options):
+def test_beam_search_equals_that_of_a_naive_decoder(name, beams, groups, options):
     model = build(MODELS[name], seed=beams)
     for end in ends_of(model):
         expected = []
@@ -110,7 +110,7 @@ def test_beam_search_is_that_of_a_naive_decoder(name, beams, groups, options):
 
 
 @pytest.mark.parametrize("kind", ["greedy", "beam_search"])
-def test_captions_go_on_from_a_prompt(kind):
+def test_captions_continue_a_prompt(kind):
     model = build()
     prompts = [[coca_cases.START, 3, 5], [coca_cases.START, 9, 9], [coca_cases.START, 1, 2]]
     expected = []
@@ -132,7 +132,7 @@ def test_captions_go_on_from_a_prompt(kind):
 
 
 @pytest.mark.parametrize("kind", ["greedy", "beam_search"])
-def test_each_token_is_read_once_and_each_image_too(kind):
+def test_each_token_and_each_image_is_encoded_once(kind):
     model = build()
     seen: dict[str, list[int]] = {"text": [], "decoder": [], "image": [], "keys": []}
 
@@ -145,12 +145,12 @@ def test_each_token_is_read_once_and_each_image_too(kind):
     watch(model.text_decoder.cross_attn[0].ln_1_kv, "keys")
     model.generate(images(2), generation_type=kind, eos_token_id=coca_cases.END, seq_len=9, num_beams=2, **IDS,
                    num_beam_groups=1, text=torch.tensor([[coca_cases.START, 4]] * 2))  # fmt: skip
-    steps = 6 if kind == "greedy" else 7  # the last token of the one is the end in any case
+    steps = 6 if kind == "greedy" else 7  # the last token of greedy decoding is always the end
     assert seen == {"text": [2] + [1] * (steps - 1), "decoder": [2] + [1] * (steps - 1), "image": [5], "keys": [4]}
 
 
 @pytest.mark.parametrize("cls", [MultiheadAttention, Attention])
-def test_attention_with_a_cache_is_attention_to_the_whole(cls):
+def test_attention_with_a_cache_equals_full_attention(cls):
     torch.manual_seed(0)
     layer, x = cls(12, 3), torch.randn(2, 5, 12)
     mask = causal_mask(5)
@@ -189,7 +189,7 @@ def test_sampling_follows_the_seed_and_the_probabilities():
     assert set(first[:, 1].tolist()) <= set(best)
 
 
-def test_top_p_keeps_what_has_the_probability_together():
+def test_top_p_keeps_the_smallest_set_with_the_probability():
     scores = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.9, 0.05, 0.03, 0.02]]).log()
     ids = torch.zeros(2, 1, dtype=torch.int64)
     kept = generation.top_p(0.7)(ids, scores) > -math.inf
@@ -209,7 +209,7 @@ def test_top_k_and_minimal_length_and_repetition():
 
 
 def test_without_a_penalty_groups_of_beams_are_equal():
-    """So that only one of them is searched; with one they differ."""
+    """So only one group is searched. With a penalty, groups differ."""
     model, rows = build(), []
     model.text_decoder.register_forward_hook(lambda module, args, result: rows.append(len(result)))
     options = {"eos_token_id": coca_cases.END, "seq_len": 6, "num_beams": 6, "num_beam_groups": 3, **IDS}
@@ -220,7 +220,7 @@ def test_without_a_penalty_groups_of_beams_are_equal():
     assert set(rows) == {6}
 
 
-def test_beam_search_with_functions_in_place_of_options():
+def test_beam_search_with_functions_instead_of_options():
     model, image = build(), images(2)
     options = {"eos_token_id": coca_cases.END, "num_beams": 4, "num_beam_groups": 2, **IDS}
     expected = model.generate(image, seq_len=8, min_seq_len=5, **options)
@@ -251,7 +251,7 @@ def test_criteria_end_all_texts_together():
     assert longer.shape == (3, 9)
 
 
-def test_criteria_of_transformers_will_do():
+def test_criteria_of_transformers_work():
     transformers = pytest.importorskip("transformers")
     criteria = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(5)])
     options = {"eos_token_id": coca_cases.END, "seq_len": 9, "min_seq_len": 0, **IDS}
@@ -260,7 +260,7 @@ def test_criteria_of_transformers_will_do():
         assert found.shape == (2, 5)
 
 
-def test_a_model_is_left_as_it_was():
+def test_the_mode_of_a_model_is_restored():
     model = build()
     model.train()
     model.visual.eval()
@@ -272,7 +272,7 @@ def test_a_model_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("kind", coca_model.GENERATION_TYPES)
-def test_half_precision_writes(kind):
+def test_half_precision_generates(kind):
     model = build().to(torch.bfloat16)
     found = model.generate(
         images(2).bfloat16(), generation_type=kind, eos_token_id=coca_cases.END, seq_len=9, min_seq_len=0, **IDS
@@ -296,13 +296,13 @@ def test_half_precision_writes(kind):
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
     ],
 )
-def test_what_cannot_be_written_is_refused(options, words):
+def test_invalid_options_raise(options, words):
     common = {"eos_token_id": coca_cases.END, "seq_len": 9, **IDS}
     with pytest.raises(ValueError, match=words):
         build().generate(images(), **common | options)
 
 
-# ---- prompts ----
+# Prompts
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,7 @@ def captioner() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["greedy", "beam_search"])
-def test_prompts_as_strings_and_as_the_tokenizer_gives_them(captioner, kind):
+def test_prompts_as_strings_and_as_token_ids(captioner, kind):
     options = {"generation_type": kind, "seq_len": 9, "num_beams": 2, "num_beam_groups": 1}
     ids = [[49406, *SimpleTokenizer().encode(text)] for text in ("a photo of", "two")]
     one, two = (
@@ -334,12 +334,12 @@ def test_prompts_as_strings_and_as_the_tokenizer_gives_them(captioner, kind):
     assert same[:, :2].tolist() == [ids[1]] * 2
 
 
-def test_a_prompt_that_has_ended_stays(captioner):
+def test_a_finished_prompt_is_unchanged(captioner):
     ended = torch.tensor([[49406, 320, 49407]])
     assert captioner.generate(images(1), ended, generation_type="greedy", seq_len=9).tolist() == ended.tolist()
 
 
-def test_prompts_that_cannot_be(captioner):
+def test_invalid_prompts_raise(captioner):
     with pytest.raises(ValueError, match="text has 2 strings, and there are 3 images"):
         captioner.generate(images(3), text=["a", "b"])
     with pytest.raises(ValueError, match="another vocabulary than CLIP"):

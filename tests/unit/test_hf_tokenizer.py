@@ -1,4 +1,4 @@
-"""Tokenizers of transformers: shapes, cleanings, languages, where their files come from; ids are in tests/parity."""
+"""Tokenizers of transformers: shapes, cleaning, languages, sources of their files. Ids are tested in tests/parity."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def languages(tmp_path_factory) -> str:
 
 
 def ids_of(text: str) -> list[int]:
-    """Of words of the corpus, by their place in it."""
+    """Return the ids of words of the corpus, which are their positions in it."""
     vocabulary = list(dict.fromkeys([*hf_cases.SPECIAL, *hf_cases.CORPUS.split()]))
     return [vocabulary.index(word) for word in text.split()]
 
 
-def test_ids_by_hand(words):
+def test_ids_equal_those_computed_by_hand(words):
     tokenizer = HFTokenizer(words, context_length=8)
     long = [3, *ids_of("two cats sleep on a beach"), 4]
     expected = [[3, *ids_of("a dog sitting"), 4, 1, 1, 1], long, [3, 4, *[1] * 6]]
@@ -52,7 +52,7 @@ def test_ids_by_hand(words):
     assert tokenizer([]).dtype == torch.int64
 
 
-def test_modes_by_hand(words):
+def test_modes_equal_ids_computed_by_hand(words):
     clips = HFTokenizer(words, context_length=7, tokenizer_mode="clips")
     assert clips(["a dog", "two cats sleep on a beach"]).tolist() == [
         [5, *ids_of("a dog"), 6, 1, 1, 3],
@@ -66,7 +66,7 @@ def test_modes_by_hand(words):
     assert bare("A DOG!").tolist() == [[3, *ids_of("a dog"), 4, 1, 1]]
 
 
-def test_a_caption_is_cleaned_like_any_other(words):
+def test_captions_are_cleaned(words):
     tokenizer = HFTokenizer(words, context_length=6)
     assert torch.equal(tokenizer("a  cafÃ©&nbsp; !"), tokenizer("a café !"))
     for caption in odd_captions(51, seed=9):
@@ -88,7 +88,7 @@ def test_saving_and_pickling(words, tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(captions), tokenizer(captions))
 
 
-def test_saving_replaces_files_as_a_whole(words, tmp_path):
+def test_saving_replaces_files_atomically(words, tmp_path):
     """An open file or a hard link keeps the old content: no file is overwritten in place."""
     dest = tmp_path / "new/folder"
     tokenizer = HFTokenizer(words, context_length=9)
@@ -112,29 +112,29 @@ def test_languages(languages, words):
     tokenizer.set_language("fra_Latn")
     assert first(tokenizer) == "fra_Latn"
     assert first(HFTokenizer(languages, context_length=8, language="zho_Hans")) == "zho_Hans"
-    with pytest.raises(ValueError, match="'klingon'; now it is 'fra_Latn'"):
+    with pytest.raises(ValueError, match=r"'klingon'\. It remains 'fra_Latn'"):
         tokenizer.set_language("klingon")
     assert first(tokenizer) == "fra_Latn"
     with pytest.warns(UserWarning, match="Cannot set language for the tokenizer"):
         HFTokenizer(words, language="fra_Latn")
 
 
-def test_what_is_refused(words, languages):
+def test_invalid_options_raise(words, languages):
     for options, message in (
         ({"clean": "soap"}, "clean='soap'"),
-        ({"tokenizer_mode": "clip"}, "tokenizer_mode='clip' is not known"),
+        ({"tokenizer_mode": "clip"}, "tokenizer_mode='clip' is unknown"),
         ({"sep_token": None, "strip_sep_token": True}, "no token for sep"),
-        ({"cls_token": None, "tokenizer_mode": "clips"}, "no token for cls.*name one, as in cls_token="),
+        ({"cls_token": None, "tokenizer_mode": "clips"}, "no token for cls.*Name one, for example cls_token="),
     ):
         with pytest.raises(ValueError, match=message):
             HFTokenizer(words, **options)
-    with pytest.raises(ValueError, match="give context_length"):
+    with pytest.raises(ValueError, match="No context_length"):
         HFTokenizer(words, context_length=None)("a dog")
     with pytest.raises(TypeError, match="must be a str"):
         HFTokenizer(words)([["a dog"]])
 
 
-def test_files_that_are_not_there(tmp_path, monkeypatch):
+def test_missing_files_raise(tmp_path, monkeypatch):
     import huggingface_hub
 
     with pytest.raises(RuntimeError, match=r"cannot be loaded: .* Needed are tokenizer\.json and tokenizer_config"):
@@ -147,7 +147,7 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
         open_clip.get_tokenizer("ViT-B-16-SigLIP")
 
 
-# ---- by a model's name ----
+# Tokenizers by model name
 
 
 def model(folder: Path, **text: Any) -> str:
@@ -164,7 +164,7 @@ def test_a_model_names_its_tokenizer(words, tmp_path):
     assert open_clip.get_tokenizer(name, strip_sep_token=False)("a")[0, 2] == 4
 
 
-def test_without_a_context_length_it_is_that_of_clip(words, tmp_path):
+def test_the_default_context_length_is_that_of_clip(words, tmp_path):
     name = tiny_clip.folder(tmp_path)
     whole = json.loads((tmp_path / "open_clip_config.json").read_text())
     whole["model_cfg"]["text_cfg"] = {"hf_tokenizer_name": words, "tokenizer_mode": "clips"}
@@ -173,8 +173,8 @@ def test_without_a_context_length_it_is_that_of_clip(words, tmp_path):
     assert (tokenizer.context_length, tokenizer.tokenizer_mode) == (77, "clips")
 
 
-def test_a_folder_with_the_tokenizer_itself(words, tmp_path):
-    """What push_to_hf_hub saves holds the tokenizer's files, and the name of where they were from."""
+def test_tokenizer_files_in_a_folder_come_first(words, tmp_path):
+    """push_to_hf_hub saves the tokenizer's files, and the configuration names their original source."""
     name = model(tmp_path, hf_tokenizer_name="some/tokenizer")
     shutil.copytree(words, tmp_path, dirs_exist_ok=True)
     assert open_clip.get_tokenizer(name)("a dog").tolist()[0][:4] == [3, *ids_of("a dog"), 4]
@@ -182,10 +182,12 @@ def test_a_folder_with_the_tokenizer_itself(words, tmp_path):
     assert type(open_clip.get_tokenizer(plain)) is open_clip.SimpleTokenizer
 
 
-def test_a_repository_holds_its_tokenizer(words, tmp_path, monkeypatch):
+def test_tokenizer_files_in_a_repository_come_first(words, tmp_path, monkeypatch):
     calls = []
-    load = hf_tokenizer._load
-    monkeypatch.setattr(hf_tokenizer, "_load", lambda name, **kwargs: calls.append((name, kwargs)) or load(words))
+    load = hf_tokenizer._load_tokenizer
+    monkeypatch.setattr(
+        hf_tokenizer, "_load_tokenizer", lambda name, **kwargs: calls.append((name, kwargs)) or load(words)
+    )
     model(tmp_path, hf_tokenizer_name="elsewhere/tokenizer")
     config = str(tmp_path / "open_clip_config.json")
     monkeypatch.setattr("open_clip.recipe.download_pretrained_from_hf", lambda *_, **__: config)
@@ -197,7 +199,7 @@ def test_a_repository_holds_its_tokenizer(words, tmp_path, monkeypatch):
     ]
 
 
-# ---- vocabularies of sentencepiece ----
+# Sentencepiece vocabularies
 
 
 def train_pieces(path: Path, **options: Any) -> Path:
@@ -222,7 +224,7 @@ def vocabulary(tmp_path_factory) -> Path:
     return train_pieces(tmp_path_factory.mktemp("pieces") / "small.model", unk_id=2, bos_id=-1)
 
 
-def test_siglip_ids_are_sentencepieces(vocabulary, tmp_path):
+def test_siglip_ids_equal_those_of_sentencepiece(vocabulary, tmp_path):
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
@@ -238,8 +240,8 @@ def test_siglip_ids_are_sentencepieces(vocabulary, tmp_path):
     assert torch.equal(HFTokenizer(str(tmp_path), context_length=12, clean="canonicalize")(captions), found)
 
 
-def test_siglip2_ids_are_gemmas(tmp_path):
-    """Byte pairs, no space put before a text, padding 0."""
+def test_siglip2_ids_equal_those_of_gemma(tmp_path):
+    """Gemma uses byte pairs, adds no space before a text, and pads with 0."""
     names = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "bos_id": 2, "unk_id": 3}
     path = train_pieces(tmp_path / "gemma.model", model_type="bpe", add_dummy_prefix=False, **names)
     import sentencepiece
@@ -251,17 +253,17 @@ def test_siglip2_ids_are_gemmas(tmp_path):
     assert found.tolist() == [[*ids[0], 1, *[0] * (9 - len(ids[0]))], [*ids[1][:9], 1]]
 
 
-def test_siglip_vocabularies_that_are_not_there(vocabulary, monkeypatch):
+def test_missing_siglip_vocabularies_raise(vocabulary, monkeypatch):
     with pytest.raises(RuntimeError, match="neither a sentencepiece model file nor one of c4-en, mc4, gemma"):
         SigLipTokenizer("c4")
-    with pytest.raises(ValueError, match="give context_length"):
+    with pytest.raises(ValueError, match="No context_length"):
         SigLipTokenizer(str(vocabulary), context_length=None)("a dog")
 
     def download(url: str) -> str:
         raise RuntimeError(f"{url} could not be downloaded.")
 
     monkeypatch.setattr(hf_tokenizer, "download_pretrained_from_url", download)
-    with pytest.raises(RuntimeError, match=r"cc_en\.32000/sentencepiece\.model could not .*pass it to SigLipTokenizer"):
+    with pytest.raises(RuntimeError, match=r"cc_en\.32000/sentencepiece\.model could not .*pass its path to SigLip"):
         SigLipTokenizer("c4-en")
     monkeypatch.setattr(hf_tokenizer, "download_pretrained_from_url", lambda url: str(vocabulary))
     assert SigLipTokenizer("mc4")("two cats").shape == (1, 64)

@@ -1,4 +1,4 @@
-"""Losses in one process: values and gradients against their definitions, precisions, memory, and what is refused."""
+"""Losses in one process: values and gradients against their definitions, precisions, memory, errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tile(request, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 11])
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["scalars", "shape [1]"])
 @pytest.mark.usefixtures("tile")
-def test_value_and_gradients_are_those_of_the_definition(kind, count, shape):
+def test_value_and_gradients_equal_the_definition(kind, count, shape):
     def run(function):
         image, text = (part.requires_grad_() for part in pairs(count))
         scale = torch.full(shape, 20.0, dtype=torch.float64, requires_grad=True)
@@ -56,7 +56,7 @@ def test_value_and_gradients_are_those_of_the_definition(kind, count, shape):
 
 @pytest.mark.parametrize("kind", DEFINITIONS)
 def test_extreme_logits_stay_finite(kind):
-    """Logits of +-1000, beyond what exp can hold, right and wrong."""
+    """Logits of +-1000, for which exp overflows, for pairs and for negatives."""
     image = torch.eye(4).requires_grad_()
     for text in (torch.eye(4), torch.eye(4).roll(1, 0)):
         scale = torch.tensor(1000.0, requires_grad=True)
@@ -67,7 +67,7 @@ def test_extreme_logits_stay_finite(kind):
 
 
 @pytest.mark.parametrize("kind", DEFINITIONS)
-def test_gradients_in_fp32_are_as_exact_as_those_of_all_logits_at_once(kind, monkeypatch):
+def test_gradients_in_fp32_are_as_exact_as_without_tiles(kind, monkeypatch):
     monkeypatch.setattr(pairwise, "TILE_ROWS", 64)
     monkeypatch.setattr(pairwise, "TILE_ELEMENTS", 64 * 48)
 
@@ -98,7 +98,7 @@ def test_half_precision_features_give_an_fp32_loss_and_gradients_in_their_own_dt
 
 
 @pytest.mark.parametrize("kind", DEFINITIONS)
-def test_autocast_computes_products_in_half_and_the_rest_in_fp32(kind):
+def test_autocast_computes_products_in_half_precision_and_the_rest_in_fp32(kind):
     image, text = (part.requires_grad_() for part in pairs(dtype=torch.float32))
     scale, bias = torch.tensor(10.0), torch.tensor(-2.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -110,7 +110,7 @@ def test_autocast_computes_products_in_half_and_the_rest_in_fp32(kind):
     assert image.grad.dtype == torch.float32
 
 
-def test_a_learnt_bias_of_the_softmax_loss_gets_the_gradient_zero():
+def test_a_learned_bias_of_the_softmax_loss_gets_a_zero_gradient():
     bias = torch.tensor(-10.0, requires_grad=True)
     image, text = pairs()
     value = ClipLoss()(image, text, 10.0, bias)
@@ -143,8 +143,8 @@ def test_compiles_without_breaking_the_graph(kind):
     torch.testing.assert_close(run(compiled), run(module))
 
 
-def test_memory_does_not_hold_the_logits():
-    """4096 pairs: 64 MB for one matrix of logits, 4 MB for the features' gradients; the process may grow by 40."""
+def test_logits_are_not_stored():
+    """For 4096 pairs, one matrix of logits has 64 MB and the gradients 4 MB. The process may grow by 40 MB."""
     script = """
 import resource, torch
 from open_clip import pairwise
@@ -182,7 +182,7 @@ def test_output_dict():
     assert tuple(named.values()) == DistillClipLoss()(image, text, 10.0, image, text, 10.0)
 
 
-def test_distillation_is_the_cross_entropy_with_the_teachers_softmax():
+def test_distillation_is_the_cross_entropy_with_the_softmax_of_the_teacher():
     image, text = pairs()
     teacher_image, teacher_text = pairs(width=9)
     contrastive, distill = DistillClipLoss()(image, text, 10.0, teacher_image, teacher_text, 5.0)
@@ -192,7 +192,7 @@ def test_distillation_is_the_cross_entropy_with_the_teachers_softmax():
     torch.testing.assert_close(contrastive, clip_by_definition(image, text, 10.0))
 
 
-def test_coca_adds_the_captions_cross_entropy_without_padding():
+def test_coca_adds_the_cross_entropy_of_captions_without_padding():
     image, text = pairs(3)
     logits, labels = torch.randn(3, 5, 7, dtype=torch.float64), torch.randint(1, 7, (3, 5))
     labels[0, 3:] = 0
@@ -213,7 +213,7 @@ def test_labels_are_cached_for_one_number_of_logits():
     assert SigLipLoss().get_ground_truth("cpu", torch.float32, 2, True).tolist() == [[-1, -1], [-1, -1]]
 
 
-def test_what_cannot_be_is_refused_with_a_reason():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="torchrun"):
         ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match=r"'ring'.*bidir, shift, reduce, gather"):
@@ -223,7 +223,7 @@ def test_what_cannot_be_is_refused_with_a_reason():
         ClipLoss()(image, text[:10], 10.0)
 
 
-def test_signatures_are_those_of_open_clip():
+def test_signatures_equal_those_of_open_clip():
     names = ["local_loss", "gather_with_grad", "cache_labels", "rank", "world_size", "use_horovod"]
     assert list(inspect.signature(ClipLoss).parameters) == names
     assert list(inspect.signature(loss.gather_features).parameters)[2:] == [*names[:2], *names[3:]]

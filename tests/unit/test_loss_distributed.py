@@ -1,4 +1,4 @@
-"""Losses over 2, 3 and 4 processes against their definition, written down on the global batch in one process."""
+"""Losses over 2, 3 and 4 processes against their definition, computed on the global batch in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_clip import loss, pairwise
 
 WORLD_SIZES = (2, 3, 4)
 PAIRS, WIDTH = 5, 4
-# What the loss of each rank is multiplied with: different, so that a gradient of the wrong rank's loss shows.
+# Factors of the loss of each rank. They differ, so that a gradient of the wrong rank's loss is detected.
 WEIGHTS = (1.0, 3.0, 0.5, 2.0)
 CLIP_MODES = tuple(itertools.product((False, True), (False, True)))
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
@@ -21,7 +21,7 @@ SCALE, BIAS = 7.0, -2.0
 
 
 def features(world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and texts of all ranks, [world_size, PAIRS, WIDTH] each."""
+    """Return images and texts of all ranks, each [world_size, PAIRS, WIDTH]."""
     generator = torch.Generator().manual_seed(world_size)
     both = torch.randn(2, world_size, PAIRS, WIDTH, generator=generator, dtype=torch.float64)
     image, text = F.normalize(both, dim=-1)
@@ -29,8 +29,8 @@ def features(world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cases(rank: int, world_size: int) -> dict:
-    """One rank's side: every loss with its gradients."""
-    pairwise.TILE_ROWS, pairwise.TILE_ELEMENTS = 3, 12  # tiles of 3 x 4 or smaller, which cross the ranks' borders
+    """Compute every loss with its gradients on one rank."""
+    pairwise.TILE_ROWS, pairwise.TILE_ELEMENTS = 3, 12  # tiles of at most 3 x 4, which cross the boundaries of ranks
     results: dict = {}
 
     def run(name: str, module: torch.nn.Module, with_bias: bool, count: int = PAIRS) -> None:
@@ -54,7 +54,7 @@ def cases(rank: int, world_size: int) -> dict:
 
 
 def logits_of_all_modes(rank: int, world_size: int) -> dict:
-    """The materialised logits and the labels, whose cross entropy is the same loss."""
+    """Compute the same loss from stored logits and labels."""
     image, text = (all_features[rank] for all_features in features(world_size))
     teacher_image, teacher_text = (all_features[rank] for all_features in features(world_size))
     values = {}
@@ -79,7 +79,7 @@ def logits_of_all_modes(rank: int, world_size: int) -> dict:
 
 
 def half_precision(rank: int, world_size: int) -> list[torch.Tensor]:
-    """A loss of bfloat16 features, whose messages and products are in bfloat16."""
+    """Compute a loss of bfloat16 features, with messages and products in bfloat16."""
     values = []
     for module in (
         loss.ClipLoss(True, True, rank=rank, world_size=world_size),
@@ -158,7 +158,7 @@ def siglip_by_definition(world_size: int, count: int = PAIRS) -> list[list[torch
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), CLIP_MODES)
-def test_clip_loss_and_gradients_are_those_of_the_definition(ranks, world_size, local_loss, gather_with_grad):
+def test_clip_loss_and_gradients_equal_the_definition(ranks, world_size, local_loss, gather_with_grad):
     expected = clip_by_definition(world_size, local_loss, gather_with_grad)
     for rank in range(world_size):
         actual = ranks[world_size][rank][f"clip {local_loss} {gather_with_grad}"]
@@ -167,7 +167,7 @@ def test_clip_loss_and_gradients_are_those_of_the_definition(ranks, world_size, 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_siglip_loss_and_gradients_are_those_of_the_definition(ranks, world_size, exchange):
+def test_siglip_loss_and_gradients_equal_the_definition(ranks, world_size, exchange):
     expected = siglip_by_definition(world_size)
     for rank in range(world_size):
         actual = ranks[world_size][rank][f"siglip {exchange}"]
@@ -175,7 +175,7 @@ def test_siglip_loss_and_gradients_are_those_of_the_definition(ranks, world_size
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_siglip_goes_around_the_ring_with_a_single_pair_a_rank(ranks, world_size):
+def test_siglip_exchanges_a_single_pair_per_rank(ranks, world_size):
     expected = siglip_by_definition(world_size, count=1)
     for rank in range(world_size):
         torch.testing.assert_close(ranks[world_size][rank]["siglip one pair"], expected[rank], rtol=1e-9, atol=1e-12)
@@ -183,7 +183,7 @@ def test_siglip_goes_around_the_ring_with_a_single_pair_a_rank(ranks, world_size
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), CLIP_MODES)
-def test_materialised_logits_give_the_same_loss(ranks, world_size, local_loss, gather_with_grad):
+def test_stored_logits_give_the_same_loss(ranks, world_size, local_loss, gather_with_grad):
     name = f"{local_loss} {gather_with_grad}"
     for rank in range(world_size):
         value, image_gradient = ranks[world_size][rank][f"clip {name}"][:2]
@@ -191,12 +191,12 @@ def test_materialised_logits_give_the_same_loss(ranks, world_size, local_loss, g
         torch.testing.assert_close(logits["cross entropy"], value)
         torch.testing.assert_close(logits["contrastive"], value)
         torch.testing.assert_close(logits["distill"], logits["entropy"])
-        if not gather_with_grad:  # with it, the other ranks' losses, all weighing 1 there, are in the gradient
+        if not gather_with_grad:  # with it, the gradient includes the losses of other ranks, with weight 1
             torch.testing.assert_close(WEIGHTS[rank] * logits["image gradient"], image_gradient)
 
 
-def test_default_gather_gives_the_towers_a_part_of_the_global_gradient():
-    """Averaged over W ranks, as by DDP: gather_with_grad makes the global loss's gradient, the default 1/W of it."""
+def test_the_default_gather_gives_a_fraction_of_the_global_gradient():
+    """Averaged over W ranks by DDP, gather_with_grad gives the gradient of the global loss, the default 1/W of it."""
     world_size = 4
     plain = clip_by_definition(world_size, False, False)
     full = clip_by_definition(world_size, False, True)
@@ -205,7 +205,7 @@ def test_default_gather_gives_the_towers_a_part_of_the_global_gradient():
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_half_precision_features_travel_and_give_a_loss_in_fp32(ranks, world_size):
+def test_half_precision_features_are_exchanged_and_give_a_loss_in_fp32(ranks, world_size):
     expected_clip = torch.stack([answer[0] for answer in clip_by_definition(world_size, True, True)])
     expected_siglip = torch.stack([answer[0] for answer in siglip_by_definition(world_size)])
     actual = [ranks[world_size][rank]["half"] for rank in range(world_size)]

@@ -142,7 +142,7 @@ def test_configurations_may_be_dataclasses(batch: tuple) -> None:
 
 
 def test_a_typo_in_a_configuration_raises() -> None:
-    with pytest.raises(ValueError, match="nearest: 'pool_type'"):
+    with pytest.raises(ValueError, match="did you mean 'pool_type'"):
         build(text={"pool_typ": "eos"})
 
 

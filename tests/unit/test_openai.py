@@ -1,4 +1,4 @@
-"""OpenAI's archives become models of this package. The archive here is a small one, traced as theirs were."""
+"""Loading of OpenAI's archives. The archive here is small and traced like the published ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_clip import openai
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore::torch.jit.TracerWarning")
 
-WIDE = {"width": 64}  # OpenAI's heads are 64 wide, and their number is not in the archive
+WIDE = {"width": 64}  # OpenAI's heads have the width 64, and the archive does not contain their number
 
 
 def source() -> torch.nn.Module:
@@ -67,7 +67,7 @@ def test_a_resnet_archive(resnet_archive, precision):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
 
 
-def test_features_are_the_archives(archive):
+def test_features_equal_those_of_the_archive(archive):
     model = open_clip.load_openai_model(str(archive), device="cpu")
     assert type(model) is open_clip.CLIP
     assert not model.training
@@ -77,7 +77,7 @@ def test_features_are_the_archives(archive):
             torch.testing.assert_close(found, expected)
 
 
-def test_how_its_images_are_prepared(archive):
+def test_preprocessing(archive):
     cfg = open_clip.get_model_preprocess_cfg(openai.load_openai_model(str(archive), device="cpu"))
     assert tuple(cfg["size"]) == (32, 32)
     assert (cfg["mean"], cfg["std"]) == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -95,13 +95,13 @@ def test_how_its_images_are_prepared(archive):
     ],
 )
 def test_precisions(archive, precision, proj, norm):
-    """On the CPU the default is fp32."""
+    """The default on the CPU is fp32."""
     model = open_clip.load_openai_model(str(archive), precision=precision, device="cpu")
     assert (model.visual.proj.dtype, model.visual.ln_post.weight.dtype) == (proj, norm)
 
 
 def test_an_archive_in_create_model(archive, tmp_path):
-    """Its name does not tell, but all of OpenAI's weights are QuickGELU's."""
+    """All OpenAI archives use QuickGELU, whatever the file name."""
     name = tiny_clip.folder(tmp_path, vision={**WIDE, "head_width": 64}, text={**WIDE, "heads": 1})
     with pytest.warns(UserWarning, match=r"QuickGELU mismatch.*force_quick_gelu=True"):
         open_clip.create_model(name, pretrained=str(archive))
@@ -121,22 +121,22 @@ def test_a_name_is_downloaded(archive, tmp_path, monkeypatch, name):
     assert cache_dir == str(tmp_path)
 
 
-def test_a_name_that_is_not_known():
-    with pytest.raises(RuntimeError, match=r"'ViT-X' is neither a model of OpenAI's nor a file.* ViT-L-14-336,"):
+def test_an_unknown_name_raises():
+    with pytest.raises(RuntimeError, match=r"'ViT-X' is neither an OpenAI model nor a file.* ViT-L-14-336,"):
         open_clip.load_openai_model("ViT-X", device="cpu")
 
 
-def test_an_unknown_precision(archive):
-    with pytest.raises(ValueError, match="'fp8' is not known"):
+def test_an_unknown_precision_raises(archive):
+    with pytest.raises(ValueError, match="'fp8' is unknown"):
         open_clip.load_openai_model(str(archive), precision="fp8", device="cpu")
 
 
-def test_a_device_that_is_not_there(archive):
+def test_a_missing_device_raises(archive):
     with pytest.raises(RuntimeError, match="asked for and is not there"):
         open_clip.load_openai_model(str(archive), device="xpu")
 
 
-def test_a_file_of_another_model_is_named(tmp_path):
+def test_a_file_of_another_model_raises(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"w\.pt does not have the weights of an OpenAI CLIP: there is no visual"):
+    with pytest.raises(ValueError, match=r"w\.pt does not have the weights of an OpenAI CLIP. Missing: visual"):
         open_clip.load_openai_model(tmp_path / "w.pt", device="cpu")

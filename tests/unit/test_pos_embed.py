@@ -1,4 +1,4 @@
-"""Resizing of position embeddings: what is kept, what is refused."""
+"""Resizing of position embeddings, and its errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from open_clip import pos_embed
 
 
 class Clip(nn.Module):
-    """What resizing looks at."""
+    """The attributes that resizing reads."""
 
     def __init__(self, grid: tuple[int, int] = (2, 2), context_length: int = 5, custom: bool = False) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Clip(nn.Module):
 
 
 def ramp(rows: int, width: int = 4) -> torch.Tensor:
-    """A plane, which every interpolation keeps away from the edges."""
+    """Return a linear ramp, which every interpolation preserves away from the edges."""
     return torch.arange(rows, dtype=torch.float32)[:, None].expand(-1, width).contiguous()
 
 
@@ -40,7 +40,7 @@ def test_class_token_is_kept_and_the_grid_resized(dtype: torch.dtype) -> None:
     torch.testing.assert_close(resized[1:].float(), torch.full((15, 4), 3.0))
 
 
-def test_rows_and_columns_stay_apart() -> None:
+def test_rows_and_columns_are_not_swapped() -> None:
     grid = ramp(4)[:, None].expand(4, 4, 4).reshape(16, 4)  # grows downwards
     state_dict = {"visual.positional_embedding": torch.cat([torch.zeros(1, 4), grid])}
     pos_embed.resize_pos_embed(state_dict, Clip((8, 3)))
@@ -49,7 +49,7 @@ def test_rows_and_columns_stay_apart() -> None:
     assert (resized[1:, 0] > resized[:-1, 0]).all()
 
 
-def test_nothing_happens_without_need() -> None:
+def test_nothing_changes_if_sizes_agree() -> None:
     table = torch.randn(5, 4)
     state_dict = {"visual.positional_embedding": table}
     pos_embed.resize_pos_embed(state_dict, Clip((2, 2)))
@@ -61,13 +61,13 @@ def test_nothing_happens_without_need() -> None:
     assert empty == {}
 
 
-def test_a_grid_that_is_no_square_is_refused() -> None:
-    with pytest.raises(ValueError, match="6 patches, which is no square grid, and the model's is 2x2"):
+def test_a_grid_that_is_not_square_raises() -> None:
+    with pytest.raises(ValueError, match="6 positions, which is not a square grid, and the model has 2x2"):
         pos_embed.resize_pos_embed({"visual.positional_embedding": torch.zeros(7, 4)}, Clip((2, 2)))
 
 
 @pytest.mark.parametrize("custom", [False, True])
-def test_text_embedding_is_stretched(custom: bool) -> None:
+def test_text_embedding_is_resized(custom: bool) -> None:
     key = "text.positional_embedding" if custom else "positional_embedding"
     state_dict = {key: ramp(4)}
     pos_embed.resize_text_pos_embed(state_dict, Clip(context_length=8, custom=custom))
@@ -75,12 +75,12 @@ def test_text_embedding_is_stretched(custom: bool) -> None:
     torch.testing.assert_close(state_dict[key], expected[:, None].expand(-1, 4))
 
 
-def test_text_embedding_of_its_length_is_left_alone_and_of_another_width_refused() -> None:
+def test_text_embedding_of_equal_length_is_unchanged_and_of_another_width_raises() -> None:
     state_dict = {"positional_embedding": ramp(5)}
     before = state_dict["positional_embedding"]
     pos_embed.resize_text_pos_embed(state_dict, Clip())
     assert state_dict["positional_embedding"] is before
-    with pytest.raises(ValueError, match="is 6 wide, the model's is 4"):
+    with pytest.raises(ValueError, match="has the width 6, and the model has 4"):
         pos_embed.resize_text_pos_embed({"positional_embedding": ramp(5, 6)}, Clip())
 
 
@@ -99,6 +99,6 @@ def test_sine_cosine_tables() -> None:
     ("function", "width"),
     [(pos_embed.get_1d_sincos_pos_embed_from_grid, 3), (pos_embed.get_2d_sincos_pos_embed_from_grid, 6)],
 )
-def test_widths_that_cannot_be_halved_are_refused(function: object, width: int) -> None:
+def test_invalid_widths_raise(function: object, width: int) -> None:
     with pytest.raises(ValueError, match=f"{width}"):
         function(width, np.zeros((2, 3)))  # type: ignore[operator]

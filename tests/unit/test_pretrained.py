@@ -1,4 +1,4 @@
-"""The registry of weights, and downloads: whole and right, or not there. The network is a server on 127.0.0.1."""
+"""The registry of weights, and downloads, which are complete and verified or absent. The server is on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT under every path; its attributes say how well."""
+    """Serves CONTENT under every path; its attributes cause failures."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.ranges: list[str | None] = []  # the Range header of each request
-        self.cut_at: int | None = None  # the connection ends after so many bytes, once
+        self.cut_at: int | None = None  # close the connection after so many bytes, once
         self.knows_ranges = True
-        self.status: int | None = None  # of every answer, if not that of success
-        self.redirects: dict[str, str] = {}  # path -> where it is
-        self.delay = 0.0  # seconds before an answer
+        self.status: int | None = None  # status of every response; None: success
+        self.redirects: dict[str, str] = {}  # path -> new URL
+        self.delay = 0.0  # seconds before a response
         self.content = CONTENT
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -91,15 +91,15 @@ def server():
     server.server_close()
 
 
-def left_in(folder: Path) -> set[str]:
-    """Names in a folder, but for locks and the notes of verified downloads."""
+def files_in(folder: Path) -> set[str]:
+    """Return the names in a folder, except locks and checksum files."""
     return {path.name for path in folder.iterdir() if path.suffix not in (".lock", ".sha256")}
 
 
-# --- the registry
+# The registry
 
 
-def test_rows_are_copies():
+def test_entries_are_copies():
     get_pretrained_cfg("ViT-B-32", "openai")["url"] = "changed"
     assert get_pretrained_cfg("ViT-B-32", "openai")["url"].startswith("https://openaipublic.azureedge.net/")
 
@@ -114,8 +114,8 @@ def test_nearest_tags():
 ROWS = list_pretrained()
 
 
-def test_every_row_says_what_it_must():
-    """196 rows; each names a model that there is, an address or a repository, and how its images are prepared."""
+def test_every_entry_is_complete():
+    """Each of the 196 entries has a known model, a URL or a repository, and preprocessing."""
     assert len(ROWS) == len(set(ROWS)) == 196
     models = set(list_models())
     for model, tag in ROWS:
@@ -130,7 +130,7 @@ def test_every_row_says_what_it_must():
 
 
 @pytest.mark.parametrize("prefer_hf_hub", [True, False])
-def test_every_row_leads_to_a_file_of_a_repository_or_an_address(monkeypatch, prefer_hf_hub):
+def test_every_entry_has_a_source(monkeypatch, prefer_hf_hub):
     asked: list[tuple] = []
     monkeypatch.setattr(
         pretrained, "_fetch_from_hub", lambda model_id, filename, *_, **__: asked.append((model_id, filename)) or "hub"
@@ -154,7 +154,7 @@ def test_tags_in_any_case_and_with_dashes():
     assert list_pretrained(as_str=True) == [f"{model}:{tag}" for model, tag in ROWS]
 
 
-def test_what_there_is_not():
+def test_unknown_models_and_tags():
     assert get_pretrained_cfg("ViT-B-32", "openaii") == get_pretrained_cfg("ViT-B-33", "openai") == {}
     assert not is_pretrained_cfg("ViT-B-33", "openai")
     assert get_pretrained_url("ViT-B-33", "openai") == ""
@@ -169,18 +169,18 @@ def test_what_there_is_not():
         ("ViT-B-16-SigLIP", "webly", "webli"),
     ],
 )
-def test_an_unknown_tag_names_the_nearest(model, tag, named):
+def test_an_unknown_tag_raises_and_names_similar_tags(model, tag, named):
     with pytest.raises(RuntimeError, match=rf"{tag}' is neither a tag .* Nearest tags: {named}\b"):
         create_model(model, pretrained=tag)
 
 
 @pytest.mark.parametrize(("model", "named"), [("ViT-B-33", "ViT-B-32"), ("RN500", "RN50"), ("vitb16siglip", "SigLIP")])
-def test_an_unknown_model_names_the_nearest(model, named):
+def test_an_unknown_model_raises_and_names_similar_models(model, named):
     with pytest.raises(RuntimeError, match=f"There is no model '{model}'. Did you mean .*{named}"):
         create_model(model, pretrained="openai")
 
 
-# --- downloads from an address
+# Downloads from a URL
 
 
 def test_download_once(server, tmp_path):
@@ -190,7 +190,7 @@ def test_download_once(server, tmp_path):
     assert path.read_bytes() == CONTENT
     assert download_pretrained_from_url(url, tmp_path / "cache") == str(path)
     assert len(server.ranges) == 1
-    assert left_in(path.parent) == {"weights.pt"}
+    assert files_in(path.parent) == {"weights.pt"}
 
 
 def test_default_cache(server, tmp_path, monkeypatch):
@@ -199,10 +199,10 @@ def test_default_cache(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [f"clip/{SHA256}/weights.pt", f"weights-{SHA256[:8]}.pt", f"weights-{SHA256}.bin"])
-def test_a_checksum_in_the_address_is_verified(server, tmp_path, path):
+def test_a_checksum_in_the_url_is_verified(server, tmp_path, path):
     assert Path(download_pretrained_from_url(server.url(path), tmp_path)).read_bytes() == CONTENT
     name = path.rsplit("/")[-1]
-    assert left_in(tmp_path) == {name}
+    assert files_in(tmp_path) == {name}
     download_pretrained_from_url(server.url(path), tmp_path)
     assert len(server.ranges) == 1
 
@@ -211,30 +211,30 @@ def test_a_checksum_in_the_address_is_verified(server, tmp_path, path):
 def test_a_wrong_checksum_leaves_no_file(server, tmp_path, path):
     with pytest.raises(RuntimeError, match=f"checksum does not not match: the SHA-256 is {SHA256}, not 0"):
         download_pretrained_from_url(server.url(path), tmp_path)
-    assert left_in(tmp_path) == set()
+    assert files_in(tmp_path) == set()
 
 
-def test_a_date_is_no_checksum(server, tmp_path):
+def test_a_date_is_not_a_checksum(server, tmp_path):
     assert Path(download_pretrained_from_url(server.url("weights-20240131.pt"), tmp_path)).is_file()
 
 
 def test_a_wrong_file_in_the_cache_is_replaced(server, tmp_path, caplog):
-    """It is read once; the note beside a right one spares reading it again, until the file changes."""
+    """A valid file is read once: its checksum file is used until the file changes."""
     url = server.url(f"{SHA256}/weights.pt")
     (tmp_path / "weights.pt").write_bytes(b"cut off")
     path = Path(download_pretrained_from_url(url, tmp_path))
     assert path.read_bytes() == CONTENT
-    assert "it is downloaded again" in caplog.text
+    assert "Downloading it again" in caplog.text
     path.write_bytes(b"changed since")
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
     assert len(server.ranges) == 2
 
 
-def test_a_right_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatch):
+def test_a_valid_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatch):
     (tmp_path / "weights.pt").write_bytes(CONTENT)
     read = []
     monkeypatch.setattr(
-        pretrained, "_sha256", lambda path, sha256=pretrained._sha256: read.append(path) or sha256(path)
+        pretrained, "_compute_sha256", lambda path, sha256=pretrained._compute_sha256: read.append(path) or sha256(path)
     )
     for _ in range(3):
         download_pretrained_from_url(server.url(f"{SHA256}/weights.pt"), tmp_path)
@@ -245,64 +245,64 @@ def test_a_right_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatc
 def test_an_interrupted_download_is_continued(server, tmp_path):
     url = server.url(f"{SHA256}/weights.pt")
     server.cut_at = 300_000
-    with pytest.raises(RuntimeError, match=r"Call again to continue where it stopped \(300000 bytes are there\)"):
+    with pytest.raises(RuntimeError, match=r"Call again to continue from byte 300000"):
         download_pretrained_from_url(url, tmp_path)
-    assert left_in(tmp_path) == {"weights.pt.part"}
+    assert files_in(tmp_path) == {"weights.pt.part"}
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=300000-"]
-    assert left_in(tmp_path) == {"weights.pt"}
+    assert files_in(tmp_path) == {"weights.pt"}
 
 
-def test_a_server_without_ranges_sends_all_again(server, tmp_path):
+def test_a_server_without_ranges_sends_the_whole_file(server, tmp_path):
     (tmp_path / "weights.pt.part").write_bytes(b"x" * 1000)
     server.knows_ranges = False
     assert Path(download_pretrained_from_url(server.url("weights.pt"), tmp_path)).read_bytes() == CONTENT
     assert server.ranges == ["bytes=1000-"]
 
 
-def test_a_part_that_is_longer_than_the_file(server, tmp_path):
+def test_a_partial_file_longer_than_the_file_is_discarded(server, tmp_path):
     (tmp_path / "weights.pt.part").write_bytes(b"x" * (len(CONTENT) + 1))
     assert Path(download_pretrained_from_url(server.url("weights.pt"), tmp_path)).read_bytes() == CONTENT
     assert len(server.ranges) == 2
 
 
-def test_nobody_there(server, tmp_path):
+def test_an_unreachable_server(server, tmp_path):
     url = server.url("weights.pt")
     server.shutdown()
     server.server_close()
     with pytest.raises(RuntimeError, match=r"could not be downloaded .* On a host .* pass the file's path"):
         download_pretrained_from_url(url, tmp_path)
-    assert left_in(tmp_path) == set()
+    assert files_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "Forbidden"), (404, "Not Found"), (500, "Internal Server Error")])
-def test_a_server_that_refuses(server, tmp_path, status, words):
+def test_a_server_that_answers_with_an_error(server, tmp_path, status, words):
     server.status = status
     with pytest.raises(RuntimeError, match=rf"could not be downloaded .* HTTP Error {status}: {words}\. On a host"):
         download_pretrained_from_url(server.url("weights.pt"), tmp_path)
-    assert left_in(tmp_path) == set()
+    assert files_in(tmp_path) == set()
 
 
 def test_a_redirect_is_followed_and_does_not_choose_the_name(server, tmp_path):
     server.redirects["/weights.pt"] = "/elsewhere/other.pt"
     server.cut_at = 1000
     url = server.url("weights.pt")
-    with pytest.raises(RuntimeError, match=r"Call again to continue where it stopped \(1000 bytes are there\)"):
+    with pytest.raises(RuntimeError, match=r"Call again to continue from byte 1000"):
         download_pretrained_from_url(url, tmp_path)
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
-    assert left_in(tmp_path) == {"weights.pt"}
+    assert files_in(tmp_path) == {"weights.pt"}
     assert server.ranges == [None, "bytes=1000-"]
 
 
-def test_a_redirect_to_a_file_of_this_machine_is_refused(server, tmp_path):
+def test_a_redirect_to_a_local_file_is_refused(server, tmp_path):
     server.redirects["/weights.pt"] = "file:///etc/passwd"
     with pytest.raises(RuntimeError, match="could not be downloaded"):
         download_pretrained_from_url(server.url("weights.pt"), tmp_path)
-    assert left_in(tmp_path) == set()
+    assert files_in(tmp_path) == set()
 
 
 def test_a_full_disk(server, tmp_path, monkeypatch):
-    """What was written stays, and the next call goes on from there."""
+    """The partial file is kept, and the next call continues it."""
     url, copy = server.url(f"{SHA256}/weights.pt"), pretrained._copy
 
     def fill(response, part, offset, total):
@@ -310,7 +310,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pretrained, "_copy", fill)
-    with pytest.raises(RuntimeError, match=r"No space left on device.*\(5000 bytes are there\)"):
+    with pytest.raises(RuntimeError, match=r"No space left on device.*continue from byte 5000"):
         download_pretrained_from_url(url, tmp_path)
     monkeypatch.setattr(pretrained, "_copy", copy)
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
@@ -319,22 +319,22 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match=r"file/cache cannot be written .* Give another folder as cache_dir"):
+    with pytest.raises(RuntimeError, match=r"file/cache cannot be written .* Pass another folder as cache_dir"):
         download_pretrained_from_url(server.url("weights.pt"), tmp_path / "file/cache")
     assert server.ranges == []
 
 
-def test_a_cache_that_is_read_only_serves_what_it_has(server, tmp_path, monkeypatch):
-    """Neither a lock nor a note is needed for a file that is there."""
+def test_files_in_a_read_only_cache_are_used(server, tmp_path, monkeypatch):
+    """A file in the cache needs neither a lock nor a checksum file."""
     (tmp_path / "weights.pt").write_bytes(CONTENT)
     monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("read-only")))
     assert download_pretrained_from_url(server.url(f"{SHA256}/weights.pt"), tmp_path) == str(tmp_path / "weights.pt")
-    assert left_in(tmp_path) == {"weights.pt"}
+    assert files_in(tmp_path) == {"weights.pt"}
     assert not list(tmp_path.glob("*.lock"))
 
 
 def test_two_processes_at_once(server, tmp_path):
-    """One downloads, the other waits for it."""
+    """One downloads, and the other waits."""
     server.delay = 0.3
     code = "import sys; from open_clip.pretrained import *; print(download_pretrained_from_url(*sys.argv[1:]))"
     environment = {"PYTHONPATH": str(Path(pretrained.__file__).parents[1]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -362,7 +362,7 @@ def test_only_http(tmp_path, url):
         download_pretrained_from_url(url, tmp_path)
 
 
-def test_another_process_s_download_that_stands_still_is_given_up(server, tmp_path, monkeypatch, caplog):
+def test_a_hanging_download_of_another_process_raises(server, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pretrained, "_LOCK_SLICE", 0.1)
     monkeypatch.setattr(pretrained, "_STALLED", 0.5)
     caplog.set_level(logging.INFO)
@@ -376,11 +376,11 @@ def test_another_process_s_download_that_stands_still_is_given_up(server, tmp_pa
     finally:
         other.kill()
         other.communicate()
-    assert "Another process downloads" in caplog.text
-    assert download_pretrained_from_url(server.url("weights.pt"), tmp_path)  # a dead process holds no lock
+    assert "Waiting for another process to download" in caplog.text
+    assert download_pretrained_from_url(server.url("weights.pt"), tmp_path)  # a dead process does not hold the lock
 
 
-def test_many_at_once_download_once(server, tmp_path):
+def test_concurrent_calls_download_once(server, tmp_path):
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(download_pretrained_from_url(server.url("weights.pt"), tmp_path)))
@@ -395,10 +395,10 @@ def test_many_at_once_download_once(server, tmp_path):
     assert len(server.ranges) == 1
 
 
-# --- which source a row uses (the hub itself: test_hub.py)
+# Source of an entry (the hub itself is tested in test_hub.py)
 
 
-def test_which_source_of_a_row(server, tmp_path, monkeypatch):
+def test_the_source_of_an_entry(server, tmp_path, monkeypatch):
     asked = []
 
     def from_hf(*args, **kwargs):
@@ -418,8 +418,8 @@ def test_which_source_of_a_row(server, tmp_path, monkeypatch):
     assert download_pretrained(both, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
 
 
-def test_a_file_placed_by_hand_goes_first(tmp_path, monkeypatch):
-    """On a host without network, under the name that its address has; a wrong one does not."""
+def test_a_file_placed_in_the_cache_comes_first(tmp_path, monkeypatch):
+    """On a host without a network, a user can place a file under the name in its URL. A wrong file is not used."""
     monkeypatch.setattr(pretrained, "download_pretrained_from_hf", lambda *args, **kwargs: "from the hub")
     both = {"url": f"https://host.invalid/{SHA256}/weights.pt", "hf_hub": "a/b/"}
     assert download_pretrained(both, cache_dir=tmp_path) == "from the hub"
@@ -429,7 +429,7 @@ def test_a_file_placed_by_hand_goes_first(tmp_path, monkeypatch):
     assert download_pretrained(both, cache_dir=tmp_path) == "from the hub"
 
 
-def test_the_hub_is_a_package_that_may_be_missing(monkeypatch):
+def test_a_missing_huggingface_hub_raises(monkeypatch):
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     assert has_hf_hub() is False
     with pytest.raises(RuntimeError, match="pip install huggingface_hub"):
@@ -439,11 +439,11 @@ def test_the_hub_is_a_package_that_may_be_missing(monkeypatch):
 def test_downloads_are_logged(server, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="open_clip.pretrained")
     download_pretrained_from_url(server.url("weights.pt"), tmp_path)
-    assert f"downloading {server.url('weights.pt')}" in caplog.text
+    assert f"Downloading {server.url('weights.pt')}" in caplog.text
 
 
-def test_files_that_stay_as_they_are(tmp_path):
-    """Those that the hub's cache keeps under their checksum, and verified downloads until they change."""
+def test_which_files_may_be_mapped(tmp_path):
+    """Files in the hub's cache, and verified downloads until they change."""
     blobs, file = tmp_path / "blobs", tmp_path / "w.pt"
     blobs.mkdir()
     (blobs / ("a" * 64)).write_bytes(b"x")
@@ -451,7 +451,7 @@ def test_files_that_stay_as_they_are(tmp_path):
     assert pretrained.is_unchanging(tmp_path / "link")
     file.write_bytes(b"x")
     assert not pretrained.is_unchanging(file)
-    pretrained._write_note(file, "abc")
+    pretrained._write_checksum_file(file, "abc")
     assert pretrained.is_unchanging(file)
     file.write_bytes(b"xy")
     assert not pretrained.is_unchanging(file)

@@ -1,4 +1,4 @@
-"""open_clip.progress: when a bar or a log line appears and what it says; no torn lines, no lost exceptions."""
+"""open_clip.progress: when a bar or a log line appears, what it shows, and that exceptions are not lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clock() -> Clock:
 @pytest.fixture
 def terminal(monkeypatch) -> Terminal:
     stream = Terminal()
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))  # pytest replaces sys.stderr itself
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))  # pytest replaces sys.stderr
     return stream
 
 
@@ -47,13 +47,13 @@ def lines(caplog):
 
 
 def advance(task: progress.Task, clock: Clock, seconds: float, items: int) -> None:
-    """An item each second."""
+    """Advance by one item per second."""
     for _ in range(int(seconds)):
         clock.now += 1
         task.advance(items)
 
 
-def test_a_line_every_30_seconds_in_a_log(clock, lines):
+def test_a_log_line_every_30_seconds(clock, lines):
     with progress.showing(), progress.Task("Evaluating imagenet-val", 50_000, "images", clock=clock) as task:
         advance(task, clock, 29, 100)
         assert lines() == []
@@ -74,10 +74,10 @@ def test_a_line_every_30_seconds_in_a_log(clock, lines):
         (None, "B", 5_000_000, "Work: 5.0 MB, 45 s"),
     ],
 )
-def test_the_line_says_what_is_known(total, unit, count, expected):
+def test_the_line_shows_what_is_known(total, unit, count, expected):
     task = progress.Task("Work", total, unit)
     task.move_to(count)
-    assert task.line(45.0) == expected
+    assert task.format_line(45.0) == expected
 
 
 @pytest.mark.parametrize("seconds", [4, 100])
@@ -101,7 +101,7 @@ def test_short_work_shows_nothing_on_a_terminal(clock, terminal, lines):
     assert terminal.getvalue() == ""
 
 
-def test_a_bar_on_a_terminal_that_is_gone_afterwards(clock, terminal, lines):
+def test_a_bar_on_a_terminal_is_removed_at_the_end(clock, terminal, lines):
     with progress.showing(), progress.Task("Work", 100, "items", clock=clock) as task:
         advance(task, clock, 6, 10)
         assert "Work:" in terminal.getvalue()
@@ -114,7 +114,7 @@ def test_a_bar_on_a_terminal_that_is_gone_afterwards(clock, terminal, lines):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
-def test_an_exception_passes_and_takes_the_bar_with_it(clock, terminal, error):
+def test_an_exception_is_raised_and_the_bar_removed(clock, terminal, error):
     def work() -> None:
         with progress.showing(), progress.Task("Work", 100, "items", clock=clock) as task:
             advance(task, clock, 6, 10)
@@ -129,7 +129,7 @@ def test_an_exception_passes_and_takes_the_bar_with_it(clock, terminal, error):
     assert not progress._bars, "the switch is off again"
 
 
-def test_log_lines_do_not_tear_the_bar_and_progress_is_not_said_twice(clock, terminal):
+def test_log_lines_do_not_break_the_bar_and_progress_is_shown_once(clock, terminal):
     handler, logger = progress.LogHandler(terminal), logging.getLogger("test_progress.line")
     file = logging.StreamHandler(io.StringIO())
     root = logging.getLogger()
@@ -150,7 +150,7 @@ def test_log_lines_do_not_tear_the_bar_and_progress_is_not_said_twice(clock, ter
     assert file.stream.getvalue().splitlines() == ["a line of log", "Work: 84 of 100 items (84%), 30 s, about 6 s left"]
 
 
-def test_watching_a_call_measures_it_and_ends_with_it(monkeypatch, lines):
+def test_watch_measures_a_call_and_ends_with_it(monkeypatch, lines):
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.02)
     with progress.showing(), progress.watch("Saving w.pt", lambda: 3_000_000, 6_000_000, "B"):
@@ -163,7 +163,7 @@ def test_watching_a_call_measures_it_and_ends_with_it(monkeypatch, lines):
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 
 
-def test_a_watched_call_that_fails_or_is_not_shown(monkeypatch):
+def test_watch_of_a_failing_call_or_without_display(monkeypatch):
     with pytest.raises(OSError, match="full"), progress.showing(), progress.watch("Saving"):
         raise OSError("full")
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
@@ -171,7 +171,7 @@ def test_a_watched_call_that_fails_or_is_not_shown(monkeypatch):
         assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 
 
-def test_a_measure_that_fails_does_not_end_the_call(monkeypatch, lines):
+def test_a_failing_measure_does_not_end_the_call(monkeypatch, lines):
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
 
@@ -189,7 +189,7 @@ def test_no_stderr(monkeypatch, clock):
         advance(task, clock, 6, 10)
 
 
-def test_advancing_costs_a_loop_next_to_nothing():
+def test_advancing_is_cheap():
     with progress.showing(), progress.Task("Work", 10**9, "items") as task:
         start = time.perf_counter()
         for _ in range(10_000):
@@ -208,7 +208,7 @@ def tokenizer(captions):
 
 @pytest.mark.parametrize("use_tqdm", [False, True])
 @pytest.mark.parametrize("is_shown", [False, True])
-def test_a_classifier_is_the_same_with_and_without(terminal, monkeypatch, capsys, use_tqdm, is_shown):
+def test_a_classifier_is_the_same_with_and_without_progress(terminal, monkeypatch, capsys, use_tqdm, is_shown):
     monkeypatch.setattr(progress.Task.__init__, "__defaults__", (None, "", None, 0.0, time.monotonic))
     names, templates = [f"class {number}" for number in range(23)], ["a {}", "the {} itself"]
     plain = build_zero_shot_classifier(Texts(), tokenizer, names, templates)

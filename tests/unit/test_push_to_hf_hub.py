@@ -1,4 +1,4 @@
-"""What is saved loads again and is the same model; what is pushed is what was saved. The hub is on 127.0.0.1."""
+"""A saved model loads as the same model, and a push uploads the saved files. The hub is on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import tiny_clip
 from hub_server import use_hub
 from open_clip.push_to_hf_hub import generate_readme, save_for_hf
 
-push = importlib.import_module("open_clip.push_to_hf_hub")  # the attribute of that name is the function
+push = importlib.import_module("open_clip.push_to_hf_hub")  # the attribute with this name is the function
 
 SAFE, PICKLE, CONFIG = "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_config.json"
 PREPROCESS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
@@ -29,7 +29,7 @@ VOCABULARY = 49408
 
 @pytest.fixture
 def built(tmp_path):
-    """A function that builds the tiny model: changes of its configuration -> (model, configuration)"""
+    """Return a function that builds the tiny model: changes of its configuration -> (model, configuration)."""
 
     def build(precision: str = "fp32", **changes):
         name = tiny_clip.folder(tmp_path / "origin", preprocess_cfg=PREPROCESS, **changes)
@@ -62,11 +62,11 @@ def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-# --- a folder
+# Saving to a folder
 
 
 @pytest.mark.parametrize(("kind", "names"), [(True, {SAFE}), (False, {PICKLE}), ("both", {SAFE, PICKLE})])
-def test_what_is_saved_loads_again(built, tmp_path, kind, names):
+def test_a_saved_model_loads(built, tmp_path, kind, names):
     model, config = built()
     save_for_hf(model, None, config, tmp_path / "new/saved", safe_serialization=kind)
     assert names_in(tmp_path / "new/saved") == {CONFIG, *names}
@@ -106,7 +106,7 @@ def test_only_the_configuration(built, tmp_path):
 
 
 def test_wrapped_models(built, tmp_path):
-    """DDP and torch.compile put their model under a name of their own."""
+    """DDP and torch.compile add a prefix to the names."""
     model, config = built()
 
     class Wrapped(nn.Module):
@@ -124,8 +124,8 @@ def test_wrapped_models(built, tmp_path):
     check_same(open_clip.create_model(f"local-dir:{tmp_path / 'saved'}"), model)
 
 
-def test_shared_weights_are_written_for_each_name(built, tmp_path):
-    """As tied embeddings are; safetensors itself refuses them."""
+def test_shared_weights_are_saved_for_each_name(built, tmp_path):
+    """Tied embeddings are an example. safetensors rejects shared memory."""
     model, config = built()
     model.ln_final.weight = model.transformer.resblocks[0].ln_1.weight
     model.ln_final.weight.data.fill_(3)
@@ -137,11 +137,11 @@ def test_shared_weights_are_written_for_each_name(built, tmp_path):
     check_same(open_clip.create_model(f"local-dir:{tmp_path / 'saved'}"), model)
 
 
-def test_views_are_written_without_what_they_are_views_of(built, tmp_path):
+def test_views_are_saved_without_their_base(built, tmp_path):
     model, config = built()
     model.logit_scale = nn.Parameter(torch.zeros(1_000_000)[0])
     weight = model.visual.proj
-    weight.data = weight.data.t().contiguous().t()  # not contiguous, which safetensors refuses
+    weight.data = weight.data.t().contiguous().t()  # not contiguous, which safetensors rejects
     save_for_hf(model, None, config, tmp_path / "saved")
     for name in (SAFE, PICKLE):
         assert (tmp_path / "saved" / name).stat().st_size < 1_000_000
@@ -150,8 +150,8 @@ def test_views_are_written_without_what_they_are_views_of(built, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [True, False])
-def test_saving_over_what_the_weights_are_mapped_from(built, tmp_path, kind):
-    """The other format goes away, which would be loaded, or be there, with the weights of before."""
+def test_saving_over_the_file_that_the_weights_are_mapped_from(built, tmp_path, kind):
+    """The file in the other format is removed: it would contain the old weights."""
     model, config = built()
     save_for_hf(model, None, config, tmp_path / "saved")
     found = open_clip.create_model(f"local-dir:{tmp_path / 'saved'}")
@@ -165,7 +165,7 @@ def test_saving_over_what_the_weights_are_mapped_from(built, tmp_path, kind):
 
 
 @pytest.mark.parametrize("breaks", ["_save_weights", "save_tokenizer"])
-def test_a_disk_that_fills_leaves_what_was_there(built, tmp_path, monkeypatch, breaks):
+def test_a_full_disk_leaves_existing_files_unchanged(built, tmp_path, monkeypatch, breaks):
     model, config = built()
     save_for_hf(model, None, config, tmp_path / "saved")
     before = {name: (tmp_path / "saved" / name).read_bytes() for name in names_in(tmp_path / "saved")}
@@ -184,24 +184,24 @@ def test_a_disk_that_fills_leaves_what_was_there(built, tmp_path, monkeypatch, b
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vision": {"image_size": 64}}, r"visual.positional_embedding is \[17, 32\], by the configuration \[65, 32\]"),
-        ({"text": {"context_length": 6}}, r"positional_embedding is \[12, 32\], by the configuration \[6, 32\]"),
-        ({"custom_text": True}, "is not in the model, by the configuration|by the configuration not there"),
-        ({"quick_gelu": True}, r"with QuickGELU, and this one is without.*\['quick_gelu'\] = False"),
+        ({"vision": {"image_size": 64}}, r"visual.positional_embedding: \[17, 32\] in the model, \[65, 32\] in"),
+        ({"text": {"context_length": 6}}, r"positional_embedding: \[12, 32\] in the model, \[6, 32\] in"),
+        ({"custom_text": True}, ": absent in the model|absent in the configuration"),
+        ({"quick_gelu": True}, r"with QuickGELU, and this model is without.*\['quick_gelu'\] = False"),
     ],
     ids=str,
 )
-def test_the_configuration_must_be_the_models(built, tmp_path, changes, words):
-    """Else it would load, with features of another model."""
+def test_a_configuration_of_another_model_raises(built, tmp_path, changes, words):
+    """Otherwise the model would load with other features."""
     model, _ = built()
     with pytest.raises(ValueError, match=words):
         save_for_hf(model, None, tiny_clip.config(**changes), tmp_path / "saved")
     assert names_in(tmp_path / "saved") == set()
 
 
-def test_what_cannot_be_saved(built, tmp_path):
+def test_models_that_cannot_be_saved_raise(built, tmp_path):
     model, config = built()
-    with pytest.raises(ValueError, match="give True, False or 'both'"):
+    with pytest.raises(ValueError, match="Choose True, False or 'both'"):
         save_for_hf(model, None, config, tmp_path, safe_serialization="all")
     for no_config in (None, {}):
         with pytest.raises(ValueError, match=r"open_clip.get_model_config\(NAME\)"):
@@ -214,10 +214,10 @@ def test_what_cannot_be_saved(built, tmp_path):
         save_for_hf(on_meta, None, config, tmp_path / "saved")
 
 
-# --- tokenizers
+# Tokenizers
 
 
-def test_clips_tokenizer_is_saved_for_transformers(built, tmp_path):
+def test_the_default_tokenizer_is_saved_for_transformers(built, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, config = built(text={"vocab_size": VOCABULARY})
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'origin'}")
@@ -229,7 +229,7 @@ def test_clips_tokenizer_is_saved_for_transformers(built, tmp_path):
     for theirs, ours in zip(ids.tolist(), tokenizer(texts).tolist(), strict=True):
         end = ours.index(tokenizer.eot_token_id) + 1
         assert theirs[:end] == ours[:end]
-        assert set(theirs[end:]) <= {tokenizer.eot_token_id}  # the padding there; CLIP reads up to the first
+        assert set(theirs[end:]) <= {tokenizer.eot_token_id}  # their padding; CLIP reads up to the first one
 
 
 def test_other_tokenizers_save_themselves(built, tmp_path):
@@ -243,18 +243,18 @@ def test_other_tokenizers_save_themselves(built, tmp_path):
     assert names_in(tmp_path / "saved") == {CONFIG, SAFE, "more/tokenizer.json"}
 
 
-def test_a_cleaning_that_transformers_has_not(built, tmp_path, caplog):
+def test_a_cleaning_that_transformers_lacks_is_a_warning(built, tmp_path, caplog):
     model, config = built()
     save_for_hf(model, open_clip.SimpleTokenizer(clean="canonicalize"), config, tmp_path / "saved", True)
     assert names_in(tmp_path / "saved") == {CONFIG, SAFE}
-    assert "No files are written for SimpleTokenizer" in caplog.text
+    assert "No files are written for the SimpleTokenizer" in caplog.text
 
 
-# --- the hub
+# The hub
 
 
-def test_there_and_back(hub, built, caplog, capsys):
-    """A private repository is created with a README, and is the model; the token is sent, and shown nowhere."""
+def test_a_pushed_model_loads_from_the_hub(hub, built, caplog, capsys):
+    """A private repository with a README is created. The token is sent, and never printed."""
     caplog.set_level(logging.DEBUG)
     model, config = built(text={"vocab_size": VOCABULARY})
     card = {"license": "apache-2.0", "description": "Tiny."}
@@ -300,7 +300,7 @@ def test_a_revision_is_created_or_used(hub, built):
 
 
 def test_a_pull_request(hub, built, monkeypatch):
-    """It is the library's to open; no branch is made for it."""
+    """huggingface_hub opens it, and no branch is created."""
     import huggingface_hub
 
     asked = {}
@@ -312,16 +312,16 @@ def test_a_pull_request(hub, built, monkeypatch):
     assert not any("/branch/" in request for request in hub.requests)
 
 
-def test_a_hub_that_refuses(hub, built):
+def test_a_hub_that_rejects_the_upload(hub, built):
     model, config = built()
     hub.status = 403
-    with pytest.raises(RuntimeError, match=r"org/tiny could not be written .*403 Forbidden.*HF_TOKEN.*save_for_hf"):
+    with pytest.raises(RuntimeError, match=r"org/tiny could not be uploaded .*403 Forbidden.*HF_TOKEN.*save_for_hf"):
         open_clip.push_to_hf_hub(model, None, config, "org/tiny", token="hf_secret")
 
 
 @pytest.mark.parametrize("name", ["/models/roberta", "../roberta"])
-def test_a_configuration_for_this_machine_only_is_not_pushed(hub, built, name):
-    """Nobody else could load it, and `hf-hub:` refuses it."""
+def test_a_configuration_with_local_paths_is_not_pushed(hub, built, name):
+    """Nobody else could load it, and `hf-hub:` rejects it."""
     model, config = built(text={"hf_tokenizer_name": name})
     with pytest.raises(ValueError, match="The configuration for org/tiny has hf_tokenizer_name"):
         open_clip.push_to_hf_hub(model, None, config, "org/tiny")
@@ -330,7 +330,7 @@ def test_a_configuration_for_this_machine_only_is_not_pushed(hub, built, name):
 
 @pytest.fixture
 def registered(monkeypatch, tmp_path, built):
-    """The tiny model under a name, and a file of weights for it: (name, file, model)"""
+    """Register the tiny model and save its weights: (name, file, model)."""
     model, config = built(text={"vocab_size": VOCABULARY})
     (tmp_path / "Tiny-Pushed.json").write_text(json.dumps(config))
     monkeypatch.setattr("open_clip.config._registry", {})
@@ -358,15 +358,15 @@ def test_weights_of_a_file(hub, registered):
     assert {key: preprocess_cfg[key] for key in PREPROCESS} == PREPROCESS
 
 
-def test_a_folder_of_ones_own(hub, built, tmp_path):
-    """Its configuration is in the folder, not in the registry."""
+def test_pushing_a_local_folder(hub, built, tmp_path):
+    """The configuration is in the folder, not in the registry."""
     model, config = built(text={"vocab_size": VOCABULARY}, quick_gelu=True)
     save_for_hf(model, None, config, tmp_path / "saved")
     open_clip.push_pretrained_to_hf_hub(f"local-dir:{tmp_path / 'saved'}", "", "org/tiny")
     check_same(open_clip.create_model("hf-hub:org/tiny"), model)
 
 
-def test_what_is_forced_is_in_the_configuration(hub, registered):
+def test_overrides_are_in_the_configuration(hub, registered):
     name, weights, _ = registered
     open_clip.push_pretrained_to_hf_hub(
         name, weights, "org/tiny", force_image_size=48, force_custom_text=True, init_logit_bias=-3, precision="fp16"
@@ -383,7 +383,7 @@ def test_what_is_forced_is_in_the_configuration(hub, registered):
 
 
 def test_weights_with_quick_gelu(hub, registered, monkeypatch):
-    """They are pushed as the model that they are for, whatever the name says."""
+    """They are pushed with QuickGELU, whatever the model name."""
     name, weights, _ = registered
     row = {"url": "", "hf_hub": "org/w/", "quick_gelu": True, **PREPROCESS}
     monkeypatch.setitem(open_clip.pretrained._registry(), name, {"tag": row})
@@ -408,7 +408,7 @@ def test_the_command(hub, registered, monkeypatch, capsys):
     preprocess = ["--image-mean", "0.1", "0.2", "0.3", "--image-interpolation", "bilinear", "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", ["push", *arguments, *preprocess])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # runpy would warn of a module that is imported already
+        warnings.simplefilter("error")  # runpy would warn about a module that is already imported
         runpy.run_module("open_clip.push_to_hf_hub", run_name="__main__")
     assert f"{hub.url}/org/tiny/commit/" in capsys.readouterr().out
     found = open_clip.create_model("hf-hub:org/tiny")
@@ -417,10 +417,10 @@ def test_the_command(hub, registered, monkeypatch, capsys):
         assert torch.equal(a, b)
 
 
-# --- the README
+# The README
 
 
-def test_nothing_in_a_card_is_taken_for_yaml():
+def test_values_of_a_model_card_are_not_parsed_as_yaml():
     yaml = pytest.importorskip("yaml")
     card = {"tags": ["a: b", "yes", "- c", 'q"uote'], "license": "x\ny: z", "details": {"Dataset": ["A B", "c/d"]}}
     before = copy.deepcopy(card)

@@ -1,4 +1,4 @@
-"""Which weights fill which tower, and folders laid out like repositories of the hub."""
+"""Which weights are loaded into which tower, and folders with the layout of hub repositories."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONFIG = {
 
 
 class Built(Exception):
-    """Stands for a model: what would be built."""
+    """Replaces a model; stores the configuration that would be built."""
 
 
 @pytest.fixture
 def towers(monkeypatch, tmp_path):
-    """A function: arguments of create_model -> whether image and text tower start from their libraries' weights."""
+    """Return a function: arguments of create_model -> whether image and text tower start from library weights."""
 
     def build(model_cfg, cast_dtype, output_dict):
         raise Built(model_cfg["vision_cfg"]["timm_model_pretrained"], model_cfg["text_cfg"]["hf_model_pretrained"])
@@ -66,7 +66,7 @@ FILE = "filled/open_clip_pytorch_model.bin"
     ],
     ids=str,
 )
-def test_towers_start_from_their_libraries_weights_where_nothing_else_fills_them(towers, folder, kwargs, image, text):
+def test_towers_start_from_library_weights_if_no_others_are_loaded(towers, folder, kwargs, image, text):
     """As open_clip_torch 3.3.0 answered, but on the meta device (where it downloads), and for `pretrained=` of a folder
     that has no weights (where it downloads what the file then replaces).
     """
@@ -75,7 +75,7 @@ def test_towers_start_from_their_libraries_weights_where_nothing_else_fills_them
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "any.pt"])
 def test_a_folder_needs_no_preprocessing(tmp_path, name):
-    """Older ones have "model_cfg" alone."""
+    """Older folders have only "model_cfg"."""
     origin = open_clip.create_model(tiny_clip.folder(tmp_path / "origin"))
     (tmp_path / "older").mkdir()
     (tmp_path / "older/open_clip_config.json").write_text(json.dumps({"model_cfg": tiny_clip.config()}))
@@ -90,18 +90,18 @@ def test_a_folder_needs_no_preprocessing(tmp_path, name):
     assert found.visual.preprocess_cfg["mean"] == open_clip.OPENAI_DATASET_MEAN
 
 
-def test_a_folder_may_name_folders(tmp_path):
-    """What the user places is the user's: a tokenizer of Hugging Face beside it, on a host without network."""
+def test_the_configuration_of_a_local_folder_may_contain_paths(tmp_path):
+    """Local folders are trusted: users without a network store the Hugging Face tokenizer there."""
     name = tiny_clip.folder(tmp_path, text={"hf_tokenizer_name": str(Path(tmp_path) / "tokenizer")})
     assert open_clip.create_model(name) is not None
 
 
-# --- what to type instead
+# Hints about what to type instead
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The name of a folder of `local-dir:` in the working directory."""
+    """Create a model folder in the working directory and return its name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     content = {"model_cfg": tiny_clip.config(), "preprocess_cfg": {}}
@@ -125,7 +125,7 @@ def folder(tmp_path, monkeypatch):
         ("ViT-B/33", "ViT-B-32"),
     ],
 )
-def test_a_name_that_points_elsewhere(folder, name, hint):
+def test_a_path_or_repository_as_the_model_name_gets_a_hint(folder, name, hint):
     with pytest.raises((RuntimeError, ValueError, FileNotFoundError), match=hint):
         read_recipe(name, None, None)
 
@@ -141,12 +141,12 @@ def test_a_name_that_points_elsewhere(folder, name, hint):
         (b"w.pt", "is a bytes"),
     ],
 )
-def test_pretrained_that_is_not_a_file(folder, pretrained, hint):
+def test_pretrained_that_is_not_a_file_gets_a_hint(folder, pretrained, hint):
     with pytest.raises(RuntimeError, match=hint):
         read_recipe("ViT-B-32", pretrained, None)
 
 
-def test_a_folder_with_weights_only_names_the_file(tmp_path):
+def test_a_folder_as_pretrained_gets_a_hint_to_its_file(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"pretrained='.*w\.pt'"):
         read_recipe("ViT-B-32", tmp_path, None)

@@ -28,8 +28,8 @@ def default():
     return SimpleTokenizer()
 
 
-def merge_by_the_book(symbols, ranks):
-    """Join every occurrence of the pair that was learnt first, left to right, until no pair is known."""
+def merge_all_at_once(symbols, ranks):
+    """Merge all occurrences of the pair with the lowest rank, from left to right, until no pair is known."""
     while len(symbols) > 1:
         best = min(pairwise(symbols), key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
@@ -46,7 +46,7 @@ def merge_by_the_book(symbols, ranks):
     return symbols
 
 
-def test_merging_equals_the_algorithm_by_the_book(default):
+def test_merging_equals_the_published_algorithm(default):
     draw = random.Random(0)
     alphabet = bytes_to_unicode()
     for length in range(1, 40):
@@ -54,17 +54,17 @@ def test_merging_equals_the_algorithm_by_the_book(default):
             word = bytes(draw.choice(letters) for _ in range(length))
             symbols = [alphabet[byte] for byte in word]
             symbols[-1] += "</w>"
-            expected = merge_by_the_book(symbols, default.bpe_ranks)
+            expected = merge_all_at_once(symbols, default.bpe_ranks)
             assert [default.decoder[i] for i in default._table.merge(word)] == expected
 
 
-def test_every_word_that_is_looked_up_is_what_merging_gives(default):
+def test_looking_up_a_word_equals_merging(default):
     table = default._table
     assert len(table.words) > 30_000
     assert all(table.merge(word.encode()) == [i] for word, i in table.words.items())
 
 
-def test_bytes_stand_in_one_to_one():
+def test_bytes_map_to_distinct_characters():
     assert sorted(bytes_to_unicode()) == list(range(256))
     assert len(set(bytes_to_unicode().values())) == 256
     assert bytes_to_unicode()[ord("a")] == "a"
@@ -79,30 +79,30 @@ def test_pairs():
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ("#version\na b\nab cd", "line 3.*is not two symbols known by then"),
-        ("#version\na b\na b", "line 3.*makes a symbol that an earlier line made"),
+        ("#version\na b\nab cd", "line 3.*is not two symbols of earlier lines"),
+        ("#version\na b\na b", "line 3.*makes a symbol that exists already"),
         ("#version\nab", "line 2.*is not two symbols"),
     ],
 )
-def test_wrong_merges_files_are_refused(tmp_path, lines, reason):
+def test_invalid_merges_files_are_errors(tmp_path, lines, reason):
     path = tmp_path / "merges.txt"
     path.write_text(lines)
     with pytest.raises(ValueError, match=reason):
         SimpleTokenizer(str(path)).encode("ab")
 
 
-def test_own_merges_file(tmp_path):
+def test_custom_merges_file(tmp_path):
     path = tmp_path / "merges.txt"
     path.write_text("#version\na b\nab c</w>\n")
     own = SimpleTokenizer(path, context_length=5)
     assert own.vocab_size == 512 + 2 + 2
     assert own("abc abcd").tolist() == [[514, 513, 512, own.encoder["c"], 515]]
     assert own.bpe("abc") == "abc</w>"
-    path.write_text("#version\na b\n")  # what was read is not kept for another file of the same name
+    path.write_text("#version\na b\n")  # a changed file with the same name is read again
     assert SimpleTokenizer(path).vocab_size == 512 + 1 + 2
 
 
-def test_missing_merges_file_is_said_at_once():
+def test_a_missing_merges_file_raises_at_construction():
     with pytest.raises(FileNotFoundError, match="nowhere"):
         SimpleTokenizer("nowhere/merges.txt")
 
@@ -131,7 +131,7 @@ def test_cleaning_equals_ftfy(text):
 
 
 def test_clean_captions_never_reach_ftfy(monkeypatch):
-    basic_clean("naïve “café” 日本")  # its characters are known from here on
+    basic_clean("naïve “café” 日本")  # cache the fixes of its characters
     monkeypatch.setattr(ftfy, "fix_text", lambda text: pytest.fail(f"ftfy was asked about {text!r}"))
     assert basic_clean("A dog, sitting:\n fish & chips!") == "A dog, sitting:\n fish & chips!"
     assert basic_clean("naïve “café” 日本") == 'naïve "café" 日本'
@@ -146,14 +146,14 @@ def test_other_cleanings():
     assert get_clean_fn("canonicalize")(" A-B.&gt; ") == "ab"
 
 
-def test_unknown_names_are_refused_with_the_known():
+def test_unknown_names_raise_and_list_the_known_ones():
     with pytest.raises(ValueError, match=r"'upper'.*canonicalize, lower, whitespace"):
         SimpleTokenizer(clean="upper")
     with pytest.raises(ValueError, match=r"'rnd'.*simple, random, shuffle, syntax"):
         SimpleTokenizer(reduction_mask="rnd")
 
 
-def test_rows_are_cut_and_padded(default):
+def test_rows_are_truncated_and_padded(default):
     text = "a b c d e f"
     assert default(text, 8).tolist() == [[SOT, 320, 321, 322, 323, 324, 325, EOT]]
     assert default(text, 9).tolist() == [[SOT, 320, 321, 322, 323, 324, 325, EOT, 0]]
@@ -163,7 +163,7 @@ def test_rows_are_cut_and_padded(default):
     assert default(text).dtype == torch.int64
 
 
-def test_context_length_is_asked_for():
+def test_a_missing_context_length_raises():
     with pytest.raises(ValueError, match="context_length=None"):
         SimpleTokenizer(context_length=None)("a")
     with pytest.raises(ValueError, match="context_length=-3"):
@@ -172,12 +172,12 @@ def test_context_length_is_asked_for():
 
 
 @pytest.mark.parametrize("texts", [None, 5, [None], [b"a"]])
-def test_what_is_not_text_is_refused(default, texts):
+def test_inputs_other_than_text_raise(default, texts):
     with pytest.raises(TypeError):
         default(texts)
 
 
-def test_words_are_kept_within_bounds(monkeypatch):
+def test_the_word_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(tokenizer, "MAX_CACHED_WORDS", 10)
     own = SimpleTokenizer()
     text = " ".join(f"word{i}" for i in range(25)) + " " + "long" * 30
@@ -186,7 +186,7 @@ def test_words_are_kept_within_bounds(monkeypatch):
     assert "long" * 30 not in own._word_ids
 
 
-def test_vocabulary_beyond_two_bytes():
+def test_a_vocabulary_of_more_than_65536_tokens():
     names = [f"<extra_{i}>" for i in range(20_000)]
     own = SimpleTokenizer(additional_special_tokens=names, context_length=4)
     assert own.vocab_size == 69_408
@@ -223,7 +223,7 @@ def test_vocabulary_tables(default):
     assert (default.sot_token_id, default.eot_token_id) == (SOT, EOT)
 
 
-def test_pickles_without_what_can_be_worked_out_again(default):
+def test_pickles_do_not_contain_cached_properties(default):
     default.encode("a dog")
     data = pickle.dumps(default)
     assert len(data) < 2000
@@ -248,7 +248,7 @@ IDS = list(range(320, 330))
 
 
 @pytest.mark.parametrize("mask", ["simple", "random", "shuffle"])
-def test_masks_leave_short_captions(mask):
+def test_masks_do_not_change_short_captions(mask):
     own = SimpleTokenizer(reduction_mask=mask, context_length=6)
     state = random.getstate(), torch.get_rng_state()
     assert own(["a b c d", ""]).tolist() == [[SOT, 320, 321, 322, 323, EOT], [SOT, EOT, 0, 0, 0, 0]]
@@ -257,7 +257,7 @@ def test_masks_leave_short_captions(mask):
     assert own(LETTERS, 2).tolist() == [[SOT, EOT]]
 
 
-def test_simple_mask_keeps_any_stretch():
+def test_simple_mask_keeps_any_span():
     random.seed(0)
     own = SimpleTokenizer(reduction_mask="simple", context_length=6)
     counts = Counter(tuple(row) for row in own([LETTERS] * 2100)[:, 1:-1].tolist())
@@ -281,7 +281,7 @@ def test_shuffle_mask_keeps_any_tokens_in_any_order():
     own = SimpleTokenizer(reduction_mask="shuffle", context_length=6)
     rows = own([LETTERS] * 2000)[:, 1:-1].tolist()
     assert all(len(set(row)) == 4 for row in rows)
-    assert 40 < sum(row == sorted(row) for row in rows) < 140  # one order of 24
+    assert 40 < sum(row == sorted(row) for row in rows) < 140  # 1 of 24 orders is sorted
     for place in range(4):
         counts = Counter(row[place] for row in rows)
         assert all(130 < counts[i] < 280 for i in IDS)
@@ -303,10 +303,10 @@ def test_syntax_mask_prefers_nouns_then_adjectives_then_verbs(monkeypatch):
     assert kept("dab vat nab jab vac nat daz") == ["vat", "nab", "jab", "nat"]
     assert kept("dab vat jab dad") == ["dab", "vat", "jab", "dad"]
     assert kept("vat dab jab nab", 4) == ["jab", "nab"]
-    assert kept("d1 d2 n1 n2 n3 n4") == ["n", "1", "n", "2"]  # the words that stay are cut to the row
+    assert kept("d1 d2 n1 n2 n3 n4") == ["n", "1", "n", "2"]  # the selected words are truncated to the row
 
 
-def test_syntax_mask_says_what_is_missing(monkeypatch):
+def test_syntax_mask_names_what_is_missing(monkeypatch):
     own = SimpleTokenizer(reduction_mask="syntax")
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(RuntimeError, match="pip install nltk"):
@@ -326,6 +326,6 @@ def test_masks_as_functions(default):
         assert rows.tolist() == [[1, 320, 321, 2, 0, 0]]
 
 
-def test_default_vocabulary_is_read_once_a_process():
+def test_the_default_vocabulary_is_read_once_per_process():
     assert load_merges(default_bpe()) is load_merges(default_bpe())
     assert bpe._read_merges.cache_info().maxsize is not None

@@ -227,7 +227,7 @@ def test_center_crop_or_pad(size, expected):
 def test_random_crops_are_those_of_torchvision(monkeypatch, with_torch, mode):
     from torchvision import transforms
 
-    monkeypatch.setattr(image_resize, "_torch_resizes_bytes", lambda: with_torch)
+    monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: with_torch)
     theirs = transforms.RandomResizedCrop(16, scale=(0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC)
     for seed in range(20):
         torch.manual_seed(seed)

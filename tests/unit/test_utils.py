@@ -1,4 +1,4 @@
-"""Helpers on modules and tuples."""
+"""Helpers for modules and tuples."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_linear_layers_are_replaced_by_name() -> None:
     assert type(net["kept"]) is nn.Linear
 
 
-def test_int8_is_refused_with_what_to_use_instead() -> None:
+def test_int8_raises_and_names_an_alternative() -> None:
     with pytest.raises(NotImplementedError, match="precision='bf16'"):
         utils.convert_int8_model_to_inference_mode(nn.Linear(1, 1))
 
 
-def test_options_are_expected() -> None:
+def test_unknown_values_of_options_raise() -> None:
     utils.expect("color", "red", ("red", "blue"))
     with pytest.raises(ValueError, match="color is one of 'red', 'blue', got 'green'"):
         utils.expect("color", "green", ("red", "blue"))
@@ -76,7 +76,7 @@ def test_nested_groups_are_made_trainable() -> None:
     assert not linear.weight.requires_grad
 
 
-def test_a_command_ends_with_the_sentence_that_helps():
+def test_a_command_ends_with_the_message_of_the_error():
     def main() -> None:
         raise ValueError("This is wrong: do that.")
 

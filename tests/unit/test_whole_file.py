@@ -1,4 +1,4 @@
-"""Files are at every moment the old ones or the whole new ones."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from open_clip.whole_file import replacing, write_text
 
 
-def test_the_new_file_appears_at_once(tmp_path):
+def test_the_new_file_appears_atomically(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     with replacing(path) as temporary:
@@ -22,7 +22,7 @@ def test_the_new_file_appears_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_a_failure_keeps_the_old_file(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
 
@@ -37,7 +37,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+def test_the_target_of_a_link_is_replaced(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/x").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "other/x")
@@ -47,7 +47,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
-def test_permissions_are_those_of_a_new_file(tmp_path, umask):
+def test_permissions_are_the_default_ones(tmp_path, umask):
     before = os.umask(umask)
     try:
         with replacing(tmp_path / "x") as temporary:

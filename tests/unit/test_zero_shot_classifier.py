@@ -1,4 +1,4 @@
-"""Classifiers made of class names and templates, and ImageNet's."""
+"""Classifiers built from class names and templates, and those of ImageNet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TEMPLATES = ["a photo of a {}.", "{}, drawn"]
 
 
 def tokenizer(captions: list[str]) -> torch.Tensor:
-    """A row of letter counts each."""
+    """Return a row of letter counts per caption."""
     return torch.tensor([[caption.count(letter) for letter in "abcdefghijklmnopqrstuvw{},"] for caption in captions])
 
 
 class Model:
-    """Embeds counts by a fixed matrix; remembers how many captions came at once."""
+    """Embeds counts with a fixed matrix and records the number of captions per call."""
 
     def __init__(self) -> None:
         self.matrix = torch.randn(26, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -60,14 +60,14 @@ def test_functions_and_format_strings_are_templates():
             assert not weights.requires_grad
 
 
-def test_one_class_at_a_time_in_the_legacy_form():
+def test_the_legacy_function_encodes_one_class_at_a_time():
     model = Model()
     build_zero_shot_classifier_legacy(model, tokenizer, NAMES, TEMPLATES, use_tqdm=True)
     assert model.calls == [2] * len(NAMES)
 
 
 @pytest.mark.parametrize(("names", "templates"), [([], TEMPLATES), (NAMES, []), (NAMES, "a photo of a {}.")])
-def test_nothing_to_classify_with_is_an_error(names, templates):
+def test_no_class_names_or_templates_raise(names, templates):
     with pytest.raises(ValueError, match="list of class names and a list of templates"):
         build_zero_shot_classifier(Model(), tokenizer, names, templates)
 
@@ -89,7 +89,7 @@ def test_imagenet_names_and_templates():
     assert pickle.loads(pickle.dumps(OPENAI_IMAGENET_TEMPLATES))[1]("newt") == "a photo of many newt."
 
 
-def test_a_native_models_captions_are_encoded_without_their_padding(monkeypatch):
+def test_captions_of_a_native_model_are_encoded_without_padding(monkeypatch):
     import open_clip
     from tiny_clip import config
 

@@ -1,8 +1,8 @@
-"""State dicts of one layout turned into another. Models know their own layout only.
+"""Conversion of state dicts between layouts. Models know only their own layout.
 
-`CLIP` keeps the text tower's parameters at the top (`token_embedding.weight`), `CustomTextCLIP` below `text.`
-(`text.token_embedding.weight`); the numbers are the same. Beside these two, the layouts of big_vision, MobileCLIP, the
-Perception Encoder and transformers are told by their names. Tensors are shared as far as they can be.
+`CLIP` has the parameters of the text tower at the top level (`token_embedding.weight`), `CustomTextCLIP` has the same
+parameters under `text.` (`text.token_embedding.weight`). The layouts of big_vision, MobileCLIP, the Perception Encoder
+and transformers are recognized by their parameter names. Tensors are shared where possible.
 """
 
 from __future__ import annotations
@@ -55,37 +55,37 @@ StateDict = dict[str, torch.Tensor]
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-# Parameters of the native text tower that CLIP keeps at the top.
+# Parts of the native text tower that CLIP has at the top level.
 _TEXT_PARTS = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final", "cls_emb")
 
 
 def is_text_key(key: str) -> bool:
-    """Whether a parameter of CLIP's plain layout belongs to the text tower."""
+    """Whether a parameter in the layout of CLIP belongs to the text tower."""
     return key.split(".")[0] in _TEXT_PARTS
 
 
 def to_custom_text_layout(state_dict: StateDict) -> StateDict:
-    """The layout of CustomTextCLIP; a state dict that has it already is returned as it is."""
+    """Convert to the layout of CustomTextCLIP. A state dict that has it already is returned unchanged."""
     if not any(is_text_key(key) for key in state_dict):
         return state_dict
     return {f"text.{key}" if is_text_key(key) else key: value for key, value in state_dict.items()}
 
 
 def to_plain_layout(state_dict: StateDict) -> StateDict:
-    """The layout of CLIP; a state dict that has it already is returned as it is."""
+    """Convert to the layout of CLIP. A state dict that has it already is returned unchanged."""
     if not any(key.startswith("text.") for key in state_dict):
         return state_dict
     return {key.removeprefix("text."): value for key, value in state_dict.items()}
 
 
-def without_position_ids(state_dict: StateDict) -> StateDict:
-    """Without the counting tensors 0, 1, 2, ... that older releases of transformers kept with the weights."""
+def drop_position_ids(state_dict: StateDict) -> StateDict:
+    """Drop the tensors 0, 1, 2, ... that older releases of transformers stored with the weights."""
     return {key: value for key, value in state_dict.items() if not key.endswith("embeddings.position_ids")}
 
 
 def convert_foreign(model: nn.Module, state_dict: StateDict) -> StateDict:
-    """Weights of another project's layout, in CLIP's or CustomTextCLIP's; any others as they are."""
-    state_dict = without_position_ids(state_dict)
+    """Convert weights in the layout of another project to that of CLIP or CustomTextCLIP. Others are unchanged."""
+    state_dict = drop_position_ids(state_dict)
     if is_big_vision(state_dict):
         return from_big_vision(model, state_dict)
     if is_mobile_clip(state_dict):
@@ -98,25 +98,25 @@ def convert_foreign(model: nn.Module, state_dict: StateDict) -> StateDict:
 
 
 def convert_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
-    """The state dict in the layout of `model`, as far as it is known.
+    """Convert a state dict to the layout of `model`.
 
-    Tensors are shared, not copied, but for what another layout has transposed or in pieces.
+    Tensors are shared, not copied, except those that must be transposed or joined.
     """
     state_dict = convert_foreign(model, state_dict)
     return to_custom_text_layout(state_dict) if hasattr(model, "text") else to_plain_layout(state_dict)
 
 
 def fit_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
-    """A new state dict in the layout and sizes of `model`, as far as that is a matter of layout and size."""
+    """Convert a state dict to the layout and sizes of `model`, as far as possible."""
     state_dict = dict(convert_state_dict(model, state_dict))
     _fit_scalars(model, state_dict)
     for name, buffer in model.named_buffers():
-        # constant batch norms (of a locked tower) and those of old files do not count their batches
+        # frozen batch norms (of a locked tower) and old files have no num_batches_tracked
         norm, _, kind = name.rpartition(".")
         if kind == "num_batches_tracked" and name not in state_dict and f"{norm}.running_mean" in state_dict:
             state_dict[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     resize_pos_embed(state_dict, model)
-    if _text_is_as_wide(model, state_dict):
+    if _has_same_text_width(model, state_dict):
         resize_text_pos_embed(state_dict, model)
     return state_dict
 
@@ -127,29 +127,30 @@ def _fit_scalars(model: nn.Module, state_dict: StateDict) -> None:
         if target is None:
             continue
         if name == "logit_bias" and name not in state_dict and "logit_scale" in state_dict:
-            state_dict[name] = torch.zeros(target.shape)  # trained without a bias: zero leaves its logits as they are
+            state_dict[name] = torch.zeros(target.shape)  # trained without a bias: zero does not change the logits
         elif name in state_dict and state_dict[name].numel() == target.numel():
-            state_dict[name] = state_dict[name].reshape(target.shape)  # [] and [1] are both in use
+            state_dict[name] = state_dict[name].reshape(target.shape)  # some files have the shape [], others [1]
 
 
-def _text_is_as_wide(model: nn.Module, state_dict: StateDict) -> bool:
-    """Whether the text towers may be the same but for the context length."""
+def _has_same_text_width(model: nn.Module, state_dict: StateDict) -> bool:
+    """Whether the text towers have the same width, so that only the context length can differ."""
     target = getattr(getattr(model, "text", model), "positional_embedding", None)
     table = next((v for k, v in state_dict.items() if k in ("positional_embedding", "text.positional_embedding")), None)
     return table is not None and target is not None and table.shape[-1] == target.shape[-1]
 
 
 def load_big_vision_weights(model: nn.Module, checkpoint_path: str | os.PathLike) -> Any:
-    """Put the weights of a big_vision `.npz` (SigLIP, CLIPA) into a model; `load_checkpoint` does the same.
+    """Load the weights of a big_vision `.npz` (SigLIP, CLIPA) into a model, as `load_checkpoint` does.
 
     Returns:
-        The incompatible keys, of which there are none.
+        The incompatible keys (there are none).
 
     Raises:
-        ValueError: the file is damaged, or its names are not big_vision's.
-        RuntimeError: names or shapes are not the model's.
+        ValueError: the file is damaged, or its names are not those of big_vision.
+        RuntimeError: names or shapes do not match the model.
     """
     arrays = read_npz(checkpoint_path)
     if not is_big_vision(arrays):
-        raise ValueError(f"{checkpoint_path} has no big_vision model of two towers, but {', '.join(list(arrays)[:4])}.")
+        found = ", ".join(list(arrays)[:4])
+        raise ValueError(f"{checkpoint_path} is not a big_vision model with two towers. It has {found}.")
     return model.load_state_dict(fit_state_dict(model, arrays))

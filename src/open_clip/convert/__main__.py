@@ -1,5 +1,8 @@
-"""`python -m open_clip.convert --model MODEL --pretrained TAG_OR_FILE --to transformers FOLDER`, and back with
-`--to open_clip`."""
+"""Command that converts a model for transformers or for open_clip.
+
+Usage: `python -m open_clip.convert --model MODEL --pretrained TAG_OR_FILE --to transformers FOLDER`, or the same with
+`--to open_clip`.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ from . import model_cfg_to_transformers
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m open_clip.convert",
-        description="Write a model and its weights as a folder, for transformers or for open_clip.",
+        description="Write a model and its weights to a folder, for transformers or for open_clip.",
     )
     add = parser.add_argument
-    add("folder", help="where it is written")
-    add("--to", required=True, choices=["transformers", "open_clip"], help="what is to load the folder")
-    add("--model", required=True, help="name of the model, or hf-hub:ORGANISATION/NAME or local-dir:FOLDER, of either")
-    add("--pretrained", help="tag of its weights, or a file; hf-hub: and local-dir: have their own")
-    add("--precision", default="fp32", choices=PRECISIONS, help="of the written weights")
-    add("--cache-dir", help="where downloads go")
+    add("folder", help="folder to write")
+    add("--to", required=True, choices=["transformers", "open_clip"], help="library that will load the folder")
+    add("--model", required=True, help="name of the model, hf-hub:ORGANISATION/NAME or local-dir:FOLDER")
+    add("--pretrained", help="tag of the weights, or a file; not needed with hf-hub: and local-dir:")
+    add("--precision", default="fp32", choices=PRECISIONS, help="precision of the written weights")
+    add("--cache-dir", help="folder for downloads")
     return parser.parse_args(argv)
 
 
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_for_transformers(model, tokenizer, model_cfg, args.folder, name=args.model)
             else:
                 save_for_hf(model, tokenizer, model_cfg, args.folder, safe_serialization=True)
-    logging.getLogger(__name__).info("%s is in %s, for %s.", args.model, args.folder, args.to)
+    logging.getLogger(__name__).info("Wrote %s to %s, for %s.", args.model, args.folder, args.to)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Weights of JAX projects that have big_vision's layout: SigLIP (https://arxiv.org/abs/2303.15343,
-github.com/google-research/big_vision) and CLIPA (https://arxiv.org/abs/2305.07017, github.com/UCSC-VLAA/CLIPA).
+"""Conversion of weights in big_vision's layout, which JAX projects use: SigLIP and CLIPA.
 
-Arrays are named `params/img/...`, `params/txt/...`, `params/t` and `params/b`. Kernels are [in, out], those of
-attention [in, heads, head dim], of convolutions [height, width, in, out]. The blocks of a tower are numbered
-(`encoderblock_3`), or one array has all of them (`encoderblock`, first axis), where they were trained in a scan.
+SigLIP: https://arxiv.org/abs/2303.15343, github.com/google-research/big_vision.
+CLIPA: https://arxiv.org/abs/2305.07017, github.com/UCSC-VLAA/CLIPA.
+
+Arrays are named `params/img/...`, `params/txt/...`, `params/t` and `params/b`. Kernels have the shape [in, out], those
+of attention [in, heads, head dim], those of convolutions [height, width, in, out]. The blocks of a tower are numbered
+(`encoderblock_3`), or stacked in one array (`encoderblock`, first axis) if they were trained in a scan.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from ..utils import to_2tuple
 
 StateDict = dict[str, torch.Tensor]
 
-_MARK = "img/embedding/kernel"  # every image tower has it, and no other layout
+_MARK = "img/embedding/kernel"  # only big_vision image towers have this parameter, and all of them do
 
-# a block's parts, as big_vision's -> as the native towers', as timm's
+# Parts of a block: name in big_vision -> (name in native towers, name in timm)
 _PARTS = {
     "LayerNorm_0": ("ln_1", "norm1"),
     "LayerNorm_1": ("ln_2", "norm2"),
@@ -33,18 +35,19 @@ _QKV = ("attn.in_proj_", "attn.qkv.")
 
 
 def is_big_vision(state_dict: StateDict) -> bool:
-    """Whether the names are big_vision's."""
+    """Whether the names are those of big_vision."""
     return any(key.endswith(_MARK) for key in state_dict)
 
 
 def from_big_vision(model: Any, arrays: StateDict) -> StateDict:
-    """The weights of a file in big_vision's layout, named as in CustomTextCLIP; each is a copy, in the file's type.
+    """Convert weights in big_vision's layout to that of CustomTextCLIP. Each tensor is copied and keeps its dtype.
 
     Args:
-        model: its image tower is native (CLIPA) or timm's (SigLIP), its text tower native.
+        model: a model with a native (CLIPA) or timm (SigLIP) image tower and a native text tower.
+        arrays: weights by name.
 
     Returns:
-        What has a place in such a model under the model's names, and what has none under its own.
+        Converted weights, and the other weights under their names in the file.
     """
     root = next(key for key in arrays if key.endswith(_MARK)).removesuffix(_MARK)
     weights = _Weights({key.removeprefix(root): value for key, value in arrays.items() if key.startswith(root)})
@@ -56,29 +59,29 @@ def from_big_vision(model: Any, arrays: StateDict) -> StateDict:
     weights.convert_text_tower(linear_head=isinstance(head, nn.Linear))
     weights.move("t", "logit_scale")
     weights.move("b", "logit_bias")
-    left = {key: value for key, value in weights.arrays.items() if key.startswith(("img/", "txt/"))}
-    return weights.state_dict | left
+    unused = {key: value for key, value in weights.arrays.items() if key.startswith(("img/", "txt/"))}
+    return weights.state_dict | unused
 
 
 class _Weights:
-    """What is left of a file, and the state dict that it becomes."""
+    """The arrays that are not converted yet, and the state dict they are converted to."""
 
     def __init__(self, arrays: StateDict) -> None:
-        self.arrays = dict(_unstacked(arrays))
+        self.arrays = dict(_unstack_blocks(arrays))
         self.state_dict: StateDict = {}
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """A copy, for memory in order: what was read lies in the file as it comes."""
+        """Store a contiguous copy."""
         self.state_dict[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
 
     def move(self, theirs: str, ours: str) -> None:
-        """An array as it is, but for axes of one element in front; nothing where there is none."""
+        """Convert an array without change, except a leading axis of size 1, which is dropped. Skip a missing array."""
         if theirs in self.arrays:
             value = self.arrays.pop(theirs)
             self.put(ours, value.reshape(value.shape[1:]) if value.dim() and value.shape[0] == 1 else value)
 
     def linear(self, theirs: str, ours: str) -> None:
-        """A linear layer, or a norm: weight [out, in], or [width], and bias, what there is of them."""
+        """Convert the weight [out, in] and bias of a linear layer, or those of a norm. Skip missing ones."""
         if f"{theirs}/kernel" in self.arrays:
             kernel = self.arrays.pop(f"{theirs}/kernel")
             self.put(f"{ours}.weight", kernel.reshape(-1, kernel.shape[-1]).T)
@@ -87,7 +90,7 @@ class _Weights:
                 self.put(f"{ours}.{name}", self.arrays.pop(f"{theirs}/{suffix}"))
 
     def fused(self, theirs: str, parts: tuple[str, ...], ours: str) -> None:
-        """Projections of attention on top of one another: `ours` + "weight" and "bias"."""
+        """Concatenate projections of attention into `ours` + "weight" and `ours` + "bias"."""
         for suffix, name in (("kernel", "weight"), ("bias", "bias")):
             keys = [f"{theirs}/{part}/{suffix}" for part in parts]
             if all(key in self.arrays for key in keys):
@@ -95,15 +98,15 @@ class _Weights:
                 values = [value.flatten(1).T if suffix == "kernel" else value.flatten() for value in values]
                 self.state_dict[f"{ours}{name}"] = torch.cat(values)
 
-    def blocks(self, theirs: str, ours: str, dialect: int) -> None:
-        """The blocks of a tower; `dialect` is 0 for native names, 1 for timm's."""
+    def blocks(self, theirs: str, ours: str, naming: int) -> None:
+        """Convert the blocks of a tower. `naming` 0 selects our native names, 1 those of timm."""
         pattern = re.compile(rf"{re.escape(theirs)}/encoderblock_(\d+)/")
         for number in sorted({int(match[1]) for match in map(pattern.match, self.arrays) if match}):
             block, target = f"{theirs}/encoderblock_{number}", f"{ours}.{number}"
             attention = f"{block}/MultiHeadDotProductAttention_0"
-            self.fused(attention, ("query", "key", "value"), f"{target}.{_QKV[dialect]}")
+            self.fused(attention, ("query", "key", "value"), f"{target}.{_QKV[naming]}")
             for part, names in _PARTS.items():
-                self.linear(f"{block}/{part}", f"{target}.{names[dialect]}")
+                self.linear(f"{block}/{part}", f"{target}.{names[naming]}")
 
     def convert_timm_image_tower(self) -> None:
         trunk = "visual.trunk"
@@ -111,7 +114,7 @@ class _Weights:
         for theirs, ours in (("img/cls", "cls_token"), ("img/pos_embedding", "pos_embed")):
             if theirs in self.arrays:
                 self.put(f"{trunk}.{ours}", self.arrays.pop(theirs))
-        self.blocks("img/Transformer", f"{trunk}.blocks", dialect=1)
+        self.blocks("img/Transformer", f"{trunk}.blocks", naming=1)
         self.linear("img/Transformer/encoder_norm", f"{trunk}.norm")
         self.attention_pool("img/MAPHead_0", f"{trunk}.attn_pool")
         self.linear("img/head", "visual.head.proj")
@@ -121,7 +124,7 @@ class _Weights:
         self.move("img/embedding/bias", f"{ours}.bias")
 
     def attention_pool(self, theirs: str, ours: str) -> None:
-        """Attention of one learned query, the "probe", as timm has it."""
+        """Convert attention pooling with one learned query (the "probe") to timm's."""
         if f"{theirs}/probe" in self.arrays:
             self.put(f"{ours}.latent", self.arrays.pop(f"{theirs}/probe"))
         attention = f"{theirs}/MultiHeadDotProductAttention_0"
@@ -133,7 +136,10 @@ class _Weights:
         self.linear(f"{theirs}/MlpBlock_0/Dense_1", f"{ours}.mlp.fc2")
 
     def convert_native_image_tower(self, visual: Any) -> None:
-        """Its convolution has no bias, and its class token a position: both go into the position embedding."""
+        """Convert to a native ViT, whose convolution has no bias and whose class token has a position.
+
+        The bias and a zero position for the class token are added to the position embedding.
+        """
         kernel = self.arrays.pop(_MARK)
         self.put("visual.conv1.weight", kernel.permute(3, 2, 0, 1))
         table = self.arrays.pop("img/pos_embedding", None)
@@ -146,17 +152,17 @@ class _Weights:
         self.put("visual.positional_embedding", table)
         if "img/cls" in self.arrays:
             self.put("visual.class_embedding", self.arrays.pop("img/cls").flatten())
-        self.blocks("img/Transformer", "visual.transformer.resblocks", dialect=0)
+        self.blocks("img/Transformer", "visual.transformer.resblocks", naming=0)
         self.linear("img/Transformer/encoder_norm", "visual.ln_post")
-        self.linear("img/encoder_norm", "visual.ln_post")  # CLIPA's, which norms what was pooled
+        self.linear("img/encoder_norm", "visual.ln_post")  # in CLIPA the norm follows the pooling
         if "img/head/kernel" in self.arrays:
             self.put("visual.proj", self.arrays.pop("img/head/kernel"))
 
     def convert_text_tower(self, linear_head: bool) -> None:
         self.move("txt/Embed_0/embedding", "text.token_embedding.weight")
         self.move("txt/pos_embedding", "text.positional_embedding")
-        for encoder in ("txt/Encoder_0", "txt/Transformer"):  # SigLIP's, CLIPA's
-            self.blocks(encoder, "text.transformer.resblocks", dialect=0)
+        for encoder in ("txt/Encoder_0", "txt/Transformer"):  # SigLIP, CLIPA
+            self.blocks(encoder, "text.transformer.resblocks", naming=0)
         self.linear("txt/Encoder_0/encoder_norm", "text.ln_final")
         self.linear("txt/encoder_norm", "text.ln_final")
         if linear_head:
@@ -165,8 +171,8 @@ class _Weights:
             self.put("text.text_projection", self.arrays.pop("txt/head/kernel"))
 
 
-def _unstacked(arrays: StateDict) -> dict[str, torch.Tensor]:
-    """The arrays of blocks that were trained in a scan, one block each (views)."""
+def _unstack_blocks(arrays: StateDict) -> dict[str, torch.Tensor]:
+    """Split arrays of stacked blocks into one array per block (views)."""
     found: StateDict = {}
     for key, value in arrays.items():
         if "/encoderblock/" in key:
@@ -178,10 +184,10 @@ def _unstacked(arrays: StateDict) -> dict[str, torch.Tensor]:
 
 
 def _sincos_2d(grid_size: tuple[int, int], channels: int) -> torch.Tensor:
-    """The fixed position embedding of MoCo v3 (https://arxiv.org/abs/2104.02057), which files leave out.
+    """Compute the fixed position embedding of MoCo v3 (https://arxiv.org/abs/2104.02057), which files omit.
 
     Returns:
-        float32, [rows * columns, channels]: sines and cosines of the column, then of the row.
+        float32 [rows * columns, channels]: sines and cosines of the column, then of the row.
     """
     rows, columns = torch.meshgrid(*map(torch.arange, grid_size), indexing="ij")
     quarter = channels // 4

@@ -1,6 +1,6 @@
-"""Weights as the makers of MobileCLIP and of the Perception Encoder published them.
+"""Conversion of the weights that the authors of MobileCLIP and of the Perception Encoder published.
 
-Their image towers are timm's, and so timm knows how their weights are named; text towers are native.
+The image towers are timm models, and timm converts their weights. The text towers are native.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 
 StateDict = dict[str, torch.Tensor]
 
-# Parameters by which the layouts are told, of the first layer of the image tower.
+# Parameters of the first layer of the image tower, by which the layouts are recognized.
 _FASTVIT_MARK = "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight"
 _MOBILE_VIT_MARK = "image_encoder.model.patch_emb.0.block.conv.weight"
 _PERCEPTION_MARK = "visual.conv1.weight"
 
-# Apple's names in the text tower -> ours; they norm inside of two sequences, of attention and of the MLP
+# Names in Apple's text tower -> names in ours. Apple groups norm and attention, and norm and MLP, into sequences.
 _MOBILE_CLIP_TEXT = (
     (r"^embedding_layer\.", "token_embedding."),
     (r"^positional_embedding\.pos_embed\.pos_embed$", "positional_embedding"),
@@ -34,30 +34,31 @@ _MOBILE_CLIP_TEXT = (
 
 
 def is_mobile_clip(state_dict: StateDict) -> bool:
-    """Whether the names are Apple's own (github.com/apple/ml-mobileclip)."""
+    """Whether the names are those of Apple's MobileCLIP (github.com/apple/ml-mobileclip)."""
     return _FASTVIT_MARK in state_dict or _MOBILE_VIT_MARK in state_dict
 
 
 def is_perception_encoder(model: Any, state_dict: StateDict) -> bool:
-    """Whether the names are Meta's own (github.com/facebookresearch/perception_models), for a model of timm's tower.
+    """Whether the weights are Meta's Perception Encoder (github.com/facebookresearch/perception_models).
 
-    They are those of native CLIP: the model makes the difference.
+    The names are those of a native CLIP, so the timm tower of the model decides.
     """
     return _PERCEPTION_MARK in state_dict and hasattr(model.visual, "trunk")
 
 
 def convert_mobile_clip_state_dict(model: Any, state_dict: StateDict, fastvit: bool = True) -> StateDict:
-    """Weights of MobileCLIP (https://arxiv.org/abs/2311.17049) in Apple's layout, in ours.
+    """Convert weights of MobileCLIP (https://arxiv.org/abs/2311.17049) from Apple's layout to ours.
 
     Args:
-        model: a CustomTextCLIP with the image tower of the checkpoint's MobileCLIP.
-        fastvit: whether that is a FastViT (S1, S2, ...), else the hybrid ViT of MobileCLIP-B.
+        model: CustomTextCLIP with the same image tower as the checkpoint.
+        state_dict: weights by Apple's names.
+        fastvit: whether the image tower is a FastViT (S1, S2, ...); else it is the hybrid ViT of MobileCLIP-B.
     """
     if fastvit:
         from timm.models.fastvit import checkpoint_filter_fn
     else:
         from timm.models.vision_transformer_hybrid import checkpoint_filter_fn
-    converted = _in_trunk(checkpoint_filter_fn(state_dict, model.visual.trunk))
+    converted = _add_trunk_prefix(checkpoint_filter_fn(state_dict, model.visual.trunk))
     for key, value in state_dict.items():
         if key.startswith("text_encoder."):
             name = key.removeprefix("text_encoder.")
@@ -70,19 +71,19 @@ def convert_mobile_clip_state_dict(model: Any, state_dict: StateDict, fastvit: b
 
 
 def from_mobile_clip(model: Any, state_dict: StateDict) -> StateDict:
-    """The same, with the kind of the image tower told by its names."""
+    """Convert weights of MobileCLIP; the names tell the kind of the image tower."""
     return convert_mobile_clip_state_dict(model, state_dict, fastvit=_FASTVIT_MARK in state_dict)
 
 
 def from_perception_encoder(model: Any, state_dict: StateDict) -> StateDict:
-    """Weights of PE-Core (https://arxiv.org/abs/2504.13181) in Meta's layout, the text tower's still at the top."""
+    """Convert weights of PE-Core (https://arxiv.org/abs/2504.13181) from Meta's layout to the layout of CLIP."""
     from timm.models.eva import checkpoint_filter_fn
 
     image = {key: value for key, value in state_dict.items() if key.startswith("visual.")}
     rest = {key: value for key, value in state_dict.items() if key not in image and key != "attn_mask"}
-    return _in_trunk(checkpoint_filter_fn(image, model.visual.trunk)) | rest
+    return _add_trunk_prefix(checkpoint_filter_fn(image, model.visual.trunk)) | rest
 
 
-def _in_trunk(state_dict: StateDict) -> StateDict:
-    """Named as in our models, and in order in memory (timm transposes projections)."""
+def _add_trunk_prefix(state_dict: StateDict) -> StateDict:
+    """Add the prefix of our models, and make tensors contiguous (timm transposes projections)."""
     return {f"visual.trunk.{key}": value.contiguous() for key, value in state_dict.items()}

@@ -1,8 +1,8 @@
-"""CLIP and SigLIP as the library transformers has them (`CLIPModel`, `SiglipModel`): state dicts in both directions.
+"""Conversion of state dicts between our models and transformers' `CLIPModel` and `SiglipModel`, in both directions.
 
-Both directions read one table of parameters, in which an entry says which tensors of theirs are which of ours:
-transformers keeps queries, keys and values apart, and projections transposed. Ours are named as in CLIP, with the text
-tower at the top. SigLIP 2 of fixed resolution is `SiglipModel` too.
+Both directions read one table. An entry maps tensors of transformers ("theirs") to our tensors: transformers separates
+queries, keys and values, and transposes projections. Our names are those of CLIP, with the text tower at the top level.
+SigLIP 2 with a fixed resolution is a `SiglipModel` too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ StateDict = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The same numbers in both layouts: tensors of theirs, and of ours, each on top of one another."""
+    """The same values in both layouts: their tensors, concatenated, equal our tensors, concatenated.
+
+    Attributes:
+        theirs: names in transformers.
+        ours: names in our models.
+        ours_shares: how the rows are divided among our tensors.
+        transposed: whether our tensor is the transpose.
+        axes: number of axes of their tensor and of ours, if leading axes of size 1 differ.
+    """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
-    ours_shares: tuple[int, ...] = (1,)  # of the rows
+    ours_shares: tuple[int, ...] = (1,)
     transposed: bool = False
-    axes: tuple[int, int] | None = None  # of theirs and of ours, where axes of one element in front may differ
+    axes: tuple[int, int] | None = None
 
     def to_ours(self, tensors: list[torch.Tensor]) -> StateDict:
         return _split(self._joined(tensors, side=1), self.ours, self.ours_shares)
@@ -41,16 +49,16 @@ class Entry:
 
 
 def _split(value: torch.Tensor, names: tuple[str, ...], shares: tuple[int, ...]) -> StateDict:
-    """Rows of a tensor (views) by name."""
+    """Split the rows of a tensor among names (views)."""
     if len(names) == 1:
         return {names[0]: value}
     rows = value.shape[0] // sum(shares)
     return dict(zip(names, value.split([rows * share for share in shares]), strict=True))
 
 
-# ---- the table ----
+# Table of parameters
 
-# a block's parts: theirs, of our native towers, of timm's
+# Parts of a block: (name in transformers, in our native towers, in timm)
 _PARTS = (
     ("layer_norm1", "ln_1", "norm1"),
     ("layer_norm2", "ln_2", "norm2"),
@@ -62,7 +70,7 @@ _QKV = ("attn.in_proj_", "attn.qkv.")
 
 
 def _layer(theirs: str, ours: str) -> Iterator[Entry]:
-    """A linear layer or a norm."""
+    """Yield the entries of a linear layer or a norm."""
     for name in ("weight", "bias"):
         yield Entry((f"{theirs}.{name}",), (f"{ours}.{name}",))
 
@@ -85,21 +93,21 @@ def _text(layers: int) -> Iterator[Entry]:
 
 
 def clip_entries(text_layers: int, vision_layers: int) -> Iterator[Entry]:
-    """`CLIPModel` and our native towers."""
+    """Yield the entries of `CLIPModel` and our native towers."""
     yield Entry(("logit_scale",), ("logit_scale",), axes=(0, 0))
     yield from _text(text_layers)
     yield Entry(("text_projection.weight",), ("text_projection",), transposed=True)
     yield Entry(("vision_model.embeddings.class_embedding",), ("visual.class_embedding",))
     yield Entry(("vision_model.embeddings.patch_embedding.weight",), ("visual.conv1.weight",))
     yield Entry(("vision_model.embeddings.position_embedding.weight",), ("visual.positional_embedding",))
-    yield from _layer("vision_model.pre_layrnorm", "visual.ln_pre")  # the spelling is theirs
+    yield from _layer("vision_model.pre_layrnorm", "visual.ln_pre")  # transformers spells it so
     yield from _blocks(vision_layers, "vision_model", "visual.transformer.resblocks")
     yield from _layer("vision_model.post_layernorm", "visual.ln_post")
     yield Entry(("visual_projection.weight",), ("visual.proj",), transposed=True)
 
 
 def siglip_entries(text_layers: int, vision_layers: int) -> Iterator[Entry]:
-    """`SiglipModel`, and our native text tower with timm's image tower."""
+    """Yield the entries of `SiglipModel` and our native text tower with timm's image tower."""
     for name in ("logit_scale", "logit_bias"):
         yield Entry((name,), (name,), axes=(1, 0))
     yield from _text(text_layers)
@@ -117,16 +125,16 @@ def siglip_entries(text_layers: int, vision_layers: int) -> Iterator[Entry]:
         yield from _layer(f"{head}.{theirs}", f"{pool}.{ours}")
 
 
-# ---- whole state dicts ----
+# State dicts
 
 
 def is_transformers(state_dict: StateDict) -> bool:
-    """Whether the names are those of transformers' CLIP or SigLIP, or of one tower of it."""
+    """Whether the names are those of transformers' CLIP or SigLIP, or of one of its towers."""
     return any(key.startswith(("vision_model.", "text_model.")) for key in state_dict)
 
 
 def is_siglip(state_dict: StateDict) -> bool:
-    """Whether names of transformers are SigLIP's, not CLIP's."""
+    """Whether a state dict of transformers is a SigLIP, not a CLIP."""
     return any(key.startswith(("vision_model.head.", "text_model.head.")) for key in state_dict)
 
 
@@ -136,7 +144,7 @@ def _count_layers(state_dict: StateDict, pattern: str) -> int:
 
 
 def from_transformers(state_dict: StateDict) -> StateDict:
-    """Weights of `CLIPModel` or `SiglipModel`, or of a tower of it, in our layout; unknown names stay as they are."""
+    """Convert weights of `CLIPModel`, `SiglipModel` or one of their towers to our layout. Unknown names are kept."""
     entries = siglip_entries if is_siglip(state_dict) else clip_entries
     layers = [_count_layers(state_dict, rf"{tower}_model\.encoder\.layers\.(\d+)\.") for tower in ("text", "vision")]
     left = dict(state_dict)
@@ -148,10 +156,10 @@ def from_transformers(state_dict: StateDict) -> StateDict:
 
 
 def to_transformers(state_dict: StateDict, siglip: bool) -> StateDict:
-    """Our weights for `CLIPModel`, or with `siglip` for `SiglipModel`.
+    """Convert our weights to those of `CLIPModel` or, with `siglip`, of `SiglipModel`.
 
     Raises:
-        ValueError: a parameter of either has no counterpart.
+        ValueError: a parameter of one side has no counterpart.
     """
     entries = siglip_entries if siglip else clip_entries
     tower = r"visual\.trunk\.blocks" if siglip else r"visual\.transformer\.resblocks"
@@ -164,7 +172,7 @@ def to_transformers(state_dict: StateDict, siglip: bool) -> StateDict:
             raise ValueError(f"{_NAMES[siglip]} needs {', '.join(missing)}, which this model does not have.")
         converted |= entry.to_theirs([left.pop(name) for name in entry.ours])
     if left:
-        raise ValueError(f"{_NAMES[siglip]} has no place for {', '.join(list(left)[:4])} of this model.")
+        raise ValueError(f"{_NAMES[siglip]} has no counterpart of {', '.join(list(left)[:4])} in this model.")
     return converted
 
 

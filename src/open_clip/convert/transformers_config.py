@@ -1,6 +1,7 @@
-"""Configurations of transformers' CLIP and SigLIP (`config.json`, `preprocessor_config.json`) in both directions.
+"""Conversion of configurations between our models and transformers' CLIP and SigLIP, in both directions.
 
-A `config.json` leaves out what is the default, so the defaults of the released classes stand here.
+The files of transformers are `config.json` and `preprocessor_config.json`. A `config.json` omits values that are
+defaults, so this file contains the defaults of the released classes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ _DEFAULTS: dict[tuple[str, str], Config] = {
     ("siglip", "text"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_SIGLIP_TEXT),
     ("siglip", "vision"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_IMAGES, patch_size=16, vision_use_head=True),
 }
-_PROJECTION_DIM = 512  # of CLIPConfig
+_PROJECTION_DIM = 512  # default of CLIPConfig
 _LOGIT_SCALE = 2.6592
-_LEGACY_END = 2  # what CLIP's configurations said by mistake for long: transformers then takes the highest id
+# A wrong eos_token_id in older configurations of CLIP. For it, transformers pools at the highest id.
+_LEGACY_END = 2
 
-# (width, layers, heads, width of the MLP, patch size) of an image tower -> the name in timm, whatever the image size
+# (width, layers, heads, width of the MLP, patch size) of an image tower -> name in timm, for any image size
 SIGLIP_TOWERS = {
     (768, 12, 12, 3072, 16): "vit_base_patch16_siglip_224",
     (768, 12, 12, 3072, 32): "vit_base_patch32_siglip_256",
@@ -48,33 +50,34 @@ SIGLIP_TOWERS = {
     (1536, 40, 16, 6144, 16): "vit_giantopt_patch16_siglip_256",
 }
 
-# ---------------------------------------------------------------------------------------------------- theirs to ours
+# From transformers
 
 
 def model_cfg_from_transformers(config: Mapping[str, Any], source: str) -> Config:
-    """The configuration of our model from transformers' `config.json`.
+    """Convert transformers' `config.json` to the configuration of our model.
 
     Args:
-        source: what the file is called in messages.
+        config: contents of the file.
+        source: name of the file in messages.
 
     Raises:
-        ValueError: it is of another kind of model, or of a CLIP or SigLIP that is none of ours.
+        ValueError: it is another kind of model, or a CLIP or SigLIP that this package cannot build.
     """
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise ValueError(
-            f"{source} is of a model of type {kind!r}. Of transformers' models, open_clip has 'clip' and 'siglip' "
-            "(SigLIP 2 of fixed resolution is 'siglip', too)."
+            f"{source} has the model_type {str(kind)[:40]!r}. Of transformers' models, open_clip supports 'clip' and "
+            "'siglip' (also SigLIP 2 with a fixed resolution)."
         )
     text, vision = _part(config, kind, "text"), _part(config, kind, "vision")
     if vision["num_channels"] != 3:
-        raise ValueError(f"{source}: images have {vision['num_channels']} channels, and open_clip's have 3.")
+        raise ValueError(f"{source}: images have {vision['num_channels']} channels, and open_clip supports only 3.")
     build = _clip_model_cfg if kind == "clip" else _siglip_model_cfg
     return build(config, text, vision, source)
 
 
 def _part(config: Mapping[str, Any], kind: str, tower: str) -> Config:
-    """A tower's configuration; an old duplicate of it, `..._config_dict`, goes before it with its own defaults."""
+    """Return the configuration of a tower with defaults. The old key `..._config_dict` takes precedence."""
     given = config.get(f"{tower}_config_dict") or config.get(f"{tower}_config") or {}
     return {**_DEFAULTS[kind, tower], **{key: value for key, value in given.items() if value is not None}}
 
@@ -82,19 +85,19 @@ def _part(config: Mapping[str, Any], kind: str, tower: str) -> Config:
 def _sizes(part: Config) -> Config:
     width, mlp_width = part["hidden_size"], part["intermediate_size"]
     ratio = mlp_width / width
-    if int(width * ratio) != mlp_width:  # as the towers compute it
+    if int(width * ratio) != mlp_width:  # the towers compute it in this way
         ratio = math.nextafter(ratio, math.inf)
     return {"width": width, "layers": part["num_hidden_layers"], "mlp_ratio": ratio}
 
 
 def _numerics(part: Config, source: str) -> Config:
-    """Activation and epsilon, where they are not our default. QuickGELU is a matter of the whole model."""
+    """Convert activation and epsilon if they are not our defaults. QuickGELU is an option of the whole model."""
     cfg: Config = {}
     if part["hidden_act"] in ("gelu_pytorch_tanh", "gelu_new"):
         cfg["act_kwargs"] = {"approximate": "tanh"}
     elif part["hidden_act"] not in ("gelu", "quick_gelu"):
         raise ValueError(
-            f"{source} has the activation {part['hidden_act']!r}; open_clip has quick_gelu, gelu and gelu_pytorch_tanh."
+            f"{source} has the activation {part['hidden_act']!r}. Supported are quick_gelu, gelu and gelu_pytorch_tanh."
         )
     if part["layer_norm_eps"] != 1e-5:
         cfg["norm_kwargs"] = {"eps": part["layer_norm_eps"]}
@@ -106,7 +109,7 @@ def _clip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, sou
     if len(quick) > 1:
         raise ValueError(
             f"{source} has QuickGELU in one tower only ({text['hidden_act']} for texts, {vision['hidden_act']} for "
-            "images); a model of open_clip has it in both or in none."
+            "images). Models of open_clip have it in both towers or in none."
         )
     text_cfg = {
         "context_length": text["max_position_embeddings"],
@@ -115,7 +118,7 @@ def _clip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, sou
         "heads": text["num_attention_heads"],
         **_numerics(text, source),
     }
-    # the end of text is the highest id as a rule, where the first of the highest is the first end
+    # usually the end of text is the highest id, and pooling at the highest id finds it
     if text["eos_token_id"] not in (_LEGACY_END, text["vocab_size"] - 1):
         text_cfg |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
     vision_cfg = {
@@ -139,12 +142,12 @@ def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, s
     tower = tuple(vision[key] for key in keys)
     if tower not in SIGLIP_TOWERS or not vision["vision_use_head"] or vision["layer_norm_eps"] != 1e-6:
         raise ValueError(
-            f"{source} has an image tower that timm has not under a name: width, layers, heads, MLP and patch size are "
-            f"{tower}. It has {', '.join(map(str, SIGLIP_TOWERS))}, with attention pooling and an epsilon of 1e-6."
+            f"{source} has an image tower that is not in timm: width, layers, heads, MLP and patch size are {tower}. "
+            f"timm has {', '.join(map(str, SIGLIP_TOWERS))}, with attention pooling and an epsilon of 1e-6."
         )
     output = text.get("projection_size") or text["hidden_size"]
     if output != width:
-        raise ValueError(f"{source}: features of texts are {output} wide, those of images {width}; they must agree.")
+        raise ValueError(f"{source}: text features have the width {output}, image features {width}. They must agree.")
     vision_cfg = {
         "image_size": vision["image_size"],
         "timm_model_name": SIGLIP_TOWERS[tower],
@@ -173,23 +176,23 @@ def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, s
     }
 
 
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # codes of PIL
 
 
 def preprocess_cfg_from_transformers(config: Mapping[str, Any], source: str) -> Config:
-    """How images are prepared, from transformers' `preprocessor_config.json`.
+    """Convert transformers' `preprocessor_config.json` to our preprocessing configuration.
 
     Raises:
-        ValueError: it resizes in a way that ours cannot.
+        ValueError: our preprocessing does not support its interpolation.
     """
     resample, size = config.get("resample", 3), config.get("size") or {}
     if resample not in _RESAMPLE:
-        raise ValueError(f"{source} has resample={resample}; open_clip resizes with 2 (bilinear) or 3 (bicubic).")
-    # a number, or "shortest_edge": that side to size, the centre cut out; height and width: squeezed to both
+        raise ValueError(f"{source} has resample={resample}. Supported are 2 (bilinear) and 3 (bicubic).")
+    # An int or "shortest_edge": resize the shorter side, crop the centre. "height" and "width": resize both sides.
     squash = isinstance(size, Mapping) and "height" in size and not config.get("do_center_crop", False)
     sides = [set(side.values()) if isinstance(side, Mapping) else {side} for side in (size, config.get("crop_size"))]
     if not squash and all(sides) and None not in sides[1] and sides[0] != sides[1]:
-        logger.warning("%s resizes to %s and cuts out %s: here images are resized to what is cut out.", source, *sides)
+        logger.warning("%s resizes to %s and crops to %s. Images will be resized to the crop size.", source, *sides)
     return {
         "mean": config.get("image_mean") or list(OPENAI_DATASET_MEAN),
         "std": config.get("image_std") or list(OPENAI_DATASET_STD),
@@ -198,9 +201,9 @@ def preprocess_cfg_from_transformers(config: Mapping[str, Any], source: str) -> 
     }
 
 
-# ---------------------------------------------------------------------------------------------------- ours to theirs
+# To transformers
 
-# fields that transformers' towers have, or that have no effect on features; all others must be at their defaults
+# Fields that transformers' towers have, or that do not affect features. Other fields must have their defaults.
 _SIZES = {"layers", "width", "mlp_ratio", "act_kwargs", "norm_kwargs"}
 _VISION_FIELDS = _SIZES | {"head_width", "patch_size", "image_size", "patch_dropout", "final_ln_after_pool"}
 _TIMM_FIELDS = {"image_size", "act_kwargs", "patch_dropout", "timm_drop_path", "timm_drop", "timm_model_pretrained"}
@@ -209,12 +212,12 @@ _TEXT_FIELDS |= {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "hf_
 
 
 def is_siglip_model_cfg(model_cfg: Mapping[str, Any]) -> bool:
-    """Whether a configuration of ours has SigLIP's image tower."""
+    """Whether a configuration of open_clip has SigLIP's image tower."""
     return _timm_stem(model_cfg["vision_cfg"].get("timm_model_name")) in _tower_sizes()
 
 
 def _timm_stem(name: str | None) -> str:
-    """timm's name without the image size and the name of weights."""
+    """Return a timm name without the image size and the tag of the weights."""
     return (name or "").partition(".")[0].rpartition("_")[0]
 
 
@@ -223,38 +226,39 @@ def _tower_sizes() -> dict[str, tuple[int, ...]]:
 
 
 def model_cfg_to_transformers(model_cfg: Mapping[str, Any], name: str, image_gelu: str = "none") -> Config:
-    """transformers' `config.json` of a model of ours.
+    """Convert the configuration of a model to transformers' `config.json`.
 
     Args:
-        name: of the model, in messages.
-        image_gelu: of SigLIP's image tower, "none" or "tanh", which is timm's to say.
+        model_cfg: configuration of the model.
+        name: name of the model in messages.
+        image_gelu: approximation of GELU in SigLIP's image tower, "none" or "tanh". It depends on timm.
 
     Raises:
-        ValueError: transformers has no such model; the message says what stands in the way.
+        ValueError: transformers has no such model. The message names the difference.
     """
     if "multimodal_cfg" in model_cfg:
-        raise ValueError(f"{name} is a CoCa: transformers has no model with its decoder of captions.")
+        raise ValueError(f"{name} is a CoCa, and transformers has no model with a captioning decoder.")
     text = as_config(CLIPTextCfg, model_cfg["text_cfg"])
     vision = as_config(CLIPVisionCfg, model_cfg["vision_cfg"])
     if text.hf_model_name:
-        raise ValueError(f"{name} has the text tower {text.hf_model_name}, and transformers' CLIP its own alone.")
+        raise ValueError(f"{name} has the text tower {text.hf_model_name}. transformers' CLIP supports only its own.")
     if is_siglip_model_cfg(model_cfg):
         return _siglip_config(model_cfg, text, vision, name, image_gelu)
     if vision.timm_model_name or isinstance(vision.layers, (list, tuple)):
-        tower = f"timm's {vision.timm_model_name}" if vision.timm_model_name else "a ResNet"
-        raise ValueError(f"{name} has {tower} for images; transformers' CLIP has a ViT of its own, or SigLIP's.")
+        tower = f"{vision.timm_model_name} of timm" if vision.timm_model_name else "ModifiedResNet"
+        raise ValueError(f"{name} has the image tower {tower}. transformers supports only the ViTs of CLIP and SigLIP.")
     return _clip_config(model_cfg, text, vision, name)
 
 
 def _clip_config(model_cfg: Mapping[str, Any], text: CLIPTextCfg, vision: CLIPVisionCfg, name: str) -> Config:
-    _refuse_others(vision, _VISION_FIELDS, {}, name, "image")
-    _refuse_others(text, _TEXT_FIELDS | {"pool_type"}, {}, name, "text")
+    _check_other_fields(vision, _VISION_FIELDS, {}, name, "image")
+    _check_other_fields(text, _TEXT_FIELDS | {"pool_type"}, {}, name, "text")
     if model_cfg.get("init_logit_bias") is not None:
-        raise ValueError(f"{name} has a bias of its logits, which transformers' CLIP has not.")
+        raise ValueError(f"{name} has a logit bias, which transformers' CLIP does not have.")
     if text.pool_type not in ("argmax", "eos") or (text.pool_type == "eos" and text.eos_id == _LEGACY_END):
         raise ValueError(
-            f"{name} pools texts by {text.pool_type!r} (eos_id={text.eos_id}); transformers' CLIP takes the highest "
-            f"id, or the first end of text whose id is not {_LEGACY_END}."
+            f"{name} pools text by {text.pool_type!r} (eos_id={text.eos_id}). transformers' CLIP pools at the highest "
+            f"id, or at the first end of text if its id is not {_LEGACY_END}."
         )
     embed_dim, quick_gelu = model_cfg["embed_dim"], bool(model_cfg.get("quick_gelu"))
     end = text.eos_id if text.pool_type == "eos" else text.vocab_size - 1
@@ -283,11 +287,11 @@ def _siglip_config(
     model_cfg: Mapping[str, Any], text: CLIPTextCfg, vision: CLIPVisionCfg, name: str, image_gelu: str
 ) -> Config:
     tower = {"timm_model_name": vision.timm_model_name, "timm_pool": "map", "timm_proj": "none"}
-    _refuse_others(vision, _TIMM_FIELDS, tower, name, "image")
+    _check_other_fields(vision, _TIMM_FIELDS, tower, name, "image")
     pooled = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
-    _refuse_others(text, _TEXT_FIELDS, pooled, name, "text")
+    _check_other_fields(text, _TEXT_FIELDS, pooled, name, "text")
     if model_cfg.get("init_logit_bias") is None:
-        raise ValueError(f"{name} has no bias of its logits, which transformers' SigLIP needs.")
+        raise ValueError(f"{name} has no logit bias, which transformers' SigLIP needs.")
     width, layers, heads, mlp_width, patch_size = _tower_sizes()[_timm_stem(vision.timm_model_name)]
     return {
         "architectures": ["SiglipModel"],
@@ -335,35 +339,35 @@ def _image_sizes(vision: CLIPVisionCfg, name: str) -> Config:
     for key in ("image_size", "patch_size"):
         height, width = to_2tuple(getattr(vision, key))
         if height != width:
-            raise ValueError(f"{name} has {key}={height, width}; transformers' towers have squares only.")
+            raise ValueError(f"{name} has {key}={height, width}. transformers' towers support only squares.")
         sizes[key] = height
     return sizes
 
 
-def _refuse_others(
+def _check_other_fields(
     cfg: CLIPTextCfg | CLIPVisionCfg, free: set[str], fixed: Mapping[str, Any], name: str, tower: str
 ) -> None:
-    """Raise ValueError if a field that is not `free` is not at its default, or at what `fixed` says."""
+    """Raise ValueError if a field outside `free` differs from its value in `fixed`, or else from its default."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         wanted = fixed.get(field.name, field.default)
         if field.name not in free and value != wanted:
             raise ValueError(
-                f"{name}: the {tower} tower has {field.name}={value!r}, and transformers' counterpart can only be as "
+                f"{name}: the {tower} tower has {field.name}={value!r}. transformers supports only "
                 f"{field.name}={wanted!r}."
             )
 
 
 def preprocess_cfg_to_transformers(preprocess_cfg: Mapping[str, Any], siglip: bool) -> Config:
-    """transformers' `preprocessor_config.json` from how images are prepared for a model (fields of PreprocessCfg).
+    """Convert the preprocessing of a model (fields of PreprocessCfg) to transformers' `preprocessor_config.json`.
 
     Raises:
-        ValueError: images are padded, which transformers' processors do not do.
+        ValueError: images are padded, which transformers' processors do not support.
     """
     height, width = to_2tuple(preprocess_cfg["size"])
     mode = preprocess_cfg["resize_mode"]
     if mode not in ("shortest", "squash"):
-        raise ValueError(f"resize_mode={mode!r} has no counterpart in transformers: 'shortest' and 'squash' have.")
+        raise ValueError(f"transformers has no counterpart of resize_mode={mode!r}, only of 'shortest' and 'squash'.")
     squash = mode == "squash"
     config = {
         "image_processor_type": "SiglipImageProcessor" if siglip and squash else "CLIPImageProcessor",

@@ -1,8 +1,8 @@
-"""A model out: as a folder that `local-dir:` loads, and as a repository on Hugging Face's hub that `hf-hub:` loads.
+"""Saving of a model to a folder that `local-dir:` loads, and uploading to a hub repository that `hf-hub:` loads.
 
-The folder has `open_clip_config.json` (the model's configuration and its preprocessing), the weights, and the
-tokenizer's files. It is written beside its place and moved there file by file, so that what was there before stays
-whole until what replaces it is. `python -m open_clip.push_to_hf_hub` is the command.
+The folder contains `open_clip_config.json` (configuration and preprocessing), the weights, and the files of the
+tokenizer. All files are written to a temporary folder and then moved, so that an interrupted save does not damage
+existing files. The command is `python -m open_clip.push_to_hf_hub`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from .. import aliases, progress
-from ..checkpoint import some, strip_prefixes
+from ..checkpoint import strip_prefixes
 from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
 from ..layers import QuickGELU
+from ..mismatch import join_some
 from ..model import get_model_preprocess_cfg
-from ..pretrained import has_hf_hub, hub_errors, in_short
-from ..recipe import check_untrusted, override, read_recipe
+from ..pretrained import has_hf_hub, hub_errors, shorten_error
+from ..recipe import apply_overrides, check_untrusted, read_recipe
 from ..whole_file import replacing, write_text
 from .model_card import generate_readme
 from .tokenizer_files import save_tokenizer
@@ -41,26 +42,26 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-_PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")  # the image's size is the model's own
+_PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")  # the image size is part of model_cfg
 _WEIGHTS_NAMES = {
     True: (HF_SAFE_WEIGHTS_NAME,),
     False: (HF_WEIGHTS_NAME,),
     "both": (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME),
 }
 
-# ---------------------------------------------------------------------------------------------------- into a folder
+# Saving to a folder
 
 
 def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike, model_config: dict[str, Any] | None) -> None:
-    """Write `open_clip_config.json`: {"model_cfg": the configuration, "preprocess_cfg": how images are prepared}.
+    """Write `open_clip_config.json`: {"model_cfg": model_config, "preprocess_cfg": preprocessing of the model}.
 
     Raises:
-        ValueError: there is no configuration, or one that is not JSON.
+        ValueError: `model_config` is empty or cannot be written as JSON.
     """
     if not model_config:
         raise ValueError(
-            f"model_config={model_config!r}: without the model's configuration, what is saved could not be loaded. "
-            "Give what open_clip.get_model_config(NAME) returns."
+            f"model_config={model_config!r}: without a configuration, the saved model cannot be loaded. "
+            "Pass the result of open_clip.get_model_config(NAME)."
         )
     preprocess_cfg = get_model_preprocess_cfg(model)
     config = {
@@ -70,7 +71,7 @@ def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike, model_c
     try:
         text = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The model's configuration cannot be written as JSON: {error}.") from error
+        raise ValueError(f"model_config cannot be written as JSON: {error}.") from error
     write_text(config_path, text)
 
 
@@ -82,29 +83,31 @@ def save_for_hf(
     safe_serialization: bool | str = "both",
     skip_weights: bool = False,
 ) -> None:
-    """Write a folder that `create_model("local-dir:FOLDER")` and, once pushed, `create_model("hf-hub:ORG/NAME")` load.
+    """Save a model to a folder that `create_model("local-dir:FOLDER")` loads.
 
-    A model that was there before is replaced: weights of the format that is not written now are removed.
+    An existing model in the folder is replaced. Its weights in a format that is not written now are removed.
 
     Args:
-        model: with its preprocessing, as `create_model` gives it; wrapped in DDP or compiled or not.
-        tokenizer: its files are saved beside, for transformers and for a text tower of Hugging Face; None for none.
-        model_config: the model's own, overrides included: it must build this model.
-        safe_serialization: True for `open_clip_model.safetensors`, False for `open_clip_pytorch_model.bin`, "both".
+        model: a model of `create_model`, with its preprocessing. It may be compiled or wrapped in DDP.
+        tokenizer: its files are saved too, for transformers and Hugging Face text towers. None: no tokenizer.
+        model_config: configuration that builds this model, including overrides.
+        save_directory: the folder.
+        safe_serialization: True for `open_clip_model.safetensors`, False for `open_clip_pytorch_model.bin`, or "both".
         skip_weights: whether to write only configuration and tokenizer.
 
     Raises:
-        ValueError: `safe_serialization` is none of the three, or the configuration is another model's.
-        OSError: the folder cannot be written; what was in it is as before.
+        ValueError: `safe_serialization` is invalid, or the configuration does not build this model.
+        OSError: the folder cannot be written. Existing files are unchanged.
     """
     if safe_serialization not in _WEIGHTS_NAMES:
-        raise ValueError(f"safe_serialization={safe_serialization!r}: give True, False or 'both'.")
+        raise ValueError(f"safe_serialization={safe_serialization!r} is not valid. Choose True, False or 'both'.")
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that moving is renaming; configuration last, so that a new folder is whole or no model.
+    # A temporary folder on the same disk, so that files are moved by renaming. The configuration is moved last: a
+    # folder without it is not a model.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
         save_config_for_hf(model, Path(staging) / HF_CONFIG_NAME, model_config)
-        state_dict = _independent_tensors(model)
+        state_dict = _copy_state_dict(model)
         _check_config(staging, model, state_dict)
         names = () if skip_weights else _WEIGHTS_NAMES[safe_serialization]
         for name in names:
@@ -124,16 +127,16 @@ def _move(path: Path, target: Path) -> None:
     os.replace(path, target)
 
 
-def _independent_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict on the CPU, each tensor with memory of its own and no more: shared weights are written twice.
+def _copy_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state dict on the CPU, with separate memory for each tensor.
 
-    That costs space, and is what any reader can load; safetensors refuses to write shared memory.
+    Shared weights are saved twice, because safetensors cannot store shared memory.
     """
     seen: set[int] = set()
     tensors = {}
     for name, value in strip_prefixes(model.state_dict()).items():
         if value.is_meta:
-            raise ValueError(f"The model has no weights to save: {name} is on the meta device.")
+            raise ValueError(f"{name} is on the meta device, so it has no values. Build the model on another device.")
         value = value.detach().cpu().contiguous()
         storage = value.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() > value.nbytes:
@@ -154,29 +157,29 @@ def _save_weights(state_dict: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _check_config(folder: str, model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the folder's configuration builds this model: what is saved must load again."""
+    """Raise ValueError unless the configuration in `folder` builds this model, so that it can be loaded."""
     built = create_model(f"local-dir:{folder}", device="meta", load_weights=False)
     expected = {name: list(value.shape) for name, value in built.state_dict().items()}
     found = {name: list(value.shape) for name, value in state_dict.items()}
     if expected != found:
         differences = [
-            f"{name} is {found.get(name, 'not in the model')}, by the configuration {expected.get(name, 'not there')}"
+            f"{name}: {found.get(name, 'absent')} in the model, {expected.get(name, 'absent')} in the configuration"
             for name in sorted(expected.keys() | found.keys())
             if expected.get(name) != found.get(name)
         ]
         raise ValueError(
-            f"model_config does not describe this {type(model).__name__}: {some(differences)}. Give the configuration "
-            "that it was built with, what was forced (image size, context length, ...) included."
+            f"model_config does not describe this {type(model).__name__}: {join_some(differences)}. Pass the "
+            "configuration that it was built with, including overrides (image size, context length, ...)."
         )
     quick, quick_built = (any(isinstance(module, QuickGELU) for module in m.modules()) for m in (model, built))
     if quick != quick_built:
         raise ValueError(
-            f"model_config builds a model {'with' if quick_built else 'without'} QuickGELU, and this one is "
-            f"{'with' if quick else 'without'}: its features would change. Set model_config['quick_gelu'] = {quick}."
+            f"model_config builds a model {'with' if quick_built else 'without'} QuickGELU, and this model is "
+            f"{'with' if quick else 'without'}, so its features would change. Set model_config['quick_gelu'] = {quick}."
         )
 
 
-# ------------------------------------------------------------------------------------------------------ onto the hub
+# Uploading to the hub
 
 
 def push_to_hf_hub(
@@ -192,23 +195,24 @@ def push_to_hf_hub(
     model_card: dict[str, Any] | None = None,
     safe_serialization: bool | str = "both",
 ) -> Any:
-    """Upload a model to a repository on Hugging Face's hub, which is created if need be.
+    """Upload a model to a repository on the Hugging Face Hub. The repository is created if it does not exist.
 
     Args:
-        model, tokenizer, model_config, safe_serialization: as in `save_for_hf`.
-        repo_id: "ORGANISATION/NAME", or "NAME" for one of your own.
-        token: the hub's; by default what `hf auth login` keeps, or HF_TOKEN.
-        revision: branch, created if need be; the main one by default.
-        private: whether a repository that is created here is private.
+        model, tokenizer, model_config, safe_serialization: see `save_for_hf`.
+        repo_id: "ORGANISATION/NAME", or "NAME" for a repository of the user.
+        commit_message: message of the commit.
+        token: access token. Default: HF_TOKEN, or the token of `hf auth login`.
+        revision: branch, created if it does not exist; the main branch by default.
+        private: whether a new repository is private.
         create_pr: whether to open a pull request instead of committing.
-        model_card: what `generate_readme` makes the README of; one that is there already is never touched.
+        model_card: contents of the README, see `generate_readme`. An existing README is not changed.
 
     Returns:
-        huggingface_hub's CommitInfo.
+        CommitInfo of huggingface_hub.
 
     Raises:
-        ValueError: as `save_for_hf`, or a configuration that names files of this machine.
-        RuntimeError: the hub refused, or cannot be reached, or huggingface_hub is not installed.
+        ValueError: see `save_for_hf`, or the configuration names local files.
+        RuntimeError: the hub rejected the upload or is unreachable, or huggingface_hub is not installed.
     """
     _check_hub_access(repo_id, token)
     from huggingface_hub import HfApi
@@ -234,18 +238,18 @@ def push_to_hf_hub(
             )
         except hub_errors() as error:
             raise RuntimeError(
-                f"{repo_id} could not be written on Hugging Face's hub: {in_short(error)}. Is there a token that may "
-                "write (HF_TOKEN, or `hf auth login`)? Without network, save_for_hf() writes the folder to be uploaded "
-                "elsewhere."
+                f"{repo_id} could not be uploaded to the Hugging Face Hub: {shorten_error(error)}. Check that "
+                "the token (HF_TOKEN or `hf auth login`) has write permission. Without a network, save the folder with "
+                "save_for_hf() and upload it elsewhere."
             ) from error
 
 
 def _check_hub_access(repo_id: str, token: str | None) -> None:
-    """Check what can be known without the hub, before a model is built and saved for it.
+    """Check everything that needs no network, before the model is built and saved.
 
     Raises:
-        ValueError: `repo_id` cannot be the name of a repository.
-        RuntimeError: huggingface_hub is not installed or told to be offline, or there is no token.
+        ValueError: `repo_id` is not a valid name.
+        RuntimeError: huggingface_hub is not installed or in offline mode, or there is no token.
     """
     has_hf_hub(necessary=True)
     import huggingface_hub
@@ -254,12 +258,12 @@ def _check_hub_access(repo_id: str, token: str | None) -> None:
 
     validate_repo_id(repo_id)
     if constants.HF_HUB_OFFLINE:
-        raise RuntimeError(f"{repo_id} cannot be written on Hugging Face's hub: HF_HUB_OFFLINE is set. Unset it.")
-    is_public = constants.ENDPOINT.startswith("https://huggingface.co")  # another one may need no token
+        raise RuntimeError(f"{repo_id} cannot be uploaded to the Hugging Face Hub: HF_HUB_OFFLINE is set. Unset it.")
+    is_public = constants.ENDPOINT.startswith("https://huggingface.co")  # other servers may need no token
     if is_public and not (token or huggingface_hub.get_token()):
         raise RuntimeError(
-            f"{repo_id} cannot be written on Hugging Face's hub: there is no token. Set HF_TOKEN to one that may "
-            "write, or use `hf auth login`."
+            f"{repo_id} cannot be uploaded to the Hugging Face Hub: there is no token. Set HF_TOKEN to a token with "
+            "write permission, or use `hf auth login`."
         )
 
 
@@ -281,12 +285,14 @@ def push_pretrained_to_hf_hub(
     hf_tokenizer_self: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Upload a model with the weights of a tag or a file: `create_model_from_pretrained`, then `push_to_hf_hub`.
+    """Create a model with pretrained weights and upload it.
+
+    The other arguments are those of `create_model_from_pretrained` and `push_to_hf_hub`.
 
     Args:
-        hf_tokenizer_self: whether the uploaded configuration takes its Hugging Face tokenizer from the repository
-            itself, where the tokenizer's files are uploaded to.
-        kwargs: of `create_model_from_pretrained`; what they change of the configuration is uploaded, too.
+        hf_tokenizer_self: whether the uploaded configuration names the new repository, which contains the tokenizer's
+            files, as the source of its Hugging Face tokenizer.
+        kwargs: passed to `create_model_from_pretrained`. The uploaded configuration includes their changes.
     """
     _check_hub_access(repo_id, token)
     recipe = read_recipe(model_name, pretrained, kwargs.get("cache_dir"))
@@ -304,7 +310,7 @@ def push_pretrained_to_hf_hub(
             return_transform=False,
             **kwargs,
         )
-    model_config = _override(recipe.model_cfg, **kwargs)
+    model_config = _with_overrides(recipe.model_cfg, **kwargs)
     if hf_tokenizer_self:
         model_config["text_cfg"]["hf_tokenizer_name"] = repo_id
     return push_to_hf_hub(
@@ -321,11 +327,11 @@ def push_pretrained_to_hf_hub(
     )
 
 
-def _override(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """The configuration after what `create_model_from_pretrained` was asked to change of it."""
+def _with_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """Apply the arguments of `create_model_from_pretrained` to a configuration, in place, and return it."""
     for name in ("device", "jit", "cache_dir", "weights_only"):
         kwargs.pop(name, None)
-    override(
+    apply_overrides(
         model_cfg,
         force_quick_gelu=kwargs.pop("force_quick_gelu", False),
         force_custom_text=kwargs.pop("force_custom_text", False),

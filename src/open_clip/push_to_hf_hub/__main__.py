@@ -1,4 +1,7 @@
-"""`python -m open_clip.push_to_hf_hub --model MODEL --pretrained TAG_OR_FILE --repo-id ORGANISATION/NAME`"""
+"""Command that uploads a model to the Hugging Face Hub.
+
+Usage: `python -m open_clip.push_to_hf_hub --model MODEL --pretrained TAG_OR_FILE --repo-id ORGANISATION/NAME`.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from . import push_pretrained_to_hf_hub
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m open_clip.push_to_hf_hub",
-        description="Upload a model with its weights, configuration and tokenizer to Hugging Face's hub.",
+        description="Upload a model with its weights, configuration and tokenizer to the Hugging Face Hub.",
     )
     add = parser.add_argument
     add("--model", required=True, help="name of the model, as in open_clip.list_models()")
-    add("--pretrained", required=True, help="tag of its weights, or a file")
-    add("--repo-id", required=True, help="where it goes: ORGANISATION/NAME")
-    add("--precision", default="fp32", choices=PRECISIONS, help="of the uploaded weights")
-    add("--image-mean", type=float, nargs="+", metavar="MEAN", help="in place of the weights' own mean")
-    add("--image-std", type=float, nargs="+", metavar="STD", help="in place of the weights' own deviation")
-    add("--image-interpolation", choices=["bicubic", "bilinear", "random"], help="how images are resized")
-    add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="what is resized to the model's size")
+    add("--pretrained", required=True, help="tag of the weights, or a file")
+    add("--repo-id", required=True, help="target repository, ORGANISATION/NAME")
+    add("--precision", default="fp32", choices=PRECISIONS, help="precision of the uploaded weights")
+    add("--image-mean", type=float, nargs="+", metavar="MEAN", help="replaces the mean of the weights")
+    add("--image-std", type=float, nargs="+", metavar="STD", help="replaces the deviation of the weights")
+    add("--image-interpolation", choices=["bicubic", "bilinear", "random"], help="interpolation for resizing")
+    add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="side to resize to the model's size")
     add(
         "--hf-tokenizer-self",
         action="store_true",
-        help="let the uploaded configuration take its Hugging Face tokenizer from the repository itself",
+        help="name the new repository as the source of the Hugging Face tokenizer",
     )
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""A CLIP or SigLIP as a folder that the library transformers loads: `CLIPModel.from_pretrained(folder)`."""
+"""Saving of a CLIP or SigLIP to a folder that transformers loads: `CLIPModel.from_pretrained(folder)`."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def save_for_transformers(
     """Write a folder with `config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer's files.
 
     Args:
-        model: with its preprocessing, as `create_model` gives it.
-        tokenizer: the model's, or None for none.
-        model_config: the model's own, overrides included.
-        name: of the model, in messages.
+        model: a model of `create_model`, with its preprocessing.
+        tokenizer: tokenizer of the model; None: no tokenizer.
+        model_config: configuration that builds this model, including overrides.
+        save_directory: the folder.
+        name: name of the model in messages.
 
     Raises:
-        ValueError: transformers has no such model; the message says what stands in the way.
-        OSError: the folder cannot be written; what was in it is as before.
+        ValueError: transformers has no such model. The message names the difference.
+        OSError: the folder cannot be written. Existing files are unchanged.
     """
     siglip = is_siglip_model_cfg(model_config)
     visual: Any = model.visual
@@ -62,6 +63,6 @@ def save_for_transformers(
             (Path(staging) / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
         if tokenizer is not None:
             save_tokenizer(tokenizer, staging)
-        # configuration last, so that a new folder is whole or no model
+        # the configuration is moved last: a folder without it is not a model
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == TRANSFORMERS_CONFIG_NAME):
             os.replace(path, directory / path.name)

@@ -1,4 +1,4 @@
-"""The README of a model's repository: a head of YAML that the hub reads, then sections of Markdown."""
+"""The README of a model repository: YAML metadata for the hub, followed by sections in Markdown."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def generate_readme(model_card: Mapping[str, Any], model_name: str) -> str:
-    """The text of a README.
+    """Generate the text of a README.
 
     Args:
-        model_card: any of `tags`, `pipeline_tag`, `license`; `description`; `details` (name -> text, list or mapping;
-            its `Dataset` is also given to the hub); `usage`; `comparison`; `citation` (BibTeX, one entry or several).
-        model_name: for the heading.
+        model_card: any of `tags`, `pipeline_tag`, `license`, `description`, `details` (name -> text, list or mapping;
+            `Dataset` also goes into the metadata), `usage`, `comparison`, `citation` (one or several BibTeX entries).
+        model_name: name for the heading.
     """
     details = model_card.get("details")
-    return _yaml_head(model_card, details or {}) + "".join(
+    return _format_metadata(model_card, details or {}) + "".join(
         [
             f"# Model card for {model_name}\n",
             f"\n{model_card['description']}\n" if "description" in model_card else "",
@@ -32,7 +32,7 @@ def generate_readme(model_card: Mapping[str, Any], model_name: str) -> str:
     )
 
 
-def _yaml_head(model_card: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+def _format_metadata(model_card: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     entries = {
         "tags": _as_list(model_card.get("tags", "clip")),
         "library_name": "open_clip",
@@ -51,7 +51,7 @@ def _yaml_head(model_card: Mapping[str, Any], details: Mapping[str, Any]) -> str
 
 
 def _yaml_scalar(value: Any) -> str:
-    """A word as it is, else in quotes: nothing in it may be taken for YAML."""
+    """Quote a value unless it is a plain word, so that no part of it is parsed as YAML."""
     text = str(value)
     return text if re.fullmatch(r"[A-Za-z][\w./+-]*", text) else json.dumps(text)
 

@@ -1,4 +1,4 @@
-"""Files of a tokenizer in the layout that transformers' AutoTokenizer reads."""
+"""Saving of a tokenizer to files that transformers' AutoTokenizer reads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
-    """Write a tokenizer's files: its own `save_pretrained`, or for a SimpleTokenizer those of CLIPTokenizer.
+    """Write the files of a tokenizer: with its `save_pretrained`, or for a SimpleTokenizer those of CLIPTokenizer.
 
-    CLIPTokenizer lowers the case and cuts texts as SimpleTokenizer does with `clean="lower"`. Others have no
-    counterpart there: they are left to open_clip, which makes them from the configuration.
+    CLIPTokenizer corresponds to a SimpleTokenizer with `clean="lower"`. For other cleanings, no files are written:
+    open_clip creates the tokenizer from the configuration.
     """
     save_pretrained = getattr(tokenizer, "save_pretrained", None)
     if save_pretrained is not None:
@@ -29,13 +29,13 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
             write_text(Path(folder) / name, text)
     else:
         logger.warning(
-            "No files are written for %s: transformers has no tokenizer of that kind. open_clip needs none.",
+            "No files are written for the %s, which has no counterpart in transformers. open_clip does not need them.",
             type(tokenizer).__name__,
         )
 
 
 def _clip_tokenizer_files(tokenizer: SimpleTokenizer) -> dict[str, str]:
-    """File name -> content, what CLIPTokenizer reads."""
+    """Return the contents of the files of a CLIPTokenizer, by file name."""
     start, end, *others = tokenizer.special_tokens
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     if others:
