@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from . import npu_loading as npu_loading  # before torch
@@ -153,6 +153,17 @@ class Device:
 
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         return F.gelu(x, approximate=approximate)
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Layer norm that returns the dtype of `x`, with statistics in float32 under autocast."""
+        return F.layer_norm(x, normalized_shape, weight, bias, eps).to(x.dtype)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard."""

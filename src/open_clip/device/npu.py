@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from . import npu_loading, peaks
 from .base import Device
@@ -92,6 +93,22 @@ class NpuDevice(Device):
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         # F.gelu computes the tanh form there whatever is asked; this operator does as it is told.
         return self.library.npu_gelu(x, approximate=approximate)
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        # aclnnLayerNorm takes half precision inputs with float32 weights and keeps its statistics in float32 (op-plugin's
+        # LayerNormKernelNpuOpApi.cpp, CANN's aclnnLayerNorm.md). Autocast would cast the input up and the output down.
+        half = (torch.float16, torch.bfloat16)
+        if x.dtype not in half or weight is None or bias is None or weight.dtype != bias.dtype:
+            return super().layer_norm(x, normalized_shape, weight, bias, eps)
+        with torch.autocast(self.type, enabled=False):
+            return F.layer_norm(x, normalized_shape, weight, bias, eps)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         npu_profiler = self.library.profiler
