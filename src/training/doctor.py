@@ -59,6 +59,7 @@ class Report:
     devices: list[dict[str, Any]] = field(default_factory=list)
     default_device: str = "cpu"
     missing_devices: dict[str, str] = field(default_factory=dict)
+    fused_ops: dict[str, str | None] = field(default_factory=dict)  # None: works; else why it does not
     backends: list[str] = field(default_factory=list)
     precisions: list[str] = field(default_factory=list)
     required: dict[str, str | None] = field(default_factory=dict)
@@ -81,6 +82,7 @@ def examine() -> Report:
     report.backends = _backends()
     report.default_device = devices.best().type
     report.precisions = precision.available(report.default_device)
+    report.fused_ops = devices.get(report.default_device).fused_ops()
     failure = _try_a_step(report.default_device)
     if failure:
         report.obstacles.append(f"A training step on {report.default_device} failed: {failure}")
@@ -175,6 +177,7 @@ def render(report: Report) -> str:
             ("precisions", ", ".join(report.precisions)),
             ("collectives", ", ".join(report.backends)),
         ]),
+        ("Fused operators", [(name, failure or "works") for name, failure in report.fused_ops.items()]),
         ("Packages needed", [(name, version or "MISSING") for name, version in report.required.items()]),
         ("Packages optional", [
             (name, f"{version or '-':<12}{OPTIONAL[name]}") for name, version in report.optional.items()

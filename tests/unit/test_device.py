@@ -257,8 +257,12 @@ def test_plain_activations_on_any_device():
     assert devices.quick_gelu(torch.empty(2, 3, device="meta")).shape == (2, 3)
 
 
-def test_npu_activations_are_fused(npu):
+def test_npu_activations_are_fused_where_the_chip_has_them(npu, monkeypatch):
     kind, x = devices.get("npu"), torch.ones(2)
+    monkeypatch.setattr(devices.npu_ops, "is_usable", lambda name, device, dtype: False)
+    torch.testing.assert_close(kind.gelu(x.double()), torch.nn.functional.gelu(x.double()))
+    torch.testing.assert_close(kind.quick_gelu(x), x * torch.sigmoid(1.702 * x))
+    monkeypatch.setattr(devices.npu_ops, "is_usable", lambda name, device, dtype: dtype == torch.float32)
     assert kind.quick_gelu(x)[0] == "fast_gelu"
     assert kind.gelu(x) == ("gelu", "none")
     assert kind.gelu(x, "tanh") == ("gelu", "tanh")

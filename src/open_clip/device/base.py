@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from . import peaks
 
 
+def exact_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by erf, made of elementary operators, for devices on which F.gelu is another function."""
+    return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))
+
+
 class Device:
     """One kind of device. The base is an accelerator whose functions are in the module `torch.<type>`."""
 
@@ -147,6 +152,10 @@ class Device:
         peak = peaks.find(self.peaks, self.name(index))
         tera = getattr(peak, field) if peak and field else None
         return tera * 1e12 if tera else None
+
+    def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
+        """Why each fused operator that a chip may lack does not work, by name; None where it does. Tries them once."""
+        return {}
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from . import npu_loading, peaks
-from .base import Device
+from . import npu_loading, npu_ops, peaks
+from .base import Device, exact_gelu
 
 
 class NpuDevice(Device):
@@ -85,13 +85,19 @@ class NpuDevice(Device):
         self.module.matmul.allow_hf32 = enabled
         self.module.conv.allow_hf32 = enabled
 
+    def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
+        device = torch.device(self.type, index or 0)
+        return {name: npu_ops.find_failure(name, device, torch.float16) for name in npu_ops.FUSED_OPS}
+
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if not npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
             return super().quick_gelu(x)
         return self.library.npu_fast_gelu(x)  # x * sigmoid(1.702 x) in one kernel
 
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        # F.gelu computes the tanh form there whatever is asked; this operator does as it is told.
+        # F.gelu computes the tanh form on an NPU, whatever is asked; npu_gelu computes the form that is asked for.
+        if not npu_ops.is_usable("npu_gelu", x.device, x.dtype):
+            return exact_gelu(x) if approximate == "none" else super().gelu(x, approximate)
         return self.library.npu_gelu(x, approximate=approximate)
 
     def layer_norm(
@@ -102,10 +108,10 @@ class NpuDevice(Device):
         bias: torch.Tensor | None = None,
         eps: float = 1e-5,
     ) -> torch.Tensor:
-        # aclnnLayerNorm takes half precision inputs with float32 weights and keeps its statistics in float32 (op-plugin's
-        # LayerNormKernelNpuOpApi.cpp, CANN's aclnnLayerNorm.md). Autocast would cast the input up and the output down.
-        half = (torch.float16, torch.bfloat16)
-        if x.dtype not in half or weight is None or bias is None or weight.dtype != bias.dtype:
+        # Autocast would cast the input up and the output down. aclnnLayerNorm takes half precision with float32 weights
+        # and keeps its statistics in float32 (op-plugin: LayerNormKernelNpuOpApi.cpp; CANN: aclnnLayerNorm.md).
+        has_weights = weight is not None and bias is not None and weight.dtype == bias.dtype == torch.float32
+        if not has_weights or not npu_ops.is_usable("native_layer_norm", x.device, x.dtype):
             return super().layer_norm(x, normalized_shape, weight, bias, eps)
         with torch.autocast(self.type, enabled=False):
             return F.layer_norm(x, normalized_shape, weight, bias, eps)

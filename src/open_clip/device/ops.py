@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from .base import Device
+from .base import Device, exact_gelu
 from .table import DEVICES
 
 _PLAIN = DEVICES["cpu"]
@@ -48,7 +48,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """GELU, exact (erf) or approximate="tanh", as asked on every device."""
     if not _fused_ops and approximate == "none":
-        return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))  # F.gelu is not this everywhere
+        return exact_gelu(x)  # F.gelu is not this on every device
     return _device_of(x).gelu(x, approximate)
 
 

@@ -7,6 +7,8 @@
 //   CANN_EMULATOR_STRICT=1  refuses what a real NPU refuses or runs slowly: float64 and complex arithmetic on more than
 //                           a scalar, and attention masks that are added (see checkStrictly)
 //   CANN_EMULATOR_DELAY_COPIES=1  non-blocking copies between host and device land late: see pending.h
+//   CANN_EMULATOR_BROKEN_OPS=npu_gelu:error,npu_fast_gelu_backward:wrong  operators that raise an error, or compute
+//                           something else (see brokenOperators)
 //   CANN_EMULATOR_TRACE=1   says how many operators were replaced
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -15,6 +17,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <map>
+#include <sstream>
 #include <unordered_set>
 
 #include "pending.h"
@@ -331,6 +335,35 @@ class WideArithmetic {
   c10::optional<at::ScalarType> type_;
 };
 
+// ---- operators that the chip lacks
+
+// By name, from CANN_EMULATOR_BROKEN_OPS: "error" raises as an NPU does for an operator that it does not have, "wrong"
+// adds 1 to the results.
+const std::map<std::string, std::string>& brokenOperators() {
+  static const std::map<std::string, std::string> broken = [] {
+    std::map<std::string, std::string> found;
+    const char* value = getenv("CANN_EMULATOR_BROKEN_OPS");
+    std::stringstream list(value ? value : "");
+    for (std::string entry; std::getline(list, entry, ',');) {
+      const size_t colon = entry.find(':');
+      const std::string how = colon == std::string::npos ? "" : entry.substr(colon + 1);
+      TORCH_CHECK(how == "error" || how == "wrong", "CANN_EMULATOR_BROKEN_OPS: ", entry,
+                  " is not NAME:error or NAME:wrong");
+      found[entry.substr(0, colon)] = how;
+    }
+    return found;
+  }();
+  return broken;
+}
+
+// Whether the operator is to compute something else; raises where it is to fail.
+bool isWrong(const std::string& name) {
+  const auto found = brokenOperators().find(name);
+  if (found == brokenOperators().end()) return false;
+  TORCH_CHECK(found->second == "wrong", "EZ1001: ", name, " is not supported on this chip (CANN_EMULATOR_BROKEN_OPS)");
+  return true;
+}
+
 // ---- the kernel
 
 // Replaces NPU tensors among the arguments by CPU aliases and an NPU device argument by the CPU. Returns whether the
@@ -374,6 +407,7 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
   Call call;
   checkDevices(op, name, arguments, count, call);
   checkStrictly(op, name, arguments, count);
+  const bool wrong = isWrong(name);
   const bool staysOnHost = moveArguments(op, arguments, count, call);
   if (staysOnHost)
     emulator::finishAll();  // a copy to the host that blocks is a synchronisation
@@ -390,6 +424,7 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
   for (size_t i = first; i < stack->size(); i++) {
     auto& value = (*stack)[i];
     if (value.isTensor()) {
+      if (wrong && value.toTensor().is_floating_point()) value.toTensor().add_(1);
       value = call.toNpu(wide.round(value.toTensor(), i - first));
     } else if (value.isTensorList()) {
       auto list = value.toTensorVector();

@@ -1,0 +1,148 @@
+"""torch_npu's fused operators that a chip may lack: each is tried once before it is used.
+
+The pages of op-plugin list for every operator the chips that have it, and a chip that is not listed raises an error, or
+computes something else. So an operator is compared with its closed form on a few numbers, forward and backward, when it
+is first used; where it fails, the caller uses elementary operators and the log says so once.
+
+To add an operator: an entry in FUSED_OPS, and at the place of use
+
+    if npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
+        return torch_npu.npu_fast_gelu(x)
+    return <the elementary form>
+
+and a test in tests/npu with CANN_EMULATOR_BROKEN_OPS.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import npu_loading
+
+logger = logging.getLogger(__name__)
+
+# (relative, absolute): as tight as to tell the exact GELU from its tanh form in fp32, as wide as HF32 products.
+TOLERANCES = {torch.float32: (2e-3, 2e-4), torch.float16: (1e-2, 1e-3), torch.bfloat16: (4e-2, 4e-3)}
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """An operator and what it must equal.
+
+    Args:
+        run: calls the operator on NPU tensors and returns one tensor, with autograd.
+        reference: the closed form; called with float64 tensors on the CPU.
+        inputs: makes the arguments of both as float32 tensors on the CPU, about 64 numbers. They are rounded to the
+            dtype that is tried, and gradients of all of them are compared. What is not differentiated, such as a mask,
+            belongs into `run` and `reference`.
+        dtypes: that the operator takes; in others it counts as not usable.
+    """
+
+    run: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)
+
+
+def _library() -> Any:
+    return npu_loading.torch_npu
+
+
+def _activations() -> tuple[Tensor, ...]:
+    return (torch.linspace(-4.0, 4.0, 64).reshape(8, 8),)
+
+
+FUSED_OPS: dict[str, FusedOp] = {
+    "npu_fast_gelu": FusedOp(
+        run=lambda x: _library().npu_fast_gelu(x),
+        reference=lambda x: x * torch.sigmoid(1.702 * x),
+        inputs=_activations,
+    ),
+    "npu_gelu": FusedOp(
+        run=lambda x: _library().npu_gelu(x, approximate="none"),
+        reference=F.gelu,
+        inputs=_activations,
+    ),
+    "native_layer_norm": FusedOp(  # half precision input with float32 weights
+        run=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight.float(), bias.float()),
+        reference=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
+        inputs=lambda: (*_activations(), torch.linspace(0.5, 2.0, 8), torch.linspace(-1.0, 1.0, 8)),
+        dtypes=(torch.float16, torch.bfloat16),
+    ),
+}
+
+_failures: dict[tuple[str, str, torch.dtype], str | None] = {}  # by operator, chip and dtype; None: it works
+_usable: dict[tuple[str, torch.device, torch.dtype], bool] = {}  # the same by device: no driver is asked in a step
+_lock = threading.Lock()
+
+
+@torch.compiler.assume_constant_result
+def is_usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this NPU computes the operator `name` of FUSED_OPS in `dtype`.
+
+    The first call for a chip and dtype tries the operator, which waits for the device; later calls look the result up.
+    A failure is logged once. torch.compile evaluates the call while it traces and keeps the result.
+
+    Args:
+        device: of the tensor at hand, with its index.
+    """
+    known = _usable.get((name, device, dtype))
+    if known is not None:
+        return known
+    if dtype not in FUSED_OPS[name].dtypes:
+        return False
+    if _library().npu.is_current_stream_capturing():
+        return False  # a trial would end the capture; decided at the next call outside of one
+    with _lock:
+        found = _usable[name, device, dtype] = find_failure(name, device, dtype) is None
+    return found
+
+
+def find_failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the operator does not work on this NPU in `dtype`, in a clause; None where it does."""
+    chip = _library().npu.get_device_name(device)
+    key = name, chip, dtype
+    if key not in _failures:
+        # In another thread the trial is outside of the caller's autograd, autocast, inference and dispatch modes.
+        with ThreadPoolExecutor(1) as executor:
+            _failures[key] = executor.submit(_try, FUSED_OPS[name], device, dtype).result()
+        if _failures[key] is not None:
+            logger.warning(
+                f"{name} does not work on {chip} in {str(dtype).removeprefix('torch.')}: {_failures[key]}. Elementary "
+                "operators are used instead, which are slower."
+            )
+    return _failures[key]
+
+
+def _try(op: FusedOp, device: torch.device, dtype: torch.dtype) -> str | None:
+    rounded = [x.to(dtype) for x in op.inputs()]
+    expected = _outputs_and_gradients(op.reference, [x.double() for x in rounded])
+    try:
+        found = _outputs_and_gradients(op.run, [x.to(device) for x in rounded])
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the operator
+    except Exception as error:  # whatever torch_npu raises for an operator that the chip or this CANN does not have
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    relative, absolute = TOLERANCES[dtype]
+    for index, (ours, reference) in enumerate(zip(found, expected, strict=True)):
+        if not torch.allclose(ours, reference, rtol=relative, atol=absolute):
+            what = "output" if index == 0 else "gradient"
+            return f"its {what} differs from the closed form by {(ours - reference).abs().max():.2g}"
+    return None
+
+
+def _outputs_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The output and the gradient of each input, in float64 on the CPU."""
+    leaves = [x.requires_grad_() for x in inputs]
+    output = function(*leaves)
+    weights = torch.linspace(-1.0, 1.0, output.numel()).reshape(output.shape).to(output)
+    gradients = torch.autograd.grad(output, leaves, weights)
+    return [x.detach().cpu().double() for x in (output, *gradients)]
