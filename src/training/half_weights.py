@@ -4,6 +4,10 @@ Under autocast each layer casts its fp32 weights to half precision, and their gr
 step. Here one copy of a buffer converts all weights at the start of a step. During the step each transformer block runs
 on its converted weights, and its gradients are converted together when its backward pass is done, so that DDP still
 reduces them while the other blocks' backward passes run. The numbers are those of autocast.
+
+It pays where launches cost more than memory traffic: the gradients of a block are copied into one tensor first. So the
+device decides (`Device.converts_weights_once`). The copies take 2 bytes per parameter during the whole run, which
+autocast takes during the forward and backward pass.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip import blocks, layers
+from open_clip import device as devices
 from training.flat_tensors import FlatTensors
 from training.precision import dtype_of
 
@@ -35,15 +40,15 @@ def create(
 ) -> Callable[[], contextlib.AbstractContextManager]:
     """Return a function that makes a context for the forward and backward pass of a step.
 
-    Its context has no effect where autocast is off, where the model is compiled (the compiler merges casts itself), and
-    for layers outside the transformer blocks of this package: there autocast casts as always.
+    Its context has no effect where autocast is off, on devices that do not gain by it, where the model is compiled (the
+    compiler merges casts itself), and for layers outside the transformer blocks of this package: there autocast casts.
 
     Args:
         model: the bare module, its parameters where they will be trained.
         flats: buffers that hold the parameters, of an optimizer that made them; a buffer is converted in one launch.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if not precision.startswith("amp") or compiled:
+    if not precision.startswith("amp") or compiled or not devices.get(device).converts_weights_once:
         return contextlib.nullcontext
     return HalfWeights(model, dtype_of(precision, device), flats).lent
 

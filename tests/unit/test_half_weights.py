@@ -17,9 +17,11 @@ import coca_cases
 import open_clip
 import tiny_clip
 from gloo_ranks import run_ranks
+from open_clip import device as devices
 from open_clip.blocks import LENDABLE
 from training import half_weights, precision
 from training.flat_tensors import FlatTensors, flatten_parameters
+from training.half_weights import HalfWeights
 from training.objective import create_objective
 from training.params import ObjectiveConfig
 from training.train import Trainer
@@ -60,7 +62,7 @@ def trainer_of(model: Any, converts: bool, flats: tuple[FlatTensors, ...] = ()) 
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
         device=CPU,
         autocast=precision.get_autocast("amp_bf16", CPU),
-        half_weights=half_weights.create(bare, "amp_bf16", CPU, flats) if converts else contextlib.nullcontext,
+        half_weights=HalfWeights(bare, torch.bfloat16, flats).lent if converts else contextlib.nullcontext,
     )
 
 
@@ -226,7 +228,7 @@ def test_an_exception_leaves_the_model_as_it_was():
 
 def test_without_autocast_blocks_keep_their_weights():
     model = make_model()
-    with half_weights.HalfWeights(model, torch.bfloat16).lent():
+    with HalfWeights(model, torch.bfloat16).lent():
         output = model(**make_batches()[0])["image_features"]
     assert torch.equal(output, model(**make_batches()[0])["image_features"])
 
@@ -249,12 +251,24 @@ def test_layers_that_a_program_has_changed_are_left_to_autocast():
     assert_same_gradients(model)
 
 
+@pytest.fixture
+def gaining_cpu(monkeypatch):
+    """The CPU, as a device that gains by it."""
+    monkeypatch.setattr(type(devices.get(CPU)), "converts_weights_once", True)
+
+
 @pytest.mark.parametrize("chosen", ["fp32", "bf16", "pure_bf16"])
-def test_precisions_without_autocast_have_no_effect(chosen):
+def test_precisions_without_autocast_have_no_effect(gaining_cpu, chosen):
     assert half_weights.create(make_model(), chosen, CPU) is contextlib.nullcontext
 
 
-def test_a_compiled_model_is_left_to_the_compiler():
+def test_the_device_decides(gaining_cpu, monkeypatch):
+    assert half_weights.create(make_model(), "amp_bf16", CPU) is not contextlib.nullcontext
+    monkeypatch.undo()
+    assert half_weights.create(make_model(), "amp_bf16", CPU) is contextlib.nullcontext
+
+
+def test_a_compiled_model_is_left_to_the_compiler(gaining_cpu):
     model = make_model()
     model.compile(backend="eager")
     assert half_weights.create(model, "amp_bf16", CPU) is contextlib.nullcontext

@@ -27,6 +27,7 @@ class Device:
     default_precision: ClassVar[str] = "amp"
     pin_memory: ClassVar[bool] = True  # host memory pinned for it makes copies asynchronous
     fused_adamw: ClassVar[bool] = True  # torch.optim.AdamW(fused=True) is the best choice on it
+    converts_weights_once: ClassVar[bool] = False  # per step, which saves launches: see training.half_weights
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
@@ -157,12 +158,6 @@ class Device:
         """Why each fused operator that a chip may lack does not work, by name; None where it does. Tries them once."""
         return {}
 
-    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-    def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        return F.gelu(x, approximate=approximate)
-
     def layer_norm(
         self,
         x: torch.Tensor,
@@ -173,6 +168,12 @@ class Device:
     ) -> torch.Tensor:
         """Layer norm that returns the dtype of `x`, with statistics in float32 under autocast."""
         return F.layer_norm(x, normalized_shape, weight, bias, eps).to(x.dtype)
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        return F.gelu(x, approximate=approximate)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard."""

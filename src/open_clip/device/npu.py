@@ -18,6 +18,7 @@ class NpuDevice(Device):
 
     type = "npu"
     backend = "hccl"
+    converts_weights_once = True
     # Seconds (120 by default): the first collective may wait for a rank that downloads weights.
     collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
     fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
@@ -85,21 +86,6 @@ class NpuDevice(Device):
         self.module.matmul.allow_hf32 = enabled
         self.module.conv.allow_hf32 = enabled
 
-    def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
-        device = torch.device(self.type, index or 0)
-        return {name: npu_ops.find_failure(name, device, torch.float16) for name in npu_ops.FUSED_OPS}
-
-    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        if not npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
-            return super().quick_gelu(x)
-        return self.library.npu_fast_gelu(x)  # x * sigmoid(1.702 x) in one kernel
-
-    def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        # F.gelu computes the tanh form on an NPU, whatever is asked; npu_gelu computes the form that is asked for.
-        if not npu_ops.is_usable("npu_gelu", x.device, x.dtype):
-            return exact_gelu(x) if approximate == "none" else super().gelu(x, approximate)
-        return self.library.npu_gelu(x, approximate=approximate)
-
     def layer_norm(
         self,
         x: torch.Tensor,
@@ -115,6 +101,21 @@ class NpuDevice(Device):
             return super().layer_norm(x, normalized_shape, weight, bias, eps)
         with torch.autocast(self.type, enabled=False):
             return F.layer_norm(x, normalized_shape, weight, bias, eps)
+
+    def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
+        device = torch.device(self.type, index or 0)
+        return {name: npu_ops.find_failure(name, device, torch.float16) for name in npu_ops.FUSED_OPS}
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        if not npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
+            return super().quick_gelu(x)
+        return self.library.npu_fast_gelu(x)  # x * sigmoid(1.702 x) in one kernel
+
+    def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        # F.gelu computes the tanh form on an NPU, whatever is asked; npu_gelu computes the form that is asked for.
+        if not npu_ops.is_usable("npu_gelu", x.device, x.dtype):
+            return exact_gelu(x) if approximate == "none" else super().gelu(x, approximate)
+        return self.library.npu_gelu(x, approximate=approximate)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3) -> Any:
         npu_profiler = self.library.profiler
