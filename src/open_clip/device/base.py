@@ -27,10 +27,10 @@ class Device:
     default_precision: ClassVar[str] = "amp"
     pin_memory: ClassVar[bool] = True  # host memory pinned for it makes copies asynchronous
     fused_adamw: ClassVar[bool] = True  # torch.optim.AdamW(fused=True) is the best choice on it
-    converts_weights_once: ClassVar[bool] = False  # per step, which saves launches: see training.half_weights
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
+    converts_weights_once: ClassVar[bool] = False  # per step, which saves launches: see training.half_weights
 
     def __repr__(self) -> str:
         return f"<device {self.type}>"

@@ -18,7 +18,6 @@ class NpuDevice(Device):
 
     type = "npu"
     backend = "hccl"
-    converts_weights_once = True
     # Seconds (120 by default): the first collective may wait for a rank that downloads weights.
     collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
     fused_adamw = False  # runs, but nobody has measured it against the foreach form yet: --fused-optimizer chooses it
@@ -27,6 +26,7 @@ class NpuDevice(Device):
         "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF",
         "HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT",
     )
+    converts_weights_once = True
 
     @property
     def library(self) -> Any:

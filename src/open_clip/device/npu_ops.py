@@ -84,7 +84,6 @@ _usable: dict[tuple[str, torch.device, torch.dtype], bool] = {}  # the same by d
 _lock = threading.Lock()
 
 
-@torch.compiler.assume_constant_result
 def is_usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this NPU computes the operator `name` of FUSED_OPS in `dtype`.
 
@@ -104,6 +103,10 @@ def is_usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     with _lock:
         found = _usable[name, device, dtype] = find_failure(name, device, dtype) is None
     return found
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo for it.
+is_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find_failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
