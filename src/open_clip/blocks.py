@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +45,23 @@ class _Mlp(nn.Sequential):
         super().__init__(OrderedDict(layers))
 
 
+_Forward = TypeVar("_Forward", bound=Callable)
+LentWeights = Callable[[], contextlib.AbstractContextManager]
+
+
+def _on_lent_weights(forward: _Forward) -> _Forward:
+    """Run a block's `forward` in the context of its `lent_weights`, which a training step sets for its duration."""
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.lent_weights is None:
+            return forward(self, *args, **kwargs)
+        with self.lent_weights():
+            return forward(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
 def _layer_scale(width: int, init_value: float | None) -> nn.Module:
     return nn.Identity() if init_value is None else LayerScale(width, init_value)
 
@@ -59,6 +78,8 @@ class ResidualAttentionBlock(NotScriptable, nn.Module):
         is_cross_attention: keys and values come from another sequence, with a norm of its own.
         batch_first: sequences are [batch, tokens, width], otherwise [tokens, batch, width].
     """
+
+    lent_weights: LentWeights | None = None  # see training.half_weights
 
     def __init__(
         self,
@@ -97,6 +118,7 @@ class ResidualAttentionBlock(NotScriptable, nn.Module):
         k_x, v_x = (q_x if x is None else x for x in (k_x, v_x))
         return attend(self.attn, q_x, k_x, v_x, attn_mask, kernel_mask, cache)
 
+    @_on_lent_weights
     def forward(
         self,
         q_x: torch.Tensor,
@@ -128,6 +150,8 @@ class CustomResidualAttentionBlock(NotScriptable, nn.Module):
         scale_fc: layer norm before the second feed-forward layer.
         others: as in ResidualAttentionBlock and Attention.
     """
+
+    lent_weights: LentWeights | None = None
 
     def __init__(
         self,
@@ -167,6 +191,7 @@ class CustomResidualAttentionBlock(NotScriptable, nn.Module):
     def get_weight_dtype(self) -> torch.dtype:
         return self.mlp.c_fc.weight.dtype
 
+    @_on_lent_weights
     def forward(
         self,
         x: torch.Tensor,
@@ -182,6 +207,7 @@ class CustomResidualAttentionBlock(NotScriptable, nn.Module):
 
 
 _CUSTOM_BLOCK_FORWARD = CustomResidualAttentionBlock.forward
+LENDABLE = (ResidualAttentionBlock, CustomResidualAttentionBlock)  # blocks that run on `lent_weights`
 
 
 def _is_our_block(block: nn.Module) -> bool:

@@ -23,10 +23,10 @@ ModuleFactory = Callable[..., nn.Module]
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm that returns its input's dtype: under autocast the kernel gives float32."""
+    """Layer norm that returns its input's dtype, also under autocast, where F.layer_norm gives float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return device.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class LayerNormFp32(nn.LayerNorm):

@@ -56,6 +56,10 @@ def tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
 
 
+def is_one_tile(rows: int, columns: int) -> bool:
+    return rows <= TILE_ROWS and rows * columns <= TILE_ELEMENTS
+
+
 def pairs_of_tile(tile: Tensor, rows: slice, columns: slice, first_column: int = 0) -> Tensor:
     """Return a view, possibly empty, of the elements of a tile for pairs: row i and column first_column + i."""
     return tile.diagonal(first_column + rows.start - columns.start)
@@ -97,6 +101,10 @@ def softmax_loss(image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Te
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Tensor:
+        if not batch.distributed and is_one_tile(len(image), len(text)):
+            ctx.batch = batch
+            ctx.save_for_backward(image, text, scale)
+            return _loss_of_tile(image, text, scale, batch.dtype)
         all_text = collectives.all_gather(text) if batch.distributed else text
         own = own_rows(batch.rank, len(image))
         softmax, positives = _softmax_statistics(image, all_text, scale, own.start, batch.dtype)
@@ -116,7 +124,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         image, all_text, scale, *statistics = ctx.saved_tensors
         need_image, need_text, need_scale, _ = ctx.needs_input_grad
-        batch, softmax = ctx.batch, _Softmax(*statistics)
+        batch, softmax = ctx.batch, _Softmax(*statistics) if statistics else None
         # A rank's features occur in its own rows and columns of the logits, and as negatives in those of other ranks.
         # They get the gradients of both, unless the loss is local and the features of other ranks are constants.
         linked = not batch.distributed or batch.gather_with_grad or not batch.local_loss
@@ -136,6 +144,12 @@ class _SoftmaxLoss(torch.autograd.Function):
             grad_scale,
             None,
         )
+
+
+def _loss_of_tile(image: Tensor, text: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of pairs whose logits are one tile, in few operators: no parts of a softmax to put together."""
+    logits = (image.to(dtype) @ text.to(dtype).T).to(exact_dtype(dtype)) * scale
+    return logits.logsumexp(1).lerp(logits.logsumexp(0), 0.5).sub(logits.diagonal()).mean()
 
 
 def _softmax_statistics(
@@ -204,7 +218,7 @@ def _softmax_gradients(
     image: Tensor,
     all_text: Tensor,
     scale: Tensor,
-    softmax: _Softmax,
+    softmax: _Softmax | None,
     weights: Tensor | None,
     batch: Batch,
     linked: bool,
@@ -215,7 +229,7 @@ def _softmax_gradients(
         image: [n, D].
         all_text: [N, D].
         scale: scale of the logits.
-        softmax: statistics of the forward.
+        softmax: statistics of the forward; None if all logits are one tile.
         weights: weight of each rank's part of the logits, or None.
         batch: position of the pairs, and the variant.
         linked: whether all features get the gradients of rows and columns. If not, images get those of rows and texts
@@ -224,8 +238,10 @@ def _softmax_gradients(
     exact, first_column = exact_dtype(batch.dtype), batch.rank * len(image)
     image, all_text = image.to(batch.dtype), all_text.to(batch.dtype)
     grad_image, grad_text = torch.zeros_like(image, dtype=exact), torch.zeros_like(all_text, dtype=exact)
-    row_factor, column_factor, of_scale = 1 / softmax.row_sum, 1 / softmax.column_sum, None
+    of_scale = None
     own_weight: Tensor | float = 1.0
+    if softmax is not None:
+        row_factor, column_factor = 1 / softmax.row_sum, 1 / softmax.column_sum
     if weights is not None:
         own_weight = weights[batch.rank]
         row_factor, column_factor = row_factor * own_weight, column_factor * weights.repeat_interleave(len(image))
@@ -233,8 +249,11 @@ def _softmax_gradients(
     for row, column in tiles(len(image), len(all_text)):
         cosines = (image[row] @ all_text[column].T).to(exact)
         logits = cosines * scale
-        of_rows = (logits - softmax.row_max[row, None]).exp_().mul_(row_factor[row, None])
-        of_columns = logits.sub_(softmax.column_max[column]).exp_().mul_(column_factor[column])
+        if softmax is None:
+            of_rows, of_columns = logits.softmax(1), logits.softmax(0)
+        else:
+            of_rows = (logits - softmax.row_max[row, None]).exp_().mul_(row_factor[row, None])
+            of_columns = logits.sub_(softmax.column_max[column]).exp_().mul_(column_factor[column])
         pairs_of_tile(of_rows, row, column, first_column).sub_(own_weight)
         pairs_of_tile(of_columns, row, column, first_column).sub_(own_weight)
         if of_scale is not None:

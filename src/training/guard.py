@@ -68,6 +68,7 @@ class StepGuard:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [b for m in norms for b in m.buffers()]  # which a forward pass changes
         self._before: list[Tensor] = []
+        self._one, self._nan = torch.tensor([1.0, torch.nan], device=device)  # here: in a step each would be a launch
         self._keys: deque[tuple[int, list[str]]] = deque(maxlen=remembered)
 
     def begin(self, number: int, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -81,7 +82,7 @@ class StepGuard:
         """The loss, whose backward pass gives NaN everywhere if it is not finite (or no step is let through)."""
         self._loss_is_bad = ~torch.isfinite(loss.detach())
         stopped = self._counts[1] >= self.max_in_a_row if self.max_in_a_row else torch.zeros_like(self._loss_is_bad)
-        return loss * torch.where(self._loss_is_bad | stopped, torch.nan, 1.0)
+        return loss * torch.where(self._loss_is_bad | stopped, self._nan, self._one)
 
     def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """The optimizer's step, unless the gradient norm is not finite; the same on all ranks."""

@@ -20,7 +20,7 @@ from open_clip import device as devices
 from open_clip import progress
 from open_clip.utils import check_folder
 from open_clip.whole_file import write_text
-from training import children, distributed, file_utils, logger, precision, preflight, rng, run_warnings
+from training import children, distributed, file_utils, half_weights, logger, precision, preflight, rng, run_warnings
 from training.batches import to_pixels
 from training.build import (
     build_model,
@@ -380,6 +380,7 @@ def _build_trainer(
         scaler=state.scaler,
         scheduler=build_scheduler(state.optimizer, cfg.schedule, cfg.optim, state.steps_per_epoch),
         autocast=precision.get_autocast(chosen, world.device.type),
+        half_weights=half_weights.create(model, chosen, world.device, getattr(state.optimizer, "flats", ())),
         input_dtype=open_clip.get_input_dtype(chosen),
         accum_freq=cfg.optim.accum_freq,
         grad_clip_norm=cfg.optim.grad_clip_norm,

@@ -63,7 +63,8 @@ class Objective(ABC):
     def losses(self, outputs: Outputs) -> Outputs:
         """The losses by name, scalars, and their sum as "loss"."""
         named = self.parts(outputs)
-        return {**named, "loss": torch.stack(list(named.values())).sum()}
+        losses = list(named.values())
+        return {**named, "loss": losses[0] if len(losses) == 1 else torch.stack(losses).sum()}
 
     @abstractmethod
     def parts(self, outputs: Outputs) -> Outputs:

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import open_clip
 from open_clip import device as devices
 from training import evaluate as evaluation
+from training import half_weights, rng
 from training import precision as precisions
-from training import rng
 from training.batches import to_device
 from training.checkpoint import TrainState
 from training.data.skips import report as report_skips
@@ -61,6 +61,7 @@ class Trainer:
     scaler: of fp16 gradients; None without.
     scheduler: sets the learning rate for a step; None leaves it as it is.
     autocast: makes the context for forward passes and losses. input_dtype: of images; None as they come.
+    half_weights: makes the context for forward and backward passes in which weights are converted once.
     accum_freq: batches of one step, see `_accumulate`. grad_clip_norm: bound of the gradient's global 2-norm.
     pairs_at_peak: what a device could do in a second, for the log's MFU; None where that is not known.
     guard: skips steps whose numbers are not finite; None: they are taken as they are.
@@ -75,6 +76,7 @@ class Trainer:
     scaler: Any = None
     scheduler: Callable[[int], Any] | None = None
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     input_dtype: torch.dtype | None = None
     accum_freq: int = 1
     grad_clip_norm: float | None = None
@@ -124,7 +126,8 @@ class Trainer:
 
     def backward(self, batches: list[Batch]) -> Outputs:
         """Adds the gradient of the loss over the samples of all batches (times the scaler's factor); the losses."""
-        losses = self._backward_one(batches[0]) if len(batches) == 1 else self._accumulate(batches)
+        with self.half_weights():
+            losses = self._backward_one(batches[0]) if len(batches) == 1 else self._accumulate(batches)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _backward_one(self, batch: Batch) -> Outputs:
@@ -518,6 +521,7 @@ def train_one_epoch(
     args: device, precision, accum_freq, grad_clip_norm, log_every_n_steps, skip_scheduler. tb_writer: of TensorBoard.
     """
     device = torch.device(args.device)
+    precision = precisions.resolve(args.precision, device)
     trainer = Trainer(
         model=model,
         objective=loss if isinstance(loss, Objective) else LossModule(loss, dist_model),
@@ -525,7 +529,8 @@ def train_one_epoch(
         device=device,
         scaler=scaler,
         scheduler=None if args.skip_scheduler else scheduler,
-        autocast=precisions.get_autocast(precisions.resolve(args.precision, device), device.type),
+        autocast=precisions.get_autocast(precision, device.type),
+        half_weights=half_weights.create(unwrap_model(model), precision, device),
         input_dtype=open_clip.get_input_dtype(args.precision),
         accum_freq=args.accum_freq,
         grad_clip_norm=args.grad_clip_norm,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import open_clip
 import tiny_clip
 from open_clip import device as devices
-from training import build, distributed, precision
+from training import build, distributed, half_weights, precision
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
@@ -64,6 +64,7 @@ def make_trainer(
         device=device,
         scaler=precision.grad_scaler(chosen, device, **scaler),
         autocast=precision.get_autocast(chosen, device),
+        half_weights=half_weights.create(model, chosen, device),
         grad_clip_norm=1.0,
     )
 

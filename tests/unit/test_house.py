@@ -55,7 +55,7 @@ FLOORS = [
     ["training.guard", "training.gradients", "training.signals"],
     [
         "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
-        "training.build", "training.flops", "training.trace",
+        "training.build", "training.flops", "training.trace", "training.half_weights",
     ],
     ["training.evaluate", "training.saver", "training.preflight", "training.run_warnings"],
     ["training.train"],

@@ -66,10 +66,28 @@ def test_extreme_logits_stay_finite(kind):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_tile_gives_the_loss_and_gradients_of_several(dtype, monkeypatch):
+    def answers():
+        image, text = (part.requires_grad_() for part in pairs(48, 32, dtype))
+        scale = torch.tensor(20.0, dtype=pairwise.exact_dtype(dtype), requires_grad=True)
+        loss = ClipLoss()(image, text, scale)
+        return [loss, *torch.autograd.grad(loss, (image, text, scale))]
+
+    one = answers()
+    monkeypatch.setattr(pairwise, "TILE_ROWS", 16)
+    several = answers()
+    for found, expected in zip(one, several, strict=True):
+        assert found.dtype == expected.dtype
+        tolerance = 8 * torch.finfo(found.dtype).eps
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", DEFINITIONS)
-def test_gradients_in_fp32_are_as_exact_as_without_tiles(kind, monkeypatch):
-    monkeypatch.setattr(pairwise, "TILE_ROWS", 64)
-    monkeypatch.setattr(pairwise, "TILE_ELEMENTS", 64 * 48)
+@pytest.mark.parametrize("tile", [(64, 48), (1024, 1024)])
+def test_gradients_in_fp32_are_as_exact_as_those_of_all_logits_at_once(kind, tile, monkeypatch):
+    monkeypatch.setattr(pairwise, "TILE_ROWS", tile[0])
+    monkeypatch.setattr(pairwise, "TILE_ELEMENTS", tile[0] * tile[1])
 
     def gradients(function, dtype):
         image, text = (part.requires_grad_() for part in pairs(200, 32, dtype))

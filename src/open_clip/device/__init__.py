@@ -15,6 +15,7 @@ from .npu import NpuDevice as NpuDevice
 from .ops import attention as attention
 from .ops import elementary_ops as elementary_ops
 from .ops import gelu as gelu
+from .ops import layer_norm as layer_norm
 from .ops import quick_gelu as quick_gelu
 from .ops import use_fused_ops as use_fused_ops
 from .table import DEVICES as DEVICES

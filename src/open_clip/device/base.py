@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from . import npu_loading as npu_loading  # before torch
@@ -36,6 +36,7 @@ class Device:
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
+    converts_weights_once: ClassVar[bool] = False  # per step, which saves launches: see training.half_weights
     deterministic_env: ClassVar[dict[str, str]] = {}  # set by `set_deterministic`, where the user has not
     deterministic_switches: ClassVar[tuple[str, ...]] = ("torch.use_deterministic_algorithms",)
     # Regular expression searched in the text of an error.
@@ -225,6 +226,17 @@ class Device:
     def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
         """Why each fused operator that a chip may lack does not work, by name; None where it does. Tries them once."""
         return {}
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Layer norm that returns the dtype of `x`, with statistics in float32 under autocast."""
+        return F.layer_norm(x, normalized_shape, weight, bias, eps).to(x.dtype)
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)

@@ -5,11 +5,12 @@ import importlib.util
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from .. import torch_versions
 from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, peaks
@@ -63,6 +64,7 @@ class NpuDevice(Device):
             "ERR99999 only says that an exception outside torch_npu ended a process: its traceback has the cause.",
         ),
     )
+    converts_weights_once = True
 
     @property
     def library(self) -> Any:
@@ -218,6 +220,22 @@ class NpuDevice(Device):
         # Out of the box the two differ: convolutions in HF32, products in full fp32.
         self.module.matmul.allow_hf32 = enabled
         self.module.conv.allow_hf32 = enabled
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        # Autocast would cast the input up and the output down. aclnnLayerNorm takes half precision with float32 weights
+        # and keeps its statistics in float32 (op-plugin: LayerNormKernelNpuOpApi.cpp; CANN: aclnnLayerNorm.md).
+        has_weights = weight is not None and bias is not None and weight.dtype == bias.dtype == torch.float32
+        if not has_weights or not npu_ops.is_usable("native_layer_norm", x.device, x.dtype):
+            return super().layer_norm(x, normalized_shape, weight, bias, eps)
+        with torch.autocast(self.type, enabled=False):
+            return F.layer_norm(x, normalized_shape, weight, bias, eps)
 
     def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
         device = torch.device(self.type, index or 0)

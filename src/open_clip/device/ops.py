@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,17 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     if not _fused_ops and approximate == "none":
         return exact_gelu(x)  # F.gelu is not this on every device
     return _device_of(x).gelu(x, approximate)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """F.layer_norm that returns the dtype of `x` under autocast, too; some devices need no casts for it."""
+    return _device_of(x).layer_norm(x, normalized_shape, weight, bias, eps)
 
 
 def attention(

@@ -316,23 +316,29 @@ bool isProduct(const std::string& name) {
   return names.count(name) > 0;
 }
 
+bool isLayerNorm(const std::string& name) { return name == "native_layer_norm" || name == "native_layer_norm_backward"; }
+
 // The NPU's cube unit adds up the products of half precision numbers in fp32 and rounds once. So does this, and it is
-// far quicker than the CPU's own fp16 products.
-class WideProducts {
+// far quicker than the CPU's own fp16 products. Layer norm does likewise: its statistics and the gradients of its weights
+// are fp32 (op-plugin: LayerNormKernelNpuOpApi.cpp, LayerNormBackwardKernelNpuOpApi.cpp), and only the first result is
+// rounded.
+class WideArithmetic {
  public:
-  WideProducts(const std::string& name, c10::IValue* arguments, size_t count) {
-    if (!isProduct(name)) return;
+  WideArithmetic(const std::string& name, c10::IValue* arguments, size_t count) : roundsFirst_(isLayerNorm(name)) {
+    if (!isProduct(name) && !roundsFirst_) return;
     for (size_t i = 0; i < count; i++) {
       if (!arguments[i].isTensor() || !arguments[i].toTensor().defined() || !isHalf(arguments[i].toTensor())) continue;
-      type_ = arguments[i].toTensor().scalar_type();
+      if (!type_) type_ = arguments[i].toTensor().scalar_type();  // of the input; a layer norm's weights may be fp32
       arguments[i] = arguments[i].toTensor().to(at::kFloat);
     }
   }
-  at::Tensor round(const at::Tensor& result) const {
+  at::Tensor round(const at::Tensor& result, size_t index) const {
+    if (roundsFirst_ && index > 0) return result;
     return type_ && result.defined() && result.scalar_type() == at::kFloat ? result.to(*type_) : result;
   }
 
  private:
+  bool roundsFirst_;
   c10::optional<at::ScalarType> type_;
 };
 
@@ -414,18 +420,19 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
     emulator::finishAll();  // a copy to the host that blocks is a synchronisation
   else
     emulator::finish(currentStream(*call.device));
-  const WideProducts products(name, arguments, count);
+  const WideArithmetic wide(name, arguments, count);
   {
     const RandomStream random(op, arguments, *call.device);
     op.callBoxed(stack);
   }
   call.followResizes();
   if (staysOnHost) return;
-  for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); i++) {
+  const size_t first = stack->size() - op.schema().returns().size();
+  for (size_t i = first; i < stack->size(); i++) {
     auto& value = (*stack)[i];
     if (value.isTensor()) {
       if (wrong && value.toTensor().is_floating_point()) value.toTensor().add_(1);
-      value = call.toNpu(products.round(value.toTensor()));
+      value = call.toNpu(wide.round(value.toTensor(), i - first));
     } else if (value.isTensorList()) {
       auto list = value.toTensorVector();
       for (auto& tensor : list) tensor = call.toNpu(tensor);
