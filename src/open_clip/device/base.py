@@ -63,6 +63,14 @@ class Device:
         """What is wrong with the software of this device although it may run, each with its mend."""
         return []
 
+    @property
+    def saturates(self) -> bool:
+        """Whether fp16 overflows become the largest number and NaN becomes 0, so that `isfinite` does not see them.
+
+        Only the gradient scaler of such a device learns of an overflow, from the device's status flag.
+        """
+        return False
+
     # Running on it
 
     def set_device(self, index: int) -> None:

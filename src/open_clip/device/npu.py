@@ -64,7 +64,16 @@ class NpuDevice(Device):
                     f"torch_npu {own} does not match torch {wanted}: the first two numbers must agree "
                     f"(pip install torch_npu=={'.'.join(wanted.split('.')[:2])}.*)."
                 )
+        if self.is_available() and self.name(0).startswith("Ascend310"):
+            found.append(
+                f"{self.name(0)} is an inference chip: op-plugin's pages list no backward operator and no optimizer for "
+                "it. Train on an Ascend 910."
+            )
         return found
+
+    @property
+    def saturates(self) -> bool:
+        return self.is_available() and not self.module.utils.is_support_inf_nan()
 
     def grad_scaler(self, **kwargs: Any) -> Any:
         # torch.amp.GradScaler("npu") has been reported to fail in update() on some stacks; torch_npu's own is at home.

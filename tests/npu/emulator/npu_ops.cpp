@@ -4,13 +4,18 @@
 // (2) CPU formulas for torch_npu's own operators (npu::...), which kernels.cpp then serves on the NPU. An operator that
 //     has none here fails with 207000 (feature unsupported): add it where the project uses it, and its test beside it.
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <functional>
+#include <limits>
 
 #include "cann.h"
+#include "chip.h"
+#include "random.h"
 
 // ---- (1) aclnn: a call that plans (…GetWorkspaceSize), then one that executes
 
@@ -149,6 +154,16 @@ int aclnnInplaceFillScalarGetWorkspaceSize(aclTensor* self, const aclScalar* val
   return plan(workspace, executor, [=] { self->value.fill_(value->value); });
 }
 EXECUTE(aclnnInplaceFillScalar)
+int aclnnTriuGetWorkspaceSize(const aclTensor* self, int64_t diagonal, aclTensor* out, uint64_t* workspace,
+                              aclOpExecutor** executor) {
+  return plan(workspace, executor, [=] { out->value.copy_(at::triu(self->value, diagonal)); });
+}
+EXECUTE(aclnnTriu)
+int aclnnLogicalNotGetWorkspaceSize(const aclTensor* self, aclTensor* out, uint64_t* workspace,
+                                    aclOpExecutor** executor) {
+  return plan(workspace, executor, [=] { out->value.copy_(at::logical_not(self->value)); });
+}
+EXECUTE(aclnnLogicalNot)
 }  // extern "C"
 
 // ---- (2) npu::
@@ -187,15 +202,34 @@ Tensor geluBackward(const Tensor& grad, const Tensor& input, c10::string_view ap
   return at::gelu_backward(grad.to(at::kFloat), input.to(at::kFloat), approximate).to(input.scalar_type());
 }
 
+// The float status operators (op_plugin/ops/aclops/FloatStatusKernelNpu.cpp). On chips with saturation mode the status is
+// written into the argument, which is returned; on later chips it is always clear.
+constexpr int64_t kFloatStatusSize = 8;
+Tensor allocFloatStatus(const Tensor&) { return at::zeros({kFloatStatusSize}, at::kFloat); }
+Tensor getFloatStatus(const Tensor& status, int64_t) {
+  if (!emulator::isFirstGeneration()) return at::zeros({kFloatStatusSize}, at::kInt);
+  if (emulator::overflowStatus()) status.select(0, 0).fill_(1);
+  return status;
+}
+Tensor clearFloatStatus(const Tensor&, int64_t) {
+  emulator::overflowStatus() = false;
+  return at::zeros({kFloatStatusSize}, at::kFloat);
+}
+
 // npu_fusion_attention. Its mask is the opposite of PyTorch's: True is masked out. sparse_mode 2 is causal with the
 // diagonal from the upper left corner, 3 from the lower right; both ignore the values of the mask that is passed.
+// A score that is masked out becomes a very small finite number (CANN's FlashAttentionScore.md), so a row without any
+// key is the mean of all values. With inner_precise 2 (and sparse_mode 3, which sets it) such a row is 0.
 enum { kSparseCausalUpperLeft = 2, kSparseCausalLowerRight = 3 };
+constexpr int64_t kRowsWithoutKeysAreZero = 2;  // inner_precise
 
 struct AttentionArguments {
   int64_t heads;
   c10::string_view layout;  // BNSD, BSND, BSH, SBH
   double scale;
-  int64_t sparseMode;
+  int64_t sparseMode, innerPrecise;
+  double keepProbability;
+  int64_t seed;
 };
 
 Tensor toBnsd(const Tensor& x, int64_t heads, c10::string_view layout) {
@@ -220,7 +254,7 @@ int64_t keyHeads(const Tensor& key, int64_t headDim, c10::string_view layout) {
 // (output, row maxima, row sums), the two last expanded to 8 as the kernel returns them
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                                           const AttentionArguments& arguments) {
-  const auto [heads, layout, scale, sparseMode] = arguments;
+  const auto [heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed] = arguments;
   const auto q = toBnsd(query, heads, layout).to(at::kFloat);
   const int64_t groups = keyHeads(key, q.size(3), layout);
   auto k = toBnsd(key, groups, layout).to(at::kFloat), v = toBnsd(value, groups, layout).to(at::kFloat);
@@ -230,37 +264,54 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key
   }
   auto scores = at::matmul(q, k.transpose(-1, -2)) * scale;
   const int64_t rows = q.size(2), columns = k.size(2);
+  auto out = at::zeros({rows, columns}, at::kBool);
   if (sparseMode == kSparseCausalUpperLeft || sparseMode == kSparseCausalLowerRight) {
     const int64_t diagonal = sparseMode == kSparseCausalUpperLeft ? 1 : columns - rows + 1;
-    scores = scores.masked_fill(at::ones({rows, columns}, at::kBool).triu(diagonal), -INFINITY);
+    out = at::ones({rows, columns}, at::kBool).triu(diagonal);
   } else if (isGiven(mask)) {
-    scores = scores.masked_fill(mask->to(at::kBool), -INFINITY);
+    out = mask->to(at::kBool);
   }
+  scores = scores.masked_fill(out, std::numeric_limits<float>::lowest());
   const auto maximum = std::get<0>(scores.max(-1, true)), weights = (scores - maximum).exp(), sum = weights.sum(-1, true);
-  return {fromBnsd(at::matmul(weights / sum, v), layout).to(query.scalar_type()),
+  auto shares = weights / sum;
+  if (innerPrecise == kRowsWithoutKeysAreZero || sparseMode == kSparseCausalLowerRight)
+    shares = shares.masked_fill(out.all(-1, true), 0);
+  if (keepProbability < 1) {
+    const auto kept = at::empty(shares.sizes()).bernoulli_(keepProbability, at::detail::createCPUGenerator(seed));
+    shares = shares * kept / keepProbability;
+  }
+  return {fromBnsd(at::matmul(shares, v), layout).to(query.scalar_type()),
           maximum.expand({-1, -1, -1, 8}).contiguous(), sum.expand({-1, -1, -1, 8}).contiguous()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t> fusionAttention(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
-    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t,
+    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
     at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
     c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
-  TORCH_CHECK(keepProbability == 1.0 && !isGiven(pse), "emulated npu_fusion_attention: there is no dropout and no pse");
-  auto [output, maximum, sum] = attend(query, key, value, mask, {heads, layout, scale, sparseMode});
-  return {output, maximum, sum, at::empty({0}, query.options()), 0, 0, 0};
+  TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention: there is no pse");
+  int64_t seed = 0;
+  if (keepProbability < 1) {
+    const c10::Device device = c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
+    seed = static_cast<int64_t>(emulator::nextSeed(at::globalContext().defaultGenerator(device)));
+  }
+  auto [output, maximum, sum] =
+      attend(query, key, value, mask, {heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed});
+  return {output, maximum, sum, at::empty({0}, query.options()), seed, 0, 0};
 }
 
 // The forward once more, under the CPU's autograd: right by construction, and slow.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGrad(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
     c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
-    MaybeTensor, double scale, double, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, at::OptionalIntArrayRef,
+    MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, int64_t seed, int64_t,
+    int64_t, at::OptionalIntArrayRef,
     at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool, c10::string_view, MaybeTensor) {
   const at::AutoGradMode recorded(true);
   const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
   const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
-  const auto output = std::get<0>(attend(q, k, v, mask, {heads, layout, scale, sparseMode}));
+  const auto output = std::get<0>(attend(
+      q, k, v, mask, {heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed}));
   const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
   const auto none = at::empty({0}, query.options());
   return {grads[0], grads[1], grads[2], none, none};
@@ -277,6 +328,9 @@ TORCH_LIBRARY_IMPL(npu, CPU, library) {
   library.impl("npu_fast_gelu_backward", fastGeluBackward);
   library.impl("npu_gelu", gelu);
   library.impl("npu_gelu_backward", geluBackward);
+  library.impl("npu_alloc_float_status", allocFloatStatus);
+  library.impl("npu_get_float_status", getFloatStatus);
+  library.impl("npu_clear_float_status", clearFloatStatus);
   library.impl("npu_fusion_attention", fusionAttention);
   library.impl("npu_fusion_attention_grad", fusionAttentionGrad);
 }
