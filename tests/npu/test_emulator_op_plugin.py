@@ -82,24 +82,25 @@ def test_attention_is_the_fused_operator() -> None:
             F.scaled_dot_product_attention(query, key, value, attn_mask=mask),
         ]
         sum(output.sum() for output in outputs).backward()
-    assert calls.counts["npu::npu_fusion_attention"] == calls.counts["npu::npu_fusion_attention_grad"] == 3
+    assert calls.counts["npu::npu_fusion_attention_v3"] == calls.counts["npu::npu_fusion_attention_grad_v3"] == 3
     assert not calls.counts["aten::bmm"]
     torch.testing.assert_close(outputs[1], outputs[2])
 
 
-def test_a_row_without_keys_is_the_mean_of_the_values() -> None:
-    """torch gives 0 since 2.5. The gradient of such a row goes to the values alone."""
+def test_rows_without_keys() -> None:
+    """Zeros by scaled_dot_product_attention, as torch's: it sets inner_precise 2. Without that, the values' mean."""
     query, key, value = queries()
     mask = torch.ones(5, 5, dtype=torch.bool, device=NPU)
     mask[2] = False
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    torch.testing.assert_close(output[:, :, 2], value.mean(2))
-    found = torch.autograd.grad(output[:, :, 2].sum(), (query, key, value))
+    assert not output[:, :, 2].any()
+    direct = torch_npu.npu_fusion_attention(query, key, value, 2, "BNSD", scale=8**-0.5, atten_mask=~mask)[0]
+    torch.testing.assert_close(direct[:, :, 2], value.mean(2))
+    torch.testing.assert_close(direct[:, :, :2], output[:, :, :2])
+    found = torch.autograd.grad(direct[:, :, 2].sum(), (query, key, value))
     assert [gradient.abs().max().item() for gradient in found] == pytest.approx([0, 0, 0.2])
-    inputs = [x.detach() for x in (query, key, value)]
-    zeroed = torch_npu.npu_fusion_attention(*inputs, 2, "BNSD", scale=8**-0.5, atten_mask=~mask, inner_precise=2)[0]
-    assert not zeroed[:, :, 2].any()
-    torch.testing.assert_close(zeroed[:, :, :2], output[:, :, :2].detach())
+    found = torch.autograd.grad(output[:, :, 2].sum(), (query, key, value))
+    assert not any(gradient.any() for gradient in found)
 
 
 def test_dropout_of_attention_keeps_what_it_should_and_follows_the_seed() -> None:

@@ -17,9 +17,10 @@ PLAIN = """
         return bool(torch_npu.npu_get_float_status(torch.zeros(8, device="npu"))[0] != 0)
 
     x = torch.tensor([12.0, -2.0], dtype=torch.float16, device="npu")
-    print(flag(), torch.exp(x)[0].item(), flag(), (x / 0 - x / 0)[0].item())  # the example of INF_NAN_MODE_ENABLE's page
+    # the example of CANN's page of INF_NAN_MODE_ENABLE
+    print(flag(), torch.exp(x)[0].item(), flag(), (x / 0 - x / 0)[0].item())
     torch_npu.npu_clear_float_status(torch.zeros(8, device="npu"))
-    masked = torch.zeros(2, dtype=torch.float16, device="npu").masked_fill_(torch.tensor([True, False]).npu(), -torch.inf)
+    masked = torch.zeros_like(x).masked_fill_(torch.tensor([True, False]).npu(), -torch.inf)
     print(flag(), (masked + 1).tolist(), flag(), (x.float() * 1e38 * 1e38)[0].item())
     print((x.float() * 1e6).half().tolist(), flag())
 

@@ -66,8 +66,8 @@ class NpuDevice(Device):
                 )
         if self.is_available() and self.name(0).startswith("Ascend310"):
             found.append(
-                f"{self.name(0)} is an inference chip: op-plugin's pages list no backward operator and no optimizer for "
-                "it. Train on an Ascend 910."
+                f"{self.name(0)} is an inference chip: torch_npu lists its fused optimizers for training chips only. "
+                "Train on an Ascend 910."
             )
         return found
 

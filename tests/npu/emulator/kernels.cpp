@@ -46,8 +46,7 @@ const std::unordered_set<std::string> kKeptFromTorchNpu = {
     "_pin_memory", "pin_memory", "_local_scalar_dense", "is_set_to", "get_npu_format", "npu_format_cast",
     "npu_format_cast_", "get_storage_size", "copy_memory_", "npu_change_data_ptr", "is_coalesced",
     "_has_compatible_shallow_copy_type",
-    // op-plugin's own choice between npu_fusion_attention and elementary operators; it calls aclnnTriu and
-    // aclnnLogicalNot for the mask (npu_ops.cpp)
+    // op-plugin's own choice between npu_fusion_attention_v3 and elementary operators, with the masks that it makes
     "scaled_dot_product_attention"};
 
 // In these, tensors of several devices may meet.

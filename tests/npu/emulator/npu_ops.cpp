@@ -154,16 +154,6 @@ int aclnnInplaceFillScalarGetWorkspaceSize(aclTensor* self, const aclScalar* val
   return plan(workspace, executor, [=] { self->value.fill_(value->value); });
 }
 EXECUTE(aclnnInplaceFillScalar)
-int aclnnTriuGetWorkspaceSize(const aclTensor* self, int64_t diagonal, aclTensor* out, uint64_t* workspace,
-                              aclOpExecutor** executor) {
-  return plan(workspace, executor, [=] { out->value.copy_(at::triu(self->value, diagonal)); });
-}
-EXECUTE(aclnnTriu)
-int aclnnLogicalNotGetWorkspaceSize(const aclTensor* self, aclTensor* out, uint64_t* workspace,
-                                    aclOpExecutor** executor) {
-  return plan(workspace, executor, [=] { out->value.copy_(at::logical_not(self->value)); });
-}
-EXECUTE(aclnnLogicalNot)
 }  // extern "C"
 
 // ---- (2) npu::
@@ -284,37 +274,74 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key
           maximum.expand({-1, -1, -1, 8}).contiguous(), sum.expand({-1, -1, -1, 8}).contiguous()};
 }
 
+// The seed of the dropout; 0 where nothing is dropped.
+int64_t drawSeed(double keepProbability) {
+  if (keepProbability == 1.0) return 0;
+  const c10::Device device = c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
+  return static_cast<int64_t>(emulator::nextSeed(at::globalContext().defaultGenerator(device)));
+}
+
+// The forward once more, under the CPU's autograd: right by construction, and slow.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attendBackward(const Tensor& query, const Tensor& key,
+                                                                  const Tensor& value, const Tensor& grad,
+                                                                  MaybeTensor mask,
+                                                                  const AttentionArguments& arguments) {
+  const at::AutoGradMode recorded(true);
+  const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
+  const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
+  const auto output = std::get<0>(attend(q, k, v, mask, arguments));
+  const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
+  const auto none = at::empty({0}, query.options());
+  return {grads[0], grads[1], grads[2], none, none};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t> fusionAttention(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
     MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
     at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
     c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
   TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention: there is no pse");
-  int64_t seed = 0;
-  if (keepProbability < 1) {
-    const c10::Device device = c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
-    seed = static_cast<int64_t>(emulator::nextSeed(at::globalContext().defaultGenerator(device)));
-  }
+  const int64_t seed = drawSeed(keepProbability);
   auto [output, maximum, sum] =
       attend(query, key, value, mask, {heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed});
   return {output, maximum, sum, at::empty({0}, query.options()), seed, 0, 0};
 }
-
-// The forward once more, under the CPU's autograd: right by construction, and slow.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGrad(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
     c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
     MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, int64_t seed, int64_t,
-    int64_t, at::OptionalIntArrayRef,
-    at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool, c10::string_view, MaybeTensor) {
-  const at::AutoGradMode recorded(true);
-  const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
-  const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
-  const auto output = std::get<0>(attend(
-      q, k, v, mask, {heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed}));
-  const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
-  const auto none = at::empty({0}, query.options());
-  return {grads[0], grads[1], grads[2], none, none};
+    int64_t, at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
+    c10::string_view, MaybeTensor) {
+  return attendBackward(query, key, value, grad, mask,
+                        {heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed});
+}
+
+// The same with lengths and seeds that are tensors: what torch_npu 2.13's scaled_dot_product_attention calls.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionV3(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
+    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
+    at::OptionalSymIntArrayRef, MaybeTensor, MaybeTensor, int64_t sparseMode, bool, bool, c10::string_view,
+    MaybeTensor) {
+  TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention_v3: there is no pse");
+  const int64_t seed = drawSeed(keepProbability);
+  auto [output, maximum, sum] =
+      attend(query, key, value, mask, {heads, layout, scale, sparseMode, innerPrecise, keepProbability, seed});
+  return {output,
+          maximum,
+          sum,
+          at::empty({0}, query.options()),
+          at::full({1}, seed, at::TensorOptions(at::kLong)),
+          at::zeros({1}, at::TensorOptions(at::kLong))};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGradV3(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
+    c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
+    MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, MaybeTensor seed,
+    MaybeTensor, at::OptionalSymIntArrayRef, MaybeTensor, MaybeTensor, int64_t sparseMode, bool, bool,
+    c10::string_view, MaybeTensor) {
+  const int64_t drawn = isGiven(seed) ? seed->item<int64_t>() : 0;
+  return attendBackward(query, key, value, grad, mask,
+                        {heads, layout, scale, sparseMode, innerPrecise, keepProbability, drawn});
 }
 }  // namespace
 
@@ -333,4 +360,6 @@ TORCH_LIBRARY_IMPL(npu, CPU, library) {
   library.impl("npu_clear_float_status", clearFloatStatus);
   library.impl("npu_fusion_attention", fusionAttention);
   library.impl("npu_fusion_attention_grad", fusionAttentionGrad);
+  library.impl("npu_fusion_attention_v3", fusionAttentionV3);
+  library.impl("npu_fusion_attention_grad_v3", fusionAttentionGradV3);
 }
