@@ -47,7 +47,8 @@ def test_the_list_is_not_stale() -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: f"{op.name}.{op.variant_test_name}".rstrip("."))
-def test_operator_equals_the_cpu_forward_and_backward(op: object) -> None:
+def test_operator_equals_the_cpu_forward_and_backward(op: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")  # some inputs are float64 or masks that are added
     torch.manual_seed(0)
     samples = list(op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd))
     samples = [sample for sample in samples if not sample.kwargs.get("dropout_p")][:6]  # each device draws its own

@@ -34,7 +34,9 @@ def train(name: str, device: torch.device) -> tuple[list[float], Calls]:
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_two_steps_lose_as_on_the_cpu(name: str) -> None:
+def test_two_steps_lose_as_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "relpos" in name:  # adds a bias to its scores, for which there is no fused operator
+        monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")
     (ours, calls), (reference, _) = train(name, NPU), train(name, CPU)
     assert ours == pytest.approx(reference, rel=2e-3)
     assert reference[0] != reference[1]

@@ -16,6 +16,13 @@ pytest.importorskip("transformers")
 KINDS = ("roberta", "mt5", "m2m_100")
 
 
+@pytest.fixture(autouse=True)
+def slow_path_for_t5(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 adds a bias to its scores, for which there is no fused operator."""
+    if "kind" in request.fixturenames and request.getfixturevalue("kind") == "mt5":
+        monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")
+
+
 def make_model(folder: Path, kind: str, checkpointing: bool = False) -> torch.nn.Module:
     """Without dropout, which draws other numbers on each device."""
     torch.manual_seed(0)
@@ -74,7 +81,7 @@ print("finite", bool(loss.isfinite()))
 
 @pytest.mark.parametrize("kind", ["roberta", "m2m_100"])
 def test_nothing_falls_to_a_slow_path(kind: str, tmp_path: Path) -> None:
-    """Strict mode refuses what has no fused kernel, added masks above all. T5's bias is one, by its nature."""
+    """Strict mode refuses attention without a fused operator, with dropout as the towers are trained."""
     script = STRICT.replace("NAME", hf_cases.write_clip(tmp_path, kind)).replace("KIND", kind)
     assert run_script(script, strict=1)[-1] == "finite True"
 

@@ -105,6 +105,14 @@ class Device:
         """What to do about an error, by the codes in its text; None for an error without a known code."""
         return next((advice for pattern, advice in self.hints if re.search(pattern, error_text)), None)
 
+    @property
+    def saturates(self) -> bool:
+        """Whether fp16 overflows become the largest number and NaN becomes 0, so that `isfinite` does not see them.
+
+        Only the gradient scaler of such a device learns of an overflow, from the device's status flag.
+        """
+        return False
+
     # Running on it
 
     def set_device(self, index: int) -> None:

@@ -109,6 +109,11 @@ class NpuDevice(Device):
                     f"torch_npu {own} does not match torch {there}: its wheels require torch {needed}, to all three "
                     f"numbers. Install that torch or the torch_npu for this one (docs/npu.md)."
                 )
+        if self.is_available() and self.name(0).startswith("Ascend310"):
+            found.append(
+                f"{self.name(0)} is an inference chip: torch_npu lists its fused optimizers for training chips only. "
+                "Train on an Ascend 910."
+            )
         return found
 
     def environment_errors(self) -> list[str]:
@@ -202,6 +207,10 @@ class NpuDevice(Device):
             if peak is not None:
                 return peak, path
         return None
+
+    @property
+    def saturates(self) -> bool:
+        return self.is_available() and not self.module.utils.is_support_inf_nan()
 
     def grad_scaler(self, **kwargs: Any) -> Any:
         # Not torch.amp.GradScaler("npu"): it has been reported to fail in update() on some versions.

@@ -5,7 +5,7 @@
 // results back as NPU tensors. The library is loaded by aclInit, so after torch_npu, and wins.
 //
 //   CANN_EMULATOR_STRICT=1  refuses what a real NPU refuses or runs slowly: float64 and complex arithmetic on more than
-//                           a scalar, and attention masks that are added (see checkStrictly)
+//                           a scalar, and attention that is not fused (see checkStrictly)
 //   CANN_EMULATOR_DELAY_COPIES=1  non-blocking copies between host and device land late: see pending.h
 //   CANN_EMULATOR_BROKEN_OPS=npu_gelu:error,npu_fast_gelu_backward:wrong  operators that raise an error, or compute
 //                           something else (see brokenOperators)
@@ -21,7 +21,9 @@
 #include <sstream>
 #include <unordered_set>
 
+#include "chip.h"
 #include "pending.h"
+#include "random.h"
 
 namespace {
 
@@ -43,7 +45,9 @@ const std::unordered_set<std::string> kKeptFromTorchNpu = {
     "set_.source_Storage_storage_offset", "set_.source_Tensor", "resize_", "resize_as_", "record_stream", "is_pinned",
     "_pin_memory", "pin_memory", "_local_scalar_dense", "is_set_to", "get_npu_format", "npu_format_cast",
     "npu_format_cast_", "get_storage_size", "copy_memory_", "npu_change_data_ptr", "is_coalesced",
-    "_has_compatible_shallow_copy_type"};
+    "_has_compatible_shallow_copy_type",
+    // op-plugin's own choice between npu_fusion_attention_v3 and elementary operators, with the masks that it makes
+    "scaled_dot_product_attention"};
 
 // In these, tensors of several devices may meet.
 bool mixesDevices(const std::string& name) {
@@ -162,12 +166,10 @@ void checkDevices(const c10::OperatorHandle& op, const std::string& name, const 
               onHost.device(), "! (", op.operator_name(), ")");
 }
 
+// Asked at every call, so that a test can change it.
 bool isStrict() {
-  static const bool chosen = [] {
-    const char* value = getenv("CANN_EMULATOR_STRICT");
-    return value && *value && *value != '0';
-  }();
-  return chosen;
+  const char* value = getenv("CANN_EMULATOR_STRICT");
+  return value && *value && *value != '0';
 }
 
 // Moving, viewing, making and reading tensors of any type is no arithmetic.
@@ -183,16 +185,15 @@ bool isArithmetic(const c10::OperatorHandle& op, const std::string& name) {
 
 void checkStrictly(const c10::OperatorHandle& op, const std::string& name, const c10::IValue* arguments, size_t count) {
   if (!isStrict()) return;
-  if (name == "scaled_dot_product_attention" && count > 3 && arguments[3].isTensor()) {
-    const auto mask = arguments[3].toTensor();
-    TORCH_CHECK(!mask.defined() || mask.scalar_type() == at::kBool,
-                "emulated NPU, strict: an attention mask that is added (", mask.scalar_type(),
-                ") takes the slow path; pass is_causal=True or a bool mask");
-  }
+  TORCH_CHECK(name != "_scaled_dot_product_attention_math" || emulator::isFirstGeneration(),
+              "emulated NPU, strict: attention takes the slow path. The fused one takes fp16, bf16 and fp32 of 4 "
+              "dimensions with is_causal=True, a bool mask or none");
   if (!isArithmetic(op, name)) return;
   for (size_t i = 0; i < count; i++)
     forEachTensor(arguments[i], [&](const at::Tensor& tensor) {
       if (!onNpu(tensor) || tensor.numel() <= 1) return;
+      TORCH_CHECK(tensor.scalar_type() != at::kBFloat16 || !emulator::isFirstGeneration(),
+                  "emulated NPU, strict: ", name, " in bfloat16, which this chip does not have");
       TORCH_CHECK(tensor.scalar_type() != at::kDouble && !tensor.is_complex(), "emulated NPU, strict: ", name, " of ",
                   tensor.numel(), " elements in ", tensor.scalar_type(), ": the NPU has no unit for it");
     });
@@ -243,9 +244,11 @@ bool deferCopy(const std::string& name, Stack* stack, size_t base) {
 
 // ---- random numbers
 
+}  // namespace
+
 // The NPU generator's (seed, offset) picks the CPU's random stream, and the offset moves on: so torch.npu.manual_seed,
 // get_rng_state and set_rng_state mean what they should. The mixing is that of SplitMix64.
-uint64_t nextSeed(at::Generator generator) {
+uint64_t emulator::nextSeed(at::Generator generator) {
   std::lock_guard<std::mutex> guard(generator.mutex());
   const uint64_t offset = generator.get_offset();
   generator.set_offset(offset + 4);  // torch counts offsets in fours
@@ -254,6 +257,8 @@ uint64_t nextSeed(at::Generator generator) {
   bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
   return bits ^ (bits >> 31);
 }
+
+namespace {
 
 // npu_fusion_attention draws random numbers for dropout only (op-plugin's dropout_gen_mask).
 bool drawsNothing(const c10::OperatorHandle& op, const c10::IValue* arguments) {
@@ -281,7 +286,7 @@ class RandomStream {
       }
     if (!takesGenerator && (!op.hasTag(at::Tag::nondeterministic_seeded) || drawsNothing(op, arguments))) return;
     if (!generator.defined()) generator = at::globalContext().defaultGenerator(device);
-    const uint64_t seed = nextSeed(generator);
+    const uint64_t seed = emulator::nextSeed(generator);
     if (takesGenerator) {
       for (size_t i = 0; i < declared.size(); i++)
         if (isGeneratorArgument(declared[i])) arguments[i] = at::detail::createCPUGenerator(seed);
@@ -342,6 +347,101 @@ class WideArithmetic {
   c10::optional<at::ScalarType> type_;
 };
 
+// ---- what op-plugin does otherwise (README.md has the table)
+
+// op_plugin/ops/opapi/FusedAdamWKernelNpuOpApi.cpp: neither grad_scale nor found_inf. An overflow is not skipped.
+// _fused_adam_ and the overloads that take a tensor as learning rate run on the CPU there and look at both.
+// op_plugin/ops/opapi/GeluKernelNpuOpApi.cpp: not `approximate`. It is the tanh form always.
+void dropIgnoredArguments(const std::string& name, c10::IValue* arguments, size_t count) {
+  if (name == "_fused_adamw_") {
+    arguments[count - 2] = c10::IValue();  // grad_scale
+    arguments[count - 1] = c10::IValue();  // found_inf
+  }
+  if (name.rfind("gelu", 0) == 0)
+    for (size_t i = 0; i < count; i++)
+      if (arguments[i].isString()) arguments[i] = "tanh";
+}
+
+// op_plugin/ops/opapi/ForeachNormKernelOpApi.cpp: on Ascend 910B each norm has the shape [1].
+void reshapeNorms(const std::string& name, Stack* stack) {
+  if (name != "_foreach_norm.Scalar" || !emulator::isAtlasA2()) return;
+  auto norms = stack->back().toTensorVector();
+  for (auto& norm : norms) norm = norm.reshape({1});
+  stack->back() = norms;
+}
+
+// ---- saturation mode: the first Ascend 910 and 310
+
+// There, an fp16 result that overflows becomes the largest finite number and NaN becomes 0. Only the chip's status flag
+// tells: it is set by an operator that makes such a number out of finite ones (which is this emulator's reading of the
+// page of INF_NAN_MODE_ENABLE), and read by npu_get_float_status and the gradient scaler.
+bool writesConstants(const std::string& name) {
+  for (const char* part : {"fill", "full", "where", "pad", "scalar_tensor", "index_put", "scatter"})
+    if (name.find(part) != std::string::npos) return true;
+  return false;
+}
+
+bool hasNonFinite(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.is_floating_point() && !at::isfinite(tensor).all().item<bool>();
+}
+
+class Saturation {
+ public:
+  Saturation(const c10::OperatorHandle& op, const std::string& name, c10::IValue* arguments, size_t count)
+      : active_(emulator::isFirstGeneration() && computes(op, name)) {
+    if (!active_) return;
+    for (size_t i = 0; i < count; i++)
+      forEachTensor(arguments[i], [&](const at::Tensor& tensor) {
+        inputsAreFinite_ = inputsAreFinite_ && !hasNonFinite(tensor);
+      });
+  }
+  at::Tensor clamp(const at::Tensor& result) const {
+    if (!active_ || !result.defined() || result.scalar_type() != at::kHalf || !hasNonFinite(result)) return result;
+    if (inputsAreFinite_) emulator::overflowStatus() = true;
+    const double largest = 65504;
+    return at::nan_to_num_(const_cast<at::Tensor&>(result), 0, largest, -largest);
+  }
+
+ private:
+  static bool computes(const c10::OperatorHandle& op, const std::string& name) {
+    return name == "_to_copy" || (isArithmetic(op, name) && !writesConstants(name));
+  }
+  bool active_, inputsAreFinite_ = true;
+};
+
+// op_plugin/ops/opapi/AmpForeachNonFiniteCheckAndUnscaleKernelNpuOpApi.cpp: in saturation mode the gradients are not
+// looked at. They are unscaled unless the status flag is set, which this clears.
+bool unscaleByStatus(const std::string& name, c10::IValue* arguments) {
+  if (name != "_amp_foreach_non_finite_check_and_unscale_" || !emulator::isFirstGeneration()) return false;
+  if (emulator::overflowStatus().exchange(false)) {
+    arguments[1].toTensor().fill_(1);
+    return true;
+  }
+  for (const at::Tensor& gradient : arguments[0].toTensorVector()) gradient.mul_(arguments[2].toTensor());
+  return true;
+}
+
+// Private formats: the values lie as in the base format, torch_npu's description of the storage has the one asked for.
+void castFormat(const c10::OperatorHandle& op, Stack* stack) {
+  const size_t base = stack->size() - op.schema().arguments().size();
+  const at::Tensor input = (*stack)[base].toTensor().contiguous();
+  static const auto empty = c10::Dispatcher::singleton().findSchemaOrThrow("npu::empty_with_format", "");
+  Stack call;
+  call.emplace_back(input.sizes());
+  call.emplace_back(input.scalar_type());
+  call.emplace_back(c10::Layout::Strided);
+  call.emplace_back(input.device());
+  call.emplace_back(false);
+  call.emplace_back((*stack)[base + 1]);
+  for (size_t i = call.size(); i < empty.schema().arguments().size(); i++)
+    call.emplace_back(*empty.schema().arguments()[i].default_value());
+  empty.callBoxed(&call);
+  at::Tensor output = call[0].toTensor();
+  if (input.numel()) memcpy(output.mutable_data_ptr(), input.const_data_ptr(), input.numel() * input.element_size());
+  stack->resize(base);
+  stack->emplace_back(output);
+}
+
 // ---- operators that the chip lacks
 
 // By name, from CANN_EMULATOR_BROKEN_OPS: "error" raises as an NPU does for an operator that it does not have, "wrong"
@@ -365,6 +465,8 @@ const std::map<std::string, std::string>& brokenOperators() {
 
 // Whether the operator is to compute something else; raises where it is to fail.
 bool isWrong(const std::string& name) {
+  TORCH_CHECK(!emulator::isFirstGeneration() || name.rfind("npu_fusion_attention", 0) != 0, "EZ1001: ", name,
+              " is not supported on this chip: op-plugin's page lists Atlas A2 and later");
   const auto found = brokenOperators().find(name);
   if (found == brokenOperators().end()) return false;
   TORCH_CHECK(found->second == "wrong", "EZ1001: ", name, " is not supported on this chip (CANN_EMULATOR_BROKEN_OPS)");
@@ -420,11 +522,15 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
     emulator::finishAll();  // a copy to the host that blocks is a synchronisation
   else
     emulator::finish(currentStream(*call.device));
+  dropIgnoredArguments(name, arguments, count);
+  if (unscaleByStatus(name, arguments)) return stack->resize(base);
+  const Saturation saturation(op, name, arguments, count);
   const WideArithmetic wide(name, arguments, count);
   {
     const RandomStream random(op, arguments, *call.device);
     op.callBoxed(stack);
   }
+  reshapeNorms(name, stack);
   call.followResizes();
   if (staysOnHost) return;
   const size_t first = stack->size() - op.schema().returns().size();
@@ -432,10 +538,10 @@ void runOnCpu(const c10::OperatorHandle& op, Stack* stack) {
     auto& value = (*stack)[i];
     if (value.isTensor()) {
       if (wrong && value.toTensor().is_floating_point()) value.toTensor().add_(1);
-      value = call.toNpu(wide.round(value.toTensor(), i - first));
+      value = call.toNpu(saturation.clamp(wide.round(value.toTensor(), i - first)));
     } else if (value.isTensorList()) {
       auto list = value.toTensorVector();
-      for (auto& tensor : list) tensor = call.toNpu(tensor);
+      for (auto& tensor : list) tensor = call.toNpu(saturation.clamp(tensor));
       value = list;
     }
   }
@@ -503,6 +609,10 @@ class Registration {
         return;
       derived++;
     });
+    // What op-plugin's scaled_dot_product_attention calls where it cannot call npu_fusion_attention.
+    const char* slow = "_scaled_dot_product_attention_math";
+    kernels.impl(slow, torch::CppFunction::makeFromBoxedFunction<&torchsDecomposition>());
+    derivatives.impl(slow, torch::CppFunction::makeFromBoxedFunction<&torchsDecomposition>());
     if (getenv("CANN_EMULATOR_TRACE"))
       fprintf(stderr, "[emulated CANN] aten: %d kernels and %d derivatives replaced, %d kernels left as they are\n",
               replaced, derived, left);
@@ -513,7 +623,9 @@ class Registration {
   void registerNpu() {
     auto& kernels = library("npu", DispatchKey::PrivateUse1);
     forEachOperator("npu", [&](const c10::OperatorHandle& op, const std::string& name) {
-      if (op.hasKernelForDispatchKey(DispatchKey::CPU))
+      if (name == "_npu_format_cast")
+        kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&castFormat>());
+      else if (op.hasKernelForDispatchKey(DispatchKey::CPU))
         kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&runOnCpu>());
       else if (op.hasKernelForDispatchKey(DispatchKey::PrivateUse1) && !kKeptFromTorchNpu.count(name))
         kernels.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());

@@ -5,6 +5,7 @@
 //     has none here fails with 207000 (feature unsupported): add it where the project uses it, and its test beside it.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
@@ -13,8 +14,8 @@
 #include <limits>
 
 #include "cann.h"
-
-extern "C" const char* aclrtGetSocName();
+#include "chip.h"
+#include "random.h"
 
 // ---- (1) aclnn: a call that plans (…GetWorkspaceSize), then one that executes
 
@@ -191,6 +192,20 @@ Tensor geluBackward(const Tensor& grad, const Tensor& input, c10::string_view ap
   return at::gelu_backward(grad.to(at::kFloat), input.to(at::kFloat), approximate).to(input.scalar_type());
 }
 
+// The float status operators (op_plugin/ops/aclops/FloatStatusKernelNpu.cpp). On chips with saturation mode the status is
+// written into the argument, which is returned; on later chips it is always clear.
+constexpr int64_t kFloatStatusSize = 8;
+Tensor allocFloatStatus(const Tensor&) { return at::zeros({kFloatStatusSize}, at::kFloat); }
+Tensor getFloatStatus(const Tensor& status, int64_t) {
+  if (!emulator::isFirstGeneration()) return at::zeros({kFloatStatusSize}, at::kInt);
+  if (emulator::overflowStatus()) status.select(0, 0).fill_(1);
+  return status;
+}
+Tensor clearFloatStatus(const Tensor&, int64_t) {
+  emulator::overflowStatus() = false;
+  return at::zeros({kFloatStatusSize}, at::kFloat);
+}
+
 // npu_fusion_attention: CANN's FlashAttentionScore, with what it refuses (op-plugin's FlashAttentionKernelNpuOpApi.cpp
 // and torch_npu-npu_fusion_attention.md, CANN's aclnn_flash_attention_score.cpp). Its mask is the opposite of PyTorch's:
 // True is hidden. sparse_mode 2 is causal with the diagonal from the upper left corner, 3 from the lower right; both
@@ -198,7 +213,7 @@ Tensor geluBackward(const Tensor& grad, const Tensor& input, c10::string_view ap
 // Not emulated: CANN copies inputs that are not contiguous (three kernels in each direction, which no counter here sees).
 enum { kDefaultMask = 0, kAllMask = 1, kSparseCausalUpperLeft = 2, kSparseCausalLowerRight = 3, kPrefixCompress = 6 };
 constexpr int64_t kCompressed = 2048, kMaxHeads = 256, kMaxHeadDim = 768;
-constexpr int64_t kHiddenRowsAreZero = 2;  // inner_precise
+constexpr int64_t kHiddenRowsAreZero = 2;  // inner_precise; sparse_mode 3 sets it
 constexpr float kHidden = std::numeric_limits<float>::lowest();  // a hidden score: finite, as in the kernel
 
 struct AttentionArguments {
@@ -229,19 +244,10 @@ int64_t keyHeads(const Tensor& key, int64_t headDim, c10::string_view layout) {
   return key.size(2) / headDim;
 }
 
-// Ascend910B1 and later have it; the first 910 ("Ascend910", "Ascend910A", "Ascend910B" and the ProA/ProB) and 310 not.
-void checkChipAttends() {
-  const std::string chip = aclrtGetSocName();
-  const bool isLater = chip.rfind("Ascend910_93", 0) == 0 || chip.rfind("Ascend95", 0) == 0 ||
-                       (chip.rfind("Ascend910B", 0) == 0 && chip.size() > 10 && isdigit(chip[10]));
-  TORCH_CHECK(isLater, "emulated npu_fusion_attention: aclnnFlashAttentionScore is not there on ", chip);
-}
-
 void checkAttention(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                     const AttentionArguments& arguments) {
   const auto layout = arguments.layout;
   const bool isOfHeads = layout == "BNSD" || layout == "BSND";
-  checkChipAttends();
   TORCH_CHECK(isOfHeads || layout == "BSH" || layout == "SBH", "emulated npu_fusion_attention: no layout ", layout);
   for (const auto& x : {query, key, value}) {
     TORCH_CHECK(x.dim() == (isOfHeads ? 4 : 3), "emulated npu_fusion_attention: ", layout, " of ", x.dim(), " dimensions");
@@ -293,15 +299,18 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key
   auto scores = at::matmul(q, k.transpose(-1, -2)) * arguments.scale;
   const int64_t rows = q.size(2), columns = k.size(2);
   const bool isCausal = arguments.sparseMode == kSparseCausalUpperLeft || arguments.sparseMode == kSparseCausalLowerRight;
+  auto hidden = at::zeros({rows, columns}, at::kBool);
   if (isGiven(mask) && isCausal) {
     const int64_t diagonal = arguments.sparseMode == kSparseCausalUpperLeft ? 1 : columns - rows + 1;
-    scores = scores.masked_fill(at::ones({rows, columns}, at::kBool).triu(diagonal), kHidden);
+    hidden = at::ones({rows, columns}, at::kBool).triu(diagonal);
   } else if (isGiven(mask)) {
-    scores = scores.masked_fill(mask->to(at::kBool), kHidden);
+    hidden = mask->to(at::kBool);
   }
+  scores = scores.masked_fill(hidden, kHidden);
   const auto maximum = std::get<0>(scores.max(-1, true)), powers = (scores - maximum).exp(), sum = powers.sum(-1, true);
   auto weights = powers / sum;
-  if (arguments.innerPrecise == kHiddenRowsAreZero) weights = weights.masked_fill(maximum == kHidden, 0);
+  if (arguments.innerPrecise == kHiddenRowsAreZero || arguments.sparseMode == kSparseCausalLowerRight)
+    weights = weights.masked_fill(hidden.all(-1, true), 0);
   if (arguments.keepProbability < 1) {
     const auto generator = at::detail::createCPUGenerator(arguments.seed);
     const auto kept = at::empty(weights.sizes(), weights.options()).bernoulli_(arguments.keepProbability, generator);
@@ -311,35 +320,74 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key
           sum.expand({-1, -1, -1, 8}).contiguous()};
 }
 
+// The seed of the dropout; 0 where nothing is dropped.
+int64_t drawSeed(double keepProbability) {
+  if (keepProbability == 1.0) return 0;
+  const c10::Device device = c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
+  return static_cast<int64_t>(emulator::nextSeed(at::globalContext().defaultGenerator(device)));
+}
+
+// The forward once more, under the CPU's autograd: right by construction, and slow.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attendBackward(const Tensor& query, const Tensor& key,
+                                                                  const Tensor& value, const Tensor& grad,
+                                                                  MaybeTensor mask,
+                                                                  const AttentionArguments& arguments) {
+  const at::AutoGradMode recorded(true);
+  const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
+  const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
+  const auto output = std::get<0>(attend(q, k, v, mask, arguments));
+  const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
+  const auto none = at::empty({0}, query.options());
+  return {grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), none, none};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t> fusionAttention(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
     MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
     at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
     c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
   TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention: there is no pse");
-  int64_t seed = 0;
-  if (keepProbability < 1) seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong).item<int64_t>();
-  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed};
+  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawSeed(keepProbability)};
   checkAttention(query, key, value, mask, arguments);
   auto [output, maximum, sum] = attend(query, key, value, mask, arguments);
-  return {output, maximum, sum, at::empty({0}, query.options()), seed, 0, 0};
+  return {output, maximum, sum, at::empty({0}, query.options()), arguments.seed, 0, 0};
 }
-
-// The forward once more, under the CPU's autograd: right by construction, and slow.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGrad(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
     c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
     MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, int64_t seed, int64_t,
     int64_t, at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
     c10::string_view, MaybeTensor) {
-  const at::AutoGradMode recorded(true);
-  const c10::impl::ForceDispatchKeyGuard outsideOfDispatch{c10::default_included_set, c10::default_excluded_set};
-  const auto q = query.detach().requires_grad_(), k = key.detach().requires_grad_(), v = value.detach().requires_grad_();
-  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed};
-  const auto output = std::get<0>(attend(q, k, v, mask, arguments));
-  const auto grads = torch::autograd::grad({output}, {q, k, v}, {grad});
-  const auto none = at::empty({0}, query.options());
-  return {grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), none, none};
+  return attendBackward(query, key, value, grad, mask,
+                        {heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed});
+}
+
+// The same with lengths and seeds that are tensors: what torch_npu 2.13's scaled_dot_product_attention calls.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionV3(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
+    MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
+    at::OptionalSymIntArrayRef, MaybeTensor, MaybeTensor, int64_t sparseMode, bool, bool, c10::string_view,
+    MaybeTensor) {
+  TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention_v3: there is no pse");
+  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawSeed(keepProbability)};
+  checkAttention(query, key, value, mask, arguments);
+  auto [output, maximum, sum] = attend(query, key, value, mask, arguments);
+  return {output,
+          maximum,
+          sum,
+          at::empty({0}, query.options()),
+          at::full({1}, arguments.seed, at::TensorOptions(at::kLong)),
+          at::zeros({1}, at::TensorOptions(at::kLong))};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGradV3(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
+    c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
+    MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, MaybeTensor seed,
+    MaybeTensor, at::OptionalSymIntArrayRef, MaybeTensor, MaybeTensor, int64_t sparseMode, bool, bool,
+    c10::string_view, MaybeTensor) {
+  const int64_t drawn = isGiven(seed) ? seed->item<int64_t>() : 0;
+  return attendBackward(query, key, value, grad, mask,
+                        {heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawn});
 }
 }  // namespace
 
@@ -353,6 +401,11 @@ TORCH_LIBRARY_IMPL(npu, CPU, library) {
   library.impl("npu_fast_gelu_backward", fastGeluBackward);
   library.impl("npu_gelu", gelu);
   library.impl("npu_gelu_backward", geluBackward);
+  library.impl("npu_alloc_float_status", allocFloatStatus);
+  library.impl("npu_get_float_status", getFloatStatus);
+  library.impl("npu_clear_float_status", clearFloatStatus);
   library.impl("npu_fusion_attention", fusionAttention);
   library.impl("npu_fusion_attention_grad", fusionAttentionGrad);
+  library.impl("npu_fusion_attention_v3", fusionAttentionV3);
+  library.impl("npu_fusion_attention_grad_v3", fusionAttentionGradV3);
 }

@@ -10,6 +10,7 @@
 //   CANN_EMULATOR_DELAY_COPIES=1   see pending.h
 //   CANN_EMULATOR_TRACE=1      names every stub that is called
 #include "cann.h"
+#include "chip.h"
 #include "pending.h"
 
 #include <dlfcn.h>
@@ -187,6 +188,32 @@ std::map<int, std::string> compileOptions;
 
 }  // namespace
 
+// ---- the chip (chip.h)
+
+namespace emulator {
+namespace {
+std::string chipName() { return setting("CANN_EMULATOR_CHIP", "Ascend910B1"); }
+}  // namespace
+
+bool isAtlasA2() {
+  static const bool found = chipName().rfind("Ascend910B", 0) == 0 && chipName().size() > strlen("Ascend910B");
+  return found;
+}
+bool isFirstGeneration() {
+  static const bool found = [] {
+    const std::string chip = chipName();
+    static const char* const firsts[] = {"Ascend910", "Ascend910A", "Ascend910B", "Ascend910ProA", "Ascend910ProB",
+                                         "Ascend910PremiumA"};
+    return chip.rfind("Ascend310", 0) == 0 || std::count(std::begin(firsts), std::end(firsts), chip) > 0;
+  }();
+  return found;
+}
+std::atomic<bool>& overflowStatus() {
+  static std::atomic<bool> status{false};
+  return status;
+}
+}  // namespace emulator
+
 // ---- deferred work (pending.h)
 
 namespace emulator {
@@ -309,8 +336,8 @@ aclError aclrtGetDeviceInfo(uint32_t, aclrtDevAttr, int64_t* value) {
   *value = 24;
   return ACL_SUCCESS;
 }
-aclError aclGetCannAttribute(aclCannAttr, int32_t* value) {
-  *value = 1;
+aclError aclGetCannAttribute(aclCannAttr what, int32_t* value) {
+  *value = what == ACL_CANN_ATTR_JIT_COMPILE || !emulator::isFirstGeneration();
   return ACL_SUCCESS;
 }
 aclError aclGetCannAttributeList(const aclCannAttr** list, size_t* length) {

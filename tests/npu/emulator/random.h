@@ -1,0 +1,7 @@
+// Random numbers of the NPU's generators; defined in kernels.cpp.
+#pragma once
+#include <ATen/core/Generator.h>
+
+namespace emulator {
+uint64_t nextSeed(at::Generator generator);
+}  // namespace emulator
