@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -32,19 +33,34 @@ def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], dir
         subprocess.Popen(
             [sys.executable, __file__, module_file, function, str(rank), sizes, str(directory)],
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=(directory / f"output-{rank}").open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(max(world_sizes))
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    failed = [output for process, output in zip(processes, outputs, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
+    _wait_for_all(processes, directory, seconds=240)
     return {
         size: [torch.load(directory / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
         for size in world_sizes
     }
+
+
+def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: float) -> None:
+    """Returns when all have ended well. At the first failure the others, which may wait for that rank, are killed."""
+    deadline = time.monotonic() + seconds
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [rank for rank, process in enumerate(processes) if process.poll()]
+            if failed or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        failed = [rank for rank, process in enumerate(processes) if process.poll() != 0]
+        ended = [rank for rank in failed if processes[rank].poll() is not None] or failed
+        assert not failed, "\n".join(f"Rank {n}:\n{(directory / f'output-{n}').read_text()}" for n in ended)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _main(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
