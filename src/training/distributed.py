@@ -257,7 +257,8 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
     place = url.removeprefix("tcp://")
     if url.startswith("env://"):
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    logger.info("%s: waiting for the others at %s, at most %g s. %s", expected, place, _timeout, advice)
+    if local_rank == 0:  # once on each host
+        logger.info("%s: waiting for the others at %s, at most %g s. %s", expected, place, _timeout, advice)
     try:
         _make_groups(backend, url, rank, world_size)
     except RuntimeError as error:

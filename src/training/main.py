@@ -79,7 +79,11 @@ def main(args: list[str] | None = None) -> None:
                 _run(options, world, signals)
         except (KeyboardInterrupt, Stopped) as stop:
             name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
-            log.warning("Stopped by %s. `--resume latest` with this run's --name continues from the last save.", name)
+            if distributed.world().is_master:  # all ranks stop together
+                log.warning(
+                    "Stopped by %s. If the run has saved a checkpoint, `--resume latest` with its --name continues "
+                    "from there.", name
+                )
             raise
         except Exception as error:
             _log_end(error, options.debug)
@@ -189,6 +193,9 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     level = logging.DEBUG if cfg.logging.debug else logging.INFO if writes else logging.WARNING
     file = "out.log" if world.is_master else f"out-{world.rank}.log"
     logger.setup_logging(str(folder / file) if folder is not None and writes else None, level, include_host=local)
+    if not writes:
+        # The warnings of building a model are the same on all ranks.
+        logging.getLogger("open_clip.factory").setLevel(logging.ERROR)
     if not world.is_master:
         return
     row = devices.row(world.device)

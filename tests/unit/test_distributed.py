@@ -234,6 +234,19 @@ def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
     assert last.endswith(advice)
 
 
+def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, caplog):
+    def joins(*_, **__):
+        raise RuntimeError("joined")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", joins)
+    for local_rank, expected in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        caplog.clear()
+        with caplog.at_level("INFO"), pytest.raises(RuntimeError):
+            distributed.init(config())
+        assert caplog.text.count("waiting for the others") == expected
+
+
 def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
     def fails(*_, **__):
         raise RuntimeError("the address is in use " + 1000 * "x ")
