@@ -69,6 +69,7 @@ def main(args: list[str] | None = None) -> None:
     """
     options = parse_args(args)
     logger.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
+    world = distributed.world()  # of one process, until it joins the others
     with StopSignals() as signals:
         try:
             cfg = sections(options)
@@ -79,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
                 _run(options, world, signals)
         except (KeyboardInterrupt, Stopped) as stop:
             name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
-            if distributed.world().is_master:  # all ranks stop together
+            if world.is_master:  # all ranks stop together
                 log.warning(
                     "Stopped by %s. If the run has saved a checkpoint, `--resume latest` with its --name continues "
                     "from there.", name
