@@ -194,9 +194,6 @@ def _start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, fold
     level = logging.DEBUG if cfg.logging.debug else logging.INFO if writes else logging.WARNING
     file = "out.log" if world.is_master else f"out-{world.rank}.log"
     logger.setup_logging(str(folder / file) if folder is not None and writes else None, level, include_host=local)
-    if not writes:
-        # The warnings of building a model are the same on all ranks.
-        logging.getLogger("open_clip.factory").setLevel(logging.ERROR)
     if not world.is_master:
         return
     row = devices.row(world.device)
@@ -281,7 +278,8 @@ def _train_and_evaluate(
     chosen = str(cfg.model.precision)
     devices.row(world.device).set_fast_matmul(cfg.model.fp32_matmul == "high")
     random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
-    model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
+    with _without_factory_warnings(resume_from is not None or not world.is_master):
+        model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
     random_seed(cfg.data.seed, world.rank)
     tokenizer = open_clip.get_tokenizer(
         cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
@@ -330,6 +328,19 @@ def _train_and_evaluate(
             saver.close()
         for info in data.values():
             info.dataloader.close()  # type: ignore[attr-defined]  # training.data's own loaders have it
+
+
+@contextlib.contextmanager
+def _without_factory_warnings(hidden: bool) -> Iterator[None]:
+    """Hide "no pretrained weights": the same on all ranks, and not true of a run that loads a checkpoint."""
+    factory_log = logging.getLogger("open_clip.factory")
+    level = factory_log.level
+    if hidden:
+        factory_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        factory_log.setLevel(level)
 
 
 def _build_trainer(
