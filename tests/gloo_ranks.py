@@ -64,6 +64,8 @@ def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: f
 
 
 def _main(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
+    from training import distributed
+
     spec = importlib.util.spec_from_file_location(Path(module_file).stem, module_file)
     assert spec is not None
     assert spec.loader is not None
@@ -75,7 +77,7 @@ def _main(module_file: str, function: str, rank: int, world_sizes: list[int], di
         store = f"file://{directory / f'store-{size}'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
         torch.save(getattr(module, function)(rank, size), directory / f"{size}-{rank}.pt")
-        dist.destroy_process_group()
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -114,8 +114,19 @@ def shutdown() -> None:
     global _world, _host_group
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # DDP's cycles hold the group; one that lives until the interpreter ends can abort the process
+        # Before torch 2.8 a process group holds the GIL while its destructor waits for gloo's threads, and such a
+        # thread may need the GIL to free a tensor. Backends that are freed after their group release the GIL.
+        backends = _cpu_backends()
         dist.destroy_process_group()
+        _host_group = None
+        del backends
     _world = _host_group = None
+
+
+def _cpu_backends() -> list[Any]:
+    cpu = torch.device("cpu")
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(cpu) for group in groups if cpu in group._device_types]
 
 
 def leave() -> None:

@@ -7,13 +7,16 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import processes
+from gloo_ranks import run_ranks
 from open_clip import device as devices
 from training import distributed
 from training.params import DistributedConfig
@@ -312,6 +315,18 @@ def free_port() -> int:
                 continue
             return port
     raise RuntimeError("no free port")
+
+
+def leave_during_a_collective(rank, world_size):
+    if rank == 1:
+        time.sleep(1)
+    dist.all_reduce(torch.ones(1), async_op=rank == 0)
+    distributed.shutdown()
+
+
+def test_leaving_frees_the_tensors_of_a_collective_that_still_runs(tmp_path):
+    """Before torch 2.8 freeing the group waits, with the GIL held, for a thread of gloo that needs the GIL."""
+    run_ranks(__file__, "leave_during_a_collective", (2,), tmp_path)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "SLURM"])
