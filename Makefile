@@ -15,10 +15,16 @@ NPU_VENV ?= .venv-npu
 NPU_RUN := $(NPU_VENV)/bin/python
 NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
 
-.PHONY: help install peer demo test test-npu test-compat test-clip-benchmark lint bench clean
+# The tests of the floor run on the oldest versions that setup.py allows, with the oldest Python that is found.
+FLOOR_VENV ?= .venv-floor
+FLOOR_RUN := $(FLOOR_VENV)/bin/python
+FLOOR_PYTHONS := python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.11 python3.12 $(PYTHON)
+FLOOR_PYTHON ?= $(shell for name in $(FLOOR_PYTHONS); do $$name -m venv -h >/dev/null 2>&1 && echo $$name && break; done)
+
+.PHONY: help install peer demo test test-npu test-floor test-compat test-clip-benchmark lint bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras but npu
 
@@ -38,6 +44,14 @@ test: install  ## run the tests (under 15 minutes on 2 cores, no network)
 test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emulated (under 12 minutes on 2 cores)
 	$(NPU_RUN) tests/npu/emulator/build.py
 	$(NPU_RUN) -m pytest -m npu tests/npu
+
+test-floor: $(FLOOR_VENV)/.installed  ## run the unit and parity tests on the oldest torch (2.6), timm, transformers... that are allowed
+	OMP_NUM_THREADS=1 $(FLOOR_RUN) -m pytest -m "not npu" tests/unit tests/parity
+
+$(FLOOR_VENV)/.installed: setup.py requirements.txt tests/floor/constraints.txt
+	test -x $(FLOOR_RUN) || $(FLOOR_PYTHON) -m venv $(FLOOR_VENV)
+	PIP_CONSTRAINT=$(CURDIR)/tests/floor/constraints.txt $(FLOOR_RUN) -m pip install --editable '.[training,export,test]'
+	touch $@
 
 peer: .peer/.installed  ## install open_clip_torch 3.3.0 into the folder .peer, for comparisons
 
@@ -71,5 +85,5 @@ bench: peer  ## measure against open_clip_torch 3.3.0
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NPU_VENV) $(FLOOR_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -144,6 +144,11 @@ def _usual_length(model: Any) -> int:
 # ---- the formats ----
 
 
+def _any_batch() -> tuple[dict[int, Any]]:
+    """Dynamic shapes of an input with any number of samples. torch 2.6 refuses or ignores a size without an upper bound."""
+    return ({0: torch.export.Dim("batch", max=2**31 - 1)},)
+
+
 class _Onnx:
     suffix = ".onnx"
 
@@ -161,7 +166,7 @@ class _Onnx:
     def write(self, tower: _Tower, batch_size: int | None, path: Path) -> None:
         import onnx
 
-        dynamic = None if batch_size else ({0: torch.export.Dim("batch")},)
+        dynamic = None if batch_size else _any_batch()
         # What the exporter makes of fused attention looks for NaN, an operator that ATC has not, and from opset 23 on
         # is an operator of its own.
         with devices.elementary_ops():
@@ -173,6 +178,7 @@ class _Onnx:
                 opset_version=self.opset,
                 dynamic_shapes=dynamic,
                 dynamo=True,
+                optimize=True,  # the default since torch 2.7
                 verbose=False,
             )
         # Runtimes refuse files of a newer format than theirs, whatever is in them.
@@ -198,7 +204,7 @@ class _TorchExport:
     suffix = ".pt2"
 
     def write(self, tower: _Tower, batch_size: int | None, path: Path) -> None:
-        dynamic = None if batch_size else ({0: torch.export.Dim("batch")},)
+        dynamic = None if batch_size else _any_batch()
         program = torch.export.export(
             tower.graph, (tower.inputs(batch_size or 2),), dynamic_shapes=dynamic, strict=False
         )
