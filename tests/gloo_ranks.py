@@ -46,21 +46,25 @@ def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], dir
 
 
 def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: float) -> None:
-    """Returns when all have ended well. At the first failure the others, which may wait for that rank, are killed."""
+    """Return when all have ended with status 0; at the first failure, kill the others, which may wait for it."""
     deadline = time.monotonic() + seconds
     try:
-        while any(process.poll() is None for process in processes):
-            failed = [rank for rank, process in enumerate(processes) if process.poll()]
-            if failed or time.monotonic() > deadline:
-                break
+        while any(statuses := [process.poll() for process in processes]) or None in statuses:
+            failed = [rank for rank, status in enumerate(statuses) if status]
+            if not failed and time.monotonic() > deadline:
+                failed = [rank for rank, status in enumerate(statuses) if status is None]
+            assert not failed, "\n".join(
+                f"Rank {n} {_fate(statuses[n], seconds)}:\n{(directory / f'output-{n}').read_text()}" for n in failed
+            )
             time.sleep(0.05)
-        failed = [rank for rank, process in enumerate(processes) if process.poll() != 0]
-        ended = [rank for rank in failed if processes[rank].poll() is not None] or failed
-        assert not failed, "\n".join(f"Rank {n}:\n{(directory / f'output-{n}').read_text()}" for n in ended)
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _fate(status: int | None, seconds: float) -> str:
+    return f"has not ended after {seconds:g} s" if status is None else f"ended with status {status}"
 
 
 def _main(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
