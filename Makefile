@@ -10,10 +10,13 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 DEMO_OUTPUT ?= demo_output
-# The NPU tests have an environment of their own: torch's CPU build and the torch_npu of the same version.
-NPU_VENV ?= .venv-npu
+# The NPU tests have their own environment, with a torch and the torch_npu of the same version. NPU_PAIR=2.9 takes the
+# versions of tests/npu/constraints-2.9.txt.
+NPU_PAIR ?=
+NPU_VENV ?= .venv-npu$(NPU_PAIR:%=-%)
 NPU_RUN := $(NPU_VENV)/bin/python
-NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
+NPU_CONSTRAINTS := tests/npu/constraints$(NPU_PAIR:%=-%).txt
+NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/$(NPU_CONSTRAINTS) $(NPU_RUN) -m pip install
 
 # The tests of the floor run on the oldest versions that setup.py allows, with the oldest Python that is found.
 FLOOR_VENV ?= .venv-floor
@@ -67,11 +70,11 @@ test-clip-benchmark: install  ## check that clip_benchmark, in a folder of its o
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target .clip_benchmark --requirement tests/clip_benchmark/requirements.txt
 	$(RUN) -m pytest tests/clip_benchmark
 
-$(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt tests/npu/constraints.txt
+$(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt $(NPU_CONSTRAINTS)
 	$(PYTHON) tests/npu/emulator/build.py --check
 	test -x $(NPU_RUN) || $(PYTHON) -m venv $(NPU_VENV)
-	$(NPU_INSTALL) torch torch_npu
-	$(NPU_INSTALL) --no-deps torchvision timm
+	$(NPU_INSTALL) torch
+	$(NPU_INSTALL) --no-deps torch_npu torchvision timm
 	$(NPU_INSTALL) --requirement tests/npu/requirements.txt
 	$(NPU_INSTALL) --no-deps --no-build-isolation --editable .
 	cp tests/npu/shim/sitecustomize.py "$$($(NPU_RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
@@ -85,5 +88,5 @@ bench: peer  ## measure against open_clip_torch 3.3.0
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) $(FLOOR_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-npu* $(NPU_VENV) $(FLOOR_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

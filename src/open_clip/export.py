@@ -145,7 +145,7 @@ def _usual_length(model: Any) -> int:
 
 
 def _any_batch() -> tuple[dict[int, Any]]:
-    """Dynamic shapes of an input with any number of samples. torch 2.6 refuses or ignores a size without an upper bound."""
+    """Dynamic shapes of an input with any number of samples; torch 2.6 needs the upper bound."""
     return ({0: torch.export.Dim("batch", max=2**31 - 1)},)
 
 
