@@ -87,7 +87,9 @@ def build(folder: Path, site_packages: Path) -> list[Path]:
         link(name, folder / "empty.c", "-Wl,--no-as-needed", "-lascendcl")
 
     print("Building the collectives ...", flush=True)
-    link("hccl", "-O2", "-fPIC", "-std=c++17", *WARNINGS, HERE / "collectives.cpp", "-lascendcl")
+    # With its own std::filesystem: the CUDA build of torch 2.9 exports one that crashes when it is called.
+    own_library = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
+    link("hccl", "-O2", "-fPIC", "-std=c++17", *WARNINGS, *own_library, HERE / "collectives.cpp", "-lascendcl")
 
     objects = []
     for name in ("kernels", "npu_ops"):

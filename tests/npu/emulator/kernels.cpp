@@ -8,6 +8,8 @@
 //                           a scalar, and attention masks that are added (see checkStrictly)
 //   CANN_EMULATOR_DELAY_COPIES=1  non-blocking copies between host and device land late: see pending.h
 //   CANN_EMULATOR_TRACE=1   says how many operators were replaced
+#include <dlfcn.h>
+
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -255,6 +257,14 @@ bool isGeneratorArgument(const c10::Argument& argument) {
   return argument.type()->str().find("Generator") != std::string::npos;
 }
 
+// torch_npu 2.9 does not register its generators with torch, so they are looked up in its own library first.
+at::Generator defaultGenerator(c10::Device device) {
+  using Getter = const at::Generator &(*)(c10::DeviceIndex);
+  static void *torchNpu = dlopen("libtorch_npu.so", RTLD_LAZY | RTLD_NOLOAD);
+  static auto getter = torchNpu ? (Getter)dlsym(torchNpu, "_ZN6at_npu6detail22getDefaultNPUGeneratorEa") : nullptr;
+  return getter ? getter(device.index()) : at::globalContext().defaultGenerator(device);
+}
+
 // While it lives, an operator that draws random numbers draws those of the NPU's generator.
 class RandomStream {
  public:
@@ -269,7 +279,7 @@ class RandomStream {
           generator = arguments[i].toGenerator();
       }
     if (!takesGenerator && !op.hasTag(at::Tag::nondeterministic_seeded)) return;
-    if (!generator.defined()) generator = at::globalContext().defaultGenerator(device);
+    if (!generator.defined()) generator = defaultGenerator(device);
     const uint64_t seed = nextSeed(generator);
     if (takesGenerator) {
       for (size_t i = 0; i < declared.size(); i++)
