@@ -10,15 +10,26 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 DEMO_OUTPUT ?= demo_output
-# The NPU tests have an environment of their own: torch's CPU build and the torch_npu of the same version.
-NPU_VENV ?= .venv-npu
+# The NPU tests have their own environment, with a torch and the torch_npu of the same version. NPU_PAIR=2.9 takes the
+# versions of tests/npu/constraints-2.9.txt.
+NPU_PAIR ?=
+NPU_VENV ?= .venv-npu$(NPU_PAIR:%=-%)
 NPU_RUN := $(NPU_VENV)/bin/python
-NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/tests/npu/constraints.txt $(NPU_RUN) -m pip install
+NPU_CONSTRAINTS := tests/npu/constraints$(NPU_PAIR:%=-%).txt
+NPU_INSTALL := PIP_CONSTRAINT=$(CURDIR)/$(NPU_CONSTRAINTS) $(NPU_RUN) -m pip install
 
-.PHONY: help install peer demo test test-npu test-compat test-clip-benchmark lint check-pins bench clean
+# The tests of the floor run on the oldest versions that setup.py allows, with the oldest Python that is found.
+FLOOR_VENV ?= .venv-floor
+FLOOR_RUN := $(FLOOR_VENV)/bin/python
+FLOOR_PYTHONS := python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.11 python3.12 $(PYTHON)
+# Not all of tests/parity: timm before 1.0.23 initialises each of the many models, which takes long.
+FLOOR_TESTS := tests/unit $(addprefix tests/parity/test_,losses_parity.py schedules_and_groups.py token_ids.py val_transform.py)
+FLOOR_PYTHON ?= $(shell for name in $(FLOOR_PYTHONS); do $$name -m venv -h >/dev/null 2>&1 && echo $$name && break; done)
+
+.PHONY: help install peer demo test test-npu test-floor test-compat test-clip-benchmark lint check-pins bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED)  ## make .venv (unless VENV= names another) and install the package with all extras
 
@@ -39,6 +50,14 @@ test-npu: $(NPU_VENV)/.installed  ## run the NPU's tests, on a CANN that is emul
 	$(NPU_RUN) tests/npu/emulator/build.py
 	$(NPU_RUN) -m pytest -m npu tests/npu
 
+test-floor: $(FLOOR_VENV)/.installed  ## run the unit tests on the oldest torch (2.6), timm, transformers... that are allowed (30 minutes)
+	OMP_NUM_THREADS=1 $(FLOOR_RUN) -m pytest -m "not npu" $(FLOOR_TESTS)
+
+$(FLOOR_VENV)/.installed: setup.py requirements.txt tests/floor/constraints.txt
+	test -x $(FLOOR_RUN) || $(FLOOR_PYTHON) -m venv $(FLOOR_VENV)
+	PIP_CONSTRAINT=$(CURDIR)/tests/floor/constraints.txt $(FLOOR_RUN) -m pip install --editable '.[training,export,test]'
+	touch $@
+
 peer: .peer/.installed  ## install open_clip_torch 3.3.0 into the folder .peer, for comparisons
 
 .peer/.installed: $(INSTALLED) tests/compat/requirements.txt
@@ -53,11 +72,11 @@ test-clip-benchmark: install  ## check that clip_benchmark, in a folder of its o
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target .clip_benchmark --requirement tests/clip_benchmark/requirements.txt
 	$(RUN) -m pytest tests/clip_benchmark
 
-$(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt tests/npu/constraints.txt
+$(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt $(NPU_CONSTRAINTS)
 	$(PYTHON) tests/npu/emulator/build.py --check
 	test -x $(NPU_RUN) || $(PYTHON) -m venv $(NPU_VENV)
-	$(NPU_INSTALL) torch torch_npu
-	$(NPU_INSTALL) --no-deps torchvision timm
+	$(NPU_INSTALL) torch
+	$(NPU_INSTALL) --no-deps torch_npu torchvision timm
 	$(NPU_INSTALL) --requirement tests/npu/requirements.txt
 	$(NPU_INSTALL) --no-deps --no-build-isolation --editable .
 	cp tests/npu/shim/sitecustomize.py "$$($(NPU_RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
@@ -74,5 +93,5 @@ bench: peer  ## measure against open_clip_torch 3.3.0
 	$(RUN) benchmarks/run.py
 
 clean:  ## remove what the targets above made
-	rm -rf .venv $(NPU_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-npu* $(NPU_VENV) $(FLOOR_VENV) .peer .peer_tests .clip_benchmark .installed build dist demo_output benchmarks/.scratch src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -364,7 +364,8 @@ class Transformer(NotScriptable, nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         if _is_our_block(block):
-            kwargs |= given(kernel_mask=kernel_mask, cache=cache)
+            # Not |=, which the compiler of torch 2.6 does not trace.
+            kwargs = {**kwargs, **given(kernel_mask=kernel_mask, cache=cache)}
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
 

@@ -150,6 +150,11 @@ def _default_context_length(model: Any) -> int:
 # Formats
 
 
+def _any_batch() -> tuple[dict[int, Any]]:
+    """Dynamic shapes of an input with any number of samples; torch 2.6 needs the upper bound."""
+    return ({0: torch.export.Dim("batch", max=2**31 - 1)},)
+
+
 class _Onnx:
     suffix = ".onnx"
 
@@ -167,7 +172,7 @@ class _Onnx:
     def write(self, tower: _Tower, batch_size: int | None, path: Path) -> None:
         import onnx
 
-        dynamic = None if batch_size else ({0: torch.export.Dim("batch")},)
+        dynamic = None if batch_size else _any_batch()
         # The exporter would convert fused attention to operators that ATC lacks: IsNaN, or Attention from opset 23.
         with devices.elementary_ops():
             program: Any = torch.onnx.export(
@@ -178,6 +183,7 @@ class _Onnx:
                 opset_version=self.opset,
                 dynamic_shapes=dynamic,
                 dynamo=True,
+                optimize=True,  # the default since torch 2.7
                 verbose=False,
             )
         # Runtimes reject files with a newer IR version than theirs, so use the lowest that is sufficient.
@@ -203,7 +209,7 @@ class _TorchExport:
     suffix = ".pt2"
 
     def write(self, tower: _Tower, batch_size: int | None, path: Path) -> None:
-        dynamic = None if batch_size else ({0: torch.export.Dim("batch")},)
+        dynamic = None if batch_size else _any_batch()
         program = torch.export.export(
             tower.graph, (tower.inputs(batch_size or 2),), dynamic_shapes=dynamic, strict=False
         )

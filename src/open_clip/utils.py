@@ -71,7 +71,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_method(module: nn.Module, method: Callable, name: str = "forward") -> bool:
     """Whether calling `module.name` runs `method`: no subclass, instance or patch replaces it."""
-    return getattr(type(module), name) is method and name not in vars(module)
+    return getattr(type(module), name) is method and name not in module.__dict__
 
 
 def check_images(

@@ -117,8 +117,19 @@ def shutdown() -> None:
     global _world, _host_group
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # DDP's cycles hold the group; one that lives until the interpreter ends can abort the process
+        # Before torch 2.8 a process group holds the GIL while its destructor waits for gloo's threads, and such a
+        # thread may need the GIL to free a tensor. Backends that are freed after their group release the GIL.
+        backends = _cpu_backends()
         dist.destroy_process_group()
+        _host_group = None
+        del backends
     _world = _host_group = None
+
+
+def _cpu_backends() -> list[Any]:
+    cpu = torch.device("cpu")
+    groups = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(cpu) for group in groups if cpu in group._device_types]
 
 
 def leave() -> None:
@@ -260,7 +271,8 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
     place = url.removeprefix("tcp://")
     if url.startswith("env://"):
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    logger.info("%s: waiting for the others at %s, at most %g s. %s", expected, place, _timeout, advice)
+    if local_rank == 0:  # once on each host
+        logger.info("%s: waiting for the others at %s, at most %g s. %s", expected, place, _timeout, advice)
     try:
         _make_groups(backend, url, rank, world_size)
     except RuntimeError as error:

@@ -70,6 +70,7 @@ def main(args: list[str] | None = None) -> None:
     """
     options = parse_args(args)
     logger.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
+    world = distributed.world()  # of one process, until it joins the others
     with StopSignals() as signals:
         try:
             cfg = sections(options)
@@ -81,7 +82,11 @@ def main(args: list[str] | None = None) -> None:
                 _run(options, world, signals)
         except (KeyboardInterrupt, Stopped) as stop:
             name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
-            log.warning("Stopped by %s. `--resume latest` with this run's --name continues from the last save.", name)
+            if world.is_master:  # all ranks stop together
+                log.warning(
+                    "Stopped by %s. If the run has saved a checkpoint, `--resume latest` with its --name continues "
+                    "from there.", name
+                )
             raise
         except Exception as error:
             _log_end(error, options.debug)
@@ -291,7 +296,8 @@ def _train_and_evaluate(
     chosen = str(cfg.model.precision)
     devices.get(world.device).set_fast_matmul(cfg.model.fp32_matmul == "high")
     random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
-    model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
+    with _without_factory_warnings(resume_from is not None or not world.is_master):
+        model, preprocess_train, preprocess_val = build_model(cfg.model, cfg.objective, chosen, world.device)
     random_seed(cfg.data.seed, world.rank)
     tokenizer = open_clip.get_tokenizer(
         cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
@@ -340,6 +346,19 @@ def _train_and_evaluate(
             saver.close()
         for info in data.values():
             info.dataloader.close()  # type: ignore[attr-defined]  # training.data's own loaders have it
+
+
+@contextlib.contextmanager
+def _without_factory_warnings(hidden: bool) -> Iterator[None]:
+    """Hide "no pretrained weights": the same on all ranks, and not true of a run that loads a checkpoint."""
+    factory_log = logging.getLogger("open_clip.factory")
+    level = factory_log.level
+    if hidden:
+        factory_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        factory_log.setLevel(level)
 
 
 def _build_trainer(

@@ -106,7 +106,8 @@ class StopSignals(contextlib.AbstractContextManager):
         if self._deferred:
             # Not by the log, which this may have interrupted.
             name = signal.Signals(number).name
-            os.write(2, f"{name}: saving after this step, then stopping. Ctrl-C: at once.\n".encode())
+            key = "Another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
+            os.write(2, f"{name}: saving after this step, then stopping. {key} stops at once.\n".encode())
 
     @contextlib.contextmanager
     def default_handlers(self) -> Iterator[None]:

@@ -35,4 +35,6 @@ def test_warnings_are_the_first_rank_s(options):
     printed = run(*options, "--name", "warned", "--val-data", options[3], "--lock-image", "--lock-text", ranks=2)
     assert printed.count("--warmup 10000 is more than the run's 3 steps") == 1
     assert printed.count("--lock-image and --lock-text freeze both towers") == 1
+    assert printed.count("has no pretrained weights") == 1
+    assert printed.count("waiting for the others") == 1
     assert printed.count("Eval Epoch: 1 ") == 1

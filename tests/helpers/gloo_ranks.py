@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -31,22 +32,43 @@ def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], dir
         subprocess.Popen(
             [sys.executable, __file__, module_file, function, str(rank), sizes, str(directory)],
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=(directory / f"output-{rank}").open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(max(world_sizes))
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    failed = [output for process, output in zip(processes, outputs, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
+    _wait_for_all(processes, directory, seconds=240)
     return {
         size: [torch.load(directory / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
         for size in world_sizes
     }
 
 
+def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: float) -> None:
+    """Return when all have ended with status 0; at the first failure, kill the others, which may wait for it."""
+    deadline = time.monotonic() + seconds
+    try:
+        while any(statuses := [process.poll() for process in processes]) or None in statuses:
+            failed = [rank for rank, status in enumerate(statuses) if status]
+            if not failed and time.monotonic() > deadline:
+                failed = [rank for rank, status in enumerate(statuses) if status is None]
+            assert not failed, "\n".join(
+                f"Rank {n} {_fate(statuses[n], seconds)}:\n{(directory / f'output-{n}').read_text()}" for n in failed
+            )
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _fate(status: int | None, seconds: float) -> str:
+    return f"has not ended after {seconds:g} s" if status is None else f"ended with status {status}"
+
+
 def _main(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
+    from training import distributed
+
     spec = importlib.util.spec_from_file_location(Path(module_file).stem, module_file)
     assert spec is not None
     assert spec.loader is not None
@@ -58,7 +80,7 @@ def _main(module_file: str, function: str, rank: int, world_sizes: list[int], di
         store = f"file://{directory / f'store-{size}'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
         torch.save(getattr(module, function)(rank, size), directory / f"{size}-{rank}.pt")
-        dist.destroy_process_group()
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

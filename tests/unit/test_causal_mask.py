@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from open_clip import coca_model, device, layers
 from open_clip import model as models
 from open_clip.blocks import Transformer
+from versions import require
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3}
 TEXT = {"context_length": 77, "vocab_size": 100, "width": 64, "heads": 2, "layers": 3}
@@ -51,6 +52,7 @@ class Counter(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", OPERATORS_BEFORE)
 def test_a_training_step_has_no_more_operators(name: str) -> None:
+    require("torch", "2.14", "older ones call other operators, so the counts do not hold")
     model = build(name).train()
     with Counter() as counter:
         output = model(torch.randn(4, 3, 32, 32), texts(name))

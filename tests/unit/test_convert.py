@@ -21,6 +21,7 @@ from open_clip.convert import (
     to_custom_text_layout,
     to_plain_layout,
 )
+from versions import require_timm_model
 
 # our names -> Apple's, applied in order
 APPLE_TEXT = [
@@ -155,6 +156,7 @@ def test_mobile_clip(monkeypatch, name, fastvit):
 
 
 def test_perception_encoder(monkeypatch):
+    require_timm_model("vit_pe_core_tiny_patch16_384")
     model = small(monkeypatch, "PE-Core-T-16-384", depth=2)
     ours = model.state_dict()
     theirs = {"attn_mask": torch.zeros(2)}

@@ -7,13 +7,16 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import processes
+from gloo_ranks import run_ranks
 from open_clip import device as devices
 from training import distributed
 from training.params import DistributedConfig
@@ -234,6 +237,19 @@ def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
     assert last.endswith(advice)
 
 
+def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, caplog):
+    def joins(*_, **__):
+        raise RuntimeError("joined")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", joins)
+    for local_rank, expected in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        caplog.clear()
+        with caplog.at_level("INFO"), pytest.raises(RuntimeError):
+            distributed.init(config())
+        assert caplog.text.count("waiting for the others") == expected
+
+
 def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
     def fails(*_, **__):
         raise RuntimeError("the address is in use " + 1000 * "x ")
@@ -299,6 +315,18 @@ def free_port() -> int:
                 continue
             return port
     raise RuntimeError("no free port")
+
+
+def leave_during_a_collective(rank, world_size):
+    if rank == 1:
+        time.sleep(1)
+    dist.all_reduce(torch.ones(1), async_op=rank == 0)
+    distributed.shutdown()
+
+
+def test_leaving_frees_the_tensors_of_a_collective_that_still_runs(tmp_path):
+    """Before torch 2.8 freeing the group waits, with the GIL held, for a thread of gloo that needs the GIL."""
+    run_ranks(__file__, "leave_during_a_collective", (2,), tmp_path)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "SLURM"])

@@ -18,6 +18,7 @@ import open_clip
 import tiny_clip
 from open_clip import export
 from open_clip import model as models
+from versions import require
 
 
 def make(case: str) -> torch.nn.Module:
@@ -123,6 +124,8 @@ def coca(folder):
     ("build", "format"), [(resnet, "onnx"), (timm, "torch-export"), (hugging_face, "onnx"), (coca, "torch-export")]
 )
 def test_other_families(tmp_path, build, format):
+    if (build, format) == (resnet, "onnx"):
+        require("torch", "2.7", "the exporter of torch 2.6 does not translate batch norms")
     torch.manual_seed(0)
     try:
         model = build(tmp_path)
@@ -152,6 +155,7 @@ def test_torch_export_contains_only_the_tower(tmp_path):
 
 
 def test_half_precision(tmp_path):
+    require("torch", "2.7", "torch 2.6 writes the batch size of its example into graphs in half precision")
     model = open_clip.create_model(tiny_clip.folder(tmp_path / "tiny"), precision="fp16")
     told = export.export_model(model, tmp_path / "out", normalize=True)
     assert told["image"]["input"]["dtype"] == told["text"]["output"]["dtype"] == "float16"

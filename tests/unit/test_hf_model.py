@@ -21,6 +21,7 @@ import tiny_clip
 from open_clip import checkpoint, hf_configs, hf_model
 from open_clip.hf_model import HFTextEncoder
 from training.profiler import profile_model
+from versions import require
 
 transformers = pytest.importorskip("transformers")
 
@@ -131,6 +132,8 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", hf_cases.KINDS)
 def test_the_host_does_not_wait_for_the_device(kind, tmp_path):
+    if kind == "m2m_100":
+        require("transformers", "5.23", "older ones read a tensor of the host for layer drop, which looks like a wait")
     tower = build(tmp_path, kind, pooler_type="mean_pooler").train()
     with Waits() as waits:
         tower(hf_cases.texts(kind)).sum().backward()

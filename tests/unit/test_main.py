@@ -309,7 +309,9 @@ def test_a_run_that_is_told_to_stop_in_a_step_goes_on_after_it(inputs, plain, tm
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")] == ["epoch_0_step_2.pt"]
     train(inputs, tmp_path, "--resume", "latest")
     assert losses(tmp_path / "run") == losses(plain)
-    assert "Stopped by SIGTERM" in (tmp_path / "run/out.log").read_text()
+    printed = (tmp_path / "run/out.log").read_text()
+    assert printed.count("Stopped by SIGTERM") == 1
+    assert printed.count("has no pretrained weights") == 1, "only where the run started"
 
 
 def test_a_run_that_waits_for_data_stops_before_the_step_whose_batches_are_incomplete(inputs, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from open_clip import config as registry
 from open_clip.layers import GELU, QuickGELU
 from open_clip.timm_model import TimmModel
 from training import build
+from versions import is_older, require_timm_model
 
 timm = pytest.importorskip("timm")
 
@@ -43,6 +44,7 @@ def create(tmp_path: Path, cfg: dict, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("name", WITH_TABLES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_tower_from_a_file_is_the_plainly_built_one(name: str, precision: str, tmp_path) -> None:
+    require_timm_model(name)
     cfg = config(name, 56 if "14" in name else 64)
     plain = create(tmp_path, cfg, precision=precision).eval()
     torch.save(plain.state_dict(), tmp_path / "weights")
@@ -59,6 +61,7 @@ def test_a_tower_from_a_file_is_the_plainly_built_one(name: str, precision: str,
 
 
 def test_a_timm_that_cannot_fill_tables_builds_for_real(monkeypatch) -> None:
+    require_timm_model("test_vit_relpos")
     monkeypatch.setattr(timm, "__version__", "1.0.17")
     with torch.device("meta"):
         tower = TimmModel("test_vit_relpos", 24, 160)
@@ -253,4 +256,5 @@ def test_every_architecture_of_timm_is_known() -> None:
     towers = [(registry.get_model_config(name) or {})["vision_cfg"] for name in open_clip.list_models()]
     names = {tower["timm_model_name"] for tower in towers if "timm_model_name" in tower}
     assert len(names) > 40
-    assert [name for name in names if not timm.is_model(name)] == []
+    added = {"fastvit_mci3", "fastvit_mci4", "vit_pe_core_small_patch16_384", "vit_pe_core_tiny_patch16_384"}
+    assert {name for name in names if not timm.is_model(name)} <= (added if is_older("timm", "1.0.23") else set())

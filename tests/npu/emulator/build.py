@@ -18,6 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 WARNINGS = ("-Wall", "-Wextra")
 SOURCES = sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), *HERE.glob("*.txt"), *HERE.glob("*.py")])
+# The newest torch whose CUDA build was tried and does not make its torch_npu abort.
+NEWEST_OVER_CUDA = (2, 9)
 # torch_npu links to these; all they are asked for is in libascendcl.
 EMPTY_COMPANIONS = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 
@@ -47,8 +49,9 @@ def find_torch() -> Path:
     if torch.split(".")[:2] != torch_npu.split(".")[:2]:
         sys.exit(f"torch {torch} and torch-npu {torch_npu} do not match: their first two numbers must be the same.")
     site_packages = Path(str(importlib.metadata.distribution("torch").locate_file(".")))
-    if (site_packages / "torch/lib/libtorch_cuda.so").exists():
-        sys.exit(f"torch {torch} is a CUDA build, over which torch_npu aborts: install the CPU build of torch.")
+    is_cuda_build = (site_packages / "torch/lib/libtorch_cuda.so").exists()
+    if is_cuda_build and tuple(map(int, torch.split(".")[:2])) > NEWEST_OVER_CUDA:
+        sys.exit(f"torch {torch} is a CUDA build, over which its torch_npu aborts: install the CPU build of torch.")
     return site_packages
 
 
@@ -84,7 +87,9 @@ def build(folder: Path, site_packages: Path) -> list[Path]:
         link(name, folder / "empty.c", "-Wl,--no-as-needed", "-lascendcl")
 
     print("Building the collectives ...", flush=True)
-    link("hccl", "-O2", "-fPIC", "-std=c++17", *WARNINGS, HERE / "collectives.cpp", "-lascendcl")
+    # With its own std::filesystem: the CUDA build of torch 2.9 exports one that crashes when it is called.
+    own_library = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
+    link("hccl", "-O2", "-fPIC", "-std=c++17", *WARNINGS, *own_library, HERE / "collectives.cpp", "-lascendcl")
 
     objects = []
     for name in ("kernels", "npu_ops"):

@@ -10,6 +10,8 @@
 //   CANN_EMULATOR_BROKEN_OPS=npu_gelu:error,npu_fast_gelu_backward:wrong  operators that raise an error, or compute
 //                           something else (see brokenOperators)
 //   CANN_EMULATOR_TRACE=1   says how many operators were replaced
+#include <dlfcn.h>
+
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -246,6 +248,14 @@ bool deferCopy(const std::string& name, Stack* stack, size_t base) {
 
 }  // namespace
 
+// torch_npu 2.9 does not register its generators with torch, so they are looked up in its own library first.
+at::Generator emulator::defaultGenerator(c10::Device device) {
+  using Getter = const at::Generator &(*)(c10::DeviceIndex);
+  static void *torchNpu = dlopen("libtorch_npu.so", RTLD_LAZY | RTLD_NOLOAD);
+  static auto getter = torchNpu ? (Getter)dlsym(torchNpu, "_ZN6at_npu6detail22getDefaultNPUGeneratorEa") : nullptr;
+  return getter ? getter(device.index()) : at::globalContext().defaultGenerator(device);
+}
+
 // The NPU generator's (seed, offset) picks the CPU's random stream, and the offset moves on: so torch.npu.manual_seed,
 // get_rng_state and set_rng_state mean what they should. The mixing is that of SplitMix64.
 uint64_t emulator::nextSeed(at::Generator generator) {
@@ -285,7 +295,7 @@ class RandomStream {
           generator = arguments[i].toGenerator();
       }
     if (!takesGenerator && (!op.hasTag(at::Tag::nondeterministic_seeded) || drawsNothing(op, arguments))) return;
-    if (!generator.defined()) generator = at::globalContext().defaultGenerator(device);
+    if (!generator.defined()) generator = emulator::defaultGenerator(device);
     const uint64_t seed = emulator::nextSeed(generator);
     if (takesGenerator) {
       for (size_t i = 0; i < declared.size(); i++)

@@ -324,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key
 int64_t drawSeed(double keepProbability) {
   if (keepProbability == 1.0) return 0;
   const c10::Device device = c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
-  return static_cast<int64_t>(emulator::nextSeed(at::globalContext().defaultGenerator(device)));
+  return static_cast<int64_t>(emulator::nextSeed(emulator::defaultGenerator(device)));
 }
 
 // The forward once more, under the CPU's autograd: right by construction, and slow.

@@ -3,5 +3,6 @@
 #include <ATen/core/Generator.h>
 
 namespace emulator {
+at::Generator defaultGenerator(c10::Device device);
 uint64_t nextSeed(at::Generator generator);
 }  // namespace emulator
