@@ -17,8 +17,6 @@ MAX_GROUPS = 4
 # that prepare kernels by shape meet few shapes.
 _PARTS = 8
 _LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# A group costs as much as this part of the tokens of the padded batch: another one must save more.
-_COST_OF_A_GROUP = 0.02
 
 
 class GroupedText(NamedTuple):
@@ -40,12 +38,15 @@ class GroupedText(NamedTuple):
         return torch.cat([encode(part) for part in self.parts]).index_select(0, self.inverse)
 
 
-def group_by_length(text: Tensor, lengths: Tensor, max_groups: int = MAX_GROUPS) -> Tensor | GroupedText:
+def group_by_length(
+    text: Tensor, lengths: Tensor, group_cost: int, max_groups: int = MAX_GROUPS
+) -> Tensor | GroupedText:
     """Sort token ids by length and cut them into groups.
 
     Args:
         text: int64 [batch, tokens], on the CPU.
         lengths: int64 [batch], how many of the first tokens of each text its embedding depends on.
+        group_cost: tokens whose encoding takes as long as the launches of another group: it must save more.
         max_groups: number of groups at most.
 
     Returns:
@@ -56,7 +57,7 @@ def group_by_length(text: Tensor, lengths: Tensor, max_groups: int = MAX_GROUPS)
     size = -(-batch // _PARTS)
     ends = [*range(size, batch, size), batch]
     needed = [_round_up(int(ordered[end - 1]), num_tokens) for end in ends]
-    cuts = _best_cuts(ends, needed, num_tokens, max_groups)
+    cuts = _best_cuts(ends, needed, group_cost, max_groups)
     if len(cuts) == 1:
         return text[:, : needed[-1]]
     chosen = text[order]
@@ -69,14 +70,14 @@ def _round_up(length: int, num_tokens: int) -> int:
     return next((fixed for fixed in _LENGTHS if length <= fixed < num_tokens), num_tokens)
 
 
-def _best_cuts(ends: list[int], needed: list[int], num_tokens: int, max_groups: int) -> tuple[int, ...]:
+def _best_cuts(ends: list[int], needed: list[int], group_cost: int, max_groups: int) -> tuple[int, ...]:
     """Indices into `ends` where groups end, so that tokens and groups together cost least."""
     last = len(ends) - 1
 
-    def cost(cuts: tuple[int, ...]) -> float:
+    def cost(cuts: tuple[int, ...]) -> int:
         starts = [0, *(ends[cut] for cut in cuts[:-1])]
         tokens = sum((ends[cut] - start) * needed[cut] for start, cut in zip(starts, cuts, strict=True))
-        return tokens + len(cuts) * _COST_OF_A_GROUP * ends[-1] * num_tokens
+        return tokens + len(cuts) * group_cost
 
     choices = itertools.chain.from_iterable(itertools.combinations(range(last), n) for n in range(max_groups))
     return min(((*inner, last) for inner in choices), key=cost)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_clip import device as devices
+from open_clip.text_groups import GroupedText, group_by_length
+
 
 class Normalization:
     """Makes normalized floats of uint8 pixels: what torchvision's ToTensor and Normalize do, on the pixels' device.
@@ -55,12 +58,38 @@ def normalization_of(preprocess: Any) -> Normalization | None:
     return None if mean_and_std is None else Normalization(*mean_and_std)
 
 
+class TextGrouping:
+    """Groups the texts of batches by length, where none of the models that encode them needs the padding.
+
+    Args:
+        models: CLIP models, and others that the texts are for.
+        device: where the texts are encoded.
+        max_groups: groups of a batch at most. 0 leaves texts unchanged.
+    """
+
+    def __init__(self, models: Sequence[Any], device: torch.device, max_groups: int) -> None:
+        self._lengths = [getattr(model, "text_lengths", None) for model in models] if max_groups else [None]
+        self._group_cost = devices.get(device).text_group_cost
+        self._max_groups = max_groups
+
+    def __call__(self, text: Any) -> Any:
+        """int64 [batch, tokens] on the CPU -> the same, shorter or in groups. Other values are returned unchanged."""
+        if not isinstance(text, Tensor) or text.dim() != 2 or not len(text) or not text.is_cpu:
+            return text
+        lengths = [None if function is None else function(text) for function in self._lengths]
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(lengths):
+            return text
+        return group_by_length(text, torch.stack(known).amax(dim=0), self._group_cost, self._max_groups)
+
+
 def to_device(
     batch: Mapping[str, Any] | Sequence[Any],
     device: torch.device,
     input_dtype: torch.dtype | None = None,
     names: Sequence[str] = ("image", "text"),
     normalization: Normalization | None = None,
+    group_text: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Move a batch to `device`, its floating point tensors in `input_dtype` (None: theirs). The host does not wait.
 
@@ -69,8 +98,11 @@ def to_device(
     Args:
         names: of the members of a tuple, which loaders of scripts written for open_clip_train give.
         normalization: applied to the images on the device if they are uint8.
+        group_text: applied to the texts before they are moved, such as a TextGrouping.
     """
-    named = batch if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
+    named = dict(batch) if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
+    if group_text is not None and "text" in named:
+        named["text"] = group_text(named["text"])
     moved = {name: _move(value, device, input_dtype) for name, value in named.items()}
     image = moved.get("image")
     if normalization is not None and isinstance(image, Tensor) and image.dtype == torch.uint8:
@@ -80,6 +112,8 @@ def to_device(
 
 
 def _move(value: Any, device: torch.device, input_dtype: torch.dtype | None) -> Any:
+    if isinstance(value, GroupedText):
+        return value.to(device, non_blocking=True)
     if not isinstance(value, Tensor):
         return value
     return value.to(device, input_dtype if value.is_floating_point() else None, non_blocking=True)

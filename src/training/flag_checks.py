@@ -36,7 +36,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
     *("workers", "seed", "epochs", "epochs_cooldown", "warmup", "save_frequency", "val_frequency"),
-    *("save_every_n_steps", "max_bad_steps"),
+    *("save_every_n_steps", "max_bad_steps", "text_groups"),
     *("zeroshot_frequency", "lock_image_unlocked_groups", "lock_text_unlocked_layers"),
     *("lr", "wd", "lr_cooldown_end", "lr_cooldown_power", "coca_caption_loss_weight", "coca_contrastive_loss_weight"),
 )
@@ -257,7 +257,7 @@ def _model_rules(args: argparse.Namespace, world_size: int) -> Rules:
     resumes_file = args.resume not in (None, "latest")
     yield not resumes_file, ("pretrained",), "--resume replaces the weights"
     training = trains(args)
-    yield training, ("grad_checkpointing", "force_patch_dropout", "aug_cfg"), "there is no --train-data"
+    yield training, ("grad_checkpointing", "text_groups", "force_patch_dropout", "aug_cfg"), "there is no --train-data"
     yield world_size > 1, ("use_bn_sync",), "there is one process"
 
 

@@ -156,6 +156,10 @@ def _model(parser: argparse.ArgumentParser) -> None:
         "the locked layers too")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass: about a third "
         "more time, far less memory. When the batch does not fit")
+    add("--text-groups", type=int, metavar="N", help="sort the captions of a batch by length and encode them in at "
+        "most N groups without most of their padding; 1 cuts all captions to the longest one, 0 keeps the padding. The "
+        "embeddings are the same. No effect on models whose text tower reads the padding, such as SigLIP and CoCa. "
+        "With --torchcompile 1 at most, for fewer shapes")
     add("--torchcompile", action="store_true", help="torch.compile the model: the first steps are slow. It needs "
         "triton-ascend on an NPU, triton on a GPU and a C++ compiler on the CPU, which is checked at the start")
     add("--use-bn-sync", action="store_true", help="BatchNorm statistics over all processes (models with BatchNorm)")

@@ -21,7 +21,7 @@ from open_clip import progress
 from open_clip.utils import check_folder
 from open_clip.whole_file import write_text
 from training import children, distributed, file_utils, half_weights, logger, precision, preflight, rng, run_warnings
-from training.batches import to_pixels
+from training.batches import TextGrouping, to_pixels
 from training.build import (
     build_model,
     build_scheduler,
@@ -44,6 +44,7 @@ from training.params import (
     CheckpointConfig,
     EvalConfig,
     LoggingConfig,
+    ModelConfig,
     TrainConfig,
     parse_args,
     sections,
@@ -401,12 +402,18 @@ def _build_trainer(
         autocast=precision.get_autocast(chosen, world.device.type),
         half_weights=half_weights.create(model, chosen, world.device, getattr(state.optimizer, "flats", ())),
         input_dtype=open_clip.get_input_dtype(chosen),
+        group_text=_text_grouping(cfg.model, [model] if teacher is None else [model, teacher], world),
         accum_freq=cfg.optim.accum_freq,
         grad_clip_norm=cfg.optim.grad_clip_norm,
         pairs_at_peak=at_peak,
         guard=state.guard,
         average=state.average,
     )
+
+
+def _text_grouping(cfg: ModelConfig, models: list[Any], world: World) -> TextGrouping:
+    max_groups = min(cfg.text_groups, 1) if cfg.torchcompile else cfg.text_groups  # the compiler meets fewer shapes
+    return TextGrouping(models, world.device, max_groups)
 
 
 def _run_warnings(

@@ -64,6 +64,7 @@ class ModelConfig:
     lock_text_unlocked_layers: int = 0
     lock_text_freeze_layer_norm: bool = False
     grad_checkpointing: bool = False
+    text_groups: int = 4
     torchcompile: bool = False
     use_bn_sync: bool = False
     image_mean: tuple[float, float, float] | None = None

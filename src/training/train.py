@@ -24,7 +24,7 @@ from open_clip import device as devices
 from training import evaluate as evaluation
 from training import half_weights, rng
 from training import precision as precisions
-from training.batches import to_device
+from training.batches import TextGrouping, to_device
 from training.checkpoint import TrainState
 from training.data.skips import report as report_skips
 from training.distributed import world
@@ -61,6 +61,7 @@ class Trainer:
     scaler: of fp16 gradients; None without.
     scheduler: sets the learning rate for a step; None leaves it as it is.
     autocast: makes the context for forward passes and losses. input_dtype: of images; None as they come.
+    group_text: applied to the texts of a batch before they are moved to the device, see batches.TextGrouping.
     half_weights: makes the context for forward and backward passes in which weights are converted once.
     accum_freq: batches of one step, see `_accumulate`. grad_clip_norm: bound of the gradient's global 2-norm.
     pairs_at_peak: what a device could do in a second, for the log's MFU; None where that is not known.
@@ -78,6 +79,7 @@ class Trainer:
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     input_dtype: torch.dtype | None = None
+    group_text: Callable[[Any], Any] | None = None
     accum_freq: int = 1
     grad_clip_norm: float | None = None
     pairs_at_peak: float | None = None
@@ -406,7 +408,12 @@ def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]
     try:
         for batch in loader:
             waited += time.perf_counter() - start
-            batches.append(to_device(batch, trainer.device, trainer.input_dtype, normalization=normalization))
+            batches.append(
+                to_device(
+                    batch, trainer.device, trainer.input_dtype,
+                    normalization=normalization, group_text=trainer.group_text,
+                )
+            )  # fmt: skip
             if len(batches) == trainer.accum_freq:
                 yield batches, waited
                 batches, waited = [], 0.0
@@ -532,6 +539,7 @@ def train_one_epoch(
         autocast=precisions.get_autocast(precision, device.type),
         half_weights=half_weights.create(unwrap_model(model), precision, device),
         input_dtype=open_clip.get_input_dtype(args.precision),
+        group_text=TextGrouping([unwrap_model(model), *([] if dist_model is None else [dist_model])], device, 4),
         accum_freq=args.accum_freq,
         grad_clip_norm=args.grad_clip_norm,
     )

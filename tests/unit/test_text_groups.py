@@ -1,6 +1,8 @@
 """open_clip.text_groups: what is computed for a batch of texts, and that embeddings do not depend on it."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,11 @@ import open_clip
 from open_clip.hf_model import HFTextEncoder
 from open_clip.text_groups import GroupedText, group_by_length
 from open_clip.text_transformer import TextTransformer
+from training.batches import TextGrouping, to_device
+from training.objective import ContrastiveObjective
+from training.train import Trainer
 
+CPU = torch.device("cpu")
 END = 49407
 
 
@@ -25,7 +31,7 @@ def ids(lengths: list[int], num_tokens: int = 77) -> torch.Tensor:
 def test_groups_hold_each_text_once_and_whole():
     lengths = [5, 77, 12, 20, 9, 14, 33, 7, 15, 11, 18, 6, 10, 13, 60, 8]
     text = ids(lengths)
-    grouped = group_by_length(text, torch.tensor(lengths))
+    grouped = group_by_length(text, torch.tensor(lengths), 16)
     assert isinstance(grouped, GroupedText)
     assert 2 <= len(grouped.parts) <= 4
     padded = [torch.nn.functional.pad(part, (0, 77 - part.shape[1])) for part in grouped.parts]
@@ -39,7 +45,13 @@ def test_groups_hold_each_text_once_and_whole():
 ])  # fmt: skip
 def test_one_group_is_a_plain_tensor(lengths, num_tokens, expected):
     text = torch.ones(len(lengths), num_tokens, dtype=torch.int64)
-    assert group_by_length(text, torch.tensor(lengths).clamp(max=num_tokens)).shape == (len(lengths), expected)
+    assert group_by_length(text, torch.tensor(lengths).clamp(max=num_tokens), 16).shape == (len(lengths), expected)
+
+
+def test_another_group_must_save_more_than_it_costs():
+    text, lengths = torch.ones(64, 77, dtype=torch.int64), torch.tensor([10] * 32 + [40] * 32)
+    assert isinstance(group_by_length(text, lengths, group_cost=1000), GroupedText)  # of 32 x 32 tokens
+    assert group_by_length(text, lengths, group_cost=1100).shape == (64, 48)
 
 
 def test_few_shapes_come_up():
@@ -48,7 +60,7 @@ def test_few_shapes_come_up():
     shapes = set()
     for _ in range(50):
         lengths = (torch.randn(64, generator=generator).exp() * 14).long().clamp(3, 77)
-        grouped = group_by_length(torch.ones(64, 77, dtype=torch.int64), lengths)
+        grouped = group_by_length(torch.ones(64, 77, dtype=torch.int64), lengths, 64)
         shapes |= {tuple(part.shape) for part in grouped.parts}
     assert {count % 8 for count, _ in shapes} == {0}
     assert {length for _, length in shapes} <= {8, 16, 24, 32, 48, 64, 77}
@@ -64,7 +76,7 @@ def test_embeddings_and_gradients_stay(custom, pool_type):
     lengths = [5, 77, 12, 20, 9, 14, 33, 7]
     text = ids(lengths)
     assert model.text_lengths(text).tolist() == lengths
-    grouped = group_by_length(text, model.text_lengths(text))
+    grouped = group_by_length(text, model.text_lengths(text), 16)
     assert isinstance(grouped, GroupedText)
     gradients = []
     for given in (text, grouped):
@@ -84,7 +96,7 @@ def test_towers_of_transformers(kind, pooler, tmp_path):
     tower = HFTextEncoder(name, output_dim=8, pooler_type=pooler, proj_type="linear", pretrained=False).eval()
     text = hf_cases.texts(kind)
     assert tower.text_lengths(text).tolist() == [9, 5, 2]
-    grouped = group_by_length(text.repeat(3, 1), tower.text_lengths(text.repeat(3, 1)))
+    grouped = group_by_length(text.repeat(3, 1), tower.text_lengths(text.repeat(3, 1)), 1)
     assert isinstance(grouped, GroupedText)
     torch.testing.assert_close(grouped.encode(tower), tower(text.repeat(3, 1)), rtol=1e-5, atol=1e-5)
 
@@ -102,3 +114,43 @@ def test_an_edited_mask_has_no_lengths():
     assert tower.text_lengths(ids([3, 5], 16)) is not None
     tower.attn_mask = torch.zeros(16, 16)
     assert tower.text_lengths(ids([3, 5], 16)) is None
+
+
+def losses_of_steps(accum_freq: int, max_groups: int) -> list[float]:
+    """Losses of 20 steps of a tiny model, in double precision."""
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+    text_cfg = {"context_length": 77, "width": 16, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(8, vision, text_cfg, output_dict=True).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = Trainer(model, ContrastiveObjective(), optimizer, CPU, accum_freq=accum_freq)
+    grouping = TextGrouping([model], CPU, max_groups)
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for number in range(20):
+        batches = []
+        for _ in range(accum_freq):
+            lengths = (torch.randn(8, generator=generator).exp() * 14).long().clamp(3, 77).tolist()
+            image = torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64)
+            batches.append(to_device({"image": image, "text": ids(lengths)}, CPU, group_text=grouping))
+        losses.append(trainer.step(batches, number)["loss"].item())
+    return losses
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+@pytest.mark.parametrize("max_groups", [1, 4])
+def test_training_loses_the_same(accum_freq, max_groups):
+    plain = losses_of_steps(accum_freq, 0)
+    assert losses_of_steps(accum_freq, max_groups) == pytest.approx(plain, rel=1e-9)
+
+
+def test_texts_that_two_models_read_keep_what_either_needs():
+    """A teacher with another tower, or one that reads the padding."""
+    text, longer = ids([5] * 8), SimpleNamespace(text_lengths=lambda text: torch.full((len(text),), 20))
+    model = SimpleNamespace(text_lengths=lambda text: text.argmax(dim=-1) + 1)
+    assert TextGrouping([model], CPU, 4)(text).shape == (8, 8)
+    assert TextGrouping([model, longer], CPU, 4)(text).shape == (8, 24)
+    assert TextGrouping([model, SimpleNamespace()], CPU, 4)(text) is text
+    assert TextGrouping([model], CPU, 0)(text) is text
+    strings = ["not", "tokenized"]
+    assert TextGrouping([model], CPU, 4)(strings) is strings

@@ -36,6 +36,7 @@ class Device:
     indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
+    text_group_cost: ClassVar[int] = 4096  # tokens, see text_groups: several hundred launches
     converts_weights_once: ClassVar[bool] = False  # per step, which saves launches: see training.half_weights
     deterministic_env: ClassVar[dict[str, str]] = {}  # set by `set_deterministic`, where the user has not
     deterministic_switches: ClassVar[tuple[str, ...]] = ("torch.use_deterministic_algorithms",)

@@ -18,6 +18,7 @@ class CpuDevice(Device):
     default_precision = "fp32"  # bf16 autocast halves the speed of a CPU without AMX
     pin_memory = False
     fused_adamw_skips = True
+    text_group_cost = 64
     indexed = False
 
     def is_available(self) -> bool:
