@@ -25,7 +25,7 @@ import torch
 
 from training import file_utils, logger, main, signals
 from training.data import csv_data
-from training.train import Trainer
+from training.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", 0))
 AGAIN = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -14,7 +14,7 @@ from training.guard import StepGuard
 from training.objective import ContrastiveObjective
 from training.optim import create_optimizer
 from training.params import OptimConfig
-from training.train import Trainer
+from training.trainer import Trainer
 
 BATCH = 8
 

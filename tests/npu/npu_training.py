@@ -16,7 +16,7 @@ from training import build, distributed, half_weights, precision
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
-from training.train import Trainer
+from training.trainer import Trainer
 
 GLOBAL_BATCH = 8
 CPU = torch.device("cpu")
@@ -57,14 +57,15 @@ def make_trainer(
     objective = create_objective(ObjectiveConfig(local_loss=linked, gather_with_grad=linked), model)
     # A large eps: AdamW otherwise makes rounding errors of gradients that are 0 as large as any other step.
     cfg = OptimConfig(lr=2e-3, eps=1e-4, fused_optimizer=fused_optimizer)
+    optimizer = create_optimizer(model, cfg, device)
     return Trainer(
         model=build.parallelise(model, DistributedConfig(), distributed.world()) if linked else model,
         objective=objective,
-        optimizer=create_optimizer(model, cfg, device),
+        optimizer=optimizer,
         device=device,
         scaler=precision.grad_scaler(chosen, device, **scaler),
         autocast=precision.get_autocast(chosen, device),
-        half_weights=half_weights.create(model, chosen, device),
+        half_weights=half_weights.create(model, chosen, device, getattr(optimizer, "flats", ())),
         grad_clip_norm=1.0,
     )
 

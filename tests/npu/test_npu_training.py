@@ -31,7 +31,7 @@ from training.batches import Normalization, to_device
 from training.checkpoint import TrainState
 from training.ema import WeightAverage
 from training.guard import StepGuard
-from training.train import Trainer
+from training.trainer import Trainer
 
 
 @pytest.fixture

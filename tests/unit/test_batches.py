@@ -27,7 +27,7 @@ from open_clip.constants import (
 from open_clip.transform import image_transform
 from train_runs import write_classes, write_model
 from train_runs import write_csv as write_pairs
-from training import batches, main, train
+from training import batches, epoch, main
 from training.batches import Normalization, normalization_of, to_device, to_pixels
 from training.data import get_data
 
@@ -219,7 +219,7 @@ def test_the_command_trains_and_evaluates_on_pixels(tmp_path, monkeypatch):
 
     from training import evaluate, zero_shot
 
-    for module, name in ((train, "train"), (evaluate, "val"), (zero_shot, "zeroshot")):
+    for module, name in ((epoch, "train"), (evaluate, "val"), (zero_shot, "zeroshot")):
         watch(module, name)
     pairs, classes = write_pairs(tmp_path / "csv", 8), write_classes(tmp_path / "classes", 1)
     main.main([

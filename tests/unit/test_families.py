@@ -11,7 +11,7 @@ import families
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import ObjectiveConfig, OptimConfig
-from training.train import Trainer
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,11 @@ from gloo_ranks import run_ranks
 from open_clip import device as devices
 from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training.ema import WeightAverage
+from training.epoch import run_epoch
 from training.flat_adamw import FlatAdamW
 from training.guard import StepGuard, TooManyBadSteps
 from training.objective import ContrastiveObjective
-from training.train import Trainer, run_epoch
+from training.trainer import Trainer
 
 
 def trainer_of(model: nn.Module, form: str = "fused", folder=None, limit: int = 3, **options) -> Trainer:

@@ -24,7 +24,7 @@ from training.flat_tensors import FlatTensors, flatten_parameters
 from training.half_weights import HalfWeights
 from training.objective import create_objective
 from training.params import ObjectiveConfig
-from training.train import Trainer
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 CUSTOM = {"block_type": "custom", "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_fc": True}

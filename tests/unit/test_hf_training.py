@@ -17,7 +17,7 @@ from training.flops import training_flops
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import ObjectiveConfig, OptimConfig
-from training.train import Trainer
+from training.trainer import Trainer
 
 transformers = pytest.importorskip("transformers")
 

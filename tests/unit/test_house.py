@@ -57,8 +57,12 @@ FLOORS = [
         "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
         "training.build", "training.flops", "training.trace", "training.half_weights",
     ],
-    ["training.evaluate", "training.saver", "training.preflight", "training.run_warnings"],
-    ["training.train"],
+    [
+        "training.evaluate", "training.saver", "training.preflight", "training.run_warnings", "training.progress",
+        "training.run_folder", "training.trainer",
+    ],
+    ["training.epoch"],
+    ["training.loop", "training.train"],
     ["training.main", "training.profiler", "training.doctor"],
     ["open_clip_train"],
 ]

@@ -15,7 +15,7 @@ import torch
 import open_clip
 from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
-from training import distributed, file_utils, main, precision
+from training import distributed, file_utils, loop, main, precision
 from training.checkpoint import natural_key
 from training.data import csv_data
 from training.guard import TooManyBadSteps
@@ -220,7 +220,7 @@ def no_model(*_, **__):
 
 def test_what_torch_compile_lacks_is_said_before_a_model_is_built(inputs, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(devices.CpuDevice, "why_not_compile", lambda self: "the compiler is missing.")
-    monkeypatch.setattr(main, "build_model", no_model)
+    monkeypatch.setattr(loop, "build_model", no_model)
     with pytest.raises(ModuleNotFoundError, match="--torchcompile: the compiler is missing"):
         train(inputs, tmp_path / "logs", "--torchcompile")
     assert not (tmp_path / "logs").exists()
@@ -251,7 +251,7 @@ def test_a_known_code_in_an_error_gets_its_hint(inputs, tmp_path, monkeypatch, s
             raise RuntimeError("Joining the others failed (HCCL function ...)") from error
         raise error
 
-    monkeypatch.setattr(main, "build_model", fail)
+    monkeypatch.setattr(loop, "build_model", fail)
     with pytest.raises(RuntimeError):
         train(inputs, tmp_path)
     assert "Wait 10 s" in (tmp_path / "run/out.log").read_text()
@@ -297,14 +297,14 @@ def stopped(inputs: Inputs, logs: Path, *more: object) -> SystemExit:
 
 
 def test_a_run_that_is_told_to_stop_in_a_step_goes_on_after_it(inputs, plain, tmp_path, monkeypatch):
-    step = main.Trainer.step
+    step = loop.Trainer.step
 
     def told(self, batches, number):
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches, number)
 
-    monkeypatch.setattr(main.Trainer, "step", told)
+    monkeypatch.setattr(loop.Trainer, "step", told)
     assert stopped(inputs, tmp_path).code == 143
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")] == ["epoch_0_step_2.pt"]
     train(inputs, tmp_path, "--resume", "latest")
@@ -341,7 +341,7 @@ def test_a_run_that_waits_for_data_stops_before_the_step_whose_batches_are_incom
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_in_an_evaluation_it_saves_too(inputs, plain, tmp_path, monkeypatch, number, code):
     with monkeypatch.context() as patch:
-        patch.setattr(main, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
+        patch.setattr(loop, "evaluate", lambda *_, **__: os.kill(os.getpid(), number))
         assert stopped(inputs, tmp_path, "--save-frequency", 0).code == code
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")] == ["epoch_1_step_3.pt"]
     train(inputs, tmp_path, "--resume", "latest")
@@ -349,7 +349,7 @@ def test_told_to_stop_in_an_evaluation_it_saves_too(inputs, plain, tmp_path, mon
 
 
 def test_told_to_stop_while_the_model_is_built_it_ends(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(loop, "build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert stopped(inputs, tmp_path).code == 143
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
@@ -540,7 +540,7 @@ def test_an_evaluation_failing_after_an_epoch_loses_no_weights(inputs, tmp_path,
     def fails(*_, **__):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(main, "evaluate", fails)
+    monkeypatch.setattr(loop, "evaluate", fails)
     with pytest.raises(RuntimeError, match="out of luck"):
         train(inputs, tmp_path, "--val-data", inputs.csv)
     assert (tmp_path / "run/checkpoints/epoch_1.pt").exists()
@@ -551,9 +551,9 @@ def test_evaluation_draws_leave_training_alone(inputs, plain, tmp_path, monkeypa
         torch.rand(100)
         return {"number": 1.0}
 
-    monkeypatch.setattr(main, "evaluate", draws)
+    monkeypatch.setattr(loop, "evaluate", draws)
     folder = train(inputs, tmp_path, "--force-patch-dropout", 0.5)
-    monkeypatch.setattr(main, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {})
     assert losses(folder) == losses(train(inputs, tmp_path / "quiet", "--force-patch-dropout", 0.5))
     assert results(folder) == [{"number": 1.0, "epoch": 1}, {"number": 1.0, "epoch": 2}]
 

@@ -17,7 +17,7 @@ import torch
 from gloo_ranks import run_ranks
 from open_clip import progress
 from train_runs import write_classes, write_csv, write_model, write_shards
-from training import data, distributed, main, preflight
+from training import data, distributed, loop, main, preflight
 from training.data.probe import SAMPLES, read_first_batch
 from training.params import parse_args, sections
 
@@ -87,13 +87,13 @@ def training_options(inputs: Inputs, logs: Path, *more: object) -> list[str]:
 @pytest.fixture
 def no_step(monkeypatch):
     """A run that gets as far as a step fails the test."""
-    monkeypatch.setattr(main, "run_epoch", lambda *_, **__: pytest.fail("a step was made"))
+    monkeypatch.setattr(loop, "run_epoch", lambda *_, **__: pytest.fail("a step was made"))
 
 
 @pytest.fixture
 def no_model(monkeypatch):
     """A run that gets as far as a model fails the test."""
-    monkeypatch.setattr(main, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(loop, "build_model", lambda *_, **__: pytest.fail("a model was built"))
 
 
 def text_file(folder: Path, name: str, content: str) -> Path:
@@ -244,7 +244,7 @@ def test_data_that_are_never_evaluated_are_not_tried(inputs, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_data_are_opened(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "get_data", lambda *_, **__: pytest.fail("data were opened"))
+    monkeypatch.setattr(loop, "get_data", lambda *_, **__: pytest.fail("data were opened"))
     with pytest.raises(ValueError, match="another model"):
         main.main(training_options(inputs, tmp_path, "--resume", other_checkpoint(tmp_path)))
 
@@ -416,13 +416,13 @@ def test_siglip_starts_from_weights_without_a_bias_at_its_own(inputs, tmp_path, 
     log_of(inputs, tmp_path / "clip")
     weights = tmp_path / "clip/run/checkpoints/epoch_1.pt"
     started = []
-    build = main._build_trainer
+    build = loop._build_trainer
 
     def noting(cfg, world, state, *more):
         started.append(state.model.logit_bias.item())
         return build(cfg, world, state, *more)
 
-    monkeypatch.setattr(main, "_build_trainer", noting)
+    monkeypatch.setattr(loop, "_build_trainer", noting)
     log = log_of(inputs, tmp_path / "siglip", "--siglip", "--pretrained", weights, "--ema-decay", 0.5)
     assert started == [-10.0]
     assert log.count("the weights have no logit_bias, so it starts at -10") == 1

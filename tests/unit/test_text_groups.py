@@ -13,7 +13,7 @@ from open_clip.text_groups import GroupedText, group_by_length
 from open_clip.text_transformer import TextTransformer
 from training.batches import TextGrouping, to_device
 from training.objective import ContrastiveObjective
-from training.train import Trainer
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 END = 49407

@@ -17,9 +17,11 @@ from gloo_ranks import run_ranks
 from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training import rng
 from training.data.skips import BadSample, SkipCounter
+from training.epoch import run_epoch
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective
 from training.params import ObjectiveConfig
-from training.train import Trainer, run_epoch, train_one_epoch, unwrap_model
+from training.train import train_one_epoch
+from training.trainer import Trainer, unwrap_model
 
 
 def trainer_of(model: nn.Module, objective=None, **options) -> Trainer:
