@@ -125,14 +125,27 @@ class StepGuard:
         return dict(zip(COUNTERS, self._counts.unbind(), strict=True))
 
     def check_run(self) -> None:
-        """At the end of a run: raise TooManyBadSteps if this process made steps and every one was skipped. Waits."""
+        """At the end of a run, speak up if this process made steps and every one was skipped. Waits for the device.
+
+        Raises:
+            TooManyBadSteps: a loss or gradient was not finite. If the gradient scaler was only lowering its factor, as
+                in a run of two steps, that is a warning.
+        """
         bad, _, overflows = self._counts.tolist()
-        if self._steps and bad + overflows - self._skipped_before >= self._steps:
-            raise TooManyBadSteps(
-                f"All {self._steps} steps of this run were skipped ({bad} had a loss or gradient that is not finite, "
-                f"{overflows} an overflow of the gradient scaler), so nothing was learnt. If the data are right, try "
-                "--precision amp_bf16 or fp32, a lower --lr, or more steps for the scaler to find its factor."
+        if not self._steps or bad + overflows - self._skipped_before < self._steps:
+            return
+        if not bad:
+            logger.warning(
+                "All %d steps of this run were skipped while the gradient scaler lowered its factor, so the weights "
+                "have not changed. Train for more steps, or with --precision amp_bf16, which needs no scaler.",
+                self._steps,
             )
+            return
+        raise TooManyBadSteps(
+            f"All {self._steps} steps of this run were skipped ({bad} had a loss or gradient that is not finite, "
+            f"{overflows} an overflow of the gradient scaler), so the weights have not changed. If the data are right, "
+            "try --precision amp_bf16 or fp32, or a lower --lr."
+        )
 
     def check(self, bad_in_a_row: int) -> None:
         """Raise TooManyBadSteps after writing down which samples these steps had; each rank writes its own."""

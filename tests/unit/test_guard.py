@@ -182,6 +182,15 @@ def test_a_run_of_skipped_steps_alone_is_an_error():
         resumed.guard.check_run()
 
 
+def test_a_short_run_in_which_the_scaler_lowers_its_factor_ends_with_a_warning(caplog):
+    trainer = trainer_of(Towers(), scaler=Scaler(1e308 * 1.7), limit=0)
+    trainer.step([batches_of(1)[0]], 0)
+    counters = trainer.guard.counters()
+    assert (counters["scaler_overflows"], counters["skipped_steps"]) == (1, 0)
+    trainer.guard.check_run()
+    assert "All 1 steps of this run were skipped while the gradient scaler" in caplog.text
+
+
 def test_without_a_limit_it_goes_on(tmp_path):
     model, data = Towers(), data_of(6)
     data.dataloader[1:5] = [bad(batch) for batch in data.dataloader[1:5]]

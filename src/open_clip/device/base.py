@@ -294,6 +294,31 @@ def _find_command(*names: str) -> bool:
     return any(shutil.which(name) for name in names)
 
 
+def elementary_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    num_heads: int | None = None,
+) -> torch.Tensor:
+    """`ops.attention` made of elementary operators."""
+    if num_heads is not None:
+        query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
+    # scaled before the product, which in half precision might not hold what is scaled after it
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    out = F.dropout(scores.softmax(dim=-1), dropout_p) @ value
+    return out if num_heads is None else merge_heads(out)
+
+
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """[(batch,) tokens, width] -> [(batch,) heads, tokens, head_dim], a view"""
     return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .. import torch_versions
 from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, peaks
-from .base import Device, exact_gelu
+from .base import Device, elementary_attention, exact_gelu
 
 _RESULT = r"(?:error code is|runtime result =) ?"  # before a code, in the texts of torch_npu and of CANN
 
@@ -281,6 +281,8 @@ class NpuDevice(Device):
             and not torch.compiler.is_compiling()  # the masks that are kept are no part of a graph
             and npu_ops.is_usable("npu_fusion_attention", query.device, tensors[0].dtype)
         )
+        if not is_fused and npu_attention.fails_in_torch(*tensors, num_heads):
+            return elementary_attention(*tensors, attn_mask, dropout_p, is_causal, scale, num_heads)
         if not is_fused:
             return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
         return npu_attention.attend(self.library, tensors, attn_mask, dropout_p, is_causal, scale, num_heads)

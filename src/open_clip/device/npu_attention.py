@@ -55,6 +55,14 @@ def takes(
     )
 
 
+def fails_in_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int | None = None
+) -> bool:
+    """Whether F.scaled_dot_product_attention of torch_npu 2.13 passes this to the kernel, which refuses it."""
+    heads = query.shape[1] if num_heads is None else num_heads
+    return query.dim() == (4 if num_heads is None else 3) and (heads > _MAX_HEADS or key.shape != value.shape)
+
+
 def attend(
     library: Any,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 
-from .base import Device, exact_gelu, merge_heads, split_heads
+from .base import Device, elementary_attention, exact_gelu
 from .table import DEVICES
 
 _PLAIN = DEVICES["cpu"]
@@ -85,15 +84,4 @@ def attention(
     """
     if _fused_ops:
         return _device_of(query).attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
-    if num_heads is not None:
-        query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
-    # scaled before the product, which in half precision might not hold what is scaled after it
-    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    out = F.dropout(scores.softmax(dim=-1), dropout_p) @ value
-    return out if num_heads is None else merge_heads(out)
+    return elementary_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
