@@ -43,7 +43,7 @@ def test_fifty_steps_on_several_npus_lose_as_on_the_cpu(world_size: int) -> None
 
 
 NOT_FINITE = """
-    import json
+    import json, zlib
     import open_clip, torch
     from npu_training import *
     from training import distributed
@@ -59,12 +59,12 @@ NOT_FINITE = """
             trainer.model = build.parallelise(trainer.model, DistributedConfig(), world)
         trainer.guard = StepGuard(trainer.model.module, trainer.optimizer, world.device)
 
-        def sums():
+        def bits():
             states = trainer.optimizer.state.values()
             moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
             tensors = [*trainer.model.parameters(), *moments]
             counts = [float(state["step"]) for state in states]
-            return counts + [float(value.detach().double().cpu().abs().sum()) for value in tensors]
+            return counts + [zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes()) for value in tensors]
 
         found = []
         for step in range(3):
@@ -72,7 +72,7 @@ NOT_FINITE = """
             if (step, world.rank) == (1, world.world_size - 1):
                 batch["image"] = batch["image"] * float("nan")
             trainer.step([batch], step)
-            found.append(sums())
+            found.append(bits())
         return [found, [int(value) for value in trainer.guard.counters().values()]]
 
     found = {f"{form} {linked}": train_with_a_nan(form, linked) for form, linked in CASES}
@@ -83,7 +83,7 @@ NOT_FINITE = """
 
 @pytest.mark.parametrize(("world_size", "cases"), [
     (2, [("auto", False), ("torch", False), ("npu", False), ("off", False)]),
-    (4, [("auto", False), ("torch", True)]),
+    (4, [("auto", False), ("torch", True), ("npu", False), ("off", False)]),
 ])  # fmt: skip
 def test_a_nan_on_one_rank_is_skipped_by_all(world_size: int, cases: list[tuple[str, bool]]) -> None:
     """Each case is a form of AdamW, and whether features are gathered: the loss is NaN everywhere, else on one rank."""
