@@ -27,7 +27,7 @@ def test_the_documented_commands(tmp_path: Path) -> None:
         tmp_path,
     )  # fmt: skip
     assert "image tower: largest difference" in printed
-    assert "Written to exported: export.onnx.json, image.onnx, text.onnx" in printed
+    assert "Wrote to exported: export.onnx.json, image.onnx, text.onnx." in printed
     assert "Traceback" not in printed
 
     (script,) = re.findall(r"```python\n(.*?)```", (processes.ROOT / "docs/export.md").read_text(), flags=re.DOTALL)

@@ -15,7 +15,7 @@ THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
 
 # Where ours differ in default: decided from the device that is there.
 DIFFERENT = {"device": "auto", "precision": None}
-# What ours have more. A new option is added here, and to docs, on purpose.
+# Options that only this project has. A new one is added here and to the docs.
 OURS = {
     "max_bad_fraction": 0.5,
     "zeroshot_data": None,
@@ -31,6 +31,9 @@ OURS = {
     "sync_save": False,
     "ema_decay": None,
     "max_bad_steps": 10,
+    "deterministic": False,
+    "profile_level": 0,
+    "text_groups": 4,
 }
 
 
