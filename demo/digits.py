@@ -1,9 +1,9 @@
 """Train a small CLIP on handwritten digits and plot the results.
 
-The demo writes the 1,797 scanned digits of scikit-learn as images with captions, both as a CSV file and as tar shards. It
-trains a model on four fifths of them with `python -m training.main`. The model then classifies the other digits zero-shot:
-each image is compared with sentences about each digit. Nothing is downloaded. The output folder contains the data, the
-TensorBoard logs, the checkpoints and a picture of the results.
+The demo writes the 1,797 scanned digits of scikit-learn as images with captions, both as a CSV file and as tar shards.
+It trains a model on four fifths of them with `python -m training.main`. The model then classifies the other digits
+zero-shot: each image is compared with sentences about each digit. Nothing is downloaded. The output folder contains the
+data, the TensorBoard logs, the checkpoints and a picture of the results.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def load_samples(seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Return (training samples, held-out samples): the digits as PNG files with captions. The seed fixes captions and split."""
+    """Return (training samples, held-out samples), as PNG files with captions. `seed` fixes captions and split."""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -227,8 +227,8 @@ def plot_results(output: Path, answers: list[tuple[Path, int, int]]) -> Path:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results (default: %(default)s)")
-    parser.add_argument("--data", choices=["csv", "shards"], default="csv", help="format of the training data (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
+    parser.add_argument("--data", choices=["csv", "shards"], default="csv", help="format of the training data")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the digits (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="as in training.main (default: the best device present)")
     parser.add_argument("--seed", type=int, default=0)
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     right = sum(digit == answer for _, digit, answer in answers)
     accuracy, chance = 100 * right / len(answers), 100 / len(DIGITS)
     logger.info("")
-    logger.info("Zero-shot accuracy on %d digits that were held out: %.1f %% (chance: %.1f)", len(answers), accuracy, chance)
+    logger.info("Zero-shot accuracy on %d digits (held out): %.1f %% (chance: %.1f)", len(answers), accuracy, chance)
     logger.info("Picture:      %s", picture)
     logger.info("Checkpoints:  %s", output / "logs" / RUN_NAME / "checkpoints")
     logger.info("TensorBoard:  tensorboard --logdir %s", output / "logs")
