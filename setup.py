@@ -1,4 +1,4 @@
-"""Packaging. The distribution is called `open_clip_torch`, so that what depends on that is satisfied."""
+"""Packaging. The distribution is called `open_clip_torch`, so packages that depend on open_clip_torch accept it."""
 import re
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def read_version() -> str:
     return namespace["__version__"]
 
 
-def requirements(*names: str) -> list[str]:
-    """Lines of requirements.txt for the given packages, so that a version bound is written in one place."""
+def read_requirements(*names: str) -> list[str]:
+    """Return the lines of requirements.txt for the given packages, so each version bound is written in one place."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     by_name = {re.split(r"[<>=!~ ]", line)[0]: line for line in lines if line and not line.startswith("#")}
     return [by_name[name] for name in names]
@@ -33,16 +33,16 @@ setup(
     package_dir={"": "src"},
     package_data={"open_clip": ["model_configs/*.json", "*.json", "*.txt.gz"]},
     python_requires=">=3.10",
-    install_requires=requirements(
+    install_requires=read_requirements(
         "torch", "torchvision", "ftfy", "regex", "timm", "huggingface_hub", "safetensors", "tqdm"
     ),
-    # torch_npu is not an extra: which one is right depends on CANN (requirements-npu.txt).
+    # torch_npu is not an extra, because its version depends on CANN (requirements-npu.txt).
     extras_require={
-        "training": requirements("webdataset", "pandas", "tensorboard", "transformers", "sentencepiece"),
+        "training": read_requirements("webdataset", "pandas", "tensorboard", "transformers", "sentencepiece"),
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "demo": ["scikit-learn", "matplotlib"],
         "test": [
-            *requirements("pytest", "pytest-timeout", "transformers", "sentencepiece"),
+            *read_requirements("pytest", "pytest-timeout", "transformers", "sentencepiece"),
             *("pytest-xdist", "setuptools>=70.1", "scikit-learn", "peft"),
         ],
         "lint": ["ruff", "mypy"],

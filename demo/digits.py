@@ -1,9 +1,9 @@
-"""Train a small CLIP on handwritten digits and look at what it learnt.
+"""Train a small CLIP on handwritten digits and plot the results.
 
-The 1,797 scanned digits that come with scikit-learn are written out as images with captions, once as a CSV and once as
-tar shards; four fifths of them train a model with `python -m training.main`, as any other data would; the rest, which
-training never sees, is recognised zero-shot, by comparing each image with a sentence about each digit. Nothing is
-downloaded. The output folder then has the data, the TensorBoard logs, the checkpoints and a picture of the results.
+The demo writes the 1,797 scanned digits of scikit-learn as images with captions, both as a CSV file and as tar shards.
+It trains a model on four fifths of them with `python -m training.main`. The model then classifies the other digits
+zero-shot: each image is compared with sentences about each digit. Nothing is downloaded. The output folder contains the
+data, the TensorBoard logs, the checkpoints and a picture of the results.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def load_samples(seed: int) -> tuple[list[Sample], list[Sample]]:
-    """The digits as PNG files with captions: (training samples, held-out samples), the same for the same seed."""
+    """Return (training samples, held-out samples), as PNG files with captions. `seed` fixes captions and split."""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -71,7 +71,7 @@ def load_samples(seed: int) -> tuple[list[Sample], list[Sample]]:
 
 
 def write_csv(samples: list[Sample], folder: Path, name: str) -> None:
-    """The images in a folder of their own and NAME.csv, which names each beside its caption."""
+    """Write the images into a folder, and NAME.csv with the path and the caption of each."""
     images = folder / f"{name}_images"
     images.mkdir(parents=True)
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
@@ -84,7 +84,7 @@ def write_csv(samples: list[Sample], folder: Path, name: str) -> None:
 
 
 def write_shards(samples: list[Sample], folder: Path, name: str) -> None:
-    """The same samples as webdataset shards NAME-000000.tar, ... and the sizes.json that says how many are in each."""
+    """Write webdataset shards NAME-000000.tar, ... and sizes.json, which has the number of samples of each shard."""
     folder.mkdir(parents=True)
     sizes = {}
     for start in range(0, len(samples), SAMPLES_PER_SHARD):
@@ -101,7 +101,7 @@ def write_shards(samples: list[Sample], folder: Path, name: str) -> None:
 
 
 def write_classes(samples: list[Sample], folder: Path) -> None:
-    """A folder of images for each digit: what zero-shot evaluation reads."""
+    """Write one folder of images per digit, and the class names and templates, for zero-shot evaluation."""
     for sample in samples:
         path = folder / "test" / str(sample.digit) / f"{sample.key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +110,10 @@ def write_classes(samples: list[Sample], folder: Path) -> None:
     (folder / "templates.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
 
-def prepare(output: Path, seed: int) -> None:
-    """Writes the data and the model's configuration below `output`, in place of an earlier demo's."""
-    for made in ("data", "model", "logs"):
-        shutil.rmtree(output / made, ignore_errors=True)
+def write_inputs(output: Path, seed: int) -> None:
+    """Write the data and the model's configuration into `output`. Files of an earlier demo are deleted."""
+    for name in ("data", "model", "logs"):
+        shutil.rmtree(output / name, ignore_errors=True)
     train, held_out = load_samples(seed)
     data = output / "data"
     write_csv(train, data, "train")
@@ -122,11 +122,11 @@ def prepare(output: Path, seed: int) -> None:
     write_classes(held_out, data)
     (output / "model").mkdir(parents=True)
     (output / "model" / "open_clip_config.json").write_text(json.dumps(MODEL_CONFIG, indent=2), encoding="utf-8")
-    logger.info("Wrote %d digits to train on and %d held out to %s", len(train), len(held_out), data)
+    logger.info("Wrote %d digits for training and %d held-out digits to %s.", len(train), len(held_out), data)
 
 
 def train(output: Path, args: argparse.Namespace) -> None:
-    """Trains with the command that any user would type, in a process of its own."""
+    """Train with the usual command, in a subprocess."""
     data = output / "data"
     if args.data == "shards":
         last = len(list((data / "shards").glob("*.tar"))) - 1
@@ -159,34 +159,34 @@ def train(output: Path, args: argparse.Namespace) -> None:
     subprocess.run(command, check=True)
 
 
-def recognise(output: Path, device_name: str) -> list[tuple[Path, int, int]]:
-    """(image, its digit, the digit whose captions are nearest) for each held-out image, by the last checkpoint."""
+def classify(output: Path, device_name: str) -> list[tuple[Path, int, int]]:
+    """Return (image, digit, predicted digit) for each held-out image, with the last checkpoint."""
     import torch
     from PIL import Image
 
     import open_clip
     from open_clip import device
 
-    place = device.resolve(device_name)
+    torch_device = device.resolve(device_name)
     checkpoints = output / "logs" / RUN_NAME / "checkpoints"
     last = max(checkpoints.glob("epoch_*.pt"), key=lambda path: int(path.stem.removeprefix("epoch_")))
     model, _, preprocess = open_clip.create_model_and_transforms(
-        f"local-dir:{output}/model", pretrained=str(last), device=place
+        f"local-dir:{output}/model", pretrained=str(last), device=torch_device
     )
     model.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{output}/model")
     templates = [prompt.format for prompt in PROMPTS]
-    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, DIGITS, templates, device=place)
+    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, DIGITS, templates, device=torch_device)
 
     paths = sorted((output / "data" / "test").glob("*/*.png"), key=lambda path: path.name)
     with torch.inference_mode():
-        images = torch.stack([preprocess(Image.open(path)) for path in paths]).to(place)
+        images = torch.stack([preprocess(Image.open(path)) for path in paths]).to(torch_device)
         answers = (model.encode_image(images, normalize=True) @ classifier).argmax(dim=-1).tolist()
     return [(path, int(path.parent.name), answer) for path, answer in zip(paths, answers, strict=True)]
 
 
 def read_scalars(output: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard tag -> [(step, value)]."""
+    """Return the logged values by TensorBoard tag: [(step, value), ...]."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "logs" / RUN_NAME / "tensorboard"))
@@ -194,8 +194,8 @@ def read_scalars(output: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def draw(output: Path, answers: list[tuple[Path, int, int]]) -> Path:
-    """Loss and accuracy over training, and held-out digits with the caption chosen for each; wrong ones first."""
+def plot_results(output: Path, answers: list[tuple[Path, int, int]]) -> Path:
+    """Plot loss and accuracy, and held-out digits with the caption predicted for each. Wrong ones come first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,7 +209,7 @@ def draw(output: Path, answers: list[tuple[Path, int, int]]) -> Path:
     loss_axes.plot(*zip(*scalars["train/loss"], strict=True))
     loss_axes.set(title="contrastive loss in training", xlabel="step", ylabel="nats")
     epochs, accuracy = zip(*scalars["val/zeroshot-top1"], strict=True)
-    accuracy_axes.plot(epochs, [100 * value for value in accuracy], marker=".", label="zero-shot, digits never seen")
+    accuracy_axes.plot(epochs, [100 * value for value in accuracy], marker=".", label="zero-shot, held-out digits")
     accuracy_axes.axhline(100 / len(DIGITS), linestyle="--", color="grey", label="chance")
     accuracy_axes.set(title="accuracy", xlabel="epoch", ylabel="%", ylim=(0, 100))
     accuracy_axes.legend(loc="lower right")
@@ -219,7 +219,7 @@ def draw(output: Path, answers: list[tuple[Path, int, int]]) -> Path:
         axes.imshow(Image.open(path), cmap="gray")
         axes.set_title(PROMPTS[-1].format(DIGITS[answer]), fontsize=9, color="black" if digit == answer else "red")
         axes.axis("off")
-    gallery.suptitle("held-out digits and the caption chosen for each (wrong ones in red come first)")
+    gallery.suptitle("held-out digits and the predicted captions (wrong ones come first, in red)")
     picture = output / "digits.png"
     figure.savefig(picture, dpi=100)
     return picture
@@ -227,10 +227,10 @@ def draw(output: Path, answers: list[tuple[Path, int, int]]) -> Path:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything that is made")
-    parser.add_argument("--data", choices=["csv", "shards"], default="csv", help="the form of the data to train on")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
+    parser.add_argument("--data", choices=["csv", "shards"], default="csv", help="format of the training data")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the digits (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="as in training.main: the best one present, unless named")
+    parser.add_argument("--device", default="auto", help="as in training.main (default: the best device present)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -240,14 +240,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     args = parse_args(argv)
     output = args.output.resolve()
-    prepare(output, args.seed)
+    write_inputs(output, args.seed)
     train(output, args)
-    answers = recognise(output, args.device)
-    picture = draw(output, answers)
+    answers = classify(output, args.device)
+    picture = plot_results(output, answers)
     right = sum(digit == answer for _, digit, answer in answers)
     accuracy, chance = 100 * right / len(answers), 100 / len(DIGITS)
     logger.info("")
-    logger.info("Zero-shot accuracy on %d digits it never saw: %.1f %% (chance: %.1f)", len(answers), accuracy, chance)
+    logger.info("Zero-shot accuracy on %d digits (held out): %.1f %% (chance: %.1f)", len(answers), accuracy, chance)
     logger.info("Picture:      %s", picture)
     logger.info("Checkpoints:  %s", output / "logs" / RUN_NAME / "checkpoints")
     logger.info("TensorBoard:  tensorboard --logdir %s", output / "logs")
