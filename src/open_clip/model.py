@@ -29,7 +29,7 @@ from .timm_model import TimmModel
 from .towers import build_text_tower as _build_text_tower  # names of open_clip 3.3, which programs import and patch
 from .towers import build_vision_tower as _build_vision_tower
 from .transformer import VisionTransformer
-from .utils import NotScriptable, to_2tuple
+from .utils import NotScriptable, has_hooks, has_method, to_2tuple
 
 __all__ = [
     "CLIP",
@@ -202,6 +202,11 @@ class TwoTowers(NotScriptable, nn.Module):
             output["logit_bias"] = self.logit_bias
         return output if self.output_dict else tuple(output.values())
 
+    @property
+    def takes_grouped_text(self) -> bool:
+        """Whether forward accepts a GroupedText: not if a program has replaced or hooked what reads the text."""
+        return has_method(self, _FORWARD) and has_method(self, _ENCODE_TEXT, "encode_text") and not has_hooks(self)
+
     def forward_intermediates(
         self,
         image: torch.Tensor | None = None,
@@ -274,6 +279,9 @@ class TwoTowers(NotScriptable, nn.Module):
             if self.logit_bias is not None:
                 output["logit_bias"] = self.logit_bias
         return output
+
+
+_FORWARD, _ENCODE_TEXT = TwoTowers.forward, TwoTowers.encode_text
 
 
 class CLIP(TextEncoder, TwoTowers):

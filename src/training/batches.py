@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_clip import device as devices
-from open_clip.text_groups import GroupedText, group_by_length
+from open_clip.text_groups import MAX_GROUPS, GroupedText, group_by_length
 
 
 class Normalization:
@@ -62,25 +62,29 @@ class TextGrouping:
     """Groups the texts of batches by length, where none of the models that encode them needs the padding.
 
     Args:
-        models: CLIP models, and others that the texts are for.
+        models: CLIP models, and others that the texts are for. None is ignored.
         device: where the texts are encoded.
         max_groups: groups of a batch at most. 0 leaves texts unchanged.
     """
 
-    def __init__(self, models: Sequence[Any], device: torch.device, max_groups: int) -> None:
-        self._lengths = [getattr(model, "text_lengths", None) for model in models] if max_groups else [None]
+    def __init__(self, models: Sequence[Any], device: torch.device, max_groups: int = MAX_GROUPS) -> None:
+        self._models = [model for model in models if model is not None]
         self._group_cost = devices.get(device).text_group_cost
         self._max_groups = max_groups
 
     def __call__(self, text: Any) -> Any:
         """int64 [batch, tokens] on the CPU -> the same, shorter or in groups. Other values are returned unchanged."""
-        if not isinstance(text, Tensor) or text.dim() != 2 or not len(text) or not text.is_cpu:
+        if not self._max_groups or not isinstance(text, Tensor) or text.dim() != 2 or not len(text) or not text.is_cpu:
             return text
-        lengths = [None if function is None else function(text) for function in self._lengths]
+        lengths = [_text_lengths(model, text) for model in self._models]
         known = [length for length in lengths if length is not None]
         if len(known) < len(lengths):
             return text
         return group_by_length(text, torch.stack(known).amax(dim=0), self._group_cost, self._max_groups)
+
+
+def _text_lengths(model: Any, text: Tensor) -> Tensor | None:
+    return model.text_lengths(text) if getattr(model, "takes_grouped_text", False) else None
 
 
 def to_device(

@@ -173,7 +173,7 @@ def _build_trainer(
         autocast=precision.get_autocast(chosen, world.device.type),
         half_weights=half_weights.create(model, chosen, world.device, getattr(state.optimizer, "flats", ())),
         input_dtype=open_clip.get_input_dtype(chosen),
-        group_text=_text_grouping(cfg.model, [model] if teacher is None else [model, teacher], world),
+        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model)),
         accum_freq=cfg.optim.accum_freq,
         grad_clip_norm=cfg.optim.grad_clip_norm,
         pairs_at_peak=at_peak,
@@ -182,9 +182,8 @@ def _build_trainer(
     )
 
 
-def _text_grouping(cfg: ModelConfig, models: list[Any], world: World) -> TextGrouping:
-    max_groups = min(cfg.text_groups, 1) if cfg.torchcompile else cfg.text_groups  # the compiler meets fewer shapes
-    return TextGrouping(models, world.device, max_groups)
+def _text_groups(cfg: ModelConfig) -> int:
+    return min(cfg.text_groups, 1) if cfg.torchcompile else cfg.text_groups  # the compiler meets fewer shapes
 
 
 def _run_warnings(

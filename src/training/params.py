@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from open_clip.text_groups import MAX_GROUPS
 from training.flag_checks import validate, without_effect, writes_nothing
 from training.flags import ParseKwargs, build_parser
 
@@ -64,7 +65,7 @@ class ModelConfig:
     lock_text_unlocked_layers: int = 0
     lock_text_freeze_layer_norm: bool = False
     grad_checkpointing: bool = False
-    text_groups: int = 4
+    text_groups: int = MAX_GROUPS
     torchcompile: bool = False
     use_bn_sync: bool = False
     image_mean: tuple[float, float, float] | None = None

@@ -109,7 +109,7 @@ def train_one_epoch(
         autocast=precisions.get_autocast(precision, device.type),
         half_weights=half_weights.create(unwrap_model(model), precision, device),
         input_dtype=open_clip.get_input_dtype(args.precision),
-        group_text=TextGrouping([unwrap_model(model), *([] if dist_model is None else [dist_model])], device, 4),
+        group_text=TextGrouping([unwrap_model(model), dist_model], device),
         accum_freq=args.accum_freq,
         grad_clip_norm=args.grad_clip_norm,
     )

@@ -144,13 +144,45 @@ def test_training_loses_the_same(accum_freq, max_groups):
     assert losses_of_steps(accum_freq, max_groups) == pytest.approx(plain, rel=1e-9)
 
 
+def double(text_lengths) -> SimpleNamespace:
+    return SimpleNamespace(takes_grouped_text=True, text_lengths=text_lengths)
+
+
 def test_texts_that_two_models_read_keep_what_either_needs():
     """A teacher with another tower, or one that reads the padding."""
-    text, longer = ids([5] * 8), SimpleNamespace(text_lengths=lambda text: torch.full((len(text),), 20))
-    model = SimpleNamespace(text_lengths=lambda text: text.argmax(dim=-1) + 1)
+    text, longer = ids([5] * 8), double(lambda text: torch.full((len(text),), 20))
+    model = double(lambda text: text.argmax(dim=-1) + 1)
     assert TextGrouping([model], CPU, 4)(text).shape == (8, 8)
     assert TextGrouping([model, longer], CPU, 4)(text).shape == (8, 24)
     assert TextGrouping([model, SimpleNamespace()], CPU, 4)(text) is text
     assert TextGrouping([model], CPU, 0)(text) is text
     strings = ["not", "tokenized"]
     assert TextGrouping([model], CPU, 4)(strings) is strings
+
+
+def small_clip(kind: type[open_clip.CLIP] = open_clip.CLIP) -> open_clip.CLIP:
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+    return kind(8, vision, {"context_length": 77, "width": 16, "heads": 2, "layers": 1})
+
+
+def test_programs_that_read_the_text_get_a_tensor():
+    """A subclass with its own forward, a replaced method, and a hook on the model."""
+
+    class OwnForward(open_clip.CLIP):
+        def forward(self, image=None, text=None):
+            return self.token_embedding(text)
+
+    class OwnEncoder(open_clip.CLIP):
+        def encode_text(self, text, normalize=False):
+            return super().encode_text(text.clone(), normalize)
+
+    text = ids([5] * 40 + [60] * 24)
+    assert isinstance(TextGrouping([small_clip()], CPU)(text), GroupedText)
+    patched, hooked = small_clip(), small_clip()
+    patched.encode_text = lambda text, normalize=False: text
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    for model in (small_clip(OwnForward), small_clip(OwnEncoder), patched, hooked):
+        assert TextGrouping([model], CPU)(text) is text
+        model(text=TextGrouping([model], CPU)(text))
+    hooked._forward_pre_hooks.clear()
+    assert isinstance(TextGrouping([hooked], CPU)(text), GroupedText)
