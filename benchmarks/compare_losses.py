@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests/helpers"))
 
 import torch  # noqa: E402
 
+import processes  # noqa: E402
 import train_runs  # noqa: E402
 
 SAMPLES, BATCH, EPOCHS = 32, 4, 2
@@ -71,11 +71,7 @@ def train(source: Path, folder: Path, ranks: int, options: tuple[object, ...]) -
         "--epochs", EPOCHS, "--warmup", 4, "--lr", 1e-3, "--workers", 1, "--log-every-n-steps", 1, "--report-to",
         "tensorboard", "--output-dir", folder.parent, "--name", folder.name, *options,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1"}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}\nended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    processes.run(command, PYTHONPATH=str(source / "src"))
 
 
 def checksums(value: object, name: str = "") -> Iterator[tuple[str, object]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import open_clip
 from open_clip import device as devices
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,7 @@ def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
 
 def weights_dtype(precision: str | None) -> torch.dtype:
     """The dtype that most weights are kept in; None, a device's default, keeps them in float32."""
-    if precision in ("fp16", "pure_fp16"):
-        return torch.float16
-    return torch.bfloat16 if precision in ("bf16", "pure_bf16") else torch.float32
+    return open_clip.get_input_dtype(precision or "fp32") or torch.float32
 
 
 def available(device: str | torch.device) -> list[str]:

@@ -28,6 +28,7 @@ class FakeNpu:
         self.matmul = SimpleNamespace(allow_hf32=False)
         self.conv = SimpleNamespace(allow_hf32=True)
         self.amp = SimpleNamespace(GradScaler=FakeScaler)
+        self.utils = SimpleNamespace(is_support_inf_nan=lambda: True)
         self._name, self._bf16, self._count = name, bf16, count
 
     def is_available(self):

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from . import npu_loading as npu_loading  # before torch
 
@@ -16,6 +16,19 @@ import torch  # isort: skip
 import torch.nn.functional as F
 
 from . import peaks
+
+
+class AttentionInputs(NamedTuple):
+    """The arguments of `ops.attention`, which explains them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    num_heads: int | None = None
 
 
 def exact_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -253,22 +266,13 @@ class Device:
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
         return F.gelu(x, approximate=approximate)
 
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        num_heads: int | None = None,
-    ) -> torch.Tensor:
+    def attention(self, inputs: AttentionInputs) -> torch.Tensor:
         """See `ops.attention`."""
-        if num_heads is not None:
-            query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-        return out if num_heads is None else merge_heads(out)
+        query, key, value = _split_inputs(inputs)
+        out = F.scaled_dot_product_attention(
+            query, key, value, inputs.attn_mask, inputs.dropout_p, inputs.is_causal, scale=inputs.scale
+        )
+        return out if inputs.num_heads is None else merge_heads(out)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard.
@@ -294,29 +298,28 @@ def _find_command(*names: str) -> bool:
     return any(shutil.which(name) for name in names)
 
 
-def elementary_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    num_heads: int | None = None,
-) -> torch.Tensor:
+def elementary_attention(inputs: AttentionInputs) -> torch.Tensor:
     """`ops.attention` made of elementary operators."""
-    if num_heads is not None:
-        query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
+    query, key, value = _split_inputs(inputs)
+    attn_mask = inputs.attn_mask
     # scaled before the product, which in half precision might not hold what is scaled after it
-    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
-    if is_causal:
+    scores = query * (query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale) @ key.transpose(-2, -1)
+    if inputs.is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    out = F.dropout(scores.softmax(dim=-1), dropout_p) @ value
-    return out if num_heads is None else merge_heads(out)
+    out = F.dropout(scores.softmax(dim=-1), inputs.dropout_p) @ value
+    return out if inputs.num_heads is None else merge_heads(out)
+
+
+def _split_inputs(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value as [batch, heads, tokens, head_dim]."""
+    if inputs.num_heads is None:
+        return inputs.query, inputs.key, inputs.value
+    query, key, value = (split_heads(x, inputs.num_heads) for x in (inputs.query, inputs.key, inputs.value))
+    return query, key, value
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:

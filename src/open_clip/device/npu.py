@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .. import torch_versions
 from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, peaks
-from .base import Device, elementary_attention, exact_gelu
+from .base import AttentionInputs, Device, elementary_attention, exact_gelu
 
 _RESULT = r"(?:error code is|runtime result =) ?"  # before a code, in the texts of torch_npu and of CANN
 
@@ -214,7 +214,7 @@ class NpuDevice(Device):
 
     def grad_scaler(self, **kwargs: Any) -> Any:
         # Not torch.amp.GradScaler("npu"): it has been reported to fail in update() on some versions.
-        return npu_scaler.create(self.module.amp.GradScaler, **kwargs)
+        return npu_scaler.create(self.module.amp.GradScaler, self.saturates, **kwargs)
 
     def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
         if form == "npu":
@@ -261,31 +261,20 @@ class NpuDevice(Device):
             return exact_gelu(x) if approximate == "none" else super().gelu(x, approximate)
         return self.library.npu_gelu(x, approximate=approximate)
 
-    def attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        num_heads: int | None = None,
-    ) -> torch.Tensor:
-        tensors = (query, key, value)
-        if torch.is_autocast_enabled(self.type) and query.dtype == torch.float32:  # it casts for torch's function only
-            dtype = torch.get_autocast_dtype(self.type)
-            tensors = (query.to(dtype), key.to(dtype), value.to(dtype))
+    def attention(self, inputs: AttentionInputs) -> torch.Tensor:
+        cast = inputs
+        if torch.is_autocast_enabled(self.type) and inputs.query.dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(self.type)  # autocast casts for torch's function only
+            query, key, value = (x.to(dtype) for x in inputs[:3])
+            cast = inputs._replace(query=query, key=key, value=value)
         is_fused = (
-            npu_attention.takes(*tensors, attn_mask, num_heads)
-            and not torch.compiler.is_compiling()  # the masks that are kept are no part of a graph
-            and npu_ops.is_usable("npu_fusion_attention", query.device, tensors[0].dtype)
+            npu_attention.takes(cast)
+            and not torch.compiler.is_compiling()  # the cached masks are not part of a graph
+            and npu_ops.is_usable("npu_fusion_attention", cast.query.device, cast.query.dtype)
         )
-        if not is_fused and npu_attention.fails_in_torch(*tensors, num_heads):
-            return elementary_attention(*tensors, attn_mask, dropout_p, is_causal, scale, num_heads)
-        if not is_fused:
-            return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
-        return npu_attention.attend(self.library, tensors, attn_mask, dropout_p, is_causal, scale, num_heads)
+        if is_fused:
+            return npu_attention.attend(self.library, cast)
+        return elementary_attention(cast) if npu_attention.fails_in_torch(cast) else super().attention(inputs)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """See the base class. The levels are ProfilerLevel.Level0, Level1 and Level2 of torch_npu.profiler: 1 adds the

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .base import AttentionInputs
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS = 256
 _MAX_HEAD_DIM = 512  # 768 in newer versions of CANN
@@ -30,14 +32,9 @@ def _shape(x: torch.Tensor, num_heads: int | None) -> tuple[int, int, int, int]:
     return (x.shape[0], num_heads, x.shape[1], x.shape[2] // num_heads)
 
 
-def takes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    num_heads: int | None = None,
-) -> bool:
-    """Whether the kernel computes this; arguments as for `attend`."""
+def takes(inputs: AttentionInputs) -> bool:
+    """Whether the kernel computes this."""
+    query, key, value, attn_mask, num_heads = inputs.query, inputs.key, inputs.value, inputs.attn_mask, inputs.num_heads
     if key.shape != value.shape or any(x.dim() != (4 if num_heads is None else 3) for x in (query, key)):
         return False
     batch, heads, queries, head_dim = _shape(query, num_heads)
@@ -55,31 +52,18 @@ def takes(
     )
 
 
-def fails_in_torch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int | None = None
-) -> bool:
+def fails_in_torch(inputs: AttentionInputs) -> bool:
     """Whether F.scaled_dot_product_attention of torch_npu 2.13 passes this to the kernel, which refuses it."""
+    query, num_heads = inputs.query, inputs.num_heads
+    if query.dim() != (4 if num_heads is None else 3):
+        return False
     heads = query.shape[1] if num_heads is None else num_heads
-    return query.dim() == (4 if num_heads is None else 3) and (heads > _MAX_HEADS or key.shape != value.shape)
+    return heads > _MAX_HEADS or inputs.key.shape != inputs.value.shape
 
 
-def attend(
-    library: Any,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    num_heads: int | None = None,
-) -> torch.Tensor:
-    """As F.scaled_dot_product_attention, for what the kernel `takes`.
-
-    Args:
-        library: torch_npu.
-        tensors: query, key and value, [batch, heads, tokens, head_dim]. With `num_heads` [batch, tokens,
-            heads * head_dim], and so is the result.
-    """
-    query, key, value = tensors
+def attend(library: Any, inputs: AttentionInputs) -> torch.Tensor:
+    """As `ops.attention`, for what the kernel `takes`. `library`: torch_npu."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads = inputs
     batch, heads, queries, head_dim = _shape(query, num_heads)
     keys = _shape(key, num_heads)[2]
     layout = "BSH"

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import npu_attention, npu_loading
+from .base import AttentionInputs
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ _VISIBLE = torch.tensor([[True, True], [False, True]], device="cpu")
 def _run_attention(*tensors: Tensor) -> Tensor:
     """Both kinds of call: causal, and with a mask."""
     query, key, value = (x.transpose(1, 2) for x in tensors)
-    causal = npu_attention.attend(_library(), (query, key, value), is_causal=True)
-    return causal + npu_attention.attend(_library(), (query, key, value), _VISIBLE.to(query.device))
+    causal = npu_attention.attend(_library(), AttentionInputs(query, key, value, is_causal=True))
+    return causal + npu_attention.attend(_library(), AttentionInputs(query, key, value, _VISIBLE.to(query.device)))
 
 
 def _attention_reference(*tensors: Tensor) -> Tensor:

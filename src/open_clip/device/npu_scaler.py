@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 
-from . import npu_loading
 
-
-def create(scaler_class: type, **options: Any) -> Any:
+def create(scaler_class: type, saturates: bool, **options: Any) -> Any:
     """Return a scaler of torch_npu's class, which does not wait for optimizers with `skips_on_device`.
 
     These have `gradient_norm`, `scale_gradients` and `found_inf` (training.flat_adamw). For others, on chips that
     saturate (the first 910, 310P: an overflow shows in the chip's status flag alone), and with dynamic=False, it is
-    torch_npu's scaler unchanged.
+    torch_npu's scaler unchanged. `saturates`: `Device.saturates`, which a step need not ask for again.
     """
-    return type("GradScaler", (_DeviceDecision, scaler_class), {})(**options)
+    return type("GradScaler", (_DeviceDecision, scaler_class), {"_saturates": saturates})(**options)
 
 
 class _DeviceDecision:
     """Overrides of torch_npu's GradScaler."""
 
+    _saturates: bool
     _dynamic: bool
     _has_overflow: bool
     _scale: torch.Tensor
@@ -72,6 +71,4 @@ class _DeviceDecision:
         self._found = None
 
     def _leaves_decision_to(self, optimizer: Any) -> bool:
-        torch_npu: Any = npu_loading.torch_npu
-        skips = getattr(optimizer, "skips_on_device", False) and self._dynamic
-        return bool(skips and torch_npu.npu.utils.is_support_inf_nan())
+        return bool(getattr(optimizer, "skips_on_device", False) and self._dynamic and not self._saturates)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .base import Device, elementary_attention, exact_gelu
+from .base import AttentionInputs, Device, elementary_attention, exact_gelu
 from .table import DEVICES
 
 _PLAIN = DEVICES["cpu"]
@@ -82,6 +82,5 @@ def attention(
         dropout_p: of the weights.
         scale: of the scores; 1 / sqrt(head_dim) where None.
     """
-    if _fused_ops:
-        return _device_of(query).attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
-    return elementary_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
+    inputs = AttentionInputs(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
+    return _device_of(query).attention(inputs) if _fused_ops else elementary_attention(inputs)
