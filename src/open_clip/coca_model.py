@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from . import aliases, generation
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .layers import KeyValueCache
-from .model import INIT_LOGIT_SCALE, TextTowerApart, _build_text_tower, _build_vision_tower
+from .model import INIT_LOGIT_SCALE, SeparateTextTower, _build_text_tower, _build_vision_tower
 from .multimodal_transformer import DecoderCaches, MultimodalTransformer
 from .text_transformer import TextEncoder
 from .tokenizer import SimpleTokenizer
@@ -55,7 +55,7 @@ def _build_text_decoder_tower(
     )
 
 
-class CoCa(TextTowerApart):
+class CoCa(SeparateTextTower):
     """Two towers, and a decoder that looks at the image's tokens and writes what the text tower reads.
 
     Args:
@@ -111,11 +111,11 @@ class CoCa(TextTowerApart):
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
         # open_clip's checkpoints, and random weights, begin with the text tower's
-        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        self._attach_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
         self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of towers and decoder in the backward pass in place of keeping their activations."""
+        """Recompute the blocks of towers and decoder in the backward pass instead of keeping their activations."""
         super().set_grad_checkpointing(enable)
         self.text_decoder.set_grad_checkpointing(enable)
 

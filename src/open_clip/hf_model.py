@@ -290,7 +290,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         change(*([{"use_reentrant": False}] if enable else []))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:

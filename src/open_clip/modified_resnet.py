@@ -199,7 +199,7 @@ class ModifiedResNet(NotScriptable, nn.Module):
         resize_table(state_dict, f"{prefix}attnpool.positional_embedding", self.attnpool.grid_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each stage in the backward pass in place of keeping its activations."""
+        """Recompute each stage in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

@@ -70,7 +70,7 @@ class MultimodalTransformer(HoldsCausalMask, Transformer):
         return causal_mask(self.context_length)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def forward(  # type: ignore[override]  # of two sequences

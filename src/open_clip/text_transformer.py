@@ -425,7 +425,7 @@ class TextTransformer(TextEncoder):
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.transformer.grad_checkpointing = enable
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:

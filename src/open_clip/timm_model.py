@@ -145,7 +145,7 @@ class TimmModel(NotScriptable, nn.Module):
             _freeze_batch_norms(self.trunk, [name for name, group in group_of.items() if group <= last_frozen])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the trunk's blocks in the backward pass in place of keeping their activations, as timm does it."""
+        """Recompute the trunk's blocks in the backward pass instead of keeping their activations, as timm does it."""
         try:
             self.trunk.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError):  # what timm's models without it raise

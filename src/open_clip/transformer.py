@@ -186,7 +186,7 @@ class VisionTransformer(NotScriptable, nn.Module):
         set_trainable(groups[-unlocked_groups:], True)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
