@@ -304,7 +304,7 @@ class CLIP(TextEncoder, TwoTowers):
         if text.attn_mask is None:
             self.attn_mask = None
         else:
-            self._hold_causal_mask(text.attn_mask)
+            self._set_causal_mask(text.attn_mask)
 
     text_pool_type = text_option("pool_type")
     text_eos_id = text_option("eos_id")

@@ -223,7 +223,7 @@ class EncoderFromElsewhere(nn.Module):
 def test_a_text_tower_from_elsewhere_is_read_anew_each_time(monkeypatch, caplog):
     monkeypatch.setattr(coca_model, "_build_text_tower", lambda *args: EncoderFromElsewhere())
     model = build()
-    assert "reads 50 ids and the decoder writes 40" in caplog.text
+    assert "has 50 token ids and the decoder predicts only 40" in caplog.text
     options = {"sot_token_id": 38, "eos_token_id": 39, "generation_type": "greedy", "seq_len": 8, "min_seq_len": 0}
     found = model.generate(coca_cases.images(2), **options)
     ids = torch.full((2, 1), 38)

@@ -143,7 +143,7 @@ def test_added_keys_are_pytorchs() -> None:
 
 def test_a_mask_with_a_wrong_number_of_tables_raises() -> None:
     x = torch.randn(2, 5, 16)
-    with pytest.raises(ValueError, match="attn_mask has 2 tables, and 2 sequences with 4 heads need 8"):
+    with pytest.raises(ValueError, match="attn_mask has 2 masks, and 2 sequences with 4 heads need 8"):
         pair()[0](x, x, x, attn_mask=torch.zeros(2, 5, 5))
 
 

@@ -113,7 +113,7 @@ def test_drop_rates_reach_trunk_and_head() -> None:
 
 
 def test_patch_dropout_is_not_for_trunks_without_patches(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"test_convnext of timm .*patch_drop_rate=0.5.*no patches to leave out"):
+    with pytest.raises(ValueError, match=r"test_convnext of timm .*patch_drop_rate=0.5.*no patches to drop"):
         create(tmp_path, config("test_convnext", 160), force_patch_dropout=0.5)
 
 
@@ -234,9 +234,9 @@ def test_timm_not_installed(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "map"}, "test_vit of timm cannot be given pool='map'"),
-        ({"pool": "abs_attn"}, "'abs_attn' is attention over a map, and a VisionTransformer of timm has none"),
-        ({"pool": "unknown", "proj": "none"}, "test_vit of timm .* is not built with .*global_pool='unknown'"),
+        ({"pool": "map"}, "test_vit of timm cannot change its pooling to pool='map'"),
+        ({"pool": "abs_attn"}, "'abs_attn' needs a feature map, and VisionTransformer of timm has none"),
+        ({"pool": "unknown", "proj": "none"}, "test_vit of timm .* cannot be built with .*global_pool='unknown'"),
         ({"proj": "conv"}, "proj is one of 'linear', 'mlp', 'none', '', None, got 'conv'"),
     ],
 )

@@ -73,7 +73,7 @@ def test_wrong_sizes_are_refused(size):
     [
         ({"interpolation": "nearest"}, "interpolation='nearest'.*bicubic, bilinear, random"),
         ({"resize_mode": "stretch"}, "resize_mode='stretch'.*shortest, longest, squash"),
-        ({"aug_cfg": {"scales": (0.1, 1)}}, "no 'scales'; did you mean 'scale'"),
+        ({"aug_cfg": {"scales": (0.1, 1)}}, "no field 'scales'. Did you mean 'scale'"),
         ({"aug_cfg": {"color_jitter": 0.4, "color_jitter_prob": 0.5}}, "color_jitter=0.4.*four strengths"),
         ({"aug_cfg": {"color_jitter_prob": 0.5}}, "color_jitter=None.*four strengths"),
     ],

@@ -184,7 +184,7 @@ def test_patch_dropout_is_for_training_only() -> None:
         ({"pool_type": "mean"}, "pool_type is one of 'tok', 'avg', 'none', got 'mean'"),
         ({"pos_embed_type": "rope"}, "pos_embed_type is one of"),
         ({"attentional_pool": "serial"}, "attentional_pool is one of"),
-        ({"image_size": 4}, "has no whole patch"),
+        ({"image_size": 4}, "is smaller than a patch"),
     ],
 )
 def test_image_tower_refuses(kwargs: dict[str, object], message: str) -> None:
