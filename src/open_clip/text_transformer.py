@@ -19,9 +19,9 @@ from .layers import (
     KeyValueCache,
     LayerNorm,
     ModuleFactory,
+    can_follow_pooling,
     causal_mask,
     drop_none,
-    can_follow_pooling,
 )
 from .utils import check_token_ids, expect, has_method, is_symbolic, set_trainable
 

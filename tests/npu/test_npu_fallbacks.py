@@ -102,7 +102,7 @@ def test_the_doctor_says_which_fused_operators_work() -> None:
     *lines, rendered = run_script(DOCTOR, broken_ops="npu_gelu:wrong")
     found = dict(line.split(": ", 1) for line in lines[-len(npu_ops.FUSED_OPS):])
     assert set(found) == set(npu_ops.FUSED_OPS)
-    assert found.pop("npu_gelu") == "its output differs from the closed form by 1"
+    assert found.pop("npu_gelu") == "its output differs from the formula by 1"
     assert set(found.values()) == {"None"}
     assert "works" in rendered
-    assert "differs from the closed form" in rendered
+    assert "differs from the formula" in rendered

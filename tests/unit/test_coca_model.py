@@ -199,7 +199,7 @@ def test_forward_says_what_it_needs():
     with pytest.raises(ValueError, match="give image"):
         model(None, coca_cases.texts())
     wide = build(multimodal_cfg=coca_cases.DECODER | {"width": 32})
-    with pytest.raises(ValueError, match="the image tower's tokens have 24 channels and the decoder's 32"):
+    with pytest.raises(ValueError, match="The image tower's tokens have 24 channels and the decoder's 32"):
         wide(coca_cases.images(2), coca_cases.texts())
     for refused in (wide.text_decoder.forward_intermediates, wide.text_decoder.prune_intermediate_layers):
         with pytest.raises(NotImplementedError):

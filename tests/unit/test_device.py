@@ -122,7 +122,7 @@ def test_resolve_gives_each_rank_its_own(monkeypatch):
     assert devices.resolve("cuda") == torch.device("cuda:0")
     assert devices.resolve("cuda", local_rank=3) == torch.device("cuda:3")
     assert devices.resolve("cuda:1", local_rank=3) == torch.device("cuda:1")
-    with pytest.raises(RuntimeError, match=r"cuda:4 was asked for, and this host shows 4"):
+    with pytest.raises(RuntimeError, match=r"cuda:4 does not exist: this host has 4"):
         devices.resolve("cuda", local_rank=4)
 
 
@@ -134,7 +134,7 @@ def test_resolve_auto_takes_the_best(monkeypatch):
 @pytest.mark.parametrize("kind", ["npu", "cuda", "xpu", "mps"])
 def test_asking_for_a_device_that_is_missing_says_what_is_missing(monkeypatch, kind):
     absent(monkeypatch, kind)
-    with pytest.raises(RuntimeError, match=f"Device '{kind}' was asked for and is not there") as caught:
+    with pytest.raises(RuntimeError, match=f"Device '{kind}' is not available") as caught:
         devices.resolve(kind)
     assert devices.DEVICES[kind].why_missing() in str(caught.value)
 
@@ -357,7 +357,7 @@ def test_attention_of_elementary_operators_is_the_fused_one_s(case, num_heads, r
 def test_torch_npu_s_fused_adamw_is_for_an_npu(npu, monkeypatch):
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     for kind in ("cpu", "cuda"):
-        with pytest.raises(ValueError, match=f"runs on an NPU only, and this is {kind}"):
+        with pytest.raises(ValueError, match=f"needs an NPU, and this device is {kind}"):
             devices.get(kind).adamw(groups, "npu")
     monkeypatch.setattr(devices.npu_adamw, "make_safe", lambda made: ("safe", *made))
     devices.npu_loading.torch_npu.optim = SimpleNamespace(NpuFusedAdamW=lambda groups, **options: (groups, options))
@@ -534,7 +534,7 @@ def test_xpu_row_asks_its_module(monkeypatch):
 
 def test_an_index_is_of_the_accelerator(monkeypatch):
     monkeypatch.setattr(devices, "best", lambda: torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="device=0 means an accelerator, and none is there"):
+    with pytest.raises(RuntimeError, match="device=0 selects an accelerator, and none is available"):
         devices.as_asked(0)
     with pytest.raises(ValueError, match="Unknown device 'True'"):
         devices.as_asked(True)
@@ -542,5 +542,5 @@ def test_an_index_is_of_the_accelerator(monkeypatch):
     monkeypatch.setattr(type(devices.DEVICES["cuda"]), "is_available", lambda kind: True)
     monkeypatch.setattr(type(devices.DEVICES["cuda"]), "count", lambda kind: 2)
     assert devices.as_asked(1) == torch.device("cuda", 1)
-    with pytest.raises(RuntimeError, match="cuda:2 was asked for"):
+    with pytest.raises(RuntimeError, match="cuda:2 does not exist"):
         devices.as_asked(2)
