@@ -35,7 +35,7 @@ class CpuDevice(Device):
         default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         compiler = os.environ.get("CXX", default)
         if shutil.which(compiler) is None:
-            return f"torch.compile on the CPU needs a C++ compiler and {compiler!r} is missing: install {default}."
+            return f"torch.compile on CPU needs a C++ compiler, and {compiler!r} is not installed: install {default}."
         return None
 
     def set_device(self, index: int) -> None:
