@@ -84,7 +84,7 @@ def test_labels_are_the_next_tokens():
 
 
 def test_the_decoders_initial_weights():
-    """torch's for the blocks. The last projection, uninitialised in open_clip 3.3.0, starts as in text towers."""
+    """torch's for the blocks. The last projection, uninitialized in open_clip 3.3.0, starts as in text towers."""
     torch.manual_seed(0)
     decoder = transformer.MultimodalTransformer(64, 4, 2, output_dim=300)
     assert decoder.text_projection.std().item() == pytest.approx(64**-0.5, rel=0.1)
