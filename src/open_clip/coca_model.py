@@ -1,4 +1,4 @@
-"""CoCa: CLIP with a decoder that writes captions (https://arxiv.org/abs/2205.01917)."""
+"""CoCa: CLIP with a caption decoder (https://arxiv.org/abs/2205.01917)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from . import aliases, generation
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .layers import KeyValueCache
-from .model import INIT_LOGIT_SCALE, TextTowerApart, _build_text_tower, _build_vision_tower
+from .model import INIT_LOGIT_SCALE, SeparateTextTower, _build_text_tower, _build_vision_tower
 from .multimodal_transformer import DecoderCaches, MultimodalTransformer
 from .text_transformer import TextEncoder
 from .tokenizer import SimpleTokenizer
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-# Of CLIP's vocabulary
+# Token ids of CLIP's vocabulary
 START_OF_TEXT = 49406
 END_OF_TEXT = 49407
 
@@ -40,7 +40,7 @@ def _build_text_decoder_tower(
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
 ) -> MultimodalTransformer:
-    """The decoder that a configuration describes; `embed_dim` is the width of its output, the size of a vocabulary."""
+    """Build the decoder of a configuration. `embed_dim` is the width of its output: the size of the vocabulary."""
     multimodal_cfg = as_config(MultimodalCfg, multimodal_cfg)
     return MultimodalTransformer(
         multimodal_cfg.width,
@@ -55,14 +55,18 @@ def _build_text_decoder_tower(
     )
 
 
-class CoCa(TextTowerApart):
-    """Two towers, and a decoder that looks at the image's tokens and writes what the text tower reads.
+class CoCa(SeparateTextTower):
+    """Two towers, and a decoder that predicts the next token of a caption from the tokens of both towers.
 
     Args:
-        multimodal_cfg: of the decoder. Its width is that of both towers' tokens, its vocabulary the text tower's.
-        text_cfg, vision_cfg: of the towers, which have `output_tokens`.
-        pad_id: id of padding, which is no part of a caption.
+        multimodal_cfg: configuration of the decoder. Its width must be that of both towers' tokens. Its vocabulary is
+            that of the text tower.
+        text_cfg, vision_cfg: configurations of the towers. Both need `output_tokens`.
+        pad_id: id of padding tokens.
         others: as in TwoTowers.
+
+    Raises:
+        ValueError: a tower without `output_tokens`.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class CoCa(TextTowerApart):
         vision_cfg = as_config(CLIPVisionCfg, vision_cfg)
         for name, cfg in (("vision_cfg", vision_cfg), ("text_cfg", text_cfg)):
             if not cfg.output_tokens:
-                raise ValueError(f"CoCa's decoder takes the tokens of both towers: set output_tokens in {name}")
+                raise ValueError(f"CoCa's decoder needs the tokens of both towers: set output_tokens in {name}.")
         super().__init__(
             embed_dim,
             vision_cfg,
@@ -94,10 +98,10 @@ class CoCa(TextTowerApart):
             cast_dtype,
             output_dict=True,
         )
-        if text_cfg.vocab_size < self.vocab_size:  # as in open_clip, whose checkpoints have this shape
+        if text_cfg.vocab_size < self.vocab_size:  # not an error: checkpoints of open_clip have this shape
             logger.warning(
-                "The text tower reads %d ids and the decoder writes %d: captions with others cannot be learned. "
-                "Set vocab_size in text_cfg.",
+                "The text tower has %d token ids and the decoder predicts only %d of them: captions with other ids "
+                "cannot be learned. Set vocab_size in text_cfg.",
                 self.vocab_size,
                 text_cfg.vocab_size,
             )
@@ -110,33 +114,33 @@ class CoCa(TextTowerApart):
     def _build_towers(
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
-        # open_clip's checkpoints, and random weights, begin with the text tower's
-        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        # The text tower first, as in open_clip: the order decides random weights and the order of the state dict.
+        self._attach_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
         self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of towers and decoder in the backward pass in place of keeping their activations."""
+        """Recompute the blocks of both towers and the decoder in the backward pass instead of keeping activations."""
         super().set_grad_checkpointing(enable)
         self.text_decoder.set_grad_checkpointing(enable)
 
     def _encode_image(self, images: torch.Tensor, normalize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [batch, embed_dim], of unit length if `normalize`, and tokens [batch, image tokens, width]."""
+        """Return features [batch, embed_dim], with unit norm if `normalize`, and tokens [batch, tokens, width]."""
         features, tokens = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features, tokens
 
     def _encode_text(self, text: torch.Tensor, normalize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [batch, embed_dim], of unit length if `normalize`, and tokens [batch, tokens, width]."""
+        """Return features [batch, embed_dim], with unit norm if `normalize`, and tokens [batch, tokens, width]."""
         features, tokens = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features, tokens
 
     def encode_image(self, images: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-        """Images [batch, 3, height, width] -> features [batch, embed_dim], of unit length if `normalize`."""
+        """Encode images [batch, 3, height, width] to features [batch, embed_dim], with unit norm if `normalize`."""
         return self._encode_image(images, normalize)[0]
 
     def encode_text(  # type: ignore[override]  # the decoder needs all tokens, so texts are not grouped
         self, text: torch.Tensor, normalize: bool = True
     ) -> torch.Tensor:
-        """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
+        """Encode token ids [batch, tokens] to features [batch, embed_dim], with unit norm if `normalize`."""
         return self._encode_text(text, normalize)[0]
 
     def forward(  # type: ignore[override]  # always a dictionary
@@ -147,23 +151,26 @@ class CoCa(TextTowerApart):
         image_embs: torch.Tensor | None = None,
         output_labels: bool = True,
     ) -> dict[str, torch.Tensor]:
-        """Features of unit length of images and texts, and the logits of each text's tokens given its image.
+        """Compute features with unit norm, and the next-token logits of each text given its image.
 
         Args:
-            image: [batch, 3, height, width]; not looked at where both of the next two are given.
-            text: ids, [batch, tokens]; None for the images' part alone.
-            image_latent, image_embs: what `_encode_image` returned.
-            output_labels: leave out the logits behind the last token, and say what the others are to predict.
+            image: [batch, 3, height, width]; ignored if `image_latent` and `image_embs` are given.
+            text: token ids, [batch, tokens]; None to encode images only.
+            image_latent, image_embs: features and tokens that `_encode_image` returned.
+            output_labels: return labels for the logits, and no logits after the last token, which has no label.
 
         Returns:
-            A dictionary of "image_features", "text_features" [batch, embed_dim], "logits" [batch, tokens - 1,
-            vocabulary], "logit_scale" (its exp), "labels" int64 [batch, tokens - 1] and "logit_bias", where there is
-            one; without `output_labels` no labels, and logits of all tokens. For images alone "image_features" and
-            "image_embs".
+            A dictionary of "image_features" and "text_features" [batch, embed_dim], "logits" [batch, tokens - 1,
+            vocabulary], "labels" int64 [batch, tokens - 1], "logit_scale" (after exp), and "logit_bias" if the model
+            has one. Without `output_labels` there are no labels, and logits for all tokens. Without `text` the
+            dictionary has "image_features" and "image_embs" only.
+
+        Raises:
+            ValueError: neither `image` nor both `image_latent` and `image_embs`.
         """
         if image_latent is None or image_embs is None:
             if image is None:
-                raise ValueError("there is nothing to describe: give image, or both image_latent and image_embs")
+                raise ValueError("CoCa needs an image: give image, or both image_latent and image_embs.")
             image_latent, image_embs = self._encode_image(image)
         if text is None:
             return {"image_features": image_latent, "image_embs": image_embs}
@@ -203,48 +210,50 @@ class CoCa(TextTowerApart):
         diversity_penalty: float = 0.0,
         sum_logits: bool = False,
     ) -> torch.Tensor:
-        """Captions of images, in evaluation mode and without gradients.
+        """Generate captions of images, in evaluation mode and without gradients.
 
         Args:
             image: [batch, 3, height, width].
-            text: what the captions begin with: a string for all, a list with one per image, or ids, [batch, tokens] or
-                for a single image [tokens]. The end of text and the padding that a tokenizer adds are dropped. By
-                default the captions begin with `sot_token_id`.
-            seq_len: the most tokens of a caption, with its beginning and its end.
-            max_seq_len: the most tokens that are looked back at; never more than the text tower has positions.
-            temperature: below 1, sampling ("top_p", "top_k") keeps more to what is likely.
+            text: prompt: one string for all images, a list with one string per image, or token ids, [batch, tokens] or
+                for a single image [tokens]. Trailing padding, and the end of text before it, are dropped. The default
+                prompt is `sot_token_id`.
+            seq_len: maximum number of tokens of a caption, including start and end of text.
+            max_seq_len: maximum number of previous tokens that a prediction may depend on. It is limited to the
+                positions of the text tower.
+            temperature: divides the logits before sampling ("top_p", "top_k"); below 1, likely tokens are preferred.
             generation_type: "beam_search", "top_p" (nucleus sampling), "top_k" sampling, or "greedy".
-            top_p: probability that the tokens sampled from have together.
-            top_k: how many tokens are sampled from.
-            pad_token_id, eos_token_id, sot_token_id: by default `pad_id` and those of CLIP's vocabulary.
-            num_beams, num_beam_groups: of beam search; groups differ with a `diversity_penalty` only.
-            min_seq_len: no caption ends with fewer tokens before its end; smaller than `seq_len`.
-            stopping_criteria: called with (ids [rows, tokens], None), one or several; whether to stop. Those of
-                transformers will do.
-            repetition_penalty: above 1, tokens that are there already are less likely (arXiv 1909.05858).
-            fixed_output_length: pad to `seq_len` tokens, whatever the captions need.
-            diversity_penalty: what a token costs for each beam of an earlier group that has it (arXiv 1610.02424).
-            sum_logits: beam search adds up logits in place of log-probabilities, and so finds what open_clip 3.3.0
-                finds.
+            top_p: total probability of the tokens to sample from.
+            top_k: number of tokens to sample from.
+            pad_token_id, eos_token_id, sot_token_id: by default `pad_id`, and the ids of CLIP's vocabulary.
+            num_beams, num_beam_groups: for beam search. Groups differ only with a `diversity_penalty`.
+            min_seq_len: minimum number of tokens before the end of text; smaller than `seq_len`.
+            stopping_criteria: one function or a list of functions, called with (ids [rows, tokens], None), that return
+                whether to stop. Those of transformers work.
+            repetition_penalty: above 1, tokens that are already in the caption are less likely (arXiv 1909.05858).
+            fixed_output_length: pad captions to `seq_len` tokens.
+            diversity_penalty: subtracted from a token's score for each beam of an earlier group that chose this token
+                (arXiv 1610.02424).
+            sum_logits: sum logits instead of log-probabilities in beam search, which gives the captions of open_clip
+                3.3.0.
 
         Returns:
-            Ids, int64 [batch, up to seq_len]; [up to seq_len] where `text` is [tokens]. They begin with `text`, and
-            where a caption is shorter than the longest, padding follows its end.
+            Token ids, int64 [batch, up to seq_len], or [up to seq_len] if `text` is [tokens]. They start with `text`.
+            Shorter captions are padded at the end.
 
         Raises:
-            ValueError: a value is outside of its range, or a string is given to a model with another vocabulary.
+            ValueError: a value is out of range, or `text` is a string and the model does not have CLIP's vocabulary.
         """
         expect("generation_type", generation_type, GENERATION_TYPES)
         pad, eos, sot = self._special_ids(pad_token_id, eos_token_id, sot_token_id)
         if min_seq_len >= seq_len:
-            raise ValueError(f"min_seq_len={min_seq_len} has to be smaller than seq_len={seq_len}, which is the whole")
+            raise ValueError(f"min_seq_len={min_seq_len} must be smaller than seq_len={seq_len}.")
         prompts = self._prompts(text, len(image), sot, eos, pad)
         longest = max(map(len, prompts))
         if longest >= seq_len:
             raise ValueError(
-                f"text has {longest} tokens already, and a caption may have seq_len={seq_len}. Raise seq_len."
+                f"text has {longest} tokens, and a caption has at most seq_len={seq_len} with it. Raise seq_len."
             )
-        ending = generation.Ending(seq_len, eos, pad, _criteria(stopping_criteria))
+        ending = generation.Ending(seq_len, eos, pad, _as_tuple(stopping_criteria))
         process = [generation.min_length(min_seq_len, eos)]
         if repetition_penalty != 1.0:
             process.append(generation.repetition_penalty(repetition_penalty))
@@ -283,15 +292,19 @@ class CoCa(TextTowerApart):
         logit_warper: generation.ScoresFunction | None = None,
         seq_len: int = 30,
     ) -> torch.Tensor:
-        """Beam search as in `generate`, with functions that change the scores, (ids, scores) -> scores, in place of
-        options: `logit_processor` in place of the one for `min_seq_len`, and then `logit_warper`.
+        """Run beam search as in `generate`, with functions (ids, scores) -> scores that change the scores.
+
+        Args:
+            logit_processor: replaces the function that enforces `min_seq_len`.
+            logit_warper: called after it.
+            others: as in generate.
         """
         pad, eos, sot = self._special_ids(pad_token_id, eos_token_id, sot_token_id)
         process = [logit_processor or generation.min_length(min_seq_len, eos)]
         if logit_warper is not None:
             process.append(logit_warper)
         ids = torch.full((len(image_inputs), 1), sot, dtype=torch.int64, device=image_inputs.device)
-        ending = generation.Ending(seq_len, eos, pad, _criteria(stopping_criteria))
+        ending = generation.Ending(seq_len, eos, pad, _as_tuple(stopping_criteria))
         with torch.no_grad(), evaluating(self):
             next_logits = _NextLogits(self, self._encode_image(image_inputs)[1], seq_len)
             return generation.beam_search(
@@ -307,33 +320,33 @@ class CoCa(TextTowerApart):
         vocab_size = self.text_decoder.text_projection.shape[1]
         for name, value in ids.items():
             if not 0 <= value < vocab_size:
-                raise ValueError(f"{name}={value} is not among the {vocab_size} ids of this model: give one of them")
+                raise ValueError(f"{name}={value} is out of range: this model has the ids 0 to {vocab_size - 1}.")
         return ids["pad_token_id"], ids["eos_token_id"], ids["sot_token_id"]
 
     def _prompts(
         self, text: torch.Tensor | str | Sequence[str] | None, batch: int, sot: int, eos: int, pad: int
     ) -> list[list[int]]:
-        """Ids that each of `batch` captions begins with."""
+        """Return the prompt of each image as token ids."""
         if text is None:
             return [[sot]] * batch
         if isinstance(text, torch.Tensor):
             rows = (text[None] if text.dim() == 1 else text).tolist() if text.dim() in (1, 2) and text.numel() else []
-            given = f"text has the shape {list(text.shape)}"
+            found = f"text has shape {list(text.shape)}"
         else:
             if not isinstance(self.text, TextEncoder) or self.vocab_size <= END_OF_TEXT:
                 raise ValueError(
-                    "text is a string, and this model has another vocabulary than CLIP. Give ids of its tokenizer."
+                    "text is a string, but this model does not have CLIP's vocabulary. Give token ids of its tokenizer."
                 )
             texts = [text] * batch if isinstance(text, str) else text
-            rows = [[sot, *tokenizer.encode(one)] for one in texts]
-            given = f"text has {len(texts)} strings"
+            rows = [[sot, *tokenizer.encode(string)] for string in texts]
+            found = f"text has {len(texts)} strings"
         if len(rows) != batch:
-            raise ValueError(f"{given}, and there are {batch} images. Give one row of ids or one string per image.")
-        return [_without_padding(row, eos, pad) for row in rows]
+            raise ValueError(f"{found}, and there are {batch} images. Give one row of ids or one string per image.")
+        return [_strip_padding(row, eos, pad) for row in rows]
 
 
-def _without_padding(ids: list[int], eos: int, pad: int) -> list[int]:
-    """A prompt without what a tokenizer adds: padding, and the end of text before it."""
+def _strip_padding(ids: list[int], eos: int, pad: int) -> list[int]:
+    """Remove the padding at the end of a prompt, and the end of text before it."""
     length = len(ids)
     while length > 1 and ids[length - 1] == pad:
         length -= 1
@@ -348,7 +361,7 @@ def _write_by_length(
     prompts: list[list[int]],
     pad: int,
 ) -> torch.Tensor:
-    """Captions of images, those whose prompts have the same length together; shorter ones are padded at the end."""
+    """Generate captions in batches whose prompts have the same length. Shorter captions are padded at the end."""
     by_length: dict[int, list[int]] = {}
     for number, ids in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(number)
@@ -362,44 +375,46 @@ def _write_by_length(
     return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
 
 
-def _criteria(given: Any) -> tuple[Callable[..., Any], ...]:
-    """One criterion, or several in a list (transformers' StoppingCriteriaList is both), as a tuple."""
-    if given is None:
+def _as_tuple(criteria: Any) -> tuple[Callable[..., Any], ...]:
+    if criteria is None:
         return ()
-    return tuple(given) if isinstance(given, Iterable) else (given,)
+    # transformers' StoppingCriteriaList is both a list and a function: take it as a list.
+    return tuple(criteria) if isinstance(criteria, Iterable) else (criteria,)
 
 
-def _decoder_caches(decoder: Any) -> DecoderCaches | None:
+def _make_decoder_caches(decoder: Any) -> DecoderCaches | None:
     return DecoderCaches(decoder.layers) if getattr(decoder, "takes_caches", False) else None
 
 
 class _NextLogits:
-    """generation.NextLogits of a CoCa for texts about images, the same number of texts about each, in a row.
+    """Next-token logits of a CoCa (see generation.NextLogits).
 
-    A text tower whose tokens look back only is asked for the last token alone: what those before it were is cached in
-    each layer, and in the decoder, whose view of the images is computed once. Once a text is longer than what may be
-    looked back at, all its positions change with each token, and it is read again. So it is where a program has put
-    its own blocks or attention there, which do not know of caches.
+    Each image has the same number of texts, which are consecutive rows.
+
+    If the text tower is causal, only new tokens are encoded: each layer of the tower and the decoder caches the keys
+    and values of earlier tokens, and the decoder those of the images. All tokens are encoded again if a text is longer
+    than `window`, because each new token then shifts all positions, and if a program has replaced blocks or attention
+    by modules that do not support caches.
     """
 
     def __init__(self, model: CoCa, image_embs: torch.Tensor, window: int) -> None:
         self.model = model
         self.image_embs = image_embs
-        self.decoder = _decoder_caches(model.text_decoder)
+        self.decoder = _make_decoder_caches(model.text_decoder)
         self.text: list[KeyValueCache] | None = None
         tower = model.text
         if isinstance(tower, TextEncoder):
             window = min(window, tower.positional_embedding.shape[0] - (tower.cls_emb is not None))
-            if tower.looks_back_only and getattr(tower.transformer, "takes_caches", False):
+            if tower.is_causal and getattr(tower.transformer, "takes_caches", False):
                 self.text = [KeyValueCache() for _ in tower.transformer.resblocks]
         self.window = window
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] > self.window:
             ids = ids[:, -self.window :]
-            self._forget_text()
+            self._clear_text_caches()
         if self.text is None:
-            self._forget_text()
+            self._clear_text_caches()
             tokens = self.model._encode_text(ids, normalize=False)[1]
         else:
             tokens = self.model.text._continue_text(ids, self.text)
@@ -409,7 +424,7 @@ class _NextLogits:
     def _text_caches(self) -> list[KeyValueCache]:
         return [*(self.text or ()), *(self.decoder.text if self.decoder else ())]
 
-    def _forget_text(self) -> None:
+    def _clear_text_caches(self) -> None:
         for cache in self._text_caches():
             cache.pair = None
 
@@ -421,11 +436,11 @@ class _NextLogits:
 def prepare_inputs_for_generation(
     input_ids: torch.Tensor, image_inputs: torch.Tensor, past: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Arguments of a step of transformers' old generation loop; `generate` does without.
+    """Return the arguments of a step of transformers' former generation loop. `generate` does not use it.
 
     Args:
-        input_ids: [batch, tokens]; only the last column is passed on where there is a `past`.
-        kwargs: "attention_mask" [batch, tokens], which gives positions where there are no "position_ids".
+        input_ids: [batch, tokens]; with `past`, only the last column is passed on.
+        kwargs: "attention_mask" [batch, tokens], from which positions are computed if there are no "position_ids".
     """
     mask = kwargs.get("attention_mask")
     positions = None

@@ -1,8 +1,8 @@
-"""Text towers from Hugging Face's transformers: an encoder, a pooler that makes one vector a text, and a projection.
+"""Text towers from Hugging Face's transformers: an encoder, a pooler that makes one vector per text, and a projection.
 
-The encoder computes attention through `device.attention`, and is told what padding is by a bool mask of the shape that
-fused kernels take; transformers would look at the mask's values to find out whether it needs one, for which the host
-would wait for the device in each forward pass.
+The encoder computes attention with `device.attention` and gets padding as a bool mask of the shape that fused kernels
+take. Without that shape, transformers reads the mask's values to decide whether a mask is needed, so the host waits for
+the device in each forward pass.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-DEFAULT_CONTEXT_LENGTH = 77  # of models that take any number of tokens
+DEFAULT_CONTEXT_LENGTH = 77  # for models without a limit
 
-# ------------------------------------------------------------------------------------------------------------- poolers
+# Poolers
 
 _POOLERS: dict[str, type[nn.Module]] = {}
 
 
 def register_pooler(cls: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: makes a pooler known by its name in snake case ("MeanPooler" is "mean_pooler").
+    """Register a pooler class under its name in snake case ("MeanPooler" is "mean_pooler"). A class decorator.
 
-    A pooler is called with the encoder's output (its `last_hidden_state` is [batch, tokens, width]) and a mask [batch,
-    tokens], true where there is a token and not padding, and returns [batch, width].
+    A pooler is called with the encoder's output, whose `last_hidden_state` is [batch, tokens, width], and a bool mask
+    [batch, tokens], False for padding. It returns [batch, width].
     """
     _POOLERS[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
     return cls
@@ -54,7 +54,7 @@ class MeanPooler(nn.Module):
 
 @register_pooler
 class MaxPooler(nn.Module):
-    """The largest value of the tokens in each channel."""
+    """The maximum over the tokens, per channel."""
 
     def forward(self, x: Any, attention_mask: torch.Tensor) -> torch.Tensor:
         padding = attention_mask[..., None] == 0
@@ -63,10 +63,10 @@ class MaxPooler(nn.Module):
 
 @register_pooler
 class ClsPooler(nn.Module):
-    """The first token, after the encoder's own pooler if it has one.
+    """The encoder's `pooler_output` if it has one, else the first token.
 
     Args:
-        use_pooler_output: False for the first token as it is.
+        use_pooler_output: False always takes the first token of `last_hidden_state`.
     """
 
     def __init__(self, use_pooler_output: bool = True) -> None:
@@ -81,7 +81,7 @@ class ClsPooler(nn.Module):
 
 @register_pooler
 class ClsLastHiddenStatePooler(nn.Module):
-    """The first token as it is."""
+    """The first token of `last_hidden_state`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ClsLastHiddenStatePooler(nn.Module):
         return x.last_hidden_state[:, self.cls_token_position]
 
 
-# ------------------------------------------------------------------------------------------------------------ encoders
+# Encoders
 
 ATTENTION = "open_clip"  # the name under which transformers finds `_attention`
 
@@ -107,12 +107,18 @@ def _attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface to attention: [batch, heads, tokens, dim] -> [batch, tokens, heads, dim].
+    """Compute attention with the signature that transformers calls.
 
-    `position_bias`, [1 or batch, heads, tokens, tokens], is T5's, which no bool mask can hold.
+    Args:
+        query, key, value: [batch, heads, tokens, dim].
+        attention_mask: bool, True where a token may be attended to.
+        position_bias: [1 or batch, heads, tokens, tokens], added to the scores (T5).
+
+    Returns:
+        [batch, tokens, heads, dim], and None for the attention weights.
     """
     if position_bias is not None:
-        position_bias = position_bias.to(query.dtype)  # under autocast embeddings are float32, and queries are not
+        position_bias = position_bias.to(query.dtype)  # autocast leaves embeddings in float32, but not queries
         if attention_mask is None:
             attention_mask = position_bias
         else:
@@ -122,20 +128,24 @@ def _attention(
 
 
 def _transformers() -> Any:
-    """The package, told of our attention."""
+    """Import transformers and register `_attention`."""
     transformers = import_transformers("A text tower of Hugging Face")
     from transformers.masking_utils import sdpa_mask
 
     transformers.AttentionInterface.register(ATTENTION, _attention)
-    transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for who calls the encoder with a mask [B, L]
+    # For programs that call the encoder with a mask [batch, tokens].
+    transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     return transformers
 
 
 def _read_config(name_or_path: str, offline: bool) -> Any:
-    """transformers' configuration of a model; with `offline`, from our own table where it has it.
+    """Load the transformers configuration of a model.
+
+    Args:
+        offline: take the configuration from the table in hf_configs, if the model is in it.
 
     Raises:
-        RuntimeError: it cannot be had.
+        RuntimeError: the configuration cannot be loaded.
     """
     transformers = _transformers()
     known = known_architecture(name_or_path)
@@ -148,11 +158,11 @@ def _read_config(name_or_path: str, offline: bool) -> Any:
         raise _unavailable(name_or_path, error) from error
 
 
-def _check_kind(config: Any, name_or_path: str) -> None:
+def _check_model_type(config: Any, name_or_path: str) -> None:
     if config.model_type not in arch_dict:
         raise ValueError(
-            f"{name_or_path!r} is of the kind {config.model_type!r}, which is no text tower here: "
-            f"{', '.join(arch_dict)} are."
+            f"{name_or_path!r} has model_type {config.model_type!r}, which is not supported as a text tower. Use one "
+            f"of {', '.join(arch_dict)}."
         )
 
 
@@ -162,12 +172,12 @@ def _unavailable(name_or_path: str, error: Exception) -> RuntimeError:
         name_or_path,
         "config.json, and for its weights model.safetensors (or pytorch_model.bin)",
         error,
-        others="Random weights: pretrained_text=False (hf_model_pretrained in a text_cfg).",
+        others="For random weights, set pretrained_text=False (hf_model_pretrained in a text_cfg).",
     )
 
 
 def _use_exact_gelu(encoder: nn.Module) -> None:
-    """Put our GELU in place of transformers', which on some devices is the tanh form."""
+    """Replace the GELUs of transformers by ours: theirs compute the tanh approximation on some devices."""
     for module in encoder.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "GELUActivation":
@@ -175,10 +185,10 @@ def _use_exact_gelu(encoder: nn.Module) -> None:
 
 
 def _new_encoder(config: Any, add_pooling_layer: bool) -> Any:
-    """The encoder of that configuration with random weights; of an encoder-decoder nothing else is made."""
+    """Build the encoder of a configuration with random weights. The decoder of an encoder-decoder is not built."""
     transformers = _transformers()
     config = copy.deepcopy(config)
-    if config.model_type == "m2m_100":  # has no class of its own for a model that is all encoder
+    if config.model_type == "m2m_100":  # transformers has no auto class for its encoder alone
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
         config._attn_implementation = ATTENTION
@@ -190,14 +200,14 @@ def _new_encoder(config: Any, add_pooling_layer: bool) -> Any:
 
 
 def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
-    """The encoder with its published weights, from a local folder, the hub's cache, or the hub."""
+    """Load an encoder with its published weights from a local folder, the hub's cache, or the hub."""
     transformers = _transformers()
     config = _read_config(name_or_path, offline=False)
-    _check_kind(config, name_or_path)
+    _check_model_type(config, name_or_path)
     options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32, "trust_remote_code": False}
     auto_model = transformers.AutoModel
     if config.model_type in ("t5", "mt5"):
-        auto_model = transformers.AutoModelForTextEncoding  # leaves the decoder's weights where they are
+        auto_model = transformers.AutoModelForTextEncoding  # does not load the decoder's weights
     elif not config.is_encoder_decoder:
         options["add_pooling_layer"] = add_pooling_layer
     try:
@@ -207,27 +217,27 @@ def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
     return (model.get_encoder() if config.is_encoder_decoder else model).train()
 
 
-# --------------------------------------------------------------------------------------------------------------- tower
+# Tower
 
 
 class HFTextEncoder(NotScriptable, nn.Module):
-    """A text tower that is an encoder of transformers.
+    """A text tower whose encoder is a model of transformers.
 
     Args:
-        model_name_or_path: a folder with a config.json, or a name on the hub. The configurations of the models that
-            open_clip's architectures use are known here.
-        output_dim: of the features.
-        config: transformers' configuration, in place of that of `model_name_or_path`; the weights are random then.
-        pooler_type: a registered pooler's name; None for what is usual for the model.
-        proj_type: "linear" or "mlp" (two layers with GELU between), both without bias; None where the encoder's width
-            is `output_dim`.
-        pretrained: start from published weights, which the folder or the hub must have.
+        model_name_or_path: a folder with a config.json, or a name on the hub. hf_configs has the configurations of the
+            models in open_clip's architectures, so these need no download.
+        output_dim: width of the features.
+        config: a transformers configuration to use instead of that of `model_name_or_path`; the weights are random.
+        pooler_type: name of a registered pooler; None for the default of the model.
+        proj_type: "linear" or "mlp" (two layers with GELU between), both without bias; None for no projection, if the
+            encoder's width is `output_dim`.
+        pretrained: load the published weights from the folder or the hub.
         output_tokens: return (features, tokens).
 
     Raises:
         ImportError: transformers is not installed, or too old.
-        RuntimeError: files cannot be had.
-        ValueError: a kind of model, a pooler or a projection that does not exist.
+        RuntimeError: the configuration or the weights cannot be loaded.
+        ValueError: the model type, the pooler or the projection is not known.
     """
 
     def __init__(
@@ -243,34 +253,34 @@ class HFTextEncoder(NotScriptable, nn.Module):
         super().__init__()
         self.output_tokens = output_tokens
         self.output_dim = output_dim
-        # A pooler that no feature comes from would be parameters without gradients.
+        # Without this, the parameters of an unused pooling layer would get no gradients.
         add_pooling_layer = pooler_type == "cls_pooler"
         if config is None and pretrained:
             self.transformer = _load_encoder(model_name_or_path, add_pooling_layer)
             self.config = self.transformer.config
         else:
             self.config = _read_config(model_name_or_path, offline=True) if config is None else config
-            _check_kind(self.config, model_name_or_path)
+            _check_model_type(self.config, model_name_or_path)
             self.transformer = _new_encoder(self.config, add_pooling_layer)
         _use_exact_gelu(self.transformer)
-        self.vocab_size = self._size("vocab_size")
-        self.context_length = self._size("context_length") or DEFAULT_CONTEXT_LENGTH
+        self.vocab_size = self._config_value("vocab_size")
+        self.context_length = self._config_value("context_length") or DEFAULT_CONTEXT_LENGTH
         pooler_type = pooler_type or arch_dict[self.config.model_type]["pooler"]
         expect("pooler_type", pooler_type, _POOLERS)
         self.pooler = _POOLERS[pooler_type]()
-        self.proj = _projection(proj_type, self._size("width"), output_dim)
-        self.register_load_state_dict_post_hook(_restore_tables)
+        self.proj = _projection(proj_type, self._config_value("width"), output_dim)
+        self.register_load_state_dict_post_hook(_restore_buffers)
 
     @property
     def _names(self) -> dict[str, str]:
         return arch_dict[self.config.model_type]["config_names"]
 
-    def _size(self, name: str) -> int:
+    def _config_value(self, name: str) -> int:
         return getattr(self.config, self._names[name]) if self._names[name] else 0
 
     @property
     def _stack(self) -> Any:
-        """What holds the blocks."""
+        """The module that contains the blocks."""
         return getattr(self.transformer, "encoder", self.transformer)
 
     @property
@@ -283,22 +293,22 @@ class HFTextEncoder(NotScriptable, nn.Module):
 
     @grad_checkpointing.setter
     def grad_checkpointing(self, enable: bool) -> None:
-        # named gradient_ in older releases of transformers, activation_ in newer ones
+        # Older releases of transformers call it gradient_checkpointing, newer ones activation_checkpointing.
         verb = "enable" if enable else "disable"
         change = getattr(self.transformer, f"activation_checkpointing_{verb}", None)
         change = change or getattr(self.transformer, f"gradient_checkpointing_{verb}")
         change(*([{"use_reentrant": False}] if enable else []))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the encoder but for its last blocks and what follows them; the projection is trained always.
+        """Freeze the encoder except for its last blocks and the layers after them. The projection is never frozen.
 
         Args:
-            unlocked_layers: blocks from the back; one more than there are, and the embeddings are trained, too.
-            freeze_layer_norm: False lets all layer norms be trained.
+            unlocked_layers: number of last blocks to train. One more than there are trains the embeddings, too.
+            freeze_layer_norm: False trains all layer norms.
         """
         groups = [getattr(self.transformer, self._names["token_embeddings_attr"]), *self._blocks]
         if unlocked_layers >= len(groups):
@@ -309,13 +319,17 @@ class HFTextEncoder(NotScriptable, nn.Module):
             set_trainable(norms, True)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone, beside norms and biases: none."""
+        """Return the names of parameters without weight decay, in addition to norms and biases: none."""
         return set()
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
-        """How many of its first tokens each text's embedding depends on: int64 [batch, tokens] -> int64 [batch].
+        """Return the lengths of the texts without trailing padding, which changes no embedding.
 
-        Nothing sees the padding after them. None where the tower returns its tokens.
+        Args:
+            text: int64 [batch, tokens].
+
+        Returns:
+            int64 [batch], at least 1; None if the tower returns its tokens, padding included.
         """
         if self.output_tokens:
             return None
@@ -323,28 +337,34 @@ class HFTextEncoder(NotScriptable, nn.Module):
         return ((text != self.config.pad_token_id) * positions).amax(dim=1).clamp(min=1)
 
     def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, tokens] without the columns at the end that are padding in each text.
+        """Drop trailing padding columns of token ids [batch, tokens].
 
-        A multiple of 16 columns is left, so that devices which compile by shape meet few. Waits for `text`, so give it
-        on the CPU.
+        The number of columns is rounded up to a multiple of 16, so that devices which compile kernels per shape see few
+        shapes. `text` should be on the CPU: its values are read.
         """
         lengths = self.text_lengths(text)
         return text if lengths is None else text[:, : -(-int(lengths.max()) // 16) * 16]
 
     def _encode(self, text: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """The encoder's output, and the mask [batch, tokens]: true where there is no padding."""
+        """Return the encoder's output, and a bool mask [batch, tokens] that is False for padding."""
         check_token_ids(text)
-        seen = text != self.config.pad_token_id
-        mask = seen[:, None, None, :].expand(-1, -1, text.shape[1], -1)  # not every fused kernel takes one row for all
-        return self.transformer(input_ids=text, attention_mask=mask), seen
+        is_token = text != self.config.pad_token_id
+        # Expanded, because not every fused kernel broadcasts the mask over the query tokens.
+        mask = is_token[:, None, None, :].expand(-1, -1, text.shape[1], -1)
+        return self.transformer(input_ids=text, attention_mask=mask), is_token
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Ids [batch, tokens] -> features [batch, output_dim]; or (features, tokens [batch, tokens, width]).
+        """Encode token ids.
 
-        Tokens are those of the encoder's last layer, without the first where ClsPooler makes the features of it.
+        Args:
+            x: token ids, [batch, tokens].
+
+        Returns:
+            Features [batch, output_dim]. With `output_tokens`, (features, tokens): [batch, tokens, width] of the
+            encoder's last layer, without the first token if the pooler is ClsPooler.
         """
-        output, seen = self._encode(x)
-        features = self.proj(self.pooler(output, seen))
+        output, is_token = self._encode(x)
+        features = self.proj(self.pooler(output, is_token))
         if not self.output_tokens:
             return features
         tokens = output.last_hidden_state
@@ -360,40 +380,42 @@ class HFTextEncoder(NotScriptable, nn.Module):
         output_fmt: str = "NLC",
         output_extra_tokens: bool = False,
     ) -> dict[str, Any]:
-        """Features of the blocks between.
+        """Compute the outputs of the blocks.
 
         Args:
+            text: token ids, [batch, tokens].
             indices: None for all blocks, n for the last n, or a list of indices.
-            stop_early: changes nothing: the encoder is run as a whole.
-            normalize_intermediates: apply the final layer norm, where the encoder has one behind its blocks.
-            intermediates_only: leave out the features of the whole.
+            stop_early: no effect: the encoder always runs all blocks.
+            normalize_intermediates: apply the final layer norm, if the encoder has one after its blocks.
+            intermediates_only: do not compute the text features.
             output_fmt: "NLC".
-            output_extra_tokens: changes nothing: a first token that is special is among the others.
+            output_extra_tokens: no effect: a special first token is always included.
 
         Returns:
+            A dictionary.
             "text_intermediates": list of [batch, tokens, width], in the order of the blocks;
-            "text_features": [batch, output_dim], unless left out.
+            "text_features": [batch, output_dim], unless `intermediates_only`.
         """
         expect("output_fmt of texts", output_fmt, ("NLC",))
         take, _ = feature_take_indices(len(self._blocks), indices, as_set=True)
         intermediates: list[torch.Tensor] = []
 
-        def keep(block: nn.Module, args: Any, result: Any) -> None:
+        def append_output(block: nn.Module, args: Any, result: Any) -> None:
             intermediates.append(result[0] if isinstance(result, tuple) else result)
 
-        hooks = [self._blocks[index].register_forward_hook(keep) for index in take]
+        hooks = [self._blocks[index].register_forward_hook(append_output) for index in take]
         try:
-            output, seen = self._encode(text)
+            output, is_token = self._encode(text)
         finally:
             for hook in hooks:
                 hook.remove()
         final_norm = self._names["final_norm_attr"]
         if normalize_intermediates and final_norm:
             intermediates = [getattr(self._stack, final_norm)(tokens) for tokens in intermediates]
-        found: dict[str, Any] = {"text_intermediates": intermediates}
+        features: dict[str, Any] = {"text_intermediates": intermediates}
         if not intermediates_only:
-            found["text_features"] = self.proj(self.pooler(output, seen))
-        return found
+            features["text_features"] = self.proj(self.pooler(output, is_token))
+        return features
 
 
 def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module:
@@ -401,19 +423,20 @@ def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module
     if proj_type == "linear":
         return nn.Linear(width, output_dim, bias=False)
     if proj_type == "mlp":
-        between = (width + output_dim) // 2
-        return nn.Sequential(
-            nn.Linear(width, between, bias=False), GELU(), nn.Linear(between, output_dim, bias=False)
-        )
+        hidden = (width + output_dim) // 2
+        return nn.Sequential(nn.Linear(width, hidden, bias=False), GELU(), nn.Linear(hidden, output_dim, bias=False))
     if width != output_dim:
-        raise ValueError(f"the encoder's width is {width} and not {output_dim}: use proj_type 'linear' or 'mlp'")
+        raise ValueError(
+            f"The encoder's width is {width} and output_dim is {output_dim}. Use proj_type 'linear' or 'mlp'."
+        )
     return nn.Identity()
 
 
-def _restore_tables(tower: HFTextEncoder, incompatible_keys: Any) -> None:
-    """After weights came to a tower built on the meta device: the encoder's tables, which no state dict holds.
+def _restore_buffers(tower: HFTextEncoder, incompatible_keys: Any) -> None:
+    """Fill the encoder's non-persistent buffers after weights were loaded into a tower built on the meta device.
 
-    They follow from the configuration, and are taken from an encoder of it that has no blocks and no words.
+    The buffers depend on the configuration only, so they are copied from an encoder with the same configuration but
+    without blocks and with a minimal vocabulary.
     """
     names = [name for name, buffer in tower.transformer.named_buffers() if buffer.is_meta]
     weight = next(tower.transformer.parameters())
@@ -423,8 +446,8 @@ def _restore_tables(tower: HFTextEncoder, incompatible_keys: Any) -> None:
     setattr(config, tower._names["layers"], 0)
     setattr(config, tower._names["vocab_size"], (config.pad_token_id or 0) + 1)
     with weight.device:
-        tables = dict(_new_encoder(config, add_pooling_layer=False).named_buffers())
+        buffers = dict(_new_encoder(config, add_pooling_layer=False).named_buffers())
     for name in names:
         owner, _, last = name.rpartition(".")
         dtype = tower.transformer.get_buffer(name).dtype
-        tower.transformer.get_submodule(owner).register_buffer(last, tables[name].to(dtype), persistent=False)
+        tower.transformer.get_submodule(owner).register_buffer(last, buffers[name].to(dtype), persistent=False)

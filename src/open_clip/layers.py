@@ -1,8 +1,8 @@
 """Layers of the native towers: norms, activations, attention, poolers.
 
-Attention goes through `device.attention`, with no mask, a bool mask (True: may be attended to) or `is_causal`: what
-accelerators have a fused kernel for. Callers and hooks see torch's form of a mask (True: hidden; float: added).
-`KernelMask` carries both forms, so that nothing is converted in each layer.
+Attention calls `device.attention` without a mask, with a bool mask (True: may attend) or with `is_causal`, for which
+accelerators have a fused kernel. Callers and hooks see masks in the form of nn.MultiheadAttention (True: hidden; float:
+added). `KernelMask` has both forms, so that masks are not converted in each layer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ModuleFactory = Callable[..., nn.Module]
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm that returns its input's dtype, also under autocast, where F.layer_norm gives float32."""
+    """Layer norm that returns the dtype of its input. Under autocast, F.layer_norm returns float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return device.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class LayerNormFp32(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the input's dtype is, which it returns: for half precision weights."""
+    """Layer norm that computes in float32 and returns the dtype of its input, for half precision models."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = None if self.weight is None else self.weight.float()
@@ -46,12 +46,12 @@ class QuickGELU(nn.Module):
 
 
 class GELU(nn.Module):
-    """GELU that keeps to `approximate` ("none" or "tanh") on every device, which nn.GELU does not on NPU."""
+    """GELU that computes the form `approximate` ("none" or "tanh") on every device. On NPU, nn.GELU does not."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
         if approximate not in ("none", "tanh"):
-            raise ValueError(f"GELU has approximate='none' or 'tanh', got {approximate!r}")
+            raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}.")
         self.approximate = approximate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class GELU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel (CaiT, https://arxiv.org/abs/2103.17239)."""
+    """A learned factor per channel (CaiT, https://arxiv.org/abs/2103.17239)."""
 
     def __init__(self, dim: int, init_values: float = 1e-5, inplace: bool = False) -> None:
         super().__init__()
@@ -75,29 +75,29 @@ class LayerScale(nn.Module):
 
 
 class PatchDropout(nn.Module):
-    """Leaves out a random fraction of the patches of each image, in training only (https://arxiv.org/abs/2212.00794).
+    """Drop a random fraction of the patches of each image, in training only (https://arxiv.org/abs/2212.00794).
 
     Args:
-        prob: the fraction left out, 0 <= prob < 1; at least one patch stays.
-        exclude_first_token: the first token is the class token, and always stays.
+        prob: fraction of the patches to drop, 0 <= prob < 1. At least one patch is kept.
+        exclude_first_token: always keep the first token, the class token.
     """
 
     def __init__(self, prob: float = 0.5, exclude_first_token: bool = True) -> None:
         super().__init__()
         if not 0.0 <= prob < 1.0:
-            raise ValueError(f"patch dropout leaves out a fraction of the patches, 0 <= prob < 1, got {prob}")
+            raise ValueError(f"The fraction of patches to drop must be 0 <= prob < 1, got {prob}.")
         self.prob = prob
         self.exclude_first_token = exclude_first_token
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, width] -> [batch, kept tokens, width]"""
+        """Map [batch, tokens, width] to [batch, kept tokens, width]."""
         if not self.training or self.prob == 0.0:
             return x
         num_prefix = 1 if self.exclude_first_token else 0
         batch, num_tokens, width = x.shape
         num_patches = num_tokens - num_prefix
         num_keep = max(1, int(num_patches * (1 - self.prob)))
-        # drawn where x is: indices from the host would be a copy in every step
+        # Drawn on the device of x: indices from the host would need a copy in every step.
         order = torch.randn(batch, num_patches, device=x.device)
         keep = order.topk(num_keep, dim=-1).indices + num_prefix
         if num_prefix:
@@ -111,21 +111,20 @@ class PatchDropout(nn.Module):
 def causal_mask(
     length: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Float [length, length], to be added to scores: -inf above the diagonal, so that no token sees a later one."""
+    """Return float [length, length] to add to the scores: -inf above the diagonal, which hides later tokens."""
     mask = torch.empty(length, length, dtype=dtype, device=device)
     return mask if mask.is_meta else mask.fill_(-math.inf).triu_(1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelMask:
-    """What `device.attention` takes for a mask, next to the form of it that callers and hooks see.
+    """A mask in the form for `device.attention`, and in the form that callers and hooks see.
 
-    It counts only while `attn_mask` is `shown`, the same object: where a hook passes another mask, that one counts.
+    It is used only if `attn_mask` is the object `shown`. If a hook passes another mask, that one is used.
 
     Args:
-        shown: what goes through the blocks as `attn_mask`.
-        allowed: bool [batch, 1, tokens, context tokens], True where a token may look; None: each token sees itself
-            and those before it.
+        shown: the mask that is passed through the blocks as `attn_mask`.
+        allowed: bool [batch, 1, tokens, context tokens], True where a token may attend; None for a causal mask.
     """
 
     shown: torch.Tensor
@@ -133,15 +132,15 @@ class KernelMask:
 
 
 def _project_qkv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """One product for queries, keys and values of self-attention, each [(batch,) tokens, width]."""
+    """Compute queries, keys and values of self-attention in one product, each [(batch,) tokens, width]."""
     parts = F.linear(x, weight, bias).chunk(3, dim=-1)
     return parts[0], parts[1], parts[2]
 
 
-def _converted_mask(
+def _convert_mask(
     query: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """torch's masks (bool, True: hidden; float: added) as one for `device.attention`.
+    """Convert masks of nn.MultiheadAttention (bool, True: hidden; float: added) to one mask for `device.attention`.
 
     Args:
         query: [(batch,) heads, tokens, head_dim].
@@ -152,8 +151,8 @@ def _converted_mask(
         batch, num_heads = query.shape[:2]
         if attn_mask.shape[0] != batch * num_heads:
             raise ValueError(
-                f"attn_mask has {attn_mask.shape[0]} tables, and {batch} sequences with {num_heads} heads need "
-                f"{batch * num_heads}. Repeat the mask of each sequence for its heads."
+                f"attn_mask has {attn_mask.shape[0]} masks, and {batch} sequences with {num_heads} heads need "
+                f"{batch * num_heads}. Repeat the mask of each sequence for each head."
             )
         attn_mask = attn_mask.unflatten(0, (batch, num_heads))
     if key_padding_mask is not None:
@@ -173,15 +172,15 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -math.inf)
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that are not None, for a call that must not name the others."""
+def drop_none(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 class KeyValueCache:
-    """Keys and values that an attention layer made in earlier calls: `pair`, each [batch, ..., tokens, channels].
+    """Keys and values of earlier calls of an attention layer: `pair`, each [batch, ..., tokens, channels].
 
-    Self-attention adds those of its new tokens; attention to another sequence makes them once.
+    Self-attention appends the keys and values of new tokens. Cross-attention computes them once.
     """
 
     def __init__(self) -> None:
@@ -192,28 +191,28 @@ class KeyValueCache:
         return 0 if self.pair is None else self.pair[0].shape[-2]
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole pair, with new ones at its end."""
+        """Append keys and values, and return all."""
         if self.pair is not None:
             keys, values = (torch.cat(parts, dim=-2) for parts in zip(self.pair, (keys, values), strict=True))
         self.pair = keys, values
         return self.pair
 
     def take(self, rows: torch.Tensor) -> None:
-        """Go on with these rows of the batch: int64 [new batch]."""
+        """Select the rows of the batch for the next call: int64 [new batch]."""
         if self.pair is not None:
             keys, values = self.pair
             self.pair = keys.index_select(0, rows), values.index_select(0, rows)
 
 
 class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
-    """nn.MultiheadAttention that runs through `device.attention` where no attention weights are asked for.
+    """nn.MultiheadAttention that calls `device.attention`, unless attention weights are requested.
 
-    `out_proj` is called, so that hooks and adapters on it count; it is a plain nn.Linear.
+    `out_proj` is an nn.Linear that is called as a module, so hooks and adapters on it work.
 
     Args:
         embed_dim: width of the queries and of the output.
         num_heads: a divisor of `embed_dim`.
-        kdim, vdim: widths of keys and values; `embed_dim` where None. Where one differs, the three projections are
+        kdim, vdim: widths of keys and values; `embed_dim` if None. If one differs from it, the three projections are
             separate parameters (q_proj_weight, k_proj_weight, v_proj_weight) instead of in_proj_weight.
         batch_first: inputs and output are [batch, tokens, width], otherwise [tokens, batch, width].
     """
@@ -228,7 +227,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
     ) -> None:
         check_heads(embed_dim, num_heads)
         super().__init__(embed_dim, num_heads, kdim=kdim, vdim=vdim, batch_first=batch_first)
-        # torch's own class for it only keeps torch.ao.quantization away from a layer that torch never calls
+        # torch's class only keeps torch.ao.quantization from layers that are never called, and this one is called.
         out_proj: Any = self.out_proj
         out_proj.__class__ = nn.Linear
 
@@ -240,7 +239,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
     def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of two sequences, each [(batch,) tokens, width]."""
+        """Compute queries of one sequence, keys and values of another, each [(batch,) tokens, width]."""
         known = None if cache is None else cache.pair
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
@@ -272,26 +271,26 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
         kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As nn.MultiheadAttention.forward, which says what the first eight arguments are.
+        """Compute attention. The first eight arguments are those of nn.MultiheadAttention.forward.
 
         Args:
-            query: [batch or 1, tokens, embed_dim]; one set of queries may serve the whole batch of keys.
-            is_causal: `attn_mask` is the causal mask, and may be left out.
-            kernel_mask: the kernel's form of `attn_mask`.
-            cache: of earlier calls. In self-attention `query` is of new tokens only, which see the cache's, too;
-                another sequence, `key`, is not looked at again.
+            query: [batch, tokens, embed_dim], or [1, tokens, embed_dim] for the same queries in the whole batch.
+            is_causal: `attn_mask` is the causal mask, or None.
+            kernel_mask: `attn_mask` in the form for the kernel.
+            cache: keys and values of earlier calls. In self-attention, `query` then has new tokens only, which also
+                attend to the cached ones. In cross-attention, `key` and `value` are ignored once they are cached.
 
         Returns:
-            The output, and the attention weights [batch, tokens, context tokens], or with heads as the second
-            dimension unless `average_attn_weights`; None unless `need_weights`.
+            The output, and with `need_weights` the attention weights, else None. The weights are [batch, tokens,
+            context tokens], or without `average_attn_weights` [batch, heads, tokens, context tokens].
         """
         if self.bias_k is not None or self.add_zero_attn:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         is_self_attention = key is query and value is query and self.in_proj_weight is not None
-        flipped = not self.batch_first and query.dim() == 3
-        if flipped:
+        is_transposed = not self.batch_first and query.dim() == 3
+        if is_transposed:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         if is_self_attention:
             q, k, v = _project_qkv(query, self.in_proj_weight, self.in_proj_bias)
@@ -310,7 +309,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
         elif is_causal or (attn_mask is None and key_padding_mask is None):
             mask = None
         else:
-            mask = _converted_mask(device.split_heads(q, self.num_heads), attn_mask, key_padding_mask)
+            mask = _convert_mask(device.split_heads(q, self.num_heads), attn_mask, key_padding_mask)
         if need_weights:
             q, k, v = (device.split_heads(x, self.num_heads) for x in (q, k, v))
             weights = _attention_weights(q, k, mask, dropout)
@@ -321,7 +320,7 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, num_heads=self.num_heads
             )
         out = self.out_proj(out)
-        return out.transpose(0, 1) if flipped else out, weights
+        return out.transpose(0, 1) if is_transposed else out, weights
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
@@ -330,7 +329,10 @@ class MultiheadAttention(NotScriptable, nn.MultiheadAttention):
 def _attention_weights(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
-    """Softmax of the scaled scores, [(batch,) heads, tokens, context tokens]; `mask` as for `device.attention`."""
+    """Return the softmax of the scaled scores, [(batch,) heads, tokens, context tokens].
+
+    `mask` is as for `device.attention`.
+    """
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
@@ -338,26 +340,29 @@ def _attention_weights(
 
 
 def check_heads(width: int, num_heads: int) -> None:
-    """Raise ValueError where attention of that width cannot have so many heads."""
+    """Raise ValueError if `num_heads` does not divide `width`."""
     if num_heads < 1 or width % num_heads:
-        raise ValueError(f"a width of {width} cannot be divided into {num_heads} heads")
+        raise ValueError(f"A width of {width} cannot be divided into {num_heads} heads. Use a divisor of the width.")
 
 
 class Attention(NotScriptable, nn.Module):
-    """Self-attention with the stabilisers of newer vision transformers.
+    """Self-attention with options that stabilize the training of vision transformers.
 
     Args:
         dim: width.
         num_heads: a divisor of `dim`.
         qkv_bias: add a bias to the projection of queries, keys and values.
         qk_norm: layer norm of queries and keys in each head (ViT-22B, https://arxiv.org/abs/2302.05442).
-        scaled_cosine: cosine of queries and keys times a learned temperature a head (Swin v2,
+        scaled_cosine: cosine similarity of queries and keys, multiplied by a learned scale per head (Swin v2,
             https://arxiv.org/abs/2111.09883). Excludes `qk_norm`.
-        scale_heads: a learned factor a head (NormFormer, https://arxiv.org/abs/2110.09456).
-        inner_norm: layer norm of the heads' outputs together, before the output projection.
-        logit_scale_max: ceiling of the logarithm of the temperature of `scaled_cosine`.
-        norm_layer: of `qk_norm` and `inner_norm`.
-        attn_drop, proj_drop: dropout of the attention weights and of the output.
+        scale_heads: learned factor per head (NormFormer, https://arxiv.org/abs/2110.09456).
+        inner_norm: layer norm of the concatenated heads, before the output projection.
+        logit_scale_max: upper limit of the logarithm of the scale in `scaled_cosine`.
+        norm_layer: class of the norms for `qk_norm` and `inner_norm`.
+        attn_drop, proj_drop: dropout rates of the attention weights and of the output.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or both `scaled_cosine` and `qk_norm`.
     """
 
     def __init__(
@@ -377,7 +382,7 @@ class Attention(NotScriptable, nn.Module):
         super().__init__()
         check_heads(dim, num_heads)
         if scaled_cosine and qk_norm:
-            raise ValueError("scaled cosine attention already normalises queries and keys: switch off qk_norm or it")
+            raise ValueError("scaled_cosine already normalizes queries and keys: switch off qk_norm or scaled_cosine.")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scaled_cosine = scaled_cosine
@@ -409,7 +414,7 @@ class Attention(NotScriptable, nn.Module):
         kernel_mask: KernelMask | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """[batch, tokens, dim] -> [batch, tokens, dim]; masks and cache as in MultiheadAttention."""
+        """Map [batch, tokens, dim] to the same shape. Masks and cache are those of MultiheadAttention."""
         parts = _project_qkv(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (device.split_heads(part, self.num_heads) for part in parts)
         scale = None
@@ -424,7 +429,7 @@ class Attention(NotScriptable, nn.Module):
         if kernel_mask is not None and kernel_mask.shown is attn_mask:
             is_causal, mask = kernel_mask.allowed is None, kernel_mask.allowed
         else:
-            mask = _converted_mask(q, attn_mask)
+            mask = _convert_mask(q, attn_mask)
         out = device.attention(
             q,
             k,
@@ -440,13 +445,14 @@ class Attention(NotScriptable, nn.Module):
 
 
 class AttentionalPooler(NotScriptable, nn.Module):
-    """Learned queries that attend to all tokens (CoCa, https://arxiv.org/abs/2205.01917).
+    """Attention pooling: learned queries attend to all tokens (CoCa, https://arxiv.org/abs/2205.01917).
 
     Args:
         d_model: width of the output.
-        context_dim: width of the tokens.
+        context_dim: width of the input tokens.
         n_head: a divisor of `d_model`.
-        n_queries: tokens of the output.
+        n_queries: number of output tokens.
+        norm_layer: called with a width.
     """
 
     def __init__(
@@ -464,10 +470,10 @@ class AttentionalPooler(NotScriptable, nn.Module):
         self.ln_k = norm_layer(context_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, context_dim] -> [batch, n_queries, d_model]"""
+        """Pool [batch, tokens, context_dim] to [batch, n_queries, d_model]."""
         query, context = self.ln_q(self.query.to(x.dtype)).unsqueeze(0), self.ln_k(x)
         if not has_method(self.attn, _ATTENTION_FORWARD) or has_hooks(self.attn):
-            query = query.expand(x.shape[0], -1, -1)  # ours projects the queries once for the whole batch
+            query = query.expand(x.shape[0], -1, -1)  # only our class broadcasts queries over the batch
         return attend(self.attn, query, context, context)
 
 
@@ -483,9 +489,9 @@ def attend(
     kernel_mask: KernelMask | None = None,
     cache: KeyValueCache | None = None,
 ) -> torch.Tensor:
-    """The output of `attn`: a MultiheadAttention, or a program's own module with nn.MultiheadAttention's interface."""
+    """Return the output of `attn`: a MultiheadAttention, or any module with the interface of nn.MultiheadAttention."""
     if is_our_attention(attn):
-        options = given(kernel_mask=kernel_mask, cache=cache)
+        options = drop_none(kernel_mask=kernel_mask, cache=cache)
     else:
         options = {}
         if attn_mask is not None and attn_mask.is_floating_point():
@@ -498,16 +504,17 @@ _CUSTOM_ATTENTION_FORWARD = Attention.forward
 
 
 def is_our_attention(attn: nn.Module) -> bool:
-    """Whether the `forward` of `attn` is this package's, and takes a kernel mask and a cache."""
+    """Return whether the `forward` of `attn` is this package's, so that it takes a kernel mask and a cache."""
     return has_method(attn, _ATTENTION_FORWARD) or has_method(attn, _CUSTOM_ATTENTION_FORWARD)
 
 
 _NORM_FORWARDS = (LayerNorm.forward, LayerNormFp32.forward, nn.LayerNorm.forward, nn.Identity.forward)
 
 
-def may_wait_for_pooling(norm: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `norm` can be applied to the pooled token alone: it acts on each token by itself, and no hook, no
-    module that a program put there, and no graph that torch.fx records wants to see the others.
+def can_follow_pooling(norm: nn.Module, x: torch.Tensor) -> bool:
+    """Return whether `norm` can be applied to the pooled token alone.
+
+    It can if it acts on each token separately, no hook may need the other tokens, and torch.fx is not tracing.
     """
     return (
         any(has_method(norm, forward) for forward in _NORM_FORWARDS)

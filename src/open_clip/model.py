@@ -1,7 +1,7 @@
-"""CLIP: an image tower and a text tower that meet in one space (https://arxiv.org/abs/2103.00020).
+"""CLIP: an image tower and a text tower with a common embedding space (https://arxiv.org/abs/2103.00020).
 
-`CLIP` has the text tower's parameters at its top level, as OpenAI's checkpoints do; `CustomTextCLIP` has the tower
-under `text`. They differ in nothing else.
+`CLIP` has the parameters of the text tower at its top level, as OpenAI's checkpoints do. `CustomTextCLIP` has the text
+tower under `text`. There is no other difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_groups import GroupedText
 from .text_transformer import TextEncoder, TextTransformer, text_option
 from .timm_model import TimmModel
-from .towers import build_text_tower as _build_text_tower  # names of open_clip 3.3, which programs import and patch
+from .towers import build_text_tower as _build_text_tower  # programs import and patch these names of open_clip 3.3
 from .towers import build_vision_tower as _build_vision_tower
 from .transformer import VisionTransformer
 from .utils import NotScriptable, has_hooks, has_method, to_2tuple
@@ -58,46 +58,45 @@ INIT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 def get_cast_dtype(precision: str) -> torch.dtype | None:
-    """The dtype that a model's weights are cast to while its norms stay float32, None where they are not."""
+    """Return the dtype to which weights are cast while norms stay float32, or None if `precision` casts no weights."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def get_input_dtype(precision: str) -> torch.dtype | None:
-    """The dtype that images are given in, None for float32."""
+    """Return the dtype that input images need, or None for float32."""
     return get_cast_dtype(precision.removeprefix("pure_"))
 
 
-# ---- two towers ----
+# Two towers
+
+Features = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # (features, tokens) if the tower has output_tokens
 
 
-Features = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # of a tower; with output_tokens, (features, tokens)
-
-
-def _pooled(features: Features) -> torch.Tensor:
+def _pooled_features(features: Features) -> torch.Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
-def _unit_length(features: Features) -> Features:
+def _normalize_features(features: Features) -> Features:
     if isinstance(features, tuple):
         return F.normalize(features[0], dim=-1), *features[1:]
     return F.normalize(features, dim=-1)
 
 
 class TwoTowers(NotScriptable, nn.Module):
-    """What CLIP, CustomTextCLIP and CoCa share; the methods that raise NotImplementedError are where they differ.
+    """Base class of CLIP, CustomTextCLIP and CoCa. They override the methods that raise NotImplementedError.
 
     Args:
-        embed_dim: of the space where images and texts meet.
-        vision_cfg, text_cfg: of the towers: dataclasses of `config`, or mappings with their fields.
-        quick_gelu: QuickGELU, as OpenAI's models have, in place of GELU.
-        init_logit_scale: logarithm of the temperature's inverse at the start.
-        init_logit_bias: start of the bias of the logits (SigLIP); None for no bias.
-        nonscalar_logit_scale: scale and bias have the shape [1], which sharded training needs.
-        cast_dtype: half precision that the weights will be cast to: norms then compute in float32.
-        output_dict: forward returns a dictionary.
+        embed_dim: width of the common embedding space.
+        vision_cfg, text_cfg: configurations of the towers, as dataclasses of `config` or mappings with their fields.
+        quick_gelu: use QuickGELU, as OpenAI's models do, instead of GELU.
+        init_logit_scale: initial logarithm of the inverse temperature.
+        init_logit_bias: initial bias of the logits (SigLIP); None for no bias.
+        nonscalar_logit_scale: give scale and bias the shape [1], which sharded training needs.
+        cast_dtype: half precision dtype to which the weights will be cast. The norms then compute in float32.
+        output_dict: return a dictionary from `forward`.
     """
 
-    # What DistributedDataParallel does not broadcast before each step: tables that are the same everywhere.
+    # DistributedDataParallel need not broadcast these tables before each step: they are constant.
     _ddp_params_and_buffers_to_ignore = ("attn_mask", "text.attn_mask", "text_decoder.attn_mask")
 
     def __init__(
@@ -123,9 +122,9 @@ class TwoTowers(NotScriptable, nn.Module):
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
     ) -> None:
         self.visual = _build_vision_tower(embed_dim, vision_cfg, quick_gelu, cast_dtype)
-        self._place_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
+        self._attach_text_tower(_build_text_tower(embed_dim, text_cfg, quick_gelu, cast_dtype))
 
-    def _place_text_tower(self, text: Any) -> None:
+    def _attach_text_tower(self, text: Any) -> None:
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
 
@@ -136,35 +135,35 @@ class TwoTowers(NotScriptable, nn.Module):
         raise NotImplementedError
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the text tower but for its last groups, as TextTransformer.lock does."""
+        """Freeze the text tower except for its last groups. See TextTransformer.lock."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of both towers in the backward pass in place of keeping their activations."""
+        """Recompute the blocks of both towers in the backward pass instead of keeping their activations."""
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone, beside norms, biases and scalars."""
+        """Return the names of parameters without weight decay, in addition to norms, biases and scalars."""
         raise NotImplementedError
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the image tower but for its last groups, as VisionTransformer.lock does."""
+        """Freeze the image tower except for its last groups. See VisionTransformer.lock."""
         self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
 
     def _visual_no_weight_decay(self) -> set[str]:
         return {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
     def encode_image(self, image: torch.Tensor, normalize: bool = False) -> Features:
-        """Images [batch, 3, height, width] -> features [batch, embed_dim], of unit length if `normalize`."""
+        """Encode images [batch, 3, height, width] to features [batch, embed_dim], with unit norm if `normalize`."""
         features = self.visual(image)
-        return _unit_length(features) if normalize else features
+        return _normalize_features(features) if normalize else features
 
     def encode_text(self, text: torch.Tensor | GroupedText, normalize: bool = False) -> Features:
-        """Ids [batch, tokens] -> features [batch, embed_dim], of unit length if `normalize`."""
+        """Encode token ids [batch, tokens] to features [batch, embed_dim], with unit norm if `normalize`."""
         if isinstance(text, GroupedText):
-            return text.encode(lambda part: _pooled(self.encode_text(part, normalize)))
+            return text.encode(lambda group: _pooled_features(self.encode_text(group, normalize)))
         features = self._text_tower(text)
-        return _unit_length(features) if normalize else features
+        return _normalize_features(features) if normalize else features
 
     def _logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         image_logits = self.logit_scale.exp() * image_features @ text_features.T
@@ -173,26 +172,34 @@ class TwoTowers(NotScriptable, nn.Module):
         return image_logits, image_logits.T
 
     def get_logits(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled similarities of all images [I, 3, height, width] and texts [T, tokens]: [I, T] and its transpose."""
-        image_features = _pooled(self.encode_image(image, normalize=True))
-        text_features = _pooled(self.encode_text(text, normalize=True))
+        """Compute the logits of each image with each text.
+
+        Args:
+            image: [num_images, 3, height, width].
+            text: token ids, [num_texts, tokens].
+
+        Returns:
+            Logits [num_images, num_texts], and their transpose.
+        """
+        image_features = _pooled_features(self.encode_image(image, normalize=True))
+        text_features = _pooled_features(self.encode_text(text, normalize=True))
         return self._logits(image_features, text_features)
 
     def forward(
         self, image: torch.Tensor | None = None, text: torch.Tensor | GroupedText | None = None
     ) -> tuple[torch.Tensor | None, ...] | dict[str, torch.Tensor | None]:
-        """Features of unit length, and the scale (and bias, where there is one) that makes logits of their products.
+        """Compute features with unit norm, and the scale (and bias, if the model has one) for their logits.
 
         Args:
             image: [batch, 3, height, width], or None.
-            text: ids, [batch, tokens], or in groups by length, or None.
+            text: token ids [batch, tokens], the same grouped by length, or None.
 
         Returns:
-            (image_features, text_features, exp(logit_scale)[, logit_bias]), features None where there was no input; or
-            with `output_dict` a dictionary: "image_features", "text_features", "logit_scale"[, "logit_bias"].
+            (image_features, text_features, exp(logit_scale)[, logit_bias]). The features of an input that is None are
+            None. With `output_dict`, a dictionary: "image_features", "text_features", "logit_scale"[, "logit_bias"].
         """
-        image_features = None if image is None else _pooled(self.encode_image(image, normalize=True))
-        text_features = None if text is None else _pooled(self.encode_text(text, normalize=True))
+        image_features = None if image is None else _pooled_features(self.encode_image(image, normalize=True))
+        text_features = None if text is None else _pooled_features(self.encode_text(text, normalize=True))
         output = {
             "image_features": image_features,
             "text_features": text_features,
@@ -224,28 +231,32 @@ class TwoTowers(NotScriptable, nn.Module):
         output_logits: bool = False,
         output_logit_scale_bias: bool = False,
     ) -> dict[str, Any]:
-        """Features of the towers' blocks, with the features of the whole.
+        """Compute the outputs of the towers' blocks, and the final features.
 
         Args:
             image, text: as in forward; one may be None.
             image_indices, text_indices: None for all blocks, n for the last n, or a list of indices.
-            stop_early: leave out the blocks after the last one wanted.
-            normalize: scale image_features and text_features to unit length.
+            stop_early: skip the blocks after the last selected one.
+            normalize: scale image_features and text_features to unit norm.
             normalize_intermediates: apply the tower's final layer norm to each block's output.
-            intermediates_only: leave out features and logits.
-            image_output_fmt: "NCHW" or "NLC"; text_output_fmt: "NLC".
-            image_output_extra_tokens, text_output_extra_tokens: also the class tokens, in lists of their own.
-            output_logits: "image_logits" and "text_logits", which need both inputs.
-            output_logit_scale_bias: "logit_scale" (and "logit_bias").
+            intermediates_only: do not compute features and logits.
+            image_output_fmt: "NCHW" or "NLC".
+            text_output_fmt: "NLC".
+            image_output_extra_tokens, text_output_extra_tokens: also return the class tokens, as separate entries.
+            output_logits: also return "image_logits" and "text_logits", which need both inputs.
+            output_logit_scale_bias: also return "logit_scale" (and "logit_bias", if the model has one).
 
         Returns:
-            "image_intermediates", "image_features", "text_intermediates", "text_features" and what was asked for; the
-            towers' forward_intermediates say the shapes.
+            A dictionary of "image_intermediates", "image_features", "text_intermediates", "text_features" and the
+            optional entries. The shapes are those of the towers' forward_intermediates.
+
+        Raises:
+            ValueError: `output_logits` without both inputs.
         """
         output_logits = output_logits and not intermediates_only
         if output_logits and (image is None or text is None):
-            raise ValueError("logits are of images and texts: give both, or output_logits=False")
-        common = {
+            raise ValueError("Logits need images and texts: give both, or set output_logits=False.")
+        options = {
             "stop_early": stop_early,
             "normalize_intermediates": normalize_intermediates,
             "intermediates_only": intermediates_only,
@@ -257,7 +268,7 @@ class TwoTowers(NotScriptable, nn.Module):
                 indices=image_indices,
                 output_fmt=image_output_fmt,
                 output_extra_tokens=image_output_extra_tokens,
-                **common,
+                **options,
             )
         if text is not None:
             output |= self._text_tower_intermediates(
@@ -265,7 +276,7 @@ class TwoTowers(NotScriptable, nn.Module):
                 indices=text_indices,
                 output_fmt=text_output_fmt,
                 output_extra_tokens=text_output_extra_tokens,
-                **common,
+                **options,
             )
         if normalize:
             for key in ("image_features", "text_features"):
@@ -287,10 +298,10 @@ _FORWARD, _ENCODE_TEXT = TwoTowers.forward, TwoTowers.encode_text
 class CLIP(TextEncoder, TwoTowers):
     """CLIP with the text tower's parameters at the top level."""
 
-    def _place_text_tower(self, text: Any) -> None:
+    def _attach_text_tower(self, text: Any) -> None:
         if not isinstance(text, TextTransformer):
-            raise ValueError(f"CLIP takes no {type(text).__name__} as its text tower: CustomTextCLIP does")
-        super()._place_text_tower(text)
+            raise ValueError(f"CLIP cannot have a {type(text).__name__} as its text tower: use CustomTextCLIP.")
+        super()._attach_text_tower(text)
         self.text_options = text.text_options
         self.transformer = text.transformer
         self.token_embedding = text.token_embedding
@@ -301,7 +312,7 @@ class CLIP(TextEncoder, TwoTowers):
         if text.attn_mask is None:
             self.attn_mask = None
         else:
-            self._hold_causal_mask(text.attn_mask)
+            self._set_causal_mask(text.attn_mask)
 
     text_pool_type = text_option("pool_type")
     text_eos_id = text_option("eos_id")
@@ -310,7 +321,7 @@ class CLIP(TextEncoder, TwoTowers):
         return self._encode_text(text)[0]
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        # the text's features are those of all blocks here, as in open_clip, and not so in CustomTextCLIP
+        # As in open_clip, the text features need all blocks here. In CustomTextCLIP they do not.
         kwargs["stop_early"] &= kwargs["intermediates_only"]
         return self._text_intermediates(text, **kwargs)
 
@@ -325,18 +336,18 @@ class CLIP(TextEncoder, TwoTowers):
         return self._text_no_weight_decay() | self._visual_no_weight_decay()
 
 
-class TextTowerApart(TwoTowers):
-    """Two towers, the text tower under `text`."""
+class SeparateTextTower(TwoTowers):
+    """Two towers with the text tower under `text`."""
 
-    def _place_text_tower(self, text: Any) -> None:
-        super()._place_text_tower(text)
+    def _attach_text_tower(self, text: Any) -> None:
+        super()._attach_text_tower(text)
         self.text = text
 
     def _text_tower(self, text: torch.Tensor) -> Features:
         return self.text(text)
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
-        """As the text tower's; None for a tower that has no such method."""
+        """Call `text_lengths` of the text tower. Return None if the tower does not have it."""
         lengths = getattr(self.text, "text_lengths", None)
         return None if lengths is None else lengths(text)
 
@@ -354,17 +365,18 @@ class TextTowerApart(TwoTowers):
         return {f"text.{name}" for name in self.text.no_weight_decay()} | self._visual_no_weight_decay()
 
 
-class CustomTextCLIP(TextTowerApart):
+class CustomTextCLIP(SeparateTextTower):
     """CLIP with the text tower under `text`."""
 
 
-# ---- weights ----
+# Weights
 
 
 def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """What multiplies: the weights and biases of convolutions, linear layers, attention and the final projections.
+    """Yield the weights and biases of convolutions, linear layers, attention and the final projections.
 
-    Of towers of timm and transformers all that is floating-point: their layers take inputs of their weights' type only.
+    For towers of timm and transformers, yield all floating-point tensors: their layers need inputs in the weights'
+    dtype.
     """
     for module in model.modules():
         if isinstance(module, (TimmModel, HFTextEncoder)):
@@ -387,9 +399,9 @@ def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Cast in place what multiplies to half precision; norms, embeddings and layer scales keep their dtype.
+    """Cast the weights of convolutions, linear layers and attention to half precision, in place.
 
-    Of towers of timm and transformers, everything is cast.
+    Norms, embeddings and layer scales keep their dtype. Towers of timm and transformers are cast as a whole.
     """
     for tensor in _low_precision_tensors(model):
         tensor.data = tensor.data.to(dtype)
@@ -401,7 +413,7 @@ _TOP_LEVEL_TEXT = ("text_projection", "positional_embedding", "token_embedding",
 
 
 def convert_to_custom_text_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of CLIP as one of CustomTextCLIP, which is returned as it is."""
+    """Convert a state dict of CLIP to one of CustomTextCLIP. One of CustomTextCLIP is returned unchanged."""
     if "text_projection" not in state_dict:
         return state_dict
     return {(f"text.{key}" if key.startswith(_TOP_LEVEL_TEXT) else key): value for key, value in state_dict.items()}
@@ -412,13 +424,14 @@ def build_model_from_openai_state_dict(
     quick_gelu: bool = True,
     cast_dtype: torch.dtype | None = torch.float16,
 ) -> CLIP:
-    """A CLIP with the weights of an OpenAI archive, whose sizes tell the configuration; in evaluation mode.
+    """Build a CLIP in evaluation mode from the weights of an OpenAI archive.
 
-    The weights are copied: training the model does not change `state_dict`.
+    The configuration is inferred from the shapes. The weights are copied, so training does not change `state_dict`.
 
     Args:
-        state_dict: of the archive, with keys as in CLIP.
-        cast_dtype: half precision that the weights are cast to, or None.
+        state_dict: the archive's weights, with the keys of CLIP.
+        quick_gelu: use QuickGELU, as OpenAI's models do, instead of GELU.
+        cast_dtype: half precision dtype to which the weights are cast, or None.
     """
     copies = {key: value.detach().clone() for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     return build_model_around_openai_weights(copies, quick_gelu, cast_dtype)
@@ -429,14 +442,14 @@ def build_model_around_openai_weights(
     quick_gelu: bool = True,
     cast_dtype: torch.dtype | None = torch.float16,
 ) -> CLIP:
-    """As `build_model_from_openai_state_dict`, but the model takes over the tensors where their dtype fits."""
+    """Do as `build_model_from_openai_state_dict`, but without copying tensors that already have the right dtype."""
     state_dict = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     context_length, text_width = state_dict["positional_embedding"].shape
-    # built on the meta device: the weights are those of the archive
+    # On the meta device, because the archive has all weights.
     with torch.device("meta"):
         model = CLIP(
             embed_dim=state_dict["text_projection"].shape[1],
-            vision_cfg=_vision_cfg_of(state_dict),
+            vision_cfg=_infer_vision_cfg(state_dict),
             text_cfg=CLIPTextCfg(
                 context_length=context_length,
                 vocab_size=state_dict["token_embedding.weight"].shape[0],
@@ -448,17 +461,16 @@ def build_model_around_openai_weights(
             cast_dtype=cast_dtype,
         )
     model.load_state_dict(state_dict, assign=True)
-    # one parameter at a time, so that never the whole model is there twice
+    # One parameter at a time, so that the whole model is never in memory twice.
     low_precision = {id(tensor) for tensor in _low_precision_tensors(model)} if cast_dtype else set()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(cast_dtype if id(parameter) in low_precision else torch.float32)
-    for buffer in model.buffers():  # statistics of batch norms, and how many batches they are of
+    for buffer in model.buffers():  # running statistics of batch norms, and integer num_batches_tracked
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
     return model.eval()
 
 
-def _vision_cfg_of(state_dict: dict[str, torch.Tensor]) -> CLIPVisionCfg:
-    """The image tower that an OpenAI archive's sizes tell."""
+def _infer_vision_cfg(state_dict: dict[str, torch.Tensor]) -> CLIPVisionCfg:
     if "visual.proj" in state_dict:
         width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
         side = math.isqrt(state_dict["visual.positional_embedding"].shape[0] - 1)
@@ -475,25 +487,25 @@ def _count_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
 
 
 def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
-    """`model` traced by TorchScript for one batch size, with the methods forward, encode_image and encode_text.
+    """Trace `model` with TorchScript for one batch size: the methods forward, encode_image and encode_text.
 
-    torch has deprecated TorchScript, and says so; graphs to be kept are written by `open_clip.export`.
+    torch has deprecated TorchScript and warns about it. Use `open_clip.export` for new graphs.
     """
     model.eval()
     height, width = to_2tuple(model.visual.image_size)
     images = torch.ones((batch_size, 3, height, width), device=device)
     texts = torch.zeros((batch_size, model.context_length), dtype=torch.int, device=device)
     inputs = {"forward": (images, texts), "encode_text": (texts,), "encode_image": (images,)}
-    traced = torch.jit.trace_module(model, inputs=inputs, strict=False)  # strict, it refuses outputs that are dicts
+    traced = torch.jit.trace_module(model, inputs=inputs, strict=False)  # strict mode refuses dict outputs
     traced.visual.image_size = model.visual.image_size
     return traced
 
 
-# ---- what goes with a model ----
+# Preprocessing and tokenization
 
 
 def get_model_preprocess_cfg(model: nn.Module) -> dict[str, Any]:
-    """How images must be prepared for `model`: "size", and "mean", "std" and what else was set, where it was."""
+    """Return the preprocessing configuration of `model`: "size", and "mean", "std" and other fields if they are set."""
     visual = getattr(model, "visual", model)
     cfg = copy.copy(getattr(visual, "preprocess_cfg", {}))
     if cfg:
@@ -509,7 +521,7 @@ def get_model_preprocess_cfg(model: nn.Module) -> dict[str, Any]:
 
 
 def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
-    """Keep with `model` how its images must be prepared; "mean" and "std" are needed."""
+    """Store the preprocessing configuration in `model`. It must have "mean" and "std"."""
     visual = getattr(model, "visual", model)
     visual.image_mean = preprocess_cfg["mean"]
     visual.image_std = preprocess_cfg["std"]
@@ -517,7 +529,7 @@ def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -
 
 
 def get_model_tokenize_cfg(model: nn.Module) -> dict[str, int]:
-    """What tokens the text tower takes: "context_length" and "vocab_size", where they are known."""
+    """Return "context_length" and "vocab_size" of the text tower, each if it is known."""
     text = getattr(model, "text", model)
     cfg = {}
     for key in ("context_length", "vocab_size"):

@@ -1,8 +1,8 @@
-"""The ResNet image tower of CLIP (https://arxiv.org/abs/2103.00020, 2.4), with the names of OpenAI's archives.
+"""The ResNet image tower of CLIP (https://arxiv.org/abs/2103.00020, section 2.4).
 
-It differs from torchvision's ResNet in its stem of three convolutions, in average pooling before convolutions in place
-of strides (ResNet-D, https://arxiv.org/abs/1812.01187; blurred, https://arxiv.org/abs/1904.11486), and in attention
-for the final pooling.
+Differences from torchvision's ResNet: a stem of three convolutions, average pooling before convolutions instead of
+strides (ResNet-D, https://arxiv.org/abs/1812.01187; anti-aliasing, https://arxiv.org/abs/1904.11486), and attention for
+the final pooling. Parameters have the names of OpenAI's archives.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .utils import (
     to_2tuple,
 )
 
-STRIDE = 32  # of the whole: pixels to a row of the last stage
+STRIDE = 32  # total stride: image pixels per row of the last stage
 
 
 class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions, which all have stride 1: a pool does the striding.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions with stride 1. Average pooling does the downsampling.
 
     Args:
-        inplanes: channels of the input.
-        planes: channels of the 3x3 convolution; the output has `expansion` times as many.
-        stride: of the block.
+        inplanes: input channels.
+        planes: channels of the 3x3 convolution. The output has `expansion` times as many.
+        stride: stride of the whole block.
     """
 
     expansion = 4
@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
         self.downsample: nn.Sequential | None = None
         if stride > 1 or inplanes != outplanes:
-            # the pool has no weights: the numbers are those of the layers that have, in OpenAI's archives
+            # OpenAI's archives number only the layers with weights, and the pool has none.
             layers = [
                 ("-1", nn.AvgPool2d(stride)),
                 ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, inplanes, height, width] -> [batch, 4 planes, height / stride, width / stride]"""
+        """Map [batch, inplanes, height, width] to [batch, 4 * planes, height / stride, width / stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
@@ -76,13 +76,13 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(NotScriptable, nn.Module):
-    """Pools by attention of the mean to itself and to all places, each with a learned position.
+    """Attention pooling of a feature map: the query is the mean of the map, the keys are the mean and all pixels.
 
     Args:
-        spacial_dim: side, or (height, width), of the map that is pooled.
-        embed_dim: channels.
+        spacial_dim: side, or (height, width), of the feature map.
+        embed_dim: channels of the feature map.
         num_heads: a divisor of `embed_dim`.
-        output_dim: of the pooled feature; `embed_dim` where None.
+        output_dim: width of the pooled features; `embed_dim` if None.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class AttentionPool2d(NotScriptable, nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, embed_dim, height, width] -> [batch, output_dim]"""
-        places = x.flatten(2).transpose(1, 2)
-        tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)
+        """Pool [batch, embed_dim, height, width] to [batch, output_dim]."""
+        pixels = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1)
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
         q, k, v = (
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -111,20 +111,23 @@ class AttentionPool2d(NotScriptable, nn.Module):
         return self.c_proj(device.attention(q, k, v).flatten(1))
 
 
-def _stage(inplanes: int, planes: int, blocks: int, stride: int = 2) -> nn.Sequential:
+def _make_stage(inplanes: int, planes: int, blocks: int, stride: int = 2) -> nn.Sequential:
     first = Bottleneck(inplanes, planes, stride)
     return nn.Sequential(first, *(Bottleneck(planes * Bottleneck.expansion, planes) for _ in range(blocks - 1)))
 
 
 class ModifiedResNet(NotScriptable, nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, four stages of bottlenecks, an attention pool.
+    """CLIP's ResNet: a stem of three convolutions, four stages of bottlenecks, and attention pooling.
 
     Args:
-        layers: blocks of the four stages.
-        output_dim: of the features.
-        heads: of the attention pool, a divisor of 32 `width`.
-        image_size: pixels; a number for squares, or (height, width).
-        width: channels of the stem; the last stage has 32 times as many.
+        layers: number of blocks in each of the four stages.
+        output_dim: width of the features.
+        heads: heads of the attention pooling, a divisor of 32 * `width`.
+        image_size: side or (height, width) in pixels.
+        width: channels of the stem. The last stage has 32 times as many.
+
+    Raises:
+        ValueError: not four stages, or an image that is smaller than 32 pixels.
     """
 
     def __init__(
@@ -137,10 +140,10 @@ class ModifiedResNet(NotScriptable, nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != 4:
-            raise ValueError(f"layers gives the number of blocks in each of four stages, got {list(layers)}")
+            raise ValueError(f"layers must be the numbers of blocks in four stages, got {list(layers)}.")
         grid_size = tuple(side // STRIDE for side in to_2tuple(image_size))
         if 0 in grid_size:
-            raise ValueError(f"an image of {image_size} pixels is too small: each side needs {STRIDE} or more")
+            raise ValueError(f"An image of {image_size} pixels is too small: each side needs {STRIDE} or more.")
         self.output_dim = output_dim
         self.image_size = image_size
 
@@ -155,16 +158,16 @@ class ModifiedResNet(NotScriptable, nn.Module):
         self.act3 = nn.ReLU(inplace=True)
         self.avgpool = nn.AvgPool2d(2)
 
-        self.layer1 = _stage(width, width, layers[0], stride=1)
-        self.layer2 = _stage(4 * width, 2 * width, layers[1])
-        self.layer3 = _stage(8 * width, 4 * width, layers[2])
-        self.layer4 = _stage(16 * width, 8 * width, layers[3])
+        self.layer1 = _make_stage(width, width, layers[0], stride=1)
+        self.layer2 = _make_stage(4 * width, 2 * width, layers[1])
+        self.layer3 = _make_stage(8 * width, 4 * width, layers[2])
+        self.layer4 = _make_stage(16 * width, 8 * width, layers[3])
         self.attnpool = AttentionPool2d(grid_size, 32 * width, heads, output_dim)
         self.grad_checkpointing = False
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """The pool's projections by their fan-in; each block starts as its shortcut alone."""
+        """Initialize the pooling's projections by their fan-in, and each block as the identity of its shortcut."""
         for projection in (self.attnpool.q_proj, self.attnpool.k_proj, self.attnpool.v_proj, self.attnpool.c_proj):
             nn.init.normal_(projection.weight, std=self.attnpool.c_proj.in_features**-0.5)
         for stage in self._stages():
@@ -176,10 +179,12 @@ class ModifiedResNet(NotScriptable, nn.Module):
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the tower but for its last groups: the attention pool; the stages from the back; the stem.
+        """Freeze the tower except for its last groups.
 
         Args:
-            freeze_bn_stats: the batch norms of what is frozen keep their statistics, too, and become constants.
+            unlocked_groups: number of last groups to train. From the last to the first, the groups are the attention
+                pooling, the four stages and the stem.
+            freeze_bn_stats: also freeze the running statistics of frozen batch norms.
         """
         set_trainable(self, False)
         stem = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
@@ -195,43 +200,43 @@ class ModifiedResNet(NotScriptable, nn.Module):
                 freeze_batch_norm_2d(self, frozen)
 
     def resize_pos_embed(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
-        """Interpolate in place the pool's positions in weights for another image size."""
+        """Interpolate the position embeddings of a state dict for another image size, in place."""
         resize_table(state_dict, f"{prefix}attnpool.positional_embedding", self.attnpool.grid_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each stage in the backward pass in place of keeping its activations."""
+        """Recompute each stage in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         return {"attnpool.positional_embedding"}
 
-    def _takes_other_sizes(self) -> bool:
-        """Whether a program has put another pool there, or other positions into it."""
+    def _has_custom_pooling(self) -> bool:
+        """Return whether a program has replaced the pooling or its position embeddings, so any image size may fit."""
         pool = self.attnpool
         return not isinstance(pool, AttentionPool2d) or len(pool.positional_embedding) != 1 + math.prod(pool.grid_size)
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [batch, 3, height, width] -> [batch, width, height / 4, width / 4]"""
+        """Map images [batch, 3, height, width] to [batch, width of the stem, height / 4, width / 4]."""
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
         x = self.act3(self.bn3(self.conv3(x)))
         return self.avgpool(x)
 
-    def _run(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    def _run_stage(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint  # in torch 2.6 it brings sympy, which takes its time
+            from torch.utils.checkpoint import checkpoint  # late, because torch 2.6 imports sympy for it
 
             return checkpoint(
-                stage, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _keeping_statistics(stage))
+                stage, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _keep_statistics(stage))
             )
         return stage(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [batch, 3, height, width] -> features [batch, output_dim]"""
-        check_images(x, self.image_size, self._takes_other_sizes)
+        """Encode images [batch, 3, height, width] to features [batch, output_dim]."""
+        check_images(x, self.image_size, self._has_custom_pooling)
         x = self.stem(x)
         for stage in self._stages():
-            x = self._run(stage, x)
+            x = self._run_stage(stage, x)
         return self.attnpool(x)
 
     def forward_intermediates(
@@ -244,29 +249,30 @@ class ModifiedResNet(NotScriptable, nn.Module):
         output_fmt: str = "NCHW",
         output_extra_tokens: bool = False,
     ) -> dict[str, Any]:
-        """Outputs of the stem and of the four stages.
+        """Compute the outputs of the stem and of the four stages.
 
         Args:
             x: images, [batch, 3, height, width].
             indices: None for all five, n for the last n, or a list of indices.
-            stop_early: leave out the stages after the last one wanted; only with `intermediates_only`, as the pooled
-                features are the last stage's.
+            stop_early: skip the stages after the last selected one. It has an effect only with `intermediates_only`,
+                because the pooled features need the last stage.
             normalize_intermediates, output_extra_tokens: no effect: there is no final norm and no class token.
-            intermediates_only: leave out the pooled features.
+            intermediates_only: do not compute the pooled features.
             output_fmt: "NCHW".
 
         Returns:
+            A dictionary.
             "image_intermediates": list of [batch, channels, height, width];
-            "image_features": [batch, output_dim], unless left out.
+            "image_features": [batch, output_dim], unless `intermediates_only`.
         """
         expect("output_fmt", output_fmt, ("NCHW",))
         take, last = feature_take_indices(5, indices, as_set=True)
         stop_early = stop_early and intermediates_only
-        check_images(x, self.image_size, lambda: intermediates_only or self._takes_other_sizes())
+        check_images(x, self.image_size, lambda: intermediates_only or self._has_custom_pooling())
         x = self.stem(x)
         intermediates = [x] if 0 in take else []
         for number, stage in enumerate(self._stages()[: last if stop_early else None], 1):
-            x = self._run(stage, x)
+            x = self._run_stage(stage, x)
             if number in take:
                 intermediates.append(x)
         output: dict[str, Any] = {"image_intermediates": intermediates}
@@ -276,13 +282,13 @@ class ModifiedResNet(NotScriptable, nn.Module):
 
 
 @contextlib.contextmanager
-def _keeping_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms update copies of their running statistics: what is computed a second time was seen already."""
-    kept = {m: dict(m._buffers) for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))}
-    for norm, buffers in kept.items():
+def _keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep batch norms from counting a recomputed batch twice: they update copies of their running statistics."""
+    saved = {m: dict(m._buffers) for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))}
+    for norm, buffers in saved.items():
         norm._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
     try:
         yield
     finally:
-        for norm, buffers in kept.items():
+        for norm, buffers in saved.items():
             norm._buffers.update(buffers)

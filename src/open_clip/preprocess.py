@@ -1,4 +1,4 @@
-"""A torchvision `Compose` that runs its first steps as one faster function while nobody has changed them.
+"""A torchvision `Compose` that runs its first steps as one faster function, unless a program has changed them.
 
 Importing this module imports torchvision.
 """
@@ -21,23 +21,22 @@ if TYPE_CHECKING:
 
 
 class MaybeToTensor(ToTensor):
-    """Convert a PIL image or array to a float tensor [C, H, W] of values from 0 to 1; return a tensor unchanged."""
+    """Convert a PIL image or array to a float tensor [C, H, W] with values from 0 to 1. Return a tensor unchanged."""
 
     def __call__(self, pic: Image | np.ndarray | torch.Tensor) -> torch.Tensor:
         return pic if isinstance(pic, torch.Tensor) else super().__call__(pic)
 
 
 class Preprocess(Compose):
-    """The steps that turn an image into a normalized tensor, as a list that may be read and edited.
+    """The steps that convert an image to a normalized tensor, as a list that may be read and edited.
 
-    While the list starts with the steps that it was built with, and those have their original attributes, `fast` runs
-    instead of them for PIL images. It gives the same pixels within one level of 255. After any change to these steps
-    each step of the list is called, as in torchvision.
+    For PIL images, `fast` replaces the first steps. Its pixels differ from theirs by at most 1 of 255. If a program
+    changes these steps or their attributes, each step of the list is called, as in torchvision.
 
     Args:
         steps: all steps.
-        fast: does what the first `num_fast` steps do, for a PIL image. None if nothing does that faster.
-        num_fast: how many steps `fast` replaces.
+        fast: maps a PIL image as the first `num_fast` steps do. None if there is no faster function.
+        num_fast: number of steps that `fast` replaces.
         before: applied to PIL images before the first step.
     """
 
@@ -51,7 +50,7 @@ class Preprocess(Compose):
         super().__init__(list(steps))
         self._first = steps[0]
         self._fast = fast
-        self._built = [(step, _settings(step)) for step in steps]
+        self._built = [(step, _copy_attributes(step)) for step in steps]
         self._num_fast = num_fast
         self._before = before
 
@@ -76,7 +75,7 @@ class Preprocess(Compose):
     def _apply(self, img: Any, steps: list[Callable]) -> Any:
         """Apply `steps`, which are the first ones of the list or all of it."""
         if not steps or steps[0] is not self._first:
-            # the client's own first step may take anything
+            # A first step that a program added may take any type.
             for step in steps:
                 img = step(img)
             return img
@@ -92,12 +91,12 @@ class Preprocess(Compose):
         return img
 
     def _is_unchanged(self, num_steps: int) -> bool:
-        """Whether the first `num_steps` steps are those of the built list, with their original attributes."""
+        """Return whether the first `num_steps` steps are the original ones, with their original attributes."""
         if len(self.transforms) < num_steps:
             return False
         return all(
-            step is built and _has_settings(step, settings)
-            for step, (built, settings) in zip(self.transforms[:num_steps], self._built, strict=False)
+            step is built and _has_attributes(step, attributes)
+            for step, (built, attributes) in zip(self.transforms[:num_steps], self._built, strict=False)
         )
 
     def __repr__(self) -> str:
@@ -107,8 +106,8 @@ class Preprocess(Compose):
 class PixelPreprocess:
     """The steps of a `Preprocess` without its last two, from an image to uint8 pixels.
 
-    `normalization` is the (mean, std) of the missing ones, which make `(pixels / 255 - mean) / std`. A device does that
-    to a whole batch, and pixels are a quarter of the bytes to copy to it.
+    `normalization` is the (mean, std) of the missing steps, which compute `(pixels / 255 - mean) / std`. The device
+    does this for a whole batch. Copying uint8 pixels to it takes a quarter of the bytes.
 
     Args:
         preprocess: ends in ToTensor and Normalize.
@@ -120,32 +119,32 @@ class PixelPreprocess:
         self.normalization = (mean, std)
 
     def __call__(self, img: Image) -> torch.Tensor:
-        """Return uint8 [channels, height, width] of an image that PIL opened."""
+        """Return uint8 [channels, height, width] of a PIL image."""
         image = self.preprocess._apply(img, self.preprocess.transforms[:-2])
-        # numpy separates the interleaved channels in half the time of torch's contiguous()
+        # numpy transposes the channels in half the time of torch's contiguous().
         return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.preprocess!r})"
 
 
-def _settings(step: Callable) -> dict[str, Any]:
-    """A step's attributes, hooks included, in their present state; a module in it with its own attributes."""
+def _copy_attributes(step: Callable) -> dict[str, Any]:
+    """Copy a step's attributes, hooks included, and those of modules in it."""
     return {
-        name: (value, _settings(value)) if isinstance(value, nn.Module) else copy.copy(value)
+        name: (value, _copy_attributes(value)) if isinstance(value, nn.Module) else copy.copy(value)
         for name, value in vars(step).items()
         if name != "training"
     }
 
 
-def _has_settings(step: Callable, settings: dict[str, Any]) -> bool:
+def _has_attributes(step: Callable, attributes: dict[str, Any]) -> bool:
     current = vars(step)
-    if len(current) - ("training" in current) != len(settings):
+    if len(current) - ("training" in current) != len(attributes):
         return False
-    for name, value in settings.items():
+    for name, value in attributes.items():
         found = current.get(name)
         if isinstance(found, nn.Module):
-            if not isinstance(value, tuple) or found is not value[0] or not _has_settings(found, value[1]):
+            if not isinstance(value, tuple) or found is not value[0] or not _has_attributes(found, value[1]):
                 return False
         elif found is not value and not _are_equal(found, value):
             return False
@@ -153,7 +152,7 @@ def _has_settings(step: Callable, settings: dict[str, Any]) -> bool:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    # Types first: an array that was assigned instead of a number compares element by element.
+    # Types first: comparing an array with a number would give an array.
     if type(a) is not type(b):
         return False
     if isinstance(a, (torch.Tensor, np.ndarray)):
@@ -162,10 +161,10 @@ def _are_equal(a: Any, b: Any) -> bool:
 
 
 def to_image(value: Any) -> Image:
-    """A PIL image from a PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+    """Return a PIL image for a PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `value` is something else.
     """
     from PIL import Image
 
@@ -178,7 +177,7 @@ def to_image(value: Any) -> Image:
             return Image.fromarray(grayscale)
         raise TypeError(
             f"An image array must be uint8 of shape [height, width] or [height, width, 1, 3 or 4], got {value.dtype} "
-            f"of shape {list(value.shape)}. Float images are given as tensors [3, height, width] from 0 to 1."
+            f"of shape {list(value.shape)}. Pass float images as tensors [3, height, width] with values from 0 to 1."
         )
     raise TypeError(f"preprocess takes a PIL image, a uint8 array or a float tensor, got {_describe(value)}.")
 

@@ -1,7 +1,7 @@
-"""Texts of a batch in groups of similar length, so that a text tower computes little padding.
+"""Group the texts of a batch by length, so that a text tower computes less padding.
 
-Real captions have 10 to 20 tokens, and tokenizers pad them to 77. Where padding changes no embedding, a batch can be
-sorted by length, encoded in a few groups that are cut to their longest text, and put back in order.
+Captions typically have 10 to 20 tokens, and tokenizers pad them to 77. If padding changes no embedding, a batch can be
+sorted by length, split into a few groups that are cut to their longest text, encoded, and restored to its order.
 """
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 MAX_GROUPS = 4
-# Group sizes are multiples of this part of the batch and lengths are taken from a list, so that compilers and devices
-# that prepare kernels by shape meet few shapes.
+# Group sizes are multiples of batch / _PARTS and lengths are from a list, so that compilers and devices which prepare
+# kernels per shape see few shapes.
 _PARTS = 8
 _LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
@@ -23,8 +23,8 @@ class GroupedText(NamedTuple):
     """Token ids of a batch in groups of different lengths.
 
     Attributes:
-        parts: int64 [texts, tokens] each, from short to long; all texts of the batch, sorted by length.
-        inverse: int64 [batch], the position in the sorted batch of each text.
+        parts: one int64 [texts, tokens] per group. Together they are all texts of the batch, sorted by length.
+        inverse: int64 [batch], the position of each text in the sorted batch.
     """
 
     parts: tuple[Tensor, ...]
@@ -34,23 +34,26 @@ class GroupedText(NamedTuple):
         return GroupedText(tuple(part.to(*args, **kwargs) for part in self.parts), self.inverse.to(*args, **kwargs))
 
     def encode(self, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Features of all texts in the order of the batch; `encode` gives those of one group, [texts, dim]."""
+        """Encode all texts, and return their features in the order of the batch, [batch, dim].
+
+        `encode` maps the token ids of one group to features [texts, dim].
+        """
         return torch.cat([encode(part) for part in self.parts]).index_select(0, self.inverse)
 
 
 def group_by_length(
     text: Tensor, lengths: Tensor, group_cost: int, max_groups: int = MAX_GROUPS
 ) -> Tensor | GroupedText:
-    """Sort token ids by length and cut them into groups.
+    """Sort token ids by length and split them into groups.
 
     Args:
         text: int64 [batch, tokens], on the CPU.
-        lengths: int64 [batch], how many of the first tokens of each text its embedding depends on.
-        group_cost: tokens whose encoding takes as long as the launches of another group: it must save more.
-        max_groups: number of groups at most.
+        lengths: int64 [batch], the number of first tokens on which each text's embedding depends.
+        group_cost: cost of launching the kernels for one more group, as the number of tokens that take the same time.
+        max_groups: maximum number of groups.
 
     Returns:
-        The groups whose encoding takes least; a tensor [batch, fewer tokens] where one group is best.
+        The groups with the lowest total cost. If one group is best, a tensor [batch, fewer tokens] in the given order.
     """
     batch, num_tokens = text.shape
     ordered, order = lengths.sort(stable=True)
@@ -60,9 +63,9 @@ def group_by_length(
     cuts = _best_cuts(ends, needed, group_cost, max_groups)
     if len(cuts) == 1:
         return text[:, : needed[-1]]
-    chosen = text[order]
+    sorted_text = text[order]
     starts = [0, *(ends[cut] for cut in cuts[:-1])]
-    parts = tuple(chosen[start : ends[cut], : needed[cut]] for start, cut in zip(starts, cuts, strict=True))
+    parts = tuple(sorted_text[start : ends[cut], : needed[cut]] for start, cut in zip(starts, cuts, strict=True))
     return GroupedText(tuple(part.contiguous() for part in parts), order.argsort())
 
 
@@ -71,7 +74,7 @@ def _round_up(length: int, num_tokens: int) -> int:
 
 
 def _best_cuts(ends: list[int], needed: list[int], group_cost: int, max_groups: int) -> tuple[int, ...]:
-    """Indices into `ends` where groups end, so that tokens and groups together cost least."""
+    """Return the indices into `ends` where groups end, for the lowest total cost of tokens and groups."""
     last = len(ends) - 1
 
     def cost(cuts: tuple[int, ...]) -> int:
@@ -79,5 +82,5 @@ def _best_cuts(ends: list[int], needed: list[int], group_cost: int, max_groups: 
         tokens = sum((ends[cut] - start) * needed[cut] for start, cut in zip(starts, cuts, strict=True))
         return tokens + len(cuts) * group_cost
 
-    choices = itertools.chain.from_iterable(itertools.combinations(range(last), n) for n in range(max_groups))
-    return min(((*inner, last) for inner in choices), key=cost)
+    inner_cuts = itertools.chain.from_iterable(itertools.combinations(range(last), n) for n in range(max_groups))
+    return min(((*cuts, last) for cuts in inner_cuts), key=cost)

@@ -1,4 +1,4 @@
-"""The native text tower, and what it shares with CLIP, which holds the same parameters at its top level."""
+"""The native text tower, and its base class, which `CLIP` shares because it has the parameters at its top level."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import HoldsCausalMask, Transformer, init_blocks
+from .blocks import CausalMaskModule, Transformer, init_blocks
 from .layers import (
     GELU,
     KernelMask,
     KeyValueCache,
     LayerNorm,
     ModuleFactory,
+    can_follow_pooling,
     causal_mask,
-    given,
-    may_wait_for_pooling,
+    drop_none,
 )
 from .utils import check_token_ids, expect, has_method, is_symbolic, set_trainable
 
@@ -34,12 +34,20 @@ def text_global_pool(
     pool_type: str = "argmax",
     eos_token_id: int | None = None,
 ) -> torch.Tensor:
-    """The token that stands for the text, of [batch, tokens, width] -> [batch, width].
+    """Select one token per text.
 
     Args:
-        text: ids, [batch, tokens], for the types that look at them.
-        pool_type: "first"; "last"; "argmax": the highest id, which in CLIP's vocabulary is the end of text;
-            "eos": the first `eos_token_id`; anything else: all tokens.
+        x: [batch, tokens, width].
+        text: token ids, [batch, tokens]; needed for "argmax" and "eos".
+        pool_type: "first"; "last"; "argmax" for the highest id, which is the end of text in CLIP's vocabulary; "eos"
+            for the first `eos_token_id`. Any other value returns all tokens.
+        eos_token_id: needed for "eos".
+
+    Returns:
+        [batch, width], or `x`.
+
+    Raises:
+        ValueError: `text` or `eos_token_id` is missing.
     """
     if pool_type == "first":
         return x[:, 0]
@@ -48,15 +56,22 @@ def text_global_pool(
     if pool_type not in ("argmax", "eos"):
         return x
     if text is None:
-        raise ValueError(f"pool_type {pool_type!r} looks at the text's ids: give text")
+        raise ValueError(f"pool_type {pool_type!r} needs the token ids: give text.")
     return x[torch.arange(x.shape[0], device=x.device), pooled_position(text, pool_type, eos_token_id)]
 
 
 def pooled_position(text: torch.Tensor, pool_type: str, eos_token_id: int | None = None) -> torch.Tensor:
-    """Position of the token that "argmax" or "eos" pooling takes: ids int64 [batch, tokens] -> int64 [batch]."""
+    """Return the position of the token that "argmax" or "eos" pooling selects.
+
+    Args:
+        text: token ids, int64 [batch, tokens].
+
+    Returns:
+        int64 [batch].
+    """
     if pool_type == "eos":
         if eos_token_id is None:
-            raise ValueError("pool_type 'eos' looks for the end of text: give eos_token_id")
+            raise ValueError("pool_type 'eos' needs the id of the end of text: give eos_token_id.")
         text = text.eq(eos_token_id).int()
     return text.argmax(dim=-1)
 
@@ -76,7 +91,7 @@ class TextOptions:
 
 
 def text_option(name: str) -> property:
-    """An attribute that reads and writes a field of `text_options`."""
+    """Create a property that reads and writes a field of `text_options`."""
 
     def read(tower: TextEncoder) -> Any:
         return getattr(tower.text_options, name)
@@ -90,10 +105,10 @@ def text_option(name: str) -> property:
 _STACK_FORWARD = Transformer.forward
 
 
-class TextEncoder(HoldsCausalMask):
-    """What a text tower does, for the module that holds its parameters: TextTransformer itself, or CLIP at its top.
+class TextEncoder(CausalMaskModule):
+    """The computation of a text tower. TextTransformer and CLIP inherit it and hold the parameters.
 
-    The holder has the attributes below, under these names, which are those of the checkpoints.
+    The subclass has the attributes below. Their names are those of the checkpoints.
     """
 
     text_options: TextOptions
@@ -105,15 +120,15 @@ class TextEncoder(HoldsCausalMask):
     text_projection: nn.Parameter | nn.Linear | None
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
-        """How many of its first tokens each text's embedding depends on; None where that may be all of them.
+        """Return the number of first tokens on which each text's embedding depends.
 
-        Under a causal mask the pooled token sees none of those after it.
+        Under a causal mask, tokens after the pooled one have no effect.
 
         Args:
             text: int64 [batch, tokens].
 
         Returns:
-            int64 [batch].
+            int64 [batch], or None if the embedding may depend on all tokens.
         """
         options = self.text_options
         is_pooled_by_id = options.pool_type in ("argmax", "eos")
@@ -122,16 +137,16 @@ class TextEncoder(HoldsCausalMask):
         return pooled_position(text, options.pool_type, options.eos_id) + 1
 
     def trim_padding(self, text: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, tokens] without columns that no embedding of the batch depends on.
+        """Drop trailing columns of token ids [batch, tokens] that change no embedding.
 
-        A multiple of 16 columns is left, so that devices which compile by shape meet few. Waits for `text`, so give it
-        on the CPU.
+        The number of columns is rounded up to a multiple of 16, so that devices which compile kernels per shape see few
+        shapes. `text` should be on the CPU: its values are read.
         """
         lengths = self.text_lengths(text)
         return text if lengths is None else text[:, : -(-int(lengths.max()) // 16) * 16]
 
     def _embed_text(self, text: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, tokens] -> [batch, tokens (+ 1), width]"""
+        """Embed token ids [batch, tokens] as [batch, tokens (+ 1 for the class token), width]."""
         check_token_ids(text)
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype)
@@ -140,7 +155,7 @@ class TextEncoder(HoldsCausalMask):
         return x + self._positions(x).to(dtype)
 
     def _positions(self, x: torch.Tensor) -> torch.Tensor:
-        """Position embeddings of tokens [batch, tokens, width]; of a full context where torch.fx records."""
+        """Return the position embeddings for tokens [batch, tokens, width]. torch.fx traces the full context."""
         num_positions = self.positional_embedding.shape[0]
         if is_symbolic(x) or x.shape[1] == num_positions:
             return self.positional_embedding
@@ -151,36 +166,37 @@ class TextEncoder(HoldsCausalMask):
             )
         return self.positional_embedding[: x.shape[1]]
 
-    def _seen_tokens(self, text: torch.Tensor) -> torch.Tensor | None:
-        """Bool [batch, tokens (+ 1)], False for what no token may look at; None where no padding is hidden."""
+    def _padding_mask(self, text: torch.Tensor) -> torch.Tensor | None:
+        """Return bool [batch, tokens (+ 1)], False for tokens to hide, or None if the tower hides no padding."""
         options = self.text_options
         if self.cls_emb is not None:
-            # Checkpoints of CoCa learned with this mask one column late: the class token sees one padding and not
-            # itself, unless the text fills the context.
+            # CoCa's checkpoints were trained with the mask shifted by one column: unless the text fills the context,
+            # the class token attends to one padding token and not to itself.
             return F.pad(text != options.pad_id, (0, 1) if options.correct_cls_mask else (1, 0), value=True)
         return text != options.pad_id if options.use_pad_mask else None
 
     def _text_masks(self, text: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
-        """The mask of that many tokens as the blocks are to see it, and the kernel's form of it."""
-        seen = self._seen_tokens(text)
-        if seen is None:
-            return self._causal_mask_of(self.transformer, num_tokens)
+        """Return `attn_mask` for the blocks, and the mask for the kernel, for `num_tokens` tokens."""
+        is_token = self._padding_mask(text)
+        if is_token is None:
+            return self._causal_masks(self.transformer, num_tokens)
         table = self._mask_table(num_tokens)
         if table is not None and not self._is_mask_causal:
-            return self._additive_mask(seen, table), None
-        allowed = seen[:, None, None, :]
+            return self._additive_mask(is_token, table), None
+        allowed = is_token[:, None, None, :]
         if table is not None:
             allowed = allowed & (table == 0)
-        allowed = allowed.expand(-1, -1, num_tokens, -1)  # not every fused kernel takes one row for all
-        shown = allowed if getattr(self.transformer, "is_plain", False) else self._additive_mask(seen, table)
+        # Expanded, because not every fused kernel broadcasts the mask over the query tokens.
+        allowed = allowed.expand(-1, -1, num_tokens, -1)
+        shown = allowed if getattr(self.transformer, "is_plain", False) else self._additive_mask(is_token, table)
         return shown, KernelMask(shown, allowed)
 
-    def _additive_mask(self, seen: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
-        """Float [batch * heads, tokens, tokens], to be added to scores: `table`, and -inf for what is not seen."""
-        batch, num_tokens = seen.shape
+    def _additive_mask(self, is_token: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+        """Return float [batch * heads, tokens, tokens] to add to the scores: `table`, and -inf for padding."""
+        batch, num_tokens = is_token.shape
         dtype = self.transformer.get_cast_dtype()
-        mask = torch.zeros(batch, 1, num_tokens, dtype=dtype, device=seen.device)
-        mask = mask.masked_fill(~seen[:, None, :], -math.inf).expand(-1, num_tokens, -1)
+        mask = torch.zeros(batch, 1, num_tokens, dtype=dtype, device=is_token.device)
+        mask = mask.masked_fill(~is_token[:, None, :], -math.inf).expand(-1, num_tokens, -1)
         if table is not None:
             mask = mask + table.to(dtype)
         return mask.repeat_interleave(self.text_options.heads, dim=0)
@@ -193,20 +209,20 @@ class TextEncoder(HoldsCausalMask):
         caches: Sequence[KeyValueCache] | None = None,
     ) -> torch.Tensor:
         is_ours = has_method(self.transformer, _STACK_FORWARD)
-        options = given(kernel_mask=kernel_mask, caches=caches) if is_ours else {}
+        options = drop_none(kernel_mask=kernel_mask, caches=caches) if is_ours else {}
         return self.transformer(x, attn_mask=attn_mask, **options)
 
     def _pool_text(self, x: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens of the last block -> features [batch, dim], and the tokens where they are an output."""
+        """Return features [batch, output_dim] from the output of the last block, and tokens if they are an output."""
         options = self.text_options
         tokens = None
         if self.cls_emb is not None:
             pooled, tokens = self.ln_final(x[:, -1]), x[:, :-1]
-        elif options.output_tokens or not may_wait_for_pooling(self.ln_final, x):
+        elif options.output_tokens or not can_follow_pooling(self.ln_final, x):
             normed = self.ln_final(x)
             pooled = text_global_pool(normed, text, options.pool_type, options.eos_id)
             tokens = normed if options.output_tokens else None
-        else:  # the norm acts on each token alone, so it can wait until there is one
+        else:  # the norm acts on each token alone, so it is applied to the pooled token only
             pooled = self.ln_final(text_global_pool(x, text, options.pool_type, options.eos_id))
         if isinstance(self.text_projection, nn.Linear):
             pooled = self.text_projection(pooled)
@@ -222,22 +238,28 @@ class TextEncoder(HoldsCausalMask):
         return self.positional_embedding.shape[0] if is_symbolic(x) else x.shape[1]
 
     @property
-    def looks_back_only(self) -> bool:
-        """Whether a token's features depend on it and those before it alone, so that `_continue_text` can make them."""
+    def is_causal(self) -> bool:
+        """Whether each token attends only to itself and earlier tokens, as `_continue_text` requires."""
         return self._is_mask_causal
 
     def _continue_text(self, text: torch.Tensor, caches: Sequence[KeyValueCache]) -> torch.Tensor:
-        """Ids [batch, tokens] -> the tokens that `_encode_text` gives for them, [batch, new, width]; but only those
-        that the caches, one for each block, do not know from earlier calls, of which there may be one.
+        """Encode the tokens that are not in the caches.
+
+        Args:
+            text: token ids, [batch, tokens], of the whole text.
+            caches: one per block. If they are not empty, `text` has one more token than they.
+
+        Returns:
+            [batch, new tokens, width], equal to the same tokens of `_encode_text`.
         """
         known, num_tokens = caches[0].num_tokens, text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text[:, known:]).to(dtype) + self.positional_embedding[known:num_tokens].to(dtype)
         mask, kernel_mask = self._text_masks(text, num_tokens + (self.cls_emb is not None))
-        if kernel_mask is not None and kernel_mask.allowed is not None:  # nothing sees the class token: it comes last
+        if kernel_mask is not None and kernel_mask.allowed is not None:  # without the class token, which comes last
             mask = kernel_mask.allowed[:, :, known:num_tokens, :num_tokens]
             kernel_mask = KernelMask(mask, mask)
-        elif known:  # one token, which sees all others
+        elif known:  # one new token, which attends to all others
             mask = kernel_mask = None
         x = self._run_blocks(x, mask, kernel_mask, caches)
         return x if self.cls_emb is not None else self.ln_final(x)
@@ -256,7 +278,7 @@ class TextEncoder(HoldsCausalMask):
         x = self._embed_text(text)
         mask, kernel_mask = self._text_masks(text, self._num_tokens(x))
         x, intermediates = self.transformer.forward_intermediates(
-            x, attn_mask=mask, indices=indices, stop_early=stop_early, **given(kernel_mask=kernel_mask)
+            x, attn_mask=mask, indices=indices, stop_early=stop_early, **drop_none(kernel_mask=kernel_mask)
         )
         if normalize_intermediates:
             intermediates = [self.ln_final(tokens) for tokens in intermediates]
@@ -294,17 +316,21 @@ class TextTransformer(TextEncoder):
     """Text transformer of CLIP (https://arxiv.org/abs/2103.00020).
 
     Args:
-        context_length: the most tokens in a text, without the class token.
+        context_length: maximum number of tokens in a text, without the class token.
         width, heads, layers, mlp_ratio, ls_init_value: of the blocks.
-        output_dim: of the features; falsy for no projection.
-        embed_cls: a learned class token after the text, which the features are pooled from (CoCa).
-        no_causal_mask: each token sees all others.
-        use_pad_mask: padding is not looked at; only where there is no causal mask.
-        correct_cls_mask: the class token looks at the text and itself, not one column late as in CoCa's checkpoints.
-        pad_id, eos_id: ids of padding and, for pool_type "eos", of the end of text.
+        output_dim: width of the features; 0 or None for no projection.
+        embed_cls: append a learned class token to the text, and use it as the features (CoCa).
+        no_causal_mask: let each token attend to all others.
+        use_pad_mask: hide padding; without a causal mask only.
+        correct_cls_mask: let the class token attend to the text and itself. CoCa's checkpoints were trained with a mask
+            that is shifted by one column, which is the default.
+        pad_id: id of padding.
+        eos_id: id of the end of text, for pool_type "eos".
         pool_type: as in text_global_pool.
-        proj_type: "linear" or "none"; `proj_bias` gives the projection a bias.
-        act_layer, norm_layer: called without arguments, and with a width.
+        proj_type: "linear" or "none".
+        proj_bias: add a bias to the projection.
+        act_layer: called without arguments.
+        norm_layer: called with a width.
         output_tokens: return (pooled features, tokens).
         others: as in Transformer.
     """
@@ -389,7 +415,7 @@ class TextTransformer(TextEncoder):
         if no_causal_mask:
             self.attn_mask = None
         else:
-            self._hold_causal_mask(self.build_causal_mask())
+            self._set_causal_mask(self.build_causal_mask())
 
     pool_type = text_option("pool_type")
     pad_id = text_option("pad_id")
@@ -399,17 +425,17 @@ class TextTransformer(TextEncoder):
     output_tokens = text_option("output_tokens")
 
     def build_causal_mask(self) -> torch.Tensor:
-        """Float [positions, positions], to be added to scores: no token sees a later one."""
+        """Return float [positions, positions] to add to the scores: -inf for later tokens."""
         return causal_mask(self.num_pos)
 
     def _embeds(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ids [batch, tokens] -> what the first block takes, [batch, tokens (+ 1), width], and its `attn_mask`."""
+        """Return the input of the first block, [batch, tokens (+ 1), width], and its `attn_mask`, for token ids."""
         x = self._embed_text(text)
-        seen, table = self._seen_tokens(text), self._mask_table(self._num_tokens(x))
-        return x, table if seen is None else self._additive_mask(seen, table)
+        is_token, table = self._padding_mask(text), self._mask_table(self._num_tokens(x))
+        return x, table if is_token is None else self._additive_mask(is_token, table)
 
     def init_parameters(self) -> None:
-        """Normal distributions with the deviations of CLIP (https://arxiv.org/abs/2103.00020, from GPT-2)."""
+        """Initialize with normal distributions, with CLIP's standard deviations (https://arxiv.org/abs/2103.00020)."""
         if self.positional_embedding.is_meta:
             return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -425,15 +451,16 @@ class TextTransformer(TextEncoder):
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.transformer.grad_checkpointing = enable
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the tower but for its last groups: the projection; the last block with the final norm; the other
-        blocks from the back, one a group; the embeddings.
+        """Freeze the tower except for its last groups.
 
         Args:
-            freeze_layer_norm: False lets all layer norms be trained.
+            unlocked_layers: number of last groups to train. From the last to the first, the groups are the projection,
+                the last block with the final norm, each of the other blocks, and the embeddings.
+            freeze_layer_norm: False trains all layer norms.
         """
         self._lock_text(unlocked_layers, freeze_layer_norm)
 
@@ -441,7 +468,7 @@ class TextTransformer(TextEncoder):
         return self._text_no_weight_decay()
 
     def forward(self, text: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Ids [batch, tokens] -> features [batch, output_dim], or (features, tokens)."""
+        """Encode token ids [batch, tokens] to features [batch, output_dim], or to (features, tokens)."""
         pooled, tokens = self._encode_text(text)
         return (pooled, tokens) if self.text_options.output_tokens and tokens is not None else pooled
 
@@ -455,12 +482,18 @@ class TextTransformer(TextEncoder):
         output_fmt: str = "NLC",
         output_extra_tokens: bool = False,
     ) -> dict[str, Any]:
-        """Features of the blocks between; arguments as in VisionTransformer.forward_intermediates.
+        """Compute the outputs of the blocks.
+
+        Args:
+            text: token ids, [batch, tokens].
+            others: as in VisionTransformer.forward_intermediates.
 
         Returns:
+            A dictionary.
             "text_intermediates": list of [batch, tokens, width];
-            "text_intermediates_suffix": list of [batch, 1, width], the class token, where it exists and was asked for;
-            "text_features": [batch, output_dim], unless left out.
+            "text_intermediates_suffix": list of [batch, 1, width], the class token, with `output_extra_tokens` if the
+            tower has one;
+            "text_features": [batch, output_dim], unless `intermediates_only`.
         """
         return self._text_intermediates(
             text, indices, stop_early, normalize_intermediates, intermediates_only, output_fmt, output_extra_tokens
@@ -469,7 +502,11 @@ class TextTransformer(TextEncoder):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates` with these indices does not need; returns the indices wanted."""
+        """Remove blocks, and optionally norm and projection, that `forward_intermediates` with `indices` does not need.
+
+        Returns:
+            The indices of the selected blocks.
+        """
         take = self.transformer.prune_intermediate_layers(indices)
         if prune_norm:
             self.ln_final = nn.Identity()
@@ -479,7 +516,7 @@ class TextTransformer(TextEncoder):
 
 
 def lock_text_tower(model: Any, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-    """Freeze the text tower of a CLIP or CustomTextCLIP; arguments as in TextTransformer.lock."""
+    """Freeze the text tower of a CLIP or CustomTextCLIP. The arguments are those of TextTransformer.lock."""
     if hasattr(model, "text"):
         model.text.lock(unlocked_layers, freeze_layer_norm)
     else:

@@ -1,4 +1,4 @@
-"""Image towers of timm (https://github.com/huggingface/pytorch-image-models), with a head to CLIP's space."""
+"""Image towers from timm (https://github.com/huggingface/pytorch-image-models), with a projection head."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-POOLERS = ("abs_attn", "rot_attn")  # of timm, and put behind the trunk here; all others are the trunk's own
+POOLERS = ("abs_attn", "rot_attn")  # layers of timm that are added after the trunk; other pooling is the trunk's
 PROJECTIONS = ("linear", "mlp", "none", "", None)
 
 
 class TimmModel(NotScriptable, nn.Module):
-    """An image tower of timm: its `trunk`, and a `head` that leads to the space of images and texts.
+    """A model of timm (`trunk`), and a `head` that projects its features to the embedding space.
 
     Args:
-        model_name: of timm's registry.
+        model_name: name in timm's registry.
         embed_dim: width of the features.
-        image_size: pixels; a number for squares, or (height, width). A trunk that is made for one size is made for it.
-        pool: of the trunk ("avg", "map", "token", ...), "" for the one that the trunk has; or "abs_attn", "rot_attn":
-            attention over the trunk's map, with learned or rotary positions.
-        proj: "linear" or "mlp" after pooling; "none": the trunk's pooled features as they are; "" or None: the trunk's
-            own classifier, with `embed_dim` outputs.
-        proj_bias: of the projection's last layer.
-        drop: dropout before the projection.
-        drop_path: stochastic depth of the trunk; None for what timm has.
-        patch_drop: fraction of the patches left out in training; None for none.
-        pretrained: start from timm's weights, which are downloaded.
-        act_kwargs: of the trunk's GELUs, `{"approximate": "tanh"}` or "none", where weights are for others than timm's.
+        image_size: side or (height, width) in pixels. A trunk with a fixed input size is built for this size.
+        pool: a pooling of the trunk ("avg", "map", "token", ...); "" for its default; "abs_attn" or "rot_attn" for
+            attention pooling over the feature map, with learned or rotary positions.
+        proj: "linear" or "mlp" for a projection after pooling; "none" for the trunk's pooled features; "" or None for
+            the trunk's classifier with `embed_dim` outputs.
+        proj_bias: add a bias to the last layer of the projection.
+        drop: dropout rate before the projection.
+        drop_path: stochastic depth rate of the trunk; None for timm's default.
+        patch_drop: fraction of the patches to drop in training; None for none.
+        pretrained: download timm's weights.
+        act_kwargs: arguments of the trunk's GELUs, `{"approximate": "tanh"}` or `{"approximate": "none"}`, for weights
+            that were trained with another GELU than timm's.
 
     Raises:
-        RuntimeError: timm is not installed, or does not know the model.
-        ValueError: the trunk has no such pooling, or no patches to leave out.
+        RuntimeError: timm is not installed, or does not have the model.
+        ValueError: the trunk does not support the pooling or patch dropout.
     """
 
-    trunk: Any  # an nn.Module with timm's further methods
+    trunk: Any  # an nn.Module with the additional methods of timm's models
 
     def __init__(
         self,
@@ -68,38 +69,41 @@ class TimmModel(NotScriptable, nn.Module):
         super().__init__()
         expect("proj", proj, PROJECTIONS)
         self.image_size = to_2tuple(image_size)
-        own_head = proj in ("linear", "mlp") or pool in POOLERS
+        has_head = proj in ("linear", "mlp") or pool in POOLERS
         options: dict[str, Any] = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop, "pretrained": pretrained}
-        if not own_head:
+        if not has_head:
             options |= {"num_classes": 0 if proj == "none" else embed_dim, "global_pool": pool}
         self.trunk = _create_trunk(model_name, self.image_size, options)
         self.head = nn.Sequential()
-        if own_head:
+        if has_head:
             _remove_classifier(self.trunk, model_name, pool)
             self.head = _make_head(self.trunk, embed_dim, pool, proj, proj_bias, drop)
         _use_device_activations(self.trunk, act_kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [batch, 3, height, width] -> features [batch, embed_dim]"""
+        """Encode images [batch, 3, height, width] to features [batch, embed_dim]."""
         check_images(x, _fixed_size(self.trunk))
         return self.head(self.trunk(x))
 
     def set_input_size(self, image_size: int | tuple[int, int]) -> None:
-        """Make the tower one for images of another size; what it has learned of positions is interpolated.
+        """Change the image size that the tower takes. Position embeddings are interpolated.
 
-        A trunk that takes images of any size stays as it is.
+        A trunk that takes images of any size is not changed.
+
+        Raises:
+            ValueError: the trunk has a fixed image size.
         """
         self.image_size = to_2tuple(image_size)
         if hasattr(self.trunk, "set_input_size"):
             self.trunk.set_input_size(self.image_size)
         elif _has_fixed_size(self.trunk):
             raise ValueError(
-                f"a {type(self.trunk).__name__} of timm cannot change its image size once it is built: build it with "
-                f"image_size={self.image_size}"
+                f"{type(self.trunk).__name__} of timm cannot change its image size after it is built: build it with "
+                f"image_size={self.image_size}."
             )
 
     def resize_pos_embed(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
-        """Interpolate in place what weights for another image size know of positions, as `set_input_size` does."""
+        """Interpolate the position embeddings of a state dict for another image size, in place."""
         from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
         for name, parameter in self.trunk.named_parameters():
@@ -119,10 +123,11 @@ class TimmModel(NotScriptable, nn.Module):
             logger.info("%s resized from %s to %s.", key, list(table.shape), list(parameter.shape))
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the trunk but for its last groups, which are timm's (of the trunk's `group_matcher`); never the head.
+        """Freeze the trunk except for its last groups. The head is never frozen.
 
         Args:
-            freeze_bn_stats: the batch norms of what is frozen keep their statistics, too, and become constants.
+            unlocked_groups: number of last groups to train, as the trunk's `group_matcher` defines them.
+            freeze_bn_stats: also freeze the running statistics of frozen batch norms.
         """
         if not unlocked_groups:
             set_trainable(self.trunk, False)
@@ -145,12 +150,13 @@ class TimmModel(NotScriptable, nn.Module):
             _freeze_batch_norms(self.trunk, [name for name, group in group_of.items() if group <= last_frozen])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the trunk's blocks in the backward pass in place of keeping their activations, as timm does it."""
+        """Recompute the trunk's blocks in the backward pass instead of keeping their activations."""
         try:
             self.trunk.set_grad_checkpointing(enable)
-        except (AssertionError, AttributeError):  # what timm's models without it raise
+        except (AssertionError, AttributeError):  # raised by timm's models that do not support it
             if enable:
-                logger.warning("A %s of timm has no gradient checkpointing: it is left out.", type(self.trunk).__name__)
+                name = type(self.trunk).__name__
+                logger.warning("%s of timm has no gradient checkpointing: the option has no effect.", name)
 
     def no_weight_decay(self) -> set[str]:
         names = {f"trunk.{name}" for name in getattr(self.trunk, "no_weight_decay", set)()}
@@ -166,26 +172,30 @@ class TimmModel(NotScriptable, nn.Module):
         output_fmt: str = "NCHW",
         output_extra_tokens: bool = False,
     ) -> dict[str, Any]:
-        """Features of the trunk's blocks or stages.
+        """Compute the outputs of the trunk's blocks or stages.
 
         Args:
             x: images, [batch, 3, height, width].
             indices: None for all, n for the last n, or a list of indices.
-            stop_early: leave out what comes after the last one wanted. "image_features" are then made from that one,
-                but for trunks whose stages differ in width: these run to the end, unless `intermediates_only`.
-            normalize_intermediates: apply the trunk's final norm to each, where it has one that fits.
-            intermediates_only: leave out the pooled features.
-            output_fmt: "NCHW", or for trunks of tokens "NLC".
-            output_extra_tokens: also the class and register tokens, of trunks that have any.
+            stop_early: skip the blocks after the last selected one, and compute "image_features" from that one. Trunks
+                whose stages differ in width run to the end, unless `intermediates_only`.
+            normalize_intermediates: apply the trunk's final norm to each output, if the trunk has one that fits.
+            intermediates_only: do not compute the pooled features.
+            output_fmt: "NCHW", or for trunks with tokens "NLC".
+            output_extra_tokens: also return the class and register tokens, if the trunk has any.
 
         Returns:
-            "image_intermediates_prefix": list of [batch, tokens, width], where asked for;
+            A dictionary.
+            "image_intermediates_prefix": list of [batch, tokens, width], with `output_extra_tokens`;
             "image_intermediates": list of [batch, width, rows, columns] or [batch, patches, width];
-            "image_features": [batch, embed_dim], unless left out.
+            "image_features": [batch, embed_dim], unless `intermediates_only`.
+
+        Raises:
+            ValueError: the trunk does not support intermediate features, or one of the options.
         """
-        kind = type(self.trunk).__name__
+        trunk_class = type(self.trunk).__name__
         if not hasattr(self.trunk, "forward_intermediates"):
-            raise ValueError(f"a {kind} of timm does not give its intermediate features")
+            raise ValueError(f"{trunk_class} of timm does not give its intermediate features: choose another model.")
         if len({info["num_chs"] for info in self.trunk.feature_info}) > 1:
             stop_early = stop_early and intermediates_only
         options: dict[str, Any] = {"norm": normalize_intermediates, "stop_early": stop_early, "output_fmt": output_fmt}
@@ -193,10 +203,10 @@ class TimmModel(NotScriptable, nn.Module):
         if output_extra_tokens and has_prefix:
             options["return_prefix_tokens"] = True
         try:
-            found = self.trunk.forward_intermediates(x, indices, intermediates_only=intermediates_only, **options)
-        except AssertionError as error:  # timm's checks of its arguments
-            raise ValueError(f"a {kind} of timm does not take these options: {error}") from error
-        last, intermediates = (None, found) if intermediates_only else found
+            result = self.trunk.forward_intermediates(x, indices, intermediates_only=intermediates_only, **options)
+        except AssertionError as error:  # timm checks its arguments with assert
+            raise ValueError(f"{trunk_class} of timm does not take these options: {error}.") from error
+        last, intermediates = (None, result) if intermediates_only else result
         output: dict[str, Any] = {}
         if intermediates and isinstance(intermediates[0], tuple):
             intermediates, prefixes = ([pair[side] for pair in intermediates] for side in (0, 1))
@@ -207,7 +217,7 @@ class TimmModel(NotScriptable, nn.Module):
         return output
 
 
-# ---- building ----
+# Building
 
 
 def _import_timm() -> ModuleType:
@@ -216,21 +226,21 @@ def _import_timm() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
-        raise RuntimeError("this image tower is one of timm, which is not installed: pip install timm") from None
+        raise RuntimeError("This image tower needs timm, which is not installed: pip install timm.") from None
     return timm
 
 
 def _create_trunk(name: str, image_size: tuple[int, int], options: dict[str, Any]) -> Any:
     timm = _import_timm()
-    if not name.startswith(_ELSEWHERE) and not timm.is_model(name):
+    if not name.startswith(_EXTERNAL_PREFIXES) and not timm.is_model(name):
         near = closest(name, timm.list_models())
-        hint = f"The nearest it knows: {', '.join(near)}." if near else "timm.list_models() has those it knows."
+        hint = f"Similar names: {', '.join(near)}." if near else "timm.list_models() lists all names."
         raise RuntimeError(
-            f"timm {timm.__version__} has no model {name!r}. {hint} If it is a newer one: pip install --upgrade timm"
+            f"timm {timm.__version__} has no model {name!r}. {hint} For newer models, pip install --upgrade timm."
         )
     version = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
-    for_real = version < _FILLS_BUFFERS and torch.empty(0).is_meta
-    with torch.device("cpu") if for_real else contextlib.nullcontext():
+    needs_cpu = version < _FILLS_META_BUFFERS and torch.empty(0).is_meta
+    with torch.device("cpu") if needs_cpu else contextlib.nullcontext():
         trunk = _create(timm, name, options)
         if tuple(trunk.pretrained_cfg["input_size"][-2:]) != image_size:
             if hasattr(trunk, "set_input_size"):
@@ -240,19 +250,19 @@ def _create_trunk(name: str, image_size: tuple[int, int], options: dict[str, Any
     return trunk
 
 
-_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # names that timm looks up elsewhere than in its registry
-_FILLS_BUFFERS = (1, 0, 23)  # the first timm whose models on the meta device can be given their buffers afterwards
+_EXTERNAL_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # names that timm does not look up in its registry
+_FILLS_META_BUFFERS = (1, 0, 23)  # the first timm that can fill the buffers of a model built on the meta device
 
 
 def _create(timm: ModuleType, name: str, options: dict[str, Any]) -> Any:
     try:
         return timm.create_model(name, **options)
-    except (AssertionError, TypeError) as error:  # what timm's models raise for options they do not have
+    except (AssertionError, TypeError) as error:  # raised by timm's models for unknown options
         given = ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
         hint = ""
         if "patch_drop_rate" in str(error):
-            hint = " It has no patches to leave out: patch dropout (patch_dropout, force_patch_dropout) is not for it."
-        raise ValueError(f"{name} of timm {timm.__version__} is not built with {given}: {error}.{hint}") from error
+            hint = " It has no patches to drop: do not set patch_dropout or force_patch_dropout."
+        raise ValueError(f"{name} of timm {timm.__version__} cannot be built with {given}: {error}.{hint}") from error
 
 
 def _has_fixed_size(trunk: Any) -> bool:
@@ -260,20 +270,20 @@ def _has_fixed_size(trunk: Any) -> bool:
 
 
 def _fixed_size(trunk: Any) -> tuple[int, int] | None:
-    """The only size of images that a trunk takes, as timm's patch embedding checks it; None where it takes others."""
+    """Return the only (height, width) that the trunk's patch embedding accepts, or None if it accepts several."""
     embedding = getattr(trunk, "patch_embed", None)
     return getattr(embedding, "img_size", None) if getattr(embedding, "strict_img_size", False) else None
 
 
 def _remove_classifier(trunk: Any, name: str, pool: str) -> None:
-    """Leave the trunk with its own pooling, another of its kind, or none."""
+    """Remove the trunk's classifier, and set its pooling to `pool` or, for a pooler in the head, to none."""
     options = {"global_pool": "" if pool in POOLERS else pool} if pool else {}
     try:
         trunk.reset_classifier(0, **options)
-    except (AssertionError, TypeError) as error:  # what timm's models raise for pooling they do not have
+    except (AssertionError, TypeError) as error:  # raised by timm's models for unknown pooling
         raise ValueError(
-            f"{name} of timm cannot be given pool={pool!r} ({error}): "
-            "leave it empty for its own, or use proj='none' or '', which build the trunk with it"
+            f"{name} of timm cannot change its pooling to pool={pool!r} ({error}). Use pool='' for its default, or "
+            "proj='none' or '', with which the trunk is built with this pooling."
         ) from error
 
 
@@ -287,9 +297,14 @@ def _make_head(
     if pool in POOLERS:
         feature_size = trunk.pretrained_cfg.get("pool_size")
         if not feature_size:
-            raise ValueError(f"pool={pool!r} is attention over a map, and a {type(trunk).__name__} of timm has none")
+            raise ValueError(
+                f"pool={pool!r} needs a feature map, and {type(trunk).__name__} of timm has none. Use another pool."
+            )
         if width % 64:
-            raise ValueError(f"pool={pool!r} has heads of 64 channels, which do not divide the trunk's {width}")
+            raise ValueError(
+                f"pool={pool!r} has heads of 64 channels, and the trunk's width {width} is not a multiple of 64. Use "
+                "another pool."
+            )
         if pool == "abs_attn":
             layers.append(("pool", AttentionPool2d(width, feat_size=feature_size, out_features=embed_dim)))
         else:
@@ -303,14 +318,14 @@ def _make_head(
 
 
 def _use_device_activations(trunk: Any, act_kwargs: dict[str, Any] | None) -> None:
-    """Put this package's GELUs in place of others: they are exact on every device, and one kernel."""
-    from timm.layers import activations as timms
+    """Replace GELUs by those of this package, which compute the same function on every device in one kernel."""
+    from timm.layers import activations as timm_activations
 
     replacements: dict[type, Any] = {
         nn.GELU: lambda module: GELU(**(act_kwargs or {"approximate": module.approximate})),
-        timms.GELU: lambda module: GELU(**(act_kwargs or {})),
-        timms.GELUTanh: lambda module: GELU(**(act_kwargs or {"approximate": "tanh"})),
-        timms.QuickGELU: lambda module: QuickGELU(),
+        timm_activations.GELU: lambda module: GELU(**(act_kwargs or {})),
+        timm_activations.GELUTanh: lambda module: GELU(**(act_kwargs or {"approximate": "tanh"})),
+        timm_activations.QuickGELU: lambda module: QuickGELU(),
     }
     for parent in list(trunk.modules()):
         for name, child in parent.named_children():
@@ -319,7 +334,7 @@ def _use_device_activations(trunk: Any, act_kwargs: dict[str, Any] | None) -> No
 
 
 def _freeze_batch_norms(trunk: Any, names: list[str]) -> None:
-    """Replace the batch norms among the modules of these names by constant ones, those with an activation, too."""
+    """Replace the batch norms among these modules by frozen ones, including those fused with an activation."""
     from timm.layers import freeze_batch_norm_2d
 
     for name in names:

@@ -1,7 +1,7 @@
-"""Images -> float tensors [3, H, W]: the deterministic preprocessing of evaluation and the augmentations of training.
+"""Image transforms: deterministic preprocessing for evaluation, and augmentation for training.
 
-A transform is a torchvision `Compose` of steps, each from PIL image to PIL image until one makes the tensor.
-Augmentations draw only from the global generators of Python's `random`, numpy and torch: to seed these decides them.
+A transform maps an image to a float tensor [3, H, W]. It is a torchvision `Compose`. Random augmentations use only the
+global generators of Python's `random`, numpy and torch, so seeding these makes them reproducible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "AugmentationCfg",
     "CenterCropOrPad",
     "MaybeConvertMode",
-    "MaybeToTensor",  # noqa: F822  given by __getattr__
+    "MaybeToTensor",  # noqa: F822  defined by __getattr__
     "PreprocessCfg",
     "ResizeKeepRatio",
     "center_crop_or_pad",
@@ -58,12 +58,17 @@ RESIZE_MODES = ("shortest", "longest", "squash")
 
 @dataclass
 class PreprocessCfg:
-    """How a model wants its images.
+    """The preprocessing configuration of a model.
 
-    size: side, or (height, width), in pixels. mode: PIL mode; only RGB. mean, std: by channel, of values from 0 to 1.
-    interpolation: `bicubic`, `bilinear`, or `random` (either, in timm's training augmentation; else bicubic).
-    resize_mode: `shortest` side to size and centre crop, `longest` side to size and pad, or `squash` to size.
-    fill_color: value of padding, 0 to 255.
+    Attributes:
+        size: side, or (height, width), in pixels.
+        mode: PIL mode; only "RGB".
+        mean, std: per channel, for values from 0 to 1.
+        interpolation: "bicubic", "bilinear", or "random". With "random", timm's training augmentation chooses one of
+            the two for each image; other transforms use bicubic.
+        resize_mode: "shortest" resizes the shortest side to size and crops the center; "longest" resizes the longest
+            side to size and pads; "squash" resizes both sides to size.
+        fill_color: value of padding, 0 to 255.
     """
 
     size: int | tuple[int, int] = 224
@@ -76,7 +81,7 @@ class PreprocessCfg:
 
     def __post_init__(self) -> None:
         if self.mode != "RGB":
-            raise ValueError(f"mode={self.mode!r}: images are preprocessed as 'RGB' only")
+            raise ValueError(f"mode={self.mode!r} is not supported: images are preprocessed as 'RGB' only.")
 
     @property
     def num_channels(self) -> int:
@@ -92,25 +97,29 @@ _PREPROCESS_KEYS = {f.name for f in fields(PreprocessCfg)}
 
 
 def merge_preprocess_dict(base: PreprocessCfg | dict, overlay: dict) -> dict[str, Any]:
-    """`base` with what `overlay` says; what it does not know, or says None of, stays as it is."""
+    """Return `base` with the values of `overlay`. None and keys that are not fields of PreprocessCfg are ignored."""
     merged = asdict(base) if isinstance(base, PreprocessCfg) else dict(base)
     merged.update((key, value) for key, value in overlay.items() if key in _PREPROCESS_KEYS and value is not None)
     return merged
 
 
 def merge_preprocess_kwargs(base: PreprocessCfg, **kwargs: Any) -> PreprocessCfg:
-    """`base` with the given fields; what is None, or not a field, is ignored."""
+    """Return `base` with the given fields. None and names that are not fields are ignored."""
     return PreprocessCfg(**merge_preprocess_dict(base, kwargs))
 
 
 @dataclass
 class AugmentationCfg:
-    """Augmentation of training images.
+    """The augmentation of training images.
 
-    scale: range of a crop's share of the area. ratio: range of its aspect ratio (timm). color_jitter: strengths of
-    brightness, contrast, saturation and hue, or one for all (timm). color_jitter_prob, gray_scale_prob: how often each
-    is done (not with timm). re_prob, re_count: how often, and how many, rectangles are erased (timm). use_timm: build
-    it with timm's `create_transform`.
+    Attributes:
+        scale: range of the crop's area, as a fraction of the image's area.
+        ratio: range of the crop's aspect ratio (timm only).
+        color_jitter: strengths of brightness, contrast, saturation and hue, or one number for all (timm only).
+        re_prob: probability of random erasing (timm only).
+        re_count: number of erased rectangles (timm only).
+        use_timm: use timm's `create_transform`.
+        color_jitter_prob, gray_scale_prob: probabilities of color jitter and of grayscale (not with timm).
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -134,13 +143,13 @@ def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> Au
     for key in aug_cfg or {}:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"aug_cfg has no {key!r}; {hint}It has {', '.join(known)}")
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"aug_cfg has no field {key!r}.{hint} The fields are {', '.join(known)}.")
     return AugmentationCfg(**(aug_cfg or {}))
 
 
 class MaybeConvertMode:
-    """Convert to a PIL mode, 16-bit grayscale scaled to 8 bits. What is not a PIL image is returned unchanged."""
+    """Convert PIL images to a mode. 16-bit grayscale is scaled to 8 bits. Other objects are returned unchanged."""
 
     def __init__(self, mode: str = "RGB") -> None:
         self.mode = mode
@@ -152,7 +161,7 @@ class MaybeConvertMode:
             return pic
         pic = to_resizable(pic)
         if pic.mode == "P" and isinstance(pic.info.get("transparency"), bytes):
-            pic = pic.convert("RGBA")  # the same colours; directly, Pillow warns of the alpha it drops
+            pic = pic.convert("RGBA")  # the colors are the same, and Pillow does not warn about the dropped alpha
         return pic.convert(self.mode)
 
     def __repr__(self) -> str:
@@ -160,7 +169,7 @@ class MaybeConvertMode:
 
 
 class color_jitter:
-    """torchvision's ColorJitter with probability `p` (Python's `random`)."""
+    """Apply torchvision's ColorJitter with probability `p` (Python's `random`)."""
 
     def __init__(
         self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0, p: float = 0.8
@@ -178,7 +187,7 @@ class color_jitter:
 
 
 class gray_scale:
-    """Gray, as three equal channels, with probability `p` (Python's `random`)."""
+    """Convert to grayscale with three equal channels, with probability `p` (Python's `random`)."""
 
     def __init__(self, p: float = 0.2) -> None:
         from torchvision.transforms import Grayscale
@@ -194,7 +203,7 @@ class gray_scale:
 
 
 def _to_channels(values: float | Sequence[float] | None, default: tuple[float, ...]) -> tuple[float, ...]:
-    """A value by channel, from one for all of them, several, or none for the default."""
+    """Return one value per channel, from one number for all, a sequence, or None for the default."""
     if isinstance(values, (int, float)):
         return (float(values),) * len(default)
     return tuple(values) if values else default
@@ -202,13 +211,14 @@ def _to_channels(values: float | Sequence[float] | None, default: tuple[float, .
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(choices)}")
+        raise ValueError(f"{name}={value!r} is not known. Choose one of {', '.join(choices)}.")
 
 
-def _warn_unused(cfg: AugmentationCfg, names: Sequence[str], instead: str) -> None:
+def _warn_unused(cfg: AugmentationCfg, names: Sequence[str], condition: str) -> None:
     unused = [name for name in names if getattr(cfg, name) is not None]
     if unused:
-        logger.warning("aug_cfg: %s %s no effect %s", ", ".join(unused), "have" if len(unused) > 1 else "has", instead)
+        verb = "have" if len(unused) > 1 else "has"
+        logger.warning("aug_cfg: %s %s no effect %s.", ", ".join(unused), verb, condition)
 
 
 def _timm_train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any, interpolation: str) -> Callable:
@@ -217,17 +227,17 @@ def _timm_train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize
     from .preprocess import Preprocess
 
     _warn_unused(cfg, _NOT_TIMM, "with use_timm")
-    given: dict[str, Any] = {name: getattr(cfg, name) for name in _ONLY_TIMM if getattr(cfg, name) is not None}
+    options: dict[str, Any] = {name: getattr(cfg, name) for name in _ONLY_TIMM if getattr(cfg, name) is not None}
     transform = create_transform(
         input_size=(3, *size),
         is_training=True,
-        hflip=0.0,  # a mirrored image may belie its caption: left, right, text
+        hflip=0.0,  # flipping may contradict the caption: left, right, written text
         mean=normalize.mean,
         std=normalize.std,
         re_mode="pixel",
         interpolation=interpolation,
         scale=cfg.scale,
-        **{"color_jitter": cfg.color_jitter, **given},
+        **{"color_jitter": cfg.color_jitter, **options},
     )
     return Preprocess(transform.transforms, before=MaybeConvertMode())
 
@@ -244,12 +254,12 @@ def _train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any
         strengths = cfg.color_jitter
         if not isinstance(strengths, Sequence) or len(strengths) != 4:
             raise ValueError(
-                f"color_jitter={strengths!r}: with color_jitter_prob, give four strengths (brightness, contrast, "
-                "saturation, hue)"
+                f"color_jitter={strengths!r} must have four strengths (brightness, contrast, saturation, hue) if "
+                "color_jitter_prob is set."
             )
         steps.append(color_jitter(*strengths, p=cfg.color_jitter_prob))
     elif cfg.color_jitter is not None:
-        logger.warning("aug_cfg: color_jitter has no effect without color_jitter_prob or use_timm")
+        logger.warning("aug_cfg: color_jitter has no effect without color_jitter_prob or use_timm.")
     if cfg.gray_scale_prob:
         steps.append(gray_scale(cfg.gray_scale_prob))
     fast = functools.partial(
@@ -261,23 +271,23 @@ def _train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any
 def _val_transform(
     size: tuple[int, int], normalize: Any, resize_mode: str, interpolation: str, fill_color: int
 ) -> Callable:
-    """Resize (and crop), convert to RGB, convert to a tensor and normalize: the steps of open_clip 3.3."""
+    """Build the steps of open_clip 3.3: resize (and crop), convert to RGB, convert to a tensor, normalize."""
     from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
     from .preprocess import MaybeToTensor, Preprocess
 
-    last = [MaybeConvertMode(), MaybeToTensor(), normalize]
+    last_steps = [MaybeConvertMode(), MaybeToTensor(), normalize]
     mode = InterpolationMode(interpolation)
     if resize_mode == "squash":
         fast = functools.partial(resize, size=size, interpolation=interpolation)
-        return Preprocess([Resize(size, mode), *last], fast, num_fast=1)
+        return Preprocess([Resize(size, mode), *last_steps], fast, num_fast=1)
     if resize_mode == "longest":
         fit = ResizeKeepRatio(size, longest=1.0, interpolation=mode)
-        return Preprocess([fit, CenterCropOrPad(size, fill_color), *last])
+        return Preprocess([fit, CenterCropOrPad(size, fill_color), *last_steps])
     if size[0] != size[1]:
-        return Preprocess([ResizeKeepRatio(size, interpolation=mode), CenterCrop(size), *last])
+        return Preprocess([ResizeKeepRatio(size, interpolation=mode), CenterCrop(size), *last_steps])
     fast = functools.partial(resize_center_crop, side=size[0], interpolation=interpolation)
-    return Preprocess([Resize(size[0], mode), CenterCrop(size), *last], fast, num_fast=2)
+    return Preprocess([Resize(size[0], mode), CenterCrop(size), *last_steps], fast, num_fast=2)
 
 
 def image_transform(
@@ -290,18 +300,18 @@ def image_transform(
     fill_color: int = 0,
     aug_cfg: dict[str, Any] | AugmentationCfg | None = None,
 ) -> Callable[[Image], torch.Tensor]:
-    """Build a torchvision Compose from an image to a normalized float tensor [3, H, W].
+    """Build a torchvision Compose that maps an image to a normalized float tensor [3, H, W].
 
     The image is a PIL image of any mode, a uint8 array [H, W, 3], [H, W, 4] or [H, W], or a float tensor [3, H, W].
     The steps are those of open_clip 3.3 (`Resize`, `CenterCrop`, ... of torchvision), and the list may be edited.
 
     Args:
         image_size: side, or (height, width), in pixels.
-        is_train: augment, as `aug_cfg` says, or preprocess for evaluation, as `resize_mode` says.
-        mean, std: by channel or for all, of values from 0 to 1; those of OpenAI's CLIP by default.
-        resize_mode: see `PreprocessCfg`; `shortest` by default.
-        interpolation: see `PreprocessCfg`; `bicubic` by default.
-        fill_color: value of padding, with `longest`.
+        is_train: augment for training according to `aug_cfg`, otherwise preprocess for evaluation.
+        mean, std: per channel or one number for all, for values from 0 to 1; by default those of OpenAI's CLIP.
+        resize_mode: see `PreprocessCfg`; "shortest" by default. For evaluation only.
+        interpolation: see `PreprocessCfg`; "bicubic" by default.
+        fill_color: value of padding, with "longest".
         aug_cfg: an `AugmentationCfg`, or a dict of its fields.
 
     Raises:
@@ -327,7 +337,7 @@ def image_transform(
 def image_transform_v2(
     cfg: PreprocessCfg, is_train: bool, aug_cfg: dict[str, Any] | AugmentationCfg | None = None
 ) -> Callable[[Image], torch.Tensor]:
-    """`image_transform` of a `PreprocessCfg`."""
+    """Call `image_transform` with the fields of a `PreprocessCfg`."""
     return image_transform(
         cfg.size,
         is_train,

@@ -1,4 +1,4 @@
-"""The native image tower, and under their open_clip address the text tower and the blocks of both."""
+"""The native image tower. Also exports the text tower and the blocks, which open_clip has in this module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .layers import (
     MultiheadAttention,
     PatchDropout,
     QuickGELU,
-    may_wait_for_pooling,
+    can_follow_pooling,
 )
 from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import get_2d_sincos_pos_embed
@@ -55,23 +55,28 @@ __all__ = [
 
 
 class VisionTransformer(NotScriptable, nn.Module):
-    """Vision transformer (https://arxiv.org/abs/2010.11929) as CLIP has it, with a class token.
+    """CLIP's vision transformer (https://arxiv.org/abs/2010.11929) with a class token.
 
     Args:
-        image_size, patch_size: pixels; a number for squares, or (height, width).
+        image_size, patch_size: side or (height, width) in pixels.
         width, layers, heads, mlp_ratio, ls_init_value: of the blocks.
-        attentional_pool: True pools with an AttentionalPooler; "parallel" and "cascade" have a second one, with one
-            query, for the pooled feature, on the tokens or on the first one's output (CoCa).
-        attn_pooler_queries, attn_pooler_heads: of the first pooler, and the heads of both.
-        output_dim: of the features.
-        patch_dropout: fraction of the patches left out in training.
-        no_ln_pre: no layer norm before the blocks.
+        attentional_pool: True pools with an AttentionalPooler. "parallel" and "cascade" add a second pooler with one
+            query for the pooled features; its input is the tokens or the first pooler's output (CoCa).
+        attn_pooler_queries: number of queries of the first pooler.
+        attn_pooler_heads: number of heads of both poolers.
+        output_dim: width of the features.
+        patch_dropout: fraction of the patches to drop in training.
+        no_ln_pre: leave out the layer norm before the blocks.
         pos_embed_type: "learnable" or "sin_cos_2d" (fixed).
-        pool_type: the feature is the class token ("tok"), the mean of the patches ("avg"), or all tokens ("none").
-        final_ln_after_pool: pool before the final layer norm, not after it.
-        act_layer, norm_layer: called without arguments, and with a width.
+        pool_type: features are the class token ("tok"), the mean of the patches ("avg"), or all tokens ("none").
+        final_ln_after_pool: apply the final layer norm after pooling instead of before it.
+        act_layer: called without arguments.
+        norm_layer: called with a width.
         output_tokens: return (pooled features, tokens).
         others: as in Transformer.
+
+    Raises:
+        ValueError: an option is not known, or the image is smaller than a patch.
     """
 
     def __init__(
@@ -112,7 +117,10 @@ class VisionTransformer(NotScriptable, nn.Module):
         self.patch_size = patch_height, patch_width = to_2tuple(patch_size)
         self.grid_size = (image_height // patch_height, image_width // patch_width)
         if 0 in self.grid_size:
-            raise ValueError(f"an image of {self.image_size} pixels has no whole patch of {self.patch_size}")
+            raise ValueError(
+                f"An image of {self.image_size} pixels is smaller than a patch of {self.patch_size}. Raise image_size "
+                "or lower patch_size."
+            )
         self.final_ln_after_pool = final_ln_after_pool
         self.output_dim = output_dim
         self.pool_type = pool_type
@@ -121,7 +129,7 @@ class VisionTransformer(NotScriptable, nn.Module):
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = self._make_positional_embedding(pos_embed_type, width)
-        # without dropout there is no module in the way of a compiler or a hook
+        # An Identity without dropout, so that no PatchDropout stands in the way of a compiler or a hook.
         self.patch_dropout = PatchDropout(patch_dropout) if patch_dropout > 0 else nn.Identity()
         self.ln_pre = nn.Identity() if no_ln_pre else norm_layer(width)
         self.transformer = Transformer(
@@ -150,12 +158,12 @@ class VisionTransformer(NotScriptable, nn.Module):
                 self.attn_pool_type = attentional_pool
                 context = output_dim if attentional_pool == "cascade" else width
                 self.attn_pool_contrastive = AttentionalPooler(output_dim, context, attn_pooler_heads, 1, norm_layer)
-        # with two poolers, the norm comes before them
+        # With two poolers, the norm comes before them.
         self.ln_post = norm_layer(width if self.attn_pool_type else pooled_width)
         self.proj: nn.Parameter | None = nn.Parameter(scale * torch.randn(pooled_width, output_dim))
 
     def _make_positional_embedding(self, kind: str, width: int) -> nn.Parameter:
-        """[1 + patches, width]; the table of sines and cosines does not learn."""
+        """Make the position embeddings, [1 + patches, width]. Those of "sin_cos_2d" are not trained."""
         num_tokens = 1 + self.grid_size[0] * self.grid_size[1]
         if kind == "learnable":
             return nn.Parameter(width**-0.5 * torch.randn(num_tokens, width))
@@ -166,14 +174,15 @@ class VisionTransformer(NotScriptable, nn.Module):
         return table
 
     def init_parameters(self) -> None:
-        """Nothing: the initial values are those of the layers, as in CLIP."""
+        """Do nothing: CLIP keeps the initial values of the layers."""
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the tower but for its last groups: the projection; the last block with the final norm; the other
-        blocks from the back, one a group; what makes the embeddings.
+        """Freeze the tower except for its last groups.
 
         Args:
-            freeze_bn_stats: no effect: there is no batch norm here.
+            unlocked_groups: number of last groups to train. From the last to the first, the groups are the projection,
+                the last block with the final norm, each of the other blocks, and the embedding layers.
+            freeze_bn_stats: no effect: the tower has no batch norm.
         """
         set_trainable(self, False)
         if not unlocked_groups:
@@ -186,16 +195,14 @@ class VisionTransformer(NotScriptable, nn.Module):
         set_trainable(groups[-unlocked_groups:], True)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         return {"positional_embedding", "class_embedding"}
 
     def _fits_positions(self, height: int, width: int) -> bool:
-        """Whether images of another size than the tower's have one position per patch: a program has put other
-        position embeddings or another stride there.
-        """
+        """Return whether a program has changed the position embeddings or the stride so that this image size fits."""
         stride = getattr(self.conv1, "stride", self.patch_size)
         is_as_built = len(self.positional_embedding) == 1 + self.grid_size[0] * self.grid_size[1]
         if is_as_built and stride == self.patch_size:
@@ -203,7 +210,7 @@ class VisionTransformer(NotScriptable, nn.Module):
         return len(self.positional_embedding) == 1 + (height // stride[0]) * (width // stride[1])
 
     def _embeds(self, x: torch.Tensor) -> torch.Tensor:
-        """Images [batch, 3, height, width] -> tokens [batch, 1 + kept patches, width]"""
+        """Embed images [batch, 3, height, width] as tokens [batch, 1 + kept patches, width]."""
         check_images(x, self.image_size, lambda: self._fits_positions(*x.shape[-2:]))
         x = self.conv1(x).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
@@ -218,7 +225,7 @@ class VisionTransformer(NotScriptable, nn.Module):
         return x, x
 
     def _pool(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of the last block -> pooled features before the projection, and tokens."""
+        """Return pooled features before the projection, and tokens, from the output of the last block."""
         if self.attn_pool is not None:
             if self.attn_pool_type is not None:
                 x = self.ln_post(x)
@@ -226,8 +233,8 @@ class VisionTransformer(NotScriptable, nn.Module):
                 context = tokens if self.attn_pool_type == "cascade" else x
                 return self.attn_pool_contrastive(context).squeeze(1), tokens
             return self._global_pool(self.ln_post(self.attn_pool(x)))
-        # only the class token is wanted
-        only_class_token = self.pool_type == "tok" and not self.output_tokens and may_wait_for_pooling(self.ln_post, x)
+        # If only the class token is needed, the norm is applied to it alone.
+        only_class_token = self.pool_type == "tok" and not self.output_tokens and can_follow_pooling(self.ln_post, x)
         if self.final_ln_after_pool or only_class_token:
             pooled, tokens = self._global_pool(x)
             return self.ln_post(pooled), tokens
@@ -237,7 +244,7 @@ class VisionTransformer(NotScriptable, nn.Module):
         return pooled if self.proj is None else pooled @ self.proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Images [batch, 3, height, width] -> features [batch, output_dim], or (features, tokens)."""
+        """Encode images [batch, 3, height, width] to features [batch, output_dim], or to (features, tokens)."""
         pooled, tokens = self._pool(self.transformer(self._embeds(x)))
         pooled = self._project(pooled)
         return (pooled, tokens) if self.output_tokens else pooled
@@ -252,28 +259,35 @@ class VisionTransformer(NotScriptable, nn.Module):
         output_fmt: str = "NCHW",
         output_extra_tokens: bool = False,
     ) -> dict[str, Any]:
-        """Features of the blocks between.
+        """Compute the outputs of the blocks.
 
         Args:
             x: images, [batch, 3, height, width].
             indices: None for all blocks, n for the last n, or a list of indices.
-            stop_early: leave out the blocks after the last one wanted.
-            normalize_intermediates: apply the final layer norm to each.
-            intermediates_only: leave out the pooled features.
+            stop_early: skip the blocks after the last selected one.
+            normalize_intermediates: apply the final layer norm to each output.
+            intermediates_only: do not compute the pooled features.
             output_fmt: "NCHW" or "NLC".
-            output_extra_tokens: also the class token of each block.
+            output_extra_tokens: also return the class token of each block.
 
         Returns:
+            A dictionary.
             "image_intermediates": list of [batch, width, rows, columns] or [batch, patches, width];
-            "image_intermediates_prefix": list of [batch, 1, width], where asked for;
-            "image_features": [batch, output_dim], unless left out.
+            "image_intermediates_prefix": list of [batch, 1, width], with `output_extra_tokens`;
+            "image_features": [batch, output_dim], unless `intermediates_only`.
+
+        Raises:
+            ValueError: `output_fmt` is not known, or the final norm does not fit the blocks' outputs.
         """
         expect("output_fmt", output_fmt, ("NCHW", "NLC"))
         patch_rows, patch_columns = x.shape[-2] // self.patch_size[0], x.shape[-1] // self.patch_size[1]
         x, intermediates = self.transformer.forward_intermediates(self._embeds(x), None, indices, stop_early)
         if normalize_intermediates:
             if self.attn_pool is not None and self.attn_pool_type is None and self.output_dim != x.shape[-1]:
-                raise ValueError("this tower's final norm acts after attentional pooling: it fits no block's output")
+                raise ValueError(
+                    "The final norm of this tower comes after attentional pooling, so it fits no block's output. Set "
+                    "normalize_intermediates=False."
+                )
             intermediates = [self.ln_post(tokens) for tokens in intermediates]
         prefixes = [tokens[:, :1] for tokens in intermediates]
         intermediates = [tokens[:, 1:] for tokens in intermediates]
@@ -292,7 +306,11 @@ class VisionTransformer(NotScriptable, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates` with these indices does not need; returns the indices wanted."""
+        """Remove blocks, and optionally norm and projection, that `forward_intermediates` with `indices` does not need.
+
+        Returns:
+            The indices of the selected blocks.
+        """
         take = self.transformer.prune_intermediate_layers(indices)
         if prune_norm:
             self.ln_post = nn.Identity()

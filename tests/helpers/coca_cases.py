@@ -1,6 +1,6 @@
-"""Tiny CoCas with weights and inputs that a formula gives, and what their captions are asked for.
+"""Tiny CoCas with weights and inputs from a formula, and the arguments of `generate` for their captions.
 
-Used where open_clip_torch's answers are recorded (parity/record/coca.py) and where ours are compared with them
+Used to record the outputs of open_clip_torch (parity/record/coca.py) and to compare ours with them
 (parity/test_coca.py).
 """
 
@@ -76,13 +76,13 @@ _caption("sampled from a nucleus, hot", images=2, top_p=0.4, temperature=3.0, ge
 
 
 def build(module: Any, case: str = "plain") -> torch.nn.Module:
-    """The model of `case`, of the class in `module` (ours, or open_clip_torch's), in evaluation mode."""
+    """Build the model of `case` with the CoCa class of `module` (ours or open_clip_torch's), in evaluation mode."""
     vision, text, decoder, kwargs = copy.deepcopy(CASES[case])
     return module.CoCa(WIDTH, DECODER | decoder, TEXT | text, VISION | vision, **kwargs).eval()
 
 
 def filled(module: Any, case: str = "plain") -> torch.nn.Module:
-    """The same with weights by formula."""
+    """Build the same model with weights from a formula."""
     return native_cases.set_weights(build(module, case))
 
 
@@ -91,13 +91,13 @@ def images(count: int) -> torch.Tensor:
 
 
 def texts(pad_id: int = 0) -> torch.Tensor:
-    """One that is padded, and one that fills the context."""
+    """Return token ids [2, 10]: one text with padding, and one without."""
     return torch.tensor([[START, 3, 4, 5, END, *[pad_id] * 5], [START, 3, 4, 5, 6, 7, 8, 9, 10, END]])
 
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, case: str) -> dict[str, Any]:
-    """What the model of `case` says; the first one in each way of asking it."""
+    """Return the outputs of `forward`, and for the first case also those of the other methods and options."""
     image, text = images(2), texts(CASES[case][3].get("pad_id", 0))
     found: dict[str, Any] = {"forward": dict(model(image, text))}
     if case != "plain":
@@ -116,7 +116,7 @@ def answers(model: torch.nn.Module, case: str) -> dict[str, Any]:
 
 
 def caption(model: torch.nn.Module, name: str, **more: Any) -> list:
-    """The ids that `CAPTIONS[name]` asks for, with `more` arguments."""
+    """Generate the caption of `CAPTIONS[name]`, with additional arguments."""
     _, count, kwargs = CAPTIONS[name]
     kwargs = kwargs | more
     if "text" in kwargs:

@@ -1,6 +1,6 @@
-"""One model of each family of open_clip's, small enough for a training step in a test, on any device.
+"""One model of each family of open_clip, small enough for a training step in a test, on any device.
 
-Weights and inputs are given by a formula (tower_cases), so that two devices start alike; nothing is dropped at random.
+Weights and inputs are from a formula (tower_cases), so they are equal on all devices. There is no dropout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tower_cases
 from open_clip import checkpoint
 from versions import is_older, require_timm_model
 
-# name of the architecture -> its smallest trunk of the kind where its own is large, and what create_model is asked for
+# By name of the architecture: changes of vision_cfg (a smaller trunk of the same kind), and arguments of create_model
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "RN50": ({"layers": [1, 1, 1, 1]}, {"force_image_size": 64}),
     "convnext_tiny": ({"timm_model_name": "convnext_atto"}, {"force_image_size": 64}),
@@ -31,9 +31,9 @@ BATCH = 4
 
 
 def create(name: str) -> torch.nn.Module:
-    """The model of FAMILIES, on the CPU; the tower that its family is not about is a tiny one.
+    """Build a model of FAMILIES on the CPU. If its text tower is not special, it gets a tiny one.
 
-    Skips the test that runs where timm does not have the model.
+    The test is skipped if the installed timm does not have the model.
     """
     cfg = open_clip.get_model_config(name)
     assert cfg is not None
@@ -44,7 +44,7 @@ def create(name: str) -> torch.nn.Module:
         vision_cfg["timm_drop_path"] = 0.0
     if "timm_model_name" in vision_cfg or isinstance(vision_cfg.get("layers"), list):
         text_cfg = tower_cases.TEXT
-    # timm before 1.0.23 cannot fill the tables of a model that was built on the meta device.
+    # timm before 1.0.23 cannot fill the buffers of a model that was built on the meta device.
     device = "cpu" if is_older("timm", "1.0.23") else "meta"
     model = open_clip.create_model(
         name, device=device, vision_cfg=vision_cfg, text_cfg=text_cfg, output_dict=True, **options
@@ -54,7 +54,7 @@ def create(name: str) -> torch.nn.Module:
 
 
 def batch(model: Any, step: int) -> dict[str, torch.Tensor]:
-    """Images and texts for a training step."""
+    """Return images and texts for a training step."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     texts = (torch.arange(BATCH * model.context_length) * (7 + step)).remainder(60).reshape(BATCH, -1) + 1

@@ -1,6 +1,6 @@
-"""Runs a function of a test module in several processes of a gloo group.
+"""Run a function of a test module in several processes of a gloo group.
 
-The processes start once and run every world size in turn, because importing torch takes longer than the computation. A
+The processes start once and run all world sizes in turn, because importing torch takes longer than the computation. A
 test module calls `run_ranks(__file__, "function", world_sizes, directory)`. Each process calls
 `function(rank, world_size)` and saves the result: tensors, numbers, and lists and dicts of them.
 """
@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 
 def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], directory: Path) -> dict[int, list]:
-    """Return {world size: [result of each rank]}."""
+    """Run the function and return {world size: [result of each rank]}."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SOURCE), str(Path(__file__).parent)]),
@@ -45,7 +45,7 @@ def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], dir
 
 
 def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: float) -> None:
-    """Return when all have ended with status 0; at the first failure, kill the others, which may wait for it."""
+    """Wait until all have ended with status 0. After the first failure kill the others, which may wait for it."""
     deadline = time.monotonic() + seconds
     try:
         while any(statuses := [process.poll() for process in processes]) or None in statuses:
@@ -53,7 +53,8 @@ def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: f
             if not failed and time.monotonic() > deadline:
                 failed = [rank for rank, status in enumerate(statuses) if status is None]
             assert not failed, "\n".join(
-                f"Rank {n} {_fate(statuses[n], seconds)}:\n{(directory / f'output-{n}').read_text()}" for n in failed
+                f"Rank {n} {_describe_status(statuses[n], seconds)}:\n{(directory / f'output-{n}').read_text()}"
+                for n in failed
             )
             time.sleep(0.05)
     finally:
@@ -62,11 +63,11 @@ def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: f
             process.wait()
 
 
-def _fate(status: int | None, seconds: float) -> str:
+def _describe_status(status: int | None, seconds: float) -> str:
     return f"has not ended after {seconds:g} s" if status is None else f"ended with status {status}"
 
 
-def _main(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
+def _run_rank(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
     from training import distributed
 
     spec = importlib.util.spec_from_file_location(Path(module_file).stem, module_file)
@@ -84,4 +85,4 @@ def _main(module_file: str, function: str, rank: int, world_sizes: list[int], di
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), [int(n) for n in sys.argv[4].split(",")], Path(sys.argv[5]))
+    _run_rank(sys.argv[1], sys.argv[2], int(sys.argv[3]), [int(n) for n in sys.argv[4].split(",")], Path(sys.argv[5]))

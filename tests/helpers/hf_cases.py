@@ -1,7 +1,7 @@
-"""Tiny text models and tokenizers of transformers, made without a network and without anything random.
+"""Tiny text models and tokenizers of transformers, built without a network and without random values.
 
-Used where open_clip_torch's answers are recorded (parity/record/hf_towers.py) and where ours are compared with
-them. transformers is imported by those who use it only.
+Used to record the outputs of open_clip_torch (parity/record/hf_towers.py) and to compare ours with them. transformers
+is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -56,53 +56,57 @@ PROJECTIONS = (None, "linear", "mlp")
 
 
 def config(kind: str, **changes: Any) -> Any:
-    """transformers' configuration of a tiny model."""
+    """Return the transformers configuration of a tiny model."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(kind, **(SIZES[kind] | changes))
 
 
 def write_config(folder: Path, kind: str, **changes: Any) -> str:
-    """A folder that names such a model; what hf_model_name takes."""
+    """Write the configuration of a tiny model to a folder. Return its path, for hf_model_name."""
     config(kind, **changes).save_pretrained(folder)
     return str(folder)
 
 
 def write_clip(folder: Path, kind: str, text: dict[str, Any] | None = None, **changes: Any) -> str:
-    """A folder with a tiny CLIP that has such a text tower, below it; what create_model takes.
+    """Write the configuration of a tiny CLIP with such a text tower to a folder. Return its name for create_model.
 
-    Its tokenizer would be that of the folder, too. `text`: of the text_cfg; `changes`: of the text model.
+    Args:
+        folder: of the CLIP. The text tower and its tokenizer are in a subfolder.
+        kind: key of SIZES.
+        text: additional fields of text_cfg.
+        changes: fields of the text model's configuration.
     """
     name = tiny_clip.folder(folder)
     path = folder / "open_clip_config.json"
-    whole = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
     tower = write_config(folder / kind, kind, **changes)
-    whole["model_cfg"]["text_cfg"] = {
+    content["model_cfg"]["text_cfg"] = {
         "hf_model_name": tower, "hf_tokenizer_name": tower, "context_length": 12, **(text or {}),
     }  # fmt: skip
-    path.write_text(json.dumps(whole), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     return name
 
 
 def texts(kind: str) -> torch.Tensor:
-    """Ids [3, 9]: one text that fills the row, and two that are padded."""
+    """Return token ids [3, 9]: one text without padding, and two with padding."""
     pad = config(kind).pad_token_id
     rows = [[5, 12, 9, 28, 20, 7, 14, 6, 2], [8, 17, 22, 11, 2], [25, 2]]
     return torch.tensor([row + [pad] * (9 - len(row)) for row in rows])
 
 
 def fingerprint(tower: torch.nn.Module, features: torch.Tensor, tokens: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """A digest of the keys and shapes of a tower's state dict, and numbers that all its outputs go into."""
+    """Return a digest of the keys and shapes of a tower's state dict, and a sample of its outputs as one tensor."""
     layout = [(key, list(value.shape)) for key, value in tower.state_dict().items()]
     values = torch.cat([features.flatten(), tokens[:, :, :3].flatten()])
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest(), values
 
 
-# ---- tokenizers ----
+# Tokenizers
 
 CORPUS = "a photo of the dog sitting on a beach near water , two cats sleep . it's café naïve Österreich 日本 語 !"
 SPECIAL = ["[ZERO]", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "[EOS]"]
-# What a tokenizer's folder is loaded with, and the options of HFTokenizer that are tried on it
+# Kinds of tokenizers, and the options of HFTokenizer to test with them
 TOKENIZERS = ("words", "bytes", "pieces", "languages")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -119,16 +123,17 @@ _ONLY_FOR = {"strip": ("words", "bytes"), "clips": ("words", "bytes"), "French":
 
 
 def tokenizer_cases() -> list[tuple[str, str]]:
-    """(tokenizer, name of the options) of all that go together."""
+    """Return all valid pairs (kind of tokenizer, name of the options)."""
     pairs = itertools.product(TOKENIZERS, OPTIONS)
     return [(kind, name) for kind, name in pairs if kind in _ONLY_FOR.get(name.split()[0], TOKENIZERS)]
 
 
 def write_tokenizer(folder: Path, kind: str) -> str:
-    """A folder with the files of a small tokenizer; what hf_tokenizer_name takes.
+    """Write the files of a small tokenizer to a folder. Return its path, for hf_tokenizer_name.
 
-    "words": whole words, as a BERT would frame them. "bytes": byte pairs, as RoBERTa's. "pieces": as T5's.
-    "languages": as NLLB's.
+    Args:
+        kind: "words" for whole words between [CLS] and [SEP]; "bytes" for byte pairs as in RoBERTa; "pieces" as in T5;
+            "languages" as in NLLB.
     """
     make = {"words": _words, "bytes": _bytes, "pieces": _pieces, "languages": _languages}[kind]
     make().save_pretrained(folder)

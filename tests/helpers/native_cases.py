@@ -1,7 +1,7 @@
-"""Tiny native models with every option, with weights and inputs that a formula gives.
+"""Tiny native models with every option, and weights and inputs from a formula.
 
-Used where open_clip_torch's answers are recorded (parity/record/native_models.py) and where ours are compared
-with them (parity/test_native_models.py): nothing random has to agree between the two.
+Used to record the outputs of open_clip_torch (parity/record/native_models.py) and to compare ours with them
+(parity/test_native_models.py). With a formula, the two need not draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EOT = 29  # the highest id, as in CLIP's vocabulary
 
 
 def _cases() -> dict[str, tuple[str, dict, dict, dict]]:
-    """name -> (class name, vision_cfg, text_cfg, other arguments)"""
+    """Return (class name, vision_cfg, text_cfg, other arguments) by the name of the case."""
     cases = {}
 
     def add(
@@ -67,7 +67,7 @@ def _cases() -> dict[str, tuple[str, dict, dict, dict]]:
 
 CASES = _cases()
 
-# what forward_intermediates is asked for, with one model of each class
+# Arguments of forward_intermediates, tested with one model of each class
 INTERMEDIATES: dict[str, dict[str, Any]] = {
     "default": {},
     "last": {"image_indices": 1, "text_indices": 1},
@@ -87,13 +87,13 @@ LOCK_MODELS = ("CLIP plain", "CLIP attentional_pool", "CustomTextCLIP embed_cls"
 
 
 def build(module: Any, case: str) -> torch.nn.Module:
-    """The model of `case`, of the classes in `module` (ours, or open_clip_torch's), in evaluation mode."""
+    """Build the model of `case` with the classes of `module` (ours or open_clip_torch's), in evaluation mode."""
     cls, vision, text, kwargs = copy.deepcopy(CASES[case])
     return getattr(module, cls)(EMBED_DIM, vision, text, **kwargs).eval()
 
 
 def formula(name: str, shape: torch.Size | tuple[int, ...], scale: float = 0.3) -> torch.Tensor:
-    """Values in [-scale, scale] that look irregular, of `shape`, float32."""
+    """Return irregular values in [-scale, scale], float32."""
     size = int(torch.Size(shape).numel())
     phase = zlib.crc32(name.encode()) % 1000
     steps = torch.arange(size, dtype=torch.float64)
@@ -101,7 +101,7 @@ def formula(name: str, shape: torch.Size | tuple[int, ...], scale: float = 0.3) 
 
 
 def set_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Fill `model` by formula; what is fixed (sine-cosine tables) stays."""
+    """Set the trainable parameters of `model` by the formula. Fixed sine-cosine tables are not changed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -111,7 +111,7 @@ def set_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def inputs(case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two images, and two texts: one that fills the context and one that is padded."""
+    """Return two images, and the token ids of two texts: one without padding, and one with it."""
     _, vision, text_cfg, _ = CASES[case]
     size = vision["image_size"]
     height, width = size if isinstance(size, tuple) else (size, size)

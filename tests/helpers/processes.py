@@ -1,4 +1,4 @@
-"""Commands in processes of their own, of which nothing is left behind when they take too long."""
+"""Run commands in child processes, which are all killed after a timeout."""
 from __future__ import annotations
 
 import os
@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """For commands of this tree: its source first, one thread (several commands share the machine's cores)."""
+    """Return the environment for commands of this tree: its source in PYTHONPATH, and one thread per process."""
     return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **variables}
 
 
 def run(
     command: list[object], folder: Path | None = None, status: int = 0, timeout: float = 280, **variables: str
 ) -> str:
-    """Runs a command and returns what it printed, to both streams; fails unless it exits with `status`.
+    """Run a command and return its output, stdout and stderr together. Fail unless it exits with `status`.
 
-    On a timeout the whole process group goes: torchrun's workers and loaders' too.
+    After a timeout the whole process group is killed, including workers of torchrun and of data loaders.
     """
     process = subprocess.Popen(
         [str(word) for word in command], cwd=folder, env=environment(**variables), text=True,
@@ -38,7 +38,7 @@ def run(
 
 
 def is_running(number: int) -> bool:
-    """Whether a process is there and not only waits to be reaped."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -46,7 +46,7 @@ def is_running(number: int) -> bool:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Returns when the condition holds; fails when it does not in time."""
+    """Wait until the condition holds. Fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, condition

@@ -1,7 +1,7 @@
-"""ResNet and timm image towers with weights and inputs that a formula gives.
+"""ResNet and timm image towers, and weights and inputs from a formula.
 
-Used where open_clip_torch's answers are recorded (parity/record/timm_towers.py) and where ours are compared with them
-(parity/test_towers.py): nothing random has to agree between the two.
+Used to record the outputs of open_clip_torch (parity/record/timm_towers.py) and to compare ours with them
+(parity/test_towers.py). With a formula, the two need not draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 TEXT: dict[str, Any] = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
 
-# Two of each family, the smallest with another architecture, and what is alone in its kind: name -> image size
+# Image size by name: two models of each family that differ in architecture, as small as possible, and single models
 MODELS = {
     "RN50": 64,
     "RN101-quickgelu": 64,
@@ -42,7 +42,7 @@ MODELS = {
     "vit_relpos_medium_patch16_cls_224": 48,
 }
 
-# timm's own tiny models, with all that TimmModel can be asked for
+# timm's tiny test models (with image sizes), tested with all options of TimmModel
 TRUNKS = {
     "test_vit": 160, "test_vit_relpos": 160, "test_resnet": 160, "test_convnext": 160, "test_efficientnet": 160,
     "test_mambaout": 160, "test_byobnet": 160,
@@ -72,15 +72,15 @@ LOCKS = ("RN50", "convnext_tiny", "EVA02-B-16", "MobileCLIP-S1")
 
 
 def config(open_clip: Any, name: str) -> dict[str, Any]:
-    """The configuration of `name` at the size in MODELS, and with a text tower that is of no account."""
+    """Return the configuration of `name`, with a tiny text tower."""
     cfg = copy.deepcopy(open_clip.get_model_config(name))
     cfg["text_cfg"] = dict(TEXT)
     return cfg
 
 
 def formula(name: str, shape: torch.Size | tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
-    """Values in [-scale, scale] that look irregular, of `shape`, float32; quick for large shapes."""
-    period = 4093  # a prime: rows of no width repeat each other
+    """Return irregular values in [-scale, scale], float32. It is fast for large shapes."""
+    period = 4093  # a prime, so that rows do not repeat
     steps = torch.arange(period, dtype=torch.float64)
     table = (scale * torch.cos(steps * steps * 0.37 + steps * 1.7)).float()
     size, phase = int(torch.Size(shape).numel()), zlib.crc32(name.encode()) % period
@@ -88,7 +88,7 @@ def formula(name: str, shape: torch.Size | tuple[int, ...], scale: float = 1.0) 
 
 
 def weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by formula with the names and shapes of `state_dict`, of a size that deep towers bear."""
+    """Return weights from the formula for `state_dict`, scaled so that activations of deep towers stay finite."""
     found = {}
     for name, value in state_dict.items():
         kind = name.rpartition(".")[2]
@@ -114,7 +114,7 @@ def texts() -> torch.Tensor:
 
 
 def layout(module: torch.nn.Module) -> list[tuple[str, list[int], str]]:
-    """Names, shapes and dtypes of a state dict, in its order."""
+    """Return names, shapes and dtypes of a state dict, in its order."""
     return [(key, list(value.shape), str(value.dtype)) for key, value in module.state_dict().items()]
 
 
@@ -123,7 +123,7 @@ def digest(content: Any) -> str:
 
 
 def sample(value: Any) -> Any:
-    """A tensor's shape and a few of its values; containers of them alike."""
+    """Return the shape and eight values of a tensor, or of each tensor in a container."""
     if isinstance(value, torch.Tensor):
         flat = value.detach().flatten().float()
         return {"shape": list(value.shape), "values": flat[torch.linspace(0, len(flat) - 1, 8).long()].tolist()}

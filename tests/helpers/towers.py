@@ -1,4 +1,4 @@
-"""A model of two tiny towers, its batches, and an epoch of them: what tests of training steps share."""
+"""A model of two tiny towers, batches for it, and an epoch of batches, for tests of training steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from training.checkpoint import TrainState
 
 CPU = torch.device("cpu")
-SIZE = 4  # samples of a batch
+SIZE = 4  # samples per batch
 
 
 class Towers(nn.Module):
-    """Two small towers with dropout, in float64, so that only a wrong formula makes a difference."""
+    """Two small towers with dropout, in float64, so that rounding cannot hide or cause a difference."""
 
     def __init__(self, dropout: float = 0.0, bias: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small runs of the training command: a model, data on disk, and what a run left behind."""
+"""Small runs of the training command: a model, data on disk, and readers of a run's results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 import processes
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "grey": (128, 128, 128)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "grey": (128, 128, 128)}
 MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -23,7 +23,7 @@ MODEL = {
 
 
 def write_model(folder: Path, **changes: object) -> str:
-    """A folder with the configuration of a tiny CLIP; what --model takes for it."""
+    """Write the configuration of a tiny CLIP to a folder. Return its name for --model."""
     folder.mkdir(parents=True)
     config = {"model_cfg": MODEL | changes, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -31,20 +31,20 @@ def write_model(folder: Path, **changes: object) -> str:
 
 
 def png(number: int) -> bytes:
-    """A noisy image in one of four colours."""
-    colour = list(COLOURS.values())[number % 4]
+    """Return a noisy image in one of four colors."""
+    color = list(COLORS.values())[number % 4]
     noise = np.random.RandomState(number).randint(-25, 25, (40, 40, 3))
     buffer = io.BytesIO()
-    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def caption(number: int) -> str:
-    return f"{number}, something {list(COLOURS)[number % 4]}"
+    return f"{number}, something {list(COLORS)[number % 4]}"
 
 
 def write_csv(folder: Path, count: int) -> Path:
-    """`count` images, and a tab-separated file with their paths and captions."""
+    """Write `count` images, and a tab-separated file with their paths and captions. Return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = ["filepath\ttitle"]
     for number in range(count):
@@ -55,7 +55,7 @@ def write_csv(folder: Path, count: int) -> Path:
 
 
 def write_shards(folder: Path, shards: int, per_shard: int, captions: bool = True) -> str:
-    """Shards with a sizes.json; their brace expression."""
+    """Write shards and a sizes.json. Return the shards' brace expression."""
     folder.mkdir(parents=True)
     for shard in range(shards):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
@@ -70,8 +70,8 @@ def write_shards(folder: Path, shards: int, per_shard: int, captions: bool = Tru
 
 
 def write_classes(folder: Path, per_class: int) -> Path:
-    """A folder of images for each colour."""
-    for index, name in enumerate(COLOURS):
+    """Write a folder of images for each color."""
+    for index, name in enumerate(COLORS):
         (folder / name).mkdir(parents=True)
         for number in range(per_class):
             (folder / name / f"{number}.png").write_bytes(png(1000 + index + 4 * number))
@@ -79,18 +79,18 @@ def write_classes(folder: Path, per_class: int) -> Path:
 
 
 def command(*options: object, ranks: int = 1) -> list[str]:
-    """`python -m training.main ...`, or the same under torchrun."""
+    """Return the command `python -m training.main ...`, under torchrun for several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "training.main", *map(str, options)]
 
 
 def run(*options: object, ranks: int = 1, status: int = 0) -> str:
-    """Runs the command in processes of its own, checks its exit status, and returns what it printed."""
+    """Run the training command in child processes, check its exit status, and return its output."""
     return processes.run(command(*options, ranks=ranks), status=status)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """TensorBoard's numbers of a run: tag -> step -> value."""
+    """Return the TensorBoard scalars of a run: tag -> step -> value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -99,7 +99,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights without DDP's prefix."""
+    """Return a checkpoint's weights without DDP's prefix."""
     saved = torch.load(folder / "checkpoints" / name, weights_only=True)["state_dict"]
     return {key.removeprefix("module."): value for key, value in saved.items()}
 

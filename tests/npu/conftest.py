@@ -1,7 +1,7 @@
-"""Everything in this folder runs on the real torch_npu, over the emulated CANN: `make test-npu`.
+"""Configuration of the NPU tests, which run on the real torch_npu with the emulated CANN: `make test-npu`.
 
-Where the NPU is asked for (-m npu) and is not there, that is an error and not a row of skipped tests. Where it is not
-asked for, these files are not even imported: they use torch_npu as they go.
+With -m npu, a missing NPU is an error, so the tests are never skipped silently. Otherwise, without an NPU the test
+files are not imported, because they import torch_npu.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_clip import device
 
 HERE = Path(__file__).parent
 MISSING = device.get("npu").why_missing()
-os.environ.setdefault("CANN_EMULATOR_STRICT", "1")  # a test that needs what an NPU does not have sets 0
+os.environ.setdefault("CANN_EMULATOR_STRICT", "1")  # tests that need unsupported operations set 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,12 +1,13 @@
-"""Ask pip what it would install with each file of constraints/, on x86-64 and aarch64. Needs a package index.
+"""Check what pip would install with each file of constraints/, on x86-64 and aarch64. Needs a package index.
 
     python tests/npu/dry_run_install.py                                    all pairs, with this Python
     python tests/npu/dry_run_install.py --python python3.10 python3.11 --torch 2.9.0 2.13.0
 
-For each pair it makes an environment that claims to hold the CPU build of torch and the torch_npu for it, with the
-requirements of their real wheels. There it runs `pip install --dry-run -c constraints/torch-X.txt -r requirements.txt`.
-The result must contain no torch, no CUDA package, and the torchvision for that torch. Nothing is installed. A release
-that the index does not have is skipped with pip's reason. `--without-constraints` shows what pip does without the file.
+For each pair of torch and torch_npu, it creates an environment with the metadata of the CPU build of torch and of
+torch_npu, including the requirements of the real wheels. There it runs
+`pip install --dry-run -c constraints/torch-X.txt -r requirements.txt`. The result must contain no torch, no CUDA
+package, and the torchvision for that torch. Nothing is installed. A release that the index does not have is skipped
+with pip's reason. `--without-constraints` shows what pip does without the file.
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ torch_versions = write.load_torch_versions()
 
 
 class Unavailable(Exception):
-    """The index has no such release for this machine."""
+    """Raised if the index does not have a release for this machine."""
 
 
 class Environment:
@@ -43,7 +44,7 @@ class Environment:
     def __init__(self, python: str, machine: str, folder: Path) -> None:
         subprocess.run([python, "-m", "venv", folder], check=True)
         self.python = folder / "bin/python"
-        # --platform together with --dry-run needs a newer pip than the one that Python 3.10 and 3.11 bring.
+        # --platform together with --dry-run needs a newer pip than that of Python 3.10 and 3.11.
         subprocess.run([self.python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
         (self.site_packages,) = folder.glob("lib/python*/site-packages")
         self.name = f"{self.site_packages.parent.name} {machine}"
@@ -52,7 +53,7 @@ class Environment:
         self.platforms = [word for name in PLATFORMS for word in ("--platform", f"{name}_{machine}")]
 
     def resolve(self, *arguments: str) -> dict[str, dict]:
-        """Metadata of what `pip install` of the arguments would install, by normalised name."""
+        """Return the metadata of the packages that `pip install` would install, by normalized name."""
         report = self.site_packages / "report.json"
         command = [
             self.python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report,
@@ -66,7 +67,7 @@ class Environment:
         return {metadata["name"].lower().replace("_", "-"): metadata for metadata in found}
 
     def pretend(self, name: str, version: str, requirements: list[str]) -> None:
-        """Add the metadata of an installed distribution; one of another version is replaced."""
+        """Add the metadata of an installed distribution. Metadata of another version is replaced."""
         for old in self.site_packages.glob(f"{name}-*.dist-info"):
             shutil.rmtree(old)
         folder = self.site_packages / f"{name}-{version}.dist-info"
@@ -78,7 +79,7 @@ class Environment:
         (folder / "RECORD").write_text("", encoding="utf-8")
 
     def pretend_pair(self, torch: str) -> str:
-        """Claim to hold torch's CPU build and the newest torch_npu for it; return that torch_npu's version."""
+        """Add the metadata of torch's CPU build and of the newest torch_npu for it. Return the torch_npu version."""
         wheels = self.resolve("--ignore-installed", "--no-deps", f"torch=={torch}", f"torch_npu=={torch}.*")
         cpu_build = [line for line in wheels["torch"].get("requires_dist", []) if not CUDA.search(line)]
         self.pretend("torch", f"{torch}+cpu", cpu_build)
@@ -88,7 +89,7 @@ class Environment:
 
 
 def try_pair(environment: Environment, torch: str, with_constraints: bool) -> tuple[str, list[str]]:
-    """What was tried, and what is wrong with what pip would install over this pair."""
+    """Return a description of the check, and the wrong packages that pip would install with this pair."""
     torch_npu = environment.pretend_pair(torch)
     constraints = ["-c", str(ROOT / f"constraints/torch-{torch}.txt")] if with_constraints else []
     found = environment.resolve(*constraints, "-r", str(ROOT / "requirements.txt"))
@@ -105,7 +106,7 @@ def main() -> int:
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters to resolve for")
     parser.add_argument("--machine", nargs="+", default=["x86_64", "aarch64"])
     parser.add_argument("--torch", nargs="+", default=list(write.TORCH), help="releases of torch")
-    parser.add_argument("--without-constraints", action="store_true", help="leave the constraint files out")
+    parser.add_argument("--without-constraints", action="store_true", help="do not use the constraint files")
     options = parser.parse_args()
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for python in options.python:

@@ -1,4 +1,4 @@
-"""Processes that use the emulated NPU: their environment, and what they print."""
+"""Run Python source in processes that use the emulated NPU."""
 from __future__ import annotations
 
 import os
@@ -18,7 +18,11 @@ def free_port() -> int:
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """The environment of a process that uses the emulated NPU, with the emulator's settings (README) in lower case."""
+    """Return the environment of a process that uses the emulated NPU.
+
+    Args:
+        settings: settings of the emulator (README.md) without the prefix CANN_EMULATOR_, in lower case.
+    """
     emulator = {f"CANN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
     inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests/helpers", "tests/npu"))
@@ -26,12 +30,12 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def printed(out: str) -> list[str]:
-    """The lines of a process's output, less the one with which torch_npu greets where CANN's folder is not set."""
+    """Return the lines of an output without torch_npu's warning that CANN's folder is not set."""
     return [line for line in out.splitlines() if "ASCEND_HOME_PATH" not in line]
 
 
 def run_script(script: str, **settings: object) -> list[str]:
-    """Runs Python source in a process of its own, which the settings need: they are read when torch_npu loads."""
+    """Run Python source in a new process, because settings are read when torch_npu loads. Return the printed lines."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], env=environment(**settings), capture_output=True, text=True,
         timeout=120, check=False,
@@ -41,7 +45,7 @@ def run_script(script: str, **settings: object) -> list[str]:
 
 
 def start_ranks(script: str, count: int, **settings: object) -> list[subprocess.Popen[str]]:
-    """Starts `count` processes of Python source, with the variables that torchrun would set and an NPU for each."""
+    """Start `count` processes that run Python source, with the variables that torchrun sets and one NPU each."""
     port = free_port()
     ranks = []
     for rank in range(count):
@@ -56,7 +60,7 @@ def start_ranks(script: str, count: int, **settings: object) -> list[subprocess.
 
 
 def finish_ranks(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """(exit status, stdout, stderr) of each rank."""
+    """Wait for the ranks, and return (exit status, stdout, stderr) of each."""
     finished = []
     for process in ranks:
         try:
@@ -70,7 +74,7 @@ def finish_ranks(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> li
 
 
 def run_ranks(script: str, count: int, **settings: object) -> list[list[str]]:
-    """The lines that each rank printed; fails where one failed."""
+    """Run Python source on `count` ranks. Return the lines that each rank printed. Fail if a rank fails."""
     finished = finish_ranks(start_ranks(script, count, **settings))
     for status, out, err in finished:
         assert status == 0, out + err

@@ -1,4 +1,4 @@
-"""Training of a tiny CLIP on deterministic data, step by step through the project's own Trainer, on any device."""
+"""Training steps of a tiny CLIP on deterministic data with the project's Trainer, on any device."""
 from __future__ import annotations
 
 from collections import Counter
@@ -24,13 +24,17 @@ NPU = torch.device("npu", 0)
 
 
 def make_model(seed: int = 0, **changes: Any) -> open_clip.CLIP:
-    """Initialised on the CPU, so that the start is the same on every device. `changes`: see tiny_clip.config."""
+    """Build a tiny CLIP on the CPU, so that its weights are the same for every device.
+
+    Args:
+        changes: see tiny_clip.config.
+    """
     torch.manual_seed(seed)
     return open_clip.CLIP(**tiny_clip.config(**changes), output_dict=True)
 
 
 def make_batch(step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
-    """This rank's part of a step's global batch, on the CPU; images and texts of a pair have something in common."""
+    """Return this rank's part of the global batch of a step, on the CPU. Images and texts of a pair are correlated."""
     generator = torch.Generator().manual_seed(1000 + step)
     kind = torch.randint(0, 50, (GLOBAL_BATCH, 1), generator=generator)
     texts = (kind + torch.arange(12)).remainder(60)
@@ -42,7 +46,7 @@ def make_batch(step: int, rank: int = 0, world_size: int = 1) -> dict[str, torch
 
 
 def move(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """To the device as training does it: from memory that is pinned for it, without waiting."""
+    """Copy a batch to the device as training does: from pinned memory, without waiting."""
     if devices.get(device).pin_memory:
         batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
@@ -52,10 +56,16 @@ def make_trainer(
     device: torch.device, chosen: str = "fp32", fused_optimizer: str = "auto", linked: bool = False,
     model: torch.nn.Module | None = None, **scaler: Any,
 ) -> Trainer:  # fmt: skip
-    """`linked`: --local-loss --gather-with-grad, in the process group of training.distributed."""
+    """Create a Trainer.
+
+    Args:
+        chosen: the precision.
+        linked: train with DDP, --local-loss and --gather-with-grad in the process group of training.distributed.
+        scaler: arguments of the gradient scaler.
+    """
     model = (make_model() if model is None else model).to(device).train()
     objective = create_objective(ObjectiveConfig(local_loss=linked, gather_with_grad=linked), model)
-    # A large eps: AdamW otherwise makes rounding errors of gradients that are 0 as large as any other step.
+    # A large eps, because otherwise AdamW scales rounding errors of zero gradients up to the size of a normal step.
     cfg = OptimConfig(lr=2e-3, eps=1e-4, fused_optimizer=fused_optimizer)
     optimizer = create_optimizer(model, cfg, device)
     return Trainer(
@@ -71,7 +81,7 @@ def make_trainer(
 
 
 def train(trainer: Trainer, steps: int, rank: int = 0, world_size: int = 1) -> list[float]:
-    """The losses over the global batch."""
+    """Train for `steps` steps, and return the losses over the global batch."""
     losses = []
     for step in range(steps):
         loss = trainer.step([move(make_batch(step, rank, world_size), trainer.device)], step)["loss"]
@@ -84,7 +94,7 @@ def train(trainer: Trainer, steps: int, rank: int = 0, world_size: int = 1) -> l
 
 
 def encode(model: open_clip.CLIP, device: torch.device) -> list[torch.Tensor]:
-    """Features of an image and a text batch, on the CPU."""
+    """Return the normalized features of an image batch and a text batch, on the CPU."""
     batch = make_batch(0)
     model = model.to(device).eval()
     with torch.no_grad():
@@ -93,9 +103,9 @@ def encode(model: open_clip.CLIP, device: torch.device) -> list[torch.Tensor]:
 
 
 def replace_fused_adamw() -> torch.library.Library:
-    """Give the NPU a `_fused_adamw_` that ignores found_inf and grad_scale, as op-plugin's does, until `_destroy()`.
+    """Register a `_fused_adamw_` for the NPU that ignores found_inf and grad_scale, as op-plugin's does.
 
-    op_plugin/ops/opapi/FusedAdamWKernelNpuOpApi.cpp.
+    Source: op_plugin/ops/opapi/FusedAdamWKernelNpuOpApi.cpp. `_destroy()` of the result removes it.
     """
 
     def fused_adamw(
@@ -115,12 +125,12 @@ def replace_fused_adamw() -> torch.library.Library:
     return library
 
 
-# Whose result has a size, or is a number, that the host must know.
+# Operators whose result is a number or has a data-dependent size, so that the host waits for it.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that are called, and in `waits` those for which the host waits for the device."""
+    """Counts the called operators, and in `waits` those for which the host waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +149,7 @@ class Calls(TorchDispatchMode):
         return result
 
 
-# Shapes of model for which an additive mask or a copy to the host is easily made.
+# Configurations in which an additive mask or a copy to the host is likely by mistake.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "quick_gelu": {"quick_gelu": True},

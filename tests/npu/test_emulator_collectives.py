@@ -1,4 +1,4 @@
-"""The emulated HCCL under the real ProcessGroupHCCL: each collective against its definition, and what goes wrong."""
+"""The emulated HCCL with the real ProcessGroupHCCL: each collective against its definition, and errors."""
 from __future__ import annotations
 
 import signal
@@ -61,7 +61,7 @@ for work in dist.batch_isend_irecv([
     dist.P2POp(dist.isend, mine(), right), dist.P2POp(dist.isend, mine(), left),
     dist.P2POp(dist.irecv, from_left, left), dist.P2POp(dist.irecv, from_right, right),
 ]): work.wait()
-if world > 2:  # with two ranks both neighbours are the same, and the order of equal pairs decides
+if world > 2:  # with two ranks both neighbors are the same rank, and messages are matched by their order
     same("ring from left", from_left, mine(left).cpu()); same("ring from right", from_right, mine(right).cpu())
 objects = [None] * world; dist.all_gather_object(objects, {"rank": rank})
 assert [o["rank"] for o in objects] == list(range(world))
@@ -78,7 +78,7 @@ print("done")
 def test_every_collective(world: int, tmp_path: Path) -> None:
     for lines in run_ranks(EVERY_COLLECTIVE, world, shm=tmp_path):
         assert lines[-1] == "done"
-    assert list(tmp_path.iterdir()) == []  # the last rank out removes the folder
+    assert list(tmp_path.iterdir()) == []  # the last rank removes the folder
 
 
 MISMATCHES = """
@@ -99,11 +99,11 @@ refused("root", lambda: dist.broadcast(ones(), src=0), lambda: dist.broadcast(on
 refused("dtype", lambda: dist.all_reduce(ones()), lambda: dist.all_reduce(ones(dtype=torch.float16)))
 refused("operation", lambda: dist.all_reduce(ones()), lambda: dist.all_reduce(ones(), op=dist.ReduceOp.MAX))
 refused("nothing", lambda: dist.all_reduce(ones()), lambda: dist.all_reduce(ones()))
-sys.stdout.flush(); os._exit(0)  # the group has been told of errors
+sys.stdout.flush(); os._exit(0)  # skip the cleanup, because the process group has seen errors
 """
 
 
-def test_calls_that_do_not_match_are_named() -> None:
+def test_mismatched_calls_are_reported() -> None:
     for status, out, err in finish_ranks(start_ranks(START + MISMATCHES, 2)):
         assert status == 0, err
         assert printed(out) == [f"{name} refused" for name in ("count", "call", "root", "dtype", "operation")] + [
@@ -121,7 +121,7 @@ def test_two_ranks_on_one_device_are_refused() -> None:
     assert any("both use device 0" in err for _, _, err in finished)
 
 
-def test_folder_goes_after_a_crash(tmp_path: Path) -> None:
+def test_the_folder_is_removed_after_a_crash(tmp_path: Path) -> None:
     script = f"{START}\ndist.all_reduce(mine())\nprint('up', flush=True)\nimport time; time.sleep(60)"
     ranks = start_ranks(script, 2, shm=tmp_path)
     for process in ranks:
@@ -137,7 +137,7 @@ def test_folder_goes_after_a_crash(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dead_peer_is_an_error_and_no_hang() -> None:
+def test_a_dead_peer_raises_and_does_not_hang() -> None:
     again = "dist.all_reduce(mine()); torch.npu.synchronize()"
     script = f"{START}\n{again}\nif rank == 1: os._exit(3)\n{again}"
     (status, _, err), (dead, _, _) = finish_ranks(start_ranks(script, 2))

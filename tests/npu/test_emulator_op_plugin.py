@@ -1,4 +1,4 @@
-"""The emulator does what op-plugin's kernels do, where these differ from torch's: see the table in README.md."""
+"""The emulator computes what op-plugin's kernels compute where they differ from torch's. See the table in README.md."""
 from __future__ import annotations
 
 import pytest
@@ -10,7 +10,7 @@ from npu_training import NPU, Calls
 
 
 def step_with_found_inf(optimizer: type[torch.optim.Optimizer], gradient: float, **options: object) -> torch.Tensor:
-    """A weight of 1 after a step with `found_inf` set, as a gradient scaler or the guard sets it."""
+    """Return a weight that was 1 before a step with `found_inf` set, as a gradient scaler or the guard sets it."""
     weight = torch.nn.Parameter(torch.ones(4, device=NPU))
     built = optimizer([weight], **{"lr": 0.1, "fused": True, **options})
     weight.grad = torch.full_like(weight, gradient)
@@ -28,7 +28,7 @@ def test_fused_adamw_ignores_found_inf() -> None:
 
 
 def test_fused_adamw_ignores_grad_scale() -> None:
-    """Adam's step does not depend on a gradient's scale, its moments do."""
+    """The moments show it: Adam's step itself does not depend on the scale of the gradient."""
     weight = torch.nn.Parameter(torch.ones(4, device=NPU))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     weight.grad = torch.full_like(weight, 1024.0)
@@ -41,11 +41,11 @@ def test_fused_adamw_ignores_grad_scale() -> None:
     ("optimizer", "options"),
     [(torch.optim.Adam, {}), (torch.optim.AdamW, {"lr": torch.tensor(0.1)}), (torch.optim.SGD, {})],
 )
-def test_the_other_fused_optimizers_look_at_found_inf(optimizer: type, options: dict) -> None:
+def test_other_fused_optimizers_obey_found_inf(optimizer: type, options: dict) -> None:
     assert step_with_found_inf(optimizer, float("nan"), **options).tolist() == [1.0] * 4
 
 
-def test_gelu_is_the_tanh_form_whatever_is_asked() -> None:
+def test_gelu_is_always_the_tanh_form() -> None:
     x = torch.linspace(-4, 4, 64, requires_grad=True)
     there = x.detach().to(NPU).requires_grad_()
     for approximate in ("none", "tanh"):
@@ -88,7 +88,7 @@ def test_attention_is_the_fused_operator() -> None:
 
 
 def test_rows_without_keys() -> None:
-    """Zeros by scaled_dot_product_attention, as torch's: it sets inner_precise 2. Without that, the values' mean."""
+    """scaled_dot_product_attention sets inner_precise 2, which gives zeros as in torch. Otherwise it is a mean."""
     query, key, value = queries()
     mask = torch.ones(5, 5, dtype=torch.bool, device=NPU)
     mask[2] = False
@@ -103,7 +103,7 @@ def test_rows_without_keys() -> None:
     assert not any(gradient.any() for gradient in found)
 
 
-def test_dropout_of_attention_keeps_what_it_should_and_follows_the_seed() -> None:
+def test_attention_dropout_follows_the_seed_and_is_the_same_in_the_backward_pass() -> None:
     query, key, value = queries()
     value = torch.ones_like(value).requires_grad_()
 

@@ -1,4 +1,4 @@
-"""The operators that CLIP models use, from PyTorch's own database of operators and inputs, on NPU and CPU."""
+"""The operators that CLIP models use, on NPU and CPU, with the inputs of PyTorch's operator database."""
 from __future__ import annotations
 
 import pytest
@@ -42,16 +42,16 @@ def leaves(value: object) -> list[torch.Tensor]:
     return []
 
 
-def test_the_list_is_not_stale() -> None:
+def test_all_listed_operators_exist() -> None:
     assert {op.name for op in OPS} == USED
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: f"{op.name}.{op.variant_test_name}".rstrip("."))
 def test_operator_equals_the_cpu_forward_and_backward(op: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")  # some inputs are float64 or masks that are added
+    monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")  # some inputs are float64 or additive masks
     torch.manual_seed(0)
     samples = list(op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd))
-    samples = [sample for sample in samples if not sample.kwargs.get("dropout_p")][:6]  # each device draws its own
+    samples = [sample for sample in samples if not sample.kwargs.get("dropout_p")][:6]  # dropout differs per device
     assert samples
     for sample in samples:
         results = {}

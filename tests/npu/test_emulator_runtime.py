@@ -1,4 +1,4 @@
-"""The emulated runtime under the real torch_npu: devices, memory, AMP, random numbers, strict and delayed modes."""
+"""The emulated runtime with the real torch_npu: devices, memory, AMP, random numbers, strict and delayed modes."""
 from __future__ import annotations
 
 import math
@@ -10,7 +10,7 @@ from emulated import run_script
 NPU = "npu"
 
 
-def test_device_is_seen_as_an_npu() -> None:
+def test_the_device_is_an_npu() -> None:
     assert torch.npu.is_available()
     assert torch.npu.get_device_name(0).startswith("Ascend")
     assert torch.get_device_module(NPU) is torch.npu
@@ -34,9 +34,9 @@ def test_several_devices() -> None:
     assert lines == ["4 npu:2 npu:1 Ascend910B4", "refused"]
 
 
-def test_copies_leave_each_tensor_where_it_is() -> None:
+def test_copies_do_not_change_the_device_of_a_tensor() -> None:
     here, there = torch.zeros(2), torch.ones(2, device=NPU)
-    with torch.inference_mode():  # with autograd's own kernel, which answers for itself, out of the way
+    with torch.inference_mode():  # without autograd's kernel, which would hide a wrong result of copy_
         assert torch.ops.aten.copy_(here, there).device.type == "cpu"
         assert here.tolist() == [1, 1]
         assert torch.ops.aten.copy_(there, 3 * here).device.type == "npu"
@@ -52,7 +52,7 @@ def test_memory_is_counted_and_freed() -> None:
     assert torch.npu.memory_allocated() == before
 
 
-def test_out_of_memory_is_torchs_exception_and_one_recovers() -> None:
+def test_out_of_memory_raises_torchs_exception_and_can_be_handled() -> None:
     lines = run_script(
         """
         from open_clip import device
@@ -72,7 +72,7 @@ def test_out_of_memory_is_torchs_exception_and_one_recovers() -> None:
 
 
 def test_training_equals_the_cpu() -> None:
-    """Five AdamW steps of a small network, with the same start."""
+    """Five AdamW steps of a small network with the same initial weights."""
 
     def train(device: str) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_autocast_computes_products_in_the_lower_precision(dtype: torch.dtype) -
         assert (x @ x).dtype == torch.float16
 
 
-def test_scaler_skips_an_overflow_and_goes_on() -> None:
+def test_scaler_skips_an_overflow_and_continues() -> None:
     weight = torch.nn.Parameter(torch.ones(4, device=NPU))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scaler = torch.npu.amp.GradScaler(init_scale=4.0)
@@ -120,7 +120,7 @@ def test_scaler_skips_an_overflow_and_goes_on() -> None:
     assert scale2 == scale1
 
 
-def test_random_state_is_the_devices_own() -> None:
+def test_the_device_has_a_separate_random_state() -> None:
     torch.npu.manual_seed(7)
     host = torch.get_rng_state()
     first = torch.rand(5, device=NPU)
@@ -173,11 +173,11 @@ x = torch.arange(4.0, device="npu") + 1
 early = x.to("cpu", non_blocking=True)
 print("to host, read early:", early.tolist() == [1, 2, 3, 4])
 torch.npu.synchronize()
-print("to host, synchronised:", early.tolist() == [1, 2, 3, 4])
+print("to host, synchronized:", early.tolist() == [1, 2, 3, 4])
 
 source = torch.ones(4)
 there = source.to("npu", non_blocking=True)
-source.fill_(5)  # before the copy was made
+source.fill_(5)  # before the copy happens
 print("to device, source overwritten early:", there.cpu().tolist() == [1, 1, 1, 1])
 
 source = torch.ones(4)
@@ -187,10 +187,10 @@ print("blocking:", x.cpu().tolist() == [1, 2, 3, 4])
 """
 
 
-def test_delayed_copies_catch_a_host_that_does_not_wait() -> None:
+def test_delayed_copies_reveal_a_host_that_does_not_wait() -> None:
     assert run_script(DELAYED, delay_copies=1) == [
         "to host, read early: False",
-        "to host, synchronised: True",
+        "to host, synchronized: True",
         "to device, source overwritten early: False",
         "to device, work on the same stream: True",
         "blocking: True",

@@ -1,4 +1,4 @@
-"""Attention on an NPU: the fused operator against the closed form, what it is given, and when it is not used."""
+"""Attention on an NPU: the fused operator against the formula, its arguments, and when it is not used."""
 from __future__ import annotations
 
 from collections import Counter
@@ -18,12 +18,12 @@ from open_clip.layers import MultiheadAttention
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 B, H, D = 2, 2, 16
 FUSED, FUSED_GRAD = "npu::npu_fusion_attention", "npu::npu_fusion_attention_grad"
-# What torch's function adds on an NPU: masks that are made and inverted, and copies for another order of dimensions.
+# Operators that torch's function adds on an NPU: to create and invert masks, and to copy for another dimension order.
 EXTRA = {"aten::clone", "aten::ones", "aten::triu", "aten::tril", "aten::logical_not", "aten::copy_", "aten::cat"}
 
 
 def projected(queries: int = 5, keys: int = 7, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Query, key and value as an input projection gives them: views [B, H, T, D] of leaves [B, T, H * D]."""
+    """Return query, key and value as an input projection gives them: leaves [B, T, H * D]."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(B, tokens, H * D, generator=generator) for tokens in (queries, keys, keys)]
     return [leaf.to(NPU, dtype).requires_grad_() for leaf in leaves]
@@ -36,7 +36,7 @@ def heads_of(x: torch.Tensor) -> torch.Tensor:
 def closed_form(
     leaves: list[torch.Tensor], allowed: torch.Tensor | None, scale: float = D**-0.5
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(output [B, T, H * D], leaves), in fp64 on the CPU; a query that may look nowhere gets zeros."""
+    """Return (output [B, T, H * D], leaves) in fp64 on the CPU. A query whose keys are all hidden gets zeros."""
     plain = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
     query, key, value = map(heads_of, plain)
     scores = scale * query @ key.transpose(-1, -2)
@@ -51,9 +51,10 @@ def closed_form(
 def compare(
     leaves: list[torch.Tensor], allowed: torch.Tensor | None = None, merged: bool = False, **options
 ) -> Counter[str]:
-    """Runs forward and backward on the NPU, compares both with the closed form, and returns the operators' counts.
+    """Run forward and backward on the NPU, compare both with the formula, and return the counts of operators.
 
-    merged: call with [B, T, H * D] and the number of heads, not with views [B, H, T, D].
+    Args:
+        merged: call with [B, T, H * D] and the number of heads instead of views [B, H, T, D].
     """
     with Calls() as calls:
         if merged:
@@ -74,14 +75,14 @@ def compare(
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7}], ids=["plain", "causal", "scale"])
-def test_is_the_closed_form_in_two_launches(options: dict, dtype: torch.dtype, merged: bool) -> None:
-    devices.attention(*map(heads_of, projected()), is_causal=True)  # makes the mask that all causal calls share
+def test_it_equals_the_formula_in_two_launches(options: dict, dtype: torch.dtype, merged: bool) -> None:
+    devices.attention(*map(heads_of, projected()), is_causal=True)  # creates the mask that all causal calls share
     allowed = torch.ones(5, 7, dtype=torch.bool).tril() if options.get("is_causal") else None
     counts = compare(projected(dtype=dtype), allowed, merged, **options)
     assert (counts[FUSED], counts[FUSED_GRAD]) == (1, 1)
     assert not EXTRA & counts.keys()
     if merged:
-        assert sum(counts.values()) - counts["aten::detach"] <= 6, counts  # the two, and what the test does itself
+        assert sum(counts.values()) - counts["aten::detach"] <= 6, counts  # the two, and those of the test itself
 
 
 MASKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -119,8 +120,8 @@ def test_padding_of_whole_rows_gives_zeros_and_no_gradient() -> None:
     torch.testing.assert_close(output.detach().cpu(), torchs, rtol=1e-5, atol=1e-5)
 
 
-def test_one_query_of_all_sequences_and_one_token() -> None:
-    """Attention pooling; and generation with a cache, whose keys have heads first."""
+def test_a_query_for_the_whole_batch_and_a_query_of_one_token() -> None:
+    """As in attention pooling, and in generation with a cache, whose keys have heads before tokens in memory."""
     _, key, value = (heads_of(leaf) for leaf in projected())
     query = torch.randn(1, 3, H * D).to(NPU)
     pooled = devices.attention(heads_of(query).expand(B, -1, -1, -1), key, value)
@@ -135,7 +136,7 @@ def test_one_query_of_all_sequences_and_one_token() -> None:
     )  # fmt: skip
 
 
-def test_dropout_is_drawn_from_the_npus_generator_and_is_the_same_backward() -> None:
+def test_dropout_uses_the_npus_generator_and_is_the_same_in_the_backward_pass() -> None:
     leaves = projected()
 
     def draw() -> torch.Tensor:
@@ -163,7 +164,7 @@ def test_a_mask_is_inverted_once_for_all_layers() -> None:
         for _ in range(3):
             devices.attention(query, key, value, attn_mask=allowed)
         assert calls.counts["aten::logical_not"] == 1
-        allowed[:, :, :, 0] = False  # a change in place is seen
+        allowed[:, :, :, 0] = False  # an in-place change is detected
         second = devices.attention(query, key, value, attn_mask=allowed)
         assert calls.counts["aten::logical_not"] == 2
     assert not torch.allclose(first, second)
@@ -171,7 +172,7 @@ def test_a_mask_is_inverted_once_for_all_layers() -> None:
     compare(projected(), torch.ones(B, H, 5, 7, dtype=torch.bool), attn_mask=torch.ones(5, 7, dtype=torch.bool).to(NPU))
 
 
-def test_masks_of_inference_serve_training() -> None:
+def test_masks_cached_in_inference_mode_can_be_used_in_training() -> None:
     npu_attention._causal_masks.clear()
     allowed = torch.ones(5, 7, dtype=torch.bool).tril(2).to(NPU)
     with torch.inference_mode():
@@ -205,7 +206,7 @@ def test_autocast_computes_in_half_precision() -> None:
     ],
     ids=["added mask", "three dimensions", "float64", "head dim", "heads", "narrow values", "empty"],
 )
-def test_what_the_kernel_does_not_take_is_computed_otherwise(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_function_is_used_for_unsupported_arguments(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")
     query, key, value, options = make(*(heads_of(leaf.detach()) for leaf in projected()))
     with Calls() as calls:
@@ -228,7 +229,7 @@ def test_the_attention_layer_copies_nothing(causal: bool) -> None:
     assert not EXTRA & calls.counts.keys()
 
 
-def test_a_model_takes_the_fused_operator_in_every_layer_and_checkpointing_agrees() -> None:
+def test_a_model_uses_the_fused_operator_in_every_layer_also_with_checkpointing() -> None:
     batch = move(make_batch(0), NPU)
     gradients = []
     for checkpointing in (False, True):
@@ -279,7 +280,7 @@ FALLBACK = """
     ],
     ids=str,
 )
-def test_where_the_kernel_does_not_work_torchs_function_is_used(settings: dict) -> None:
+def test_torchs_function_is_used_if_the_kernel_does_not_work(settings: dict) -> None:
     same, is_fused = run_script(FALLBACK, **settings)[-2:]
     assert same == "True True"
     assert is_fused == str(not settings)

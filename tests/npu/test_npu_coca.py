@@ -31,7 +31,7 @@ def losses(device: torch.device, precision: str, checkpointing: bool) -> list[di
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("amp_bf16", 0.05)])
-def test_steps_lose_as_on_the_cpu(precision: str, tolerance: float, checkpointing: bool) -> None:
+def test_losses_equal_the_cpus(precision: str, tolerance: float, checkpointing: bool) -> None:
     ours, reference = losses(NPU, precision, checkpointing), losses(CPU, "fp32", False)
     assert reference[-1]["caption_loss"] < reference[0]["caption_loss"], "it learns"
     for one, other in zip(ours, reference, strict=True):
@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("end", [7, 37, coca_cases.END])
-def test_captions_are_the_cpus(kind: str, end: int) -> None:
+def test_captions_equal_the_cpus(kind: str, end: int) -> None:
     model, image = coca_cases.filled(coca_model), coca_cases.images(3)
     options = IDS | KINDS[kind] | {"seq_len": 9, "eos_token_id": end}
     expected = model.generate(image, **options)
@@ -81,17 +81,17 @@ def test_sampling_follows_the_seed(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["greedy", "top_k", "beam_search"])
-def test_the_host_looks_at_captions_every_few_steps_only(kind: str) -> None:
+def test_the_host_checks_captions_only_every_few_steps(kind: str) -> None:
     cfg = {"context_length": 30}
     model = coca_model.CoCa(coca_cases.WIDTH, coca_cases.DECODER | cfg, coca_cases.TEXT | cfg, coca_cases.VISION)
     model = model.eval().to(NPU)
-    with torch.no_grad():  # no caption ends early
+    with torch.no_grad():  # so that no caption ends early
         model.text_decoder.text_projection[:, [0, coca_cases.END]] = 0
         model.text_decoder.ln_final.bias.add_(1)
     image, seq_len = coca_cases.images(2).to(NPU), 2 * LOOK_EVERY + 3
     with Calls() as calls:
         found = model.generate(image, **IDS | {"seq_len": seq_len, "generation_type": kind, "top_k": 3})
-    assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > seq_len, "the counter sees what runs"
+    assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > seq_len, "the counter sees the operators"
     assert found.shape == (2, seq_len)
     assert calls.waits <= seq_len / LOOK_EVERY + 2
 
@@ -107,8 +107,8 @@ EVERYTHING = """
 """
 
 
-def test_strict_npu_and_late_copies_change_nothing() -> None:
-    """Strict: no float64, no added attention mask. Late copies: nobody reads too early."""
+def test_strict_mode_and_delayed_copies_change_nothing() -> None:
+    """There is no float64, no additive attention mask, and no read before a copy is complete."""
     plain = run_script(EVERYTHING, strict=0)
     assert len(plain) == len(KINDS) + 2
     assert run_script(EVERYTHING, strict=1, delay_copies=1, poison=1) == plain

@@ -1,7 +1,7 @@
-"""The quick start that Ascend users know, as it stands, and the other commands, in processes of their own.
+"""The commands of the quick start for Ascend users, and the other commands, in child processes.
 
-Data are small and paths ours; of ImageNet's names and templates a few are taken, by `few_captions`, for the commands
-have no flag for it. ViT-B-32 trains and infers once; the rest takes a small model.
+The data is small. `few_captions` shortens ImageNet's class names and templates, because the commands have no flag for
+it. Single-card training and inference use ViT-B-32; the other tests use a small model.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import processes
 import train_runs
 
 PYTHON = sys.executable
-TORCHRUN = [PYTHON, "-m", "torch.distributed.run"]  # what the command `torchrun` runs
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run"]  # the module of the command `torchrun`
 CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361", "n01494475")
 
 SINGLE_CARD = shlex.split("""
@@ -88,7 +88,7 @@ with torch.no_grad(), torch.npu.amp.autocast():
 
 print("Label probs:", text_probs)  # prints: [[1., 0., 0.]]
 """
-# Imported by every python that finds it first, before the one that lets torchvision be imported.
+# A sitecustomize.py that Python imports at start. It first runs the one that makes torchvision importable.
 FEW_CAPTIONS = """
 import runpy, sys
 runpy.run_path({shim!r})
@@ -115,7 +115,7 @@ sys.meta_path.insert(0, Shorten())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and weights where the commands look for them: images of noise, which suffice to run everything."""
+    """Create data (images of noise) and weights at the paths of the commands."""
     folder = tmp_path_factory.mktemp("commands")
     draw = np.random.default_rng(0)
 
@@ -144,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(folder: Path, tmp_path: Path) -> Path:
-    """An empty folder to run in, with the data and models where the commands look for them."""
+    """Create a working directory with links to the data and models."""
     for name in ("data", "models"):
         (tmp_path / name).symlink_to(folder / name)
     return tmp_path
@@ -156,7 +156,7 @@ def run(command: list[object], place: Path, folder: Path, devices: int = 1, **se
 
 
 def check_run(place: Path) -> Path:
-    """A finished run's folder, with what it must leave: a checkpoint, TensorBoard's file, and an evaluation."""
+    """Check that a run wrote a checkpoint, TensorBoard scalars and an evaluation. Return its folder."""
     (run_folder,) = (place / "logs").iterdir()
     assert (run_folder / "checkpoints/epoch_1.pt").exists()
     assert train_runs.scalars(run_folder)["train/loss"]
@@ -208,9 +208,9 @@ def test_profiler(words: list[str], tmp_path: Path) -> None:
 
 
 def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
-    """Two epochs at once; the second once more, resumed on another card; and an evaluation of the last checkpoint.
+    """Train two epochs, repeat the second one resumed on another card, and evaluate the last checkpoint.
 
-    The resumed run is on an NPU that is strict and copies late: it computes the same.
+    The resumed run uses strict mode and delayed copies, and has the same losses.
     """
     csv = "data/MS_COCO_2017_URL_TEXT/traincoco.csv"
     common = [PYTHON, "-m", "training.main", "--model", "local-dir:./models/small", "--batch-size", 4, "--workers", 1]
@@ -234,7 +234,7 @@ def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
 
 
 def test_torchrun_with_a_device_and_an_output_folder(place: Path, folder: Path) -> None:
-    """By the other name of the package, and with --output-dir: torchrun takes --logs for an option of its own."""
+    """Run open_clip_train with --output-dir, because torchrun interprets --logs as one of its options."""
     torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node", 2]
     command = [*torchrun, "-m", "open_clip_train.main", "--device", "npu", "--output-dir", place / "out"]
     options = ["--model", "local-dir:./models/small", "--dataset-type", "synthetic", "--train-num-samples", 8]

@@ -1,4 +1,4 @@
-"""Fused operators that the chip lacks or computes differently: tried once, replaced, and logged once."""
+"""Fused operators that the chip lacks or computes wrongly: they are tested once, replaced, and logged once."""
 from __future__ import annotations
 
 import json
@@ -44,7 +44,7 @@ def test_a_broken_activation_is_replaced_and_logged_once(broken: str, quick: boo
     setting = "" if not broken else f"{name}_{broken}" if "backward" in broken else f"{name}:{broken}"
     losses, counts, waits, messages = train_broken(setting, quick)
     assert losses == pytest.approx(train(make_trainer(CPU, model=make_model(quick_gelu=quick)), 3), abs=5e-5)
-    assert waits == 0, "later steps do not wait for the trial"
+    assert waits == 0, "later steps do not wait for the test of the operator"
     assert (f"npu::{name}" in counts) == (not broken)
     assert "aten::gelu" not in counts, "F.gelu is the tanh form on an NPU"
     assert len(messages) == bool(broken)
@@ -54,7 +54,7 @@ def test_a_broken_activation_is_replaced_and_logged_once(broken: str, quick: boo
         assert (f"its {part} differs" if "wrong" in broken else "EZ1001") in messages[0]
 
 
-def test_each_dtype_is_tried_where_it_is_used() -> None:
+def test_each_dtype_is_tested_when_it_is_used() -> None:
     _, counts, _, messages = train_broken("npu_gelu:error", quick=False, chosen="amp_bf16", chip="Ascend910B4")
     assert "npu::npu_gelu" not in counts
     assert len(messages) == 1
@@ -82,8 +82,8 @@ NESTED = """
 
 
 @pytest.mark.parametrize("broken", ["", "npu_gelu:error,npu_fast_gelu:error"])
-def test_a_trial_is_outside_of_autograd_modes_and_compilation(broken: str) -> None:
-    """The first use may come within any mode; torch.compile(fullgraph=True) keeps one graph."""
+def test_an_operator_is_tested_outside_of_the_callers_modes_and_compilation(broken: str) -> None:
+    """The first use may be in any mode. torch.compile(fullgraph=True) keeps one graph."""
     names, *answers = run_script(NESTED, broken_ops=broken)[-3:]
     elementary = "['aten::mul.Tensor', 'aten::sigmoid', 'aten::mul.Tensor']"
     assert names == (elementary if broken else "['npu::npu_fast_gelu']")
@@ -98,11 +98,11 @@ DOCTOR = """
 """
 
 
-def test_the_doctor_says_which_fused_operators_work() -> None:
+def test_the_doctor_reports_which_fused_operators_work() -> None:
     *lines, rendered = run_script(DOCTOR, broken_ops="npu_gelu:wrong")
     found = dict(line.split(": ", 1) for line in lines[-len(npu_ops.FUSED_OPS):])
     assert set(found) == set(npu_ops.FUSED_OPS)
-    assert found.pop("npu_gelu") == "its output differs from the closed form by 1"
+    assert found.pop("npu_gelu") == "its output differs from the formula by 1"
     assert set(found.values()) == {"None"}
     assert "works" in rendered
-    assert "differs from the closed form" in rendered
+    assert "differs from the formula" in rendered

@@ -1,4 +1,4 @@
-"""A training step of one model of each family on NPU: the CPU's losses, with fused activations and without waiting."""
+"""Training steps of one model per family on NPU: the losses equal the CPU's, and the host never waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 2
 
 
 def train(name: str, device: torch.device) -> tuple[list[float], Calls]:
-    """The losses of STEPS steps, the second of which shows the first one's gradients; and what the last step called."""
+    """Return the losses of STEPS steps, and the calls of the last step. The second loss depends on the gradients."""
     model = families.create(name).to(device).train()
     trainer = Trainer(
         model=model,
@@ -34,11 +34,11 @@ def train(name: str, device: torch.device) -> tuple[list[float], Calls]:
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_two_steps_lose_as_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "relpos" in name:  # adds a bias to its scores, for which there is no fused operator
+def test_losses_of_two_steps_equal_the_cpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "relpos" in name:  # it adds a bias to its scores, which the fused operator does not support
         monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")
     (ours, calls), (reference, _) = train(name, NPU), train(name, CPU)
     assert ours == pytest.approx(reference, rel=2e-3)
     assert reference[0] != reference[1]
     assert calls.waits == 0
-    assert not calls.counts["aten::gelu"], "which on NPU is the tanh form, whatever was asked for"
+    assert not calls.counts["aten::gelu"], "aten::gelu is always the tanh form on NPU"

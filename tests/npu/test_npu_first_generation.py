@@ -1,4 +1,4 @@
-"""The first Ascend 910 and 310: private formats, saturation mode, no bf16, no fused attention; `amp` trains there."""
+"""The first Ascend 910 and 310: private formats, saturation mode, no bf16, no fused attention; training in `amp`."""
 from __future__ import annotations
 
 import json
@@ -17,7 +17,7 @@ PLAIN = """
         return bool(torch_npu.npu_get_float_status(torch.zeros(8, device="npu"))[0] != 0)
 
     x = torch.tensor([12.0, -2.0], dtype=torch.float16, device="npu")
-    # the example of CANN's page of INF_NAN_MODE_ENABLE
+    # The example on CANN's page of INF_NAN_MODE_ENABLE.
     print(flag(), torch.exp(x)[0].item(), flag(), (x / 0 - x / 0)[0].item())
     torch_npu.npu_clear_float_status(torch.zeros(8, device="npu"))
     masked = torch.zeros_like(x).masked_fill_(torch.tensor([True, False]).npu(), -torch.inf)
@@ -36,7 +36,7 @@ PLAIN = """
 
 
 @pytest.mark.parametrize("chip", [*CHIPS, "Ascend910B1"])
-def test_arithmetic_saturates_and_the_flag_tells(chip: str) -> None:
+def test_arithmetic_saturates_and_sets_the_flag(chip: str) -> None:
     lines = run_script(PLAIN, chip=chip)
     if chip == "Ascend910B1":
         assert lines[:4] == ["True True", "False inf False nan", "False [-inf, 1.0] False inf", "[inf, -inf] False"]
@@ -68,7 +68,7 @@ TRAINED = """
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_amp_trains_and_an_overflow_is_skipped(chip: str) -> None:
-    """The default precision: losses near the CPU's; the scaler learns of an overflow from the status flag alone."""
+    """With the default precision, losses are near the CPU's. The scaler detects overflows by the status flag only."""
     losses, moved, factor, moved_later, scale_came_down = json.loads(run_script(TRAINED, chip=chip)[-1])
     assert losses == pytest.approx(train(make_trainer(CPU), 12), abs=2e-2)
     assert not moved
@@ -108,7 +108,7 @@ TWO_RANKS = """
     from training.params import DistributedConfig
 
     world = distributed.init(DistributedConfig())
-    torch.npu.set_compile_mode(jit_compile=False)  # the emulator has no operators for compiled mode, which hccl uses
+    torch.npu.set_compile_mode(jit_compile=False)  # in compile mode hccl uses operators that the emulator does not have
     trainer = make_trainer(world.device, "amp", linked=True, init_scale=256.0)
     overflowing = torch.full((2,), 12.0, dtype=torch.float16, device=world.device)
     if world.rank == 1:
@@ -134,7 +134,7 @@ TWO_RANKS = """
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_both() -> None:
-    """torch_npu's scaler adds up the ranks' flags where infinities are not seen in the gradients."""
+    """torch_npu's scaler sums the flags of all ranks on chips whose gradients do not show infinities."""
     ranks = [json.loads(lines[-1]) for lines in run_ranks(TWO_RANKS, 2, chip="Ascend910A")]
     for (first, second, third), scale in ranks:
         assert second == first
@@ -143,7 +143,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_both() -> None:
     assert ranks[0] == ranks[1]
 
 
-def test_the_device_says_that_it_saturates_and_that_a_310_is_not_for_training() -> None:
+def test_the_device_reports_saturation_and_that_a_310_is_not_for_training() -> None:
     script = """
         import open_clip.device as device
         npu = device.get("npu")

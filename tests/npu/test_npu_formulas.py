@@ -1,4 +1,4 @@
-"""The emulator's formulas for torch_npu's own operators against their closed forms, forward and backward."""
+"""The emulator's `npu_*` operators against their formulas in float64, forward and backward."""
 from __future__ import annotations
 
 import math
@@ -12,13 +12,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def gradient(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Of a weighted sum of the output, so that no row's gradient is the other's."""
+    """Return the gradients of a weighted sum of the output, so that rows have different gradients."""
     weights = torch.linspace(-1, 2, output.numel()).reshape(output.shape).to(output)
     return [found.detach().double().cpu() for found in torch.autograd.grad((output * weights).sum(), inputs)]
 
 
 def check(ours: torch.Tensor, x: torch.Tensor, expected: torch.Tensor, slope: torch.Tensor) -> None:
-    """`expected` and `slope`: the function and its derivative at `x`, in float64."""
+    """Compare an output and its gradient with the function `expected` and its derivative `slope` in float64."""
     tolerance = TOLERANCE[x.dtype]
     assert ours.dtype == x.dtype
     torch.testing.assert_close(ours.detach().double().cpu(), expected, rtol=tolerance, atol=tolerance)
@@ -50,7 +50,7 @@ def test_npu_gelu(dtype: torch.dtype, approximate: str) -> None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k' / sqrt(d)) v on [batch, heads, tokens, head_dim], term by term. `out`: True is masked out."""
+    """Compute softmax(q k' / sqrt(d)) v for [batch, heads, tokens, head_dim]. Keys where `out` is True are hidden."""
     scores = torch.einsum("bnid,bnjd->bnij", q, k) / math.sqrt(q.shape[-1])
     weights = scores.exp() if out is None else scores.exp().masked_fill(out, 0.0)
     return torch.einsum("bnij,bnjd->bnid", weights / weights.sum(-1, keepdim=True), v)
@@ -92,9 +92,9 @@ def test_fusion_attentions_mask_is_the_opposite_of_pytorchs() -> None:
 
 @pytest.mark.parametrize(("mode", "diagonal"), [(2, 1), (3, 3)])
 def test_fusion_attentions_sparse_modes_are_causal(mode: int, diagonal: int) -> None:
-    """With 5 queries and 7 keys: mode 2 from the upper left corner, mode 3 from the lower right one."""
+    """With 5 queries and 7 keys, mode 2 is aligned with the upper left corner, and mode 3 with the lower right one."""
     inputs = tensors()
-    compressed = torch.ones(2048, 2048, dtype=torch.bool, device=NPU).triu(1)  # what these modes are to be given
+    compressed = torch.ones(2048, 2048, dtype=torch.bool, device=NPU).triu(1)  # these modes need this mask
     found = torch_npu.npu_fusion_attention(*inputs, 2, "BNSD", scale=0.25, atten_mask=compressed, sparse_mode=mode)
     compare_attention(found[0], inputs, torch.ones(5, 7, dtype=torch.bool).triu(diagonal))
 
@@ -121,13 +121,13 @@ def test_fusion_attention_with_fewer_heads_of_keys() -> None:
     torch.testing.assert_close(output.detach().cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_operator_without_a_formula_says_so() -> None:
+def test_an_operator_without_a_formula_raises() -> None:
     with pytest.raises(RuntimeError, match="npu_rotary_mul has no formula"):
         torch_npu.npu_rotary_mul(*(torch.ones(1, 2, 4, 8, device=NPU) for _ in range(3)))
 
 
-def test_half_products_are_added_up_in_float32() -> None:
-    """4096 times 1 x 1 and one 2048: added up in fp16, the ones after 2048 are lost."""
+def test_half_precision_products_are_summed_in_float32() -> None:
+    """Summed in fp16, 4096 ones would give 2048, because 2048 + 1 is rounded to 2048."""
     ones = torch.ones(1, 4096, dtype=torch.float16, device=NPU)
     found = ones @ ones.t()
     assert found.dtype == torch.float16
@@ -135,8 +135,8 @@ def test_half_products_are_added_up_in_float32() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_npu_fused_adamw_as_it_comes_equals_torchs(weight_decay: float) -> None:
-    """It computes with aten operators on tensors that torch_npu has combined, whose memory is one another's."""
+def test_unmodified_npu_fused_adamw_equals_torchs(weight_decay: float) -> None:
+    """NpuFusedAdamW uses aten operators on flat tensors, of which the parameters are views."""
 
     def train(make: object) -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Training on several NPUs by hccl: the losses are those of one, and of the CPU."""
+"""Training on several NPUs with hccl: the losses equal those of the CPU."""
 from __future__ import annotations
 
 import json
@@ -31,8 +31,8 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_fifty_steps_on_several_npus_lose_as_on_the_cpu(world_size: int) -> None:
-    """The same global batch, --local-loss --gather-with-grad, no --device and no --dist-backend."""
+def test_losses_of_fifty_steps_on_several_npus_equal_the_cpus(world_size: int) -> None:
+    """With the same global batch, --local-loss --gather-with-grad, and neither --device nor --dist-backend."""
     reference = train(make_trainer(CPU), 50)
     ranks = [json.loads(lines[-1]) for lines in run_ranks(SCRIPT, world_size)]
     assert len({scale for _, _, _, scale, _, _ in ranks}) == 1, "the ranks' weights are the same"
@@ -86,7 +86,7 @@ NOT_FINITE = """
     (4, [("auto", False), ("torch", True), ("npu", False), ("off", False)]),
 ])  # fmt: skip
 def test_a_nan_on_one_rank_is_skipped_by_all(world_size: int, cases: list[tuple[str, bool]]) -> None:
-    """Each case is a form of AdamW, and whether features are gathered: the loss is NaN everywhere, else on one rank."""
+    """Each case is a form of AdamW, and whether features are gathered. If they are, the loss is NaN on all ranks."""
     ranks = [json.loads(lines[-1]) for lines in run_ranks(NOT_FINITE.replace("CASES", repr(cases)), world_size)]
     for case in ranks[0]:
         for rank in ranks:

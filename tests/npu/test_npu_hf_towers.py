@@ -1,4 +1,4 @@
-"""Text towers of transformers on one NPU: equal to the CPU, by the kernels meant, without waiting for the device."""
+"""Text towers of transformers on one NPU: losses equal the CPU's, kernels are fused, and the host never waits."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,13 +18,13 @@ KINDS = ("roberta", "mt5", "m2m_100")
 
 @pytest.fixture(autouse=True)
 def slow_path_for_t5(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """T5 adds a bias to its scores, for which there is no fused operator."""
+    """Switch strict mode off for T5, which adds a bias to its scores: no fused operator supports this."""
     if "kind" in request.fixturenames and request.getfixturevalue("kind") == "mt5":
         monkeypatch.setenv("CANN_EMULATOR_STRICT", "0")
 
 
 def make_model(folder: Path, kind: str, checkpointing: bool = False) -> torch.nn.Module:
-    """Without dropout, which draws other numbers on each device."""
+    """Build a model without dropout, which differs per device."""
     torch.manual_seed(0)
     hf_cases.write_clip(folder, kind, **hf_cases.NO_DROPOUT[kind])
     model = create_model(f"local-dir:{folder}", pretrained_text=False, output_dict=True)
@@ -34,7 +34,7 @@ def make_model(folder: Path, kind: str, checkpointing: bool = False) -> torch.nn
 
 
 def batch(step: int, kind: str) -> dict[str, torch.Tensor]:
-    """Images of the other NPU tests, and texts of four lengths: padding is the rule."""
+    """Return the images of the other NPU tests, and texts of different lengths with padding."""
     found = make_batch(step)
     ids = found["text"][:, :9].remainder(24) + 5
     ids[:, -1] = 2
@@ -45,7 +45,7 @@ def batch(step: int, kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_loses_as_on_the_cpu(kind: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_losses_equal_the_cpus(kind: str, checkpointing: bool, tmp_path: Path) -> None:
     losses = {}
     for device in (NPU, CPU):
         trainer = make_trainer(device, model=make_model(tmp_path, kind, checkpointing))
@@ -56,14 +56,14 @@ def test_training_loses_as_on_the_cpu(kind: str, checkpointing: bool, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_waits_for_nothing_and_takes_the_exact_gelu(kind: str, tmp_path: Path) -> None:
+def test_a_step_does_not_wait_and_uses_the_exact_gelu(kind: str, tmp_path: Path) -> None:
     trainer = make_trainer(NPU, model=make_model(tmp_path, kind))
     batches = [move(batch(step, kind), NPU) for step in range(2)]
     trainer.step([batches[0]], 0)
     with Calls() as calls:
         trainer.step([batches[1]], 1)
     assert calls.waits == 0
-    # one block of the image tower, the projection, and RoBERTa's two blocks
+    # One block of the image tower, the projection, and RoBERTa's two blocks.
     assert calls.counts["npu::npu_gelu"] == calls.counts["npu::npu_gelu_backward"] == (4 if kind == "roberta" else 2)
 
 
@@ -80,8 +80,8 @@ print("finite", bool(loss.isfinite()))
 
 
 @pytest.mark.parametrize("kind", ["roberta", "m2m_100"])
-def test_nothing_falls_to_a_slow_path(kind: str, tmp_path: Path) -> None:
-    """Strict mode refuses attention without a fused operator, with dropout as the towers are trained."""
+def test_strict_mode_accepts_all_operators(kind: str, tmp_path: Path) -> None:
+    """Strict mode refuses attention without a fused operator. The towers have their default dropout."""
     script = STRICT.replace("NAME", hf_cases.write_clip(tmp_path, kind)).replace("KIND", kind)
     assert run_script(script, strict=1)[-1] == "finite True"
 

@@ -1,4 +1,4 @@
-"""What a run on an NPU checks and sets at its start: variables, torch.compile, determinism, the profiler, the peak."""
+"""Settings that a run on an NPU checks or makes at its start: variables, torch.compile, determinism, profiler, peak."""
 from __future__ import annotations
 
 import sys
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(model: str, place: Path, name: str, *more: object, status: int = 0, **variables: str) -> str:
-    """Two steps on an NPU."""
+    """Train two steps on an NPU, and return the output."""
     data = ["--dataset-type", "synthetic", "--train-num-samples", 8, "--batch-size", 4, "--epochs", 1, "--workers", 0]
     log = ["--log-every-n-steps", 1, "--report-to", "tensorboard", "--output-dir", place, "--name", name]
     path = f"{ROOT / 'tests/npu/shim'}:{ROOT / 'src'}"
@@ -49,7 +49,7 @@ def test_two_deterministic_runs_have_the_same_bits(model: str, tmp_path: Path) -
     assert "--deterministic: torch.use_deterministic_algorithms, HCCL_DETERMINISTIC=true." in log
 
 
-def test_collectives_see_the_switch_of_determinism() -> None:
+def test_determinism_is_set_before_collectives_are_created() -> None:
     script = """
         import os
         import open_clip, torch
@@ -66,7 +66,7 @@ def test_collectives_see_the_switch_of_determinism() -> None:
 
 
 def test_peak_and_trace(model: str, tmp_path: Path) -> None:
-    """MFU refers to the peak in CANN's own file, and torch_npu's profiler runs at another level than its default."""
+    """MFU uses the peak from CANN's file, and torch_npu's profiler runs at a level that is not its default."""
     folder = tmp_path / "cann/aarch64-linux/data/platform_config"
     folder.mkdir(parents=True)
     (folder / "Ascend910B1.ini").write_text(INI)
@@ -96,9 +96,9 @@ def test_the_profiler_takes_the_levels_of_torch_npu(level: int, tmp_path: Path) 
         ([], {"ACL_DEVICE_SYNC_TIMEOUT": "0"}, "ACL_DEVICE_SYNC_TIMEOUT=0"),
         (["--deterministic"], {"HCCL_DETERMINISTIC": "false"}, "contradicts HCCL_DETERMINISTIC=false"),
     ],
-    ids=["compile", "allocator", "synchronisation", "deterministic"],
+    ids=["compile", "allocator", "synchronization", "deterministic"],
 )
-def test_what_would_end_the_run_is_one_sentence(
+def test_a_setting_that_prevents_the_run_is_reported_without_a_traceback(
     model: str, tmp_path: Path, more: list[str], variables: dict[str, str], reason: str
 ) -> None:
     printed = train(model, tmp_path, "run", *more, status=1, **variables)

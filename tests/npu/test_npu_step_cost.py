@@ -1,4 +1,4 @@
-"""What a training step with autocast costs on one NPU: operators, casts, and layer norms of half precision."""
+"""The cost of a training step with autocast on one NPU: operators, casts, and layer norms of half precision."""
 from __future__ import annotations
 
 import sys
@@ -19,18 +19,18 @@ from open_clip.layers import LayerNorm
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import npu_step
 
-# Most that a step of a model with the layers of ViT-B-32 takes in bf16.
+# Upper limits for a step in bf16 of a model with as many layers as ViT-B-32.
 OPERATORS, CASTS = 1_824, 267
 BLOCKS = 24
 
 
 def make_deep_model() -> open_clip.CLIP:
-    """The layers of ViT-B-32, narrow."""
+    """Build a narrow model with as many layers as ViT-B-32."""
     return make_model(vision={"layers": 12}, text={"layers": 12})
 
 
 def count_step(chosen: str) -> npu_step.StepCounter:
-    """Count a step after two others; "forward" stands for all phases."""
+    """Count the operators of the third step. All phases are counted as "forward"."""
     trainer = make_trainer(NPU, chosen, model=make_deep_model())
     for step in range(2):
         trainer.step([move(make_batch(step), NPU)], step)
@@ -51,7 +51,7 @@ def test_operators_and_casts_of_a_step(chosen: str) -> None:
 
 
 class Casts(TorchDispatchMode):
-    """(dtype before, dtype after, dimensions) of the tensors that are cast."""
+    """Counts casts by (dtype before, dtype after, number of dimensions)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_weights_and_their_gradients_are_not_cast_one_by_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("usable", [True, False])
 def test_layer_norm_of_half_precision(dtype: torch.dtype, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The closed form, forward and backward, without a cast where the chip takes half precision with fp32 weights."""
+    """It equals the formula, forward and backward. Chips that support fp32 weights need no cast."""
     if not usable:
         monkeypatch.setitem(npu_ops._usable, ("native_layer_norm", NPU, dtype), False)
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_layer_norm_of_half_precision(dtype: torch.dtype, usable: bool, monkeypa
 
 
 def test_layer_norm_of_other_dtypes_is_torchs() -> None:
-    """fp32, and norms whose weights are in half precision as well."""
+    """fp32, and norms whose weights have half precision, too."""
     x = torch.randn(2, 5, 16)
     for dtype in (torch.float32, torch.bfloat16):
         norm = LayerNorm(16).to(dtype)
@@ -116,8 +116,8 @@ def test_layer_norm_of_other_dtypes_is_torchs() -> None:
     assert device.layer_norm(x.to(NPU), (16,)).dtype == torch.float32
 
 
-def test_losses_are_those_of_autocast() -> None:
-    """Half precision copies of the weights change no number on the NPU either."""
+def test_losses_equal_those_of_autocast() -> None:
+    """Half precision copies of the weights do not change the losses."""
     import contextlib
 
     losses = []

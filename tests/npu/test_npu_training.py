@@ -1,4 +1,4 @@
-"""The Trainer on one NPU: equal to the CPU, by fused operators, without waiting for the device, over overflows."""
+"""The Trainer on one NPU: losses equal the CPU's, operators are fused, the host never waits, overflows are skipped."""
 from __future__ import annotations
 
 import math
@@ -35,8 +35,8 @@ from training.trainer import Trainer
 
 
 @pytest.fixture
-def synchronised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The explicit synchronisations that are made, by name."""
+def synchronized(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Record the explicit synchronizations, by class name."""
     made: list[str] = []
     for owner in (torch.npu, torch.npu.Stream, torch.npu.Event):
         monkeypatch.setattr(owner, "synchronize", lambda *_, owner=owner: made.append(owner.__name__))
@@ -44,7 +44,7 @@ def synchronised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def count(trainer, steps: int = 1) -> Calls:
-    """What `steps` steps call, after one that sets everything up."""
+    """Return the calls of `steps` steps, without those of a first step, which initializes the state."""
     batches = [move(make_batch(step), NPU) for step in range(steps + 1)]
     trainer.step([batches[0]], 0)
     with Calls() as calls:
@@ -53,7 +53,7 @@ def count(trainer, steps: int = 1) -> Calls:
     return calls
 
 
-def test_fifty_steps_lose_as_on_the_cpu() -> None:
+def test_losses_of_fifty_steps_equal_the_cpus() -> None:
     ours, reference = train(make_trainer(NPU), 50), train(make_trainer(CPU), 50)
     assert reference[-1] < 0.7 * reference[0], "it learns"
     assert ours == pytest.approx(reference, abs=5e-4)
@@ -61,7 +61,7 @@ def test_fifty_steps_lose_as_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("form", ["auto", "torch", "npu", "off"])
 @pytest.mark.parametrize("chosen", ["fp32", "amp"])
-def test_every_form_of_the_optimizer_trains_alike(form: str, chosen: str) -> None:
+def test_every_form_of_the_optimizer_gives_the_same_losses(form: str, chosen: str) -> None:
     trainer = make_trainer(NPU, chosen, form, init_scale=256.0) if chosen == "amp" else make_trainer(NPU, chosen, form)
     tolerance = 2e-2 if chosen == "amp" else 5e-4
     assert train(trainer, 12) == pytest.approx(train(make_trainer(CPU), 12), abs=tolerance)
@@ -69,20 +69,20 @@ def test_every_form_of_the_optimizer_trains_alike(form: str, chosen: str) -> Non
 
 @pytest.mark.parametrize("chosen", ["amp", "amp_bf16", "bf16", "fp16", "pure_bf16", "pure_fp16"])
 def test_every_precision_trains(chosen: str) -> None:
-    """With an eps that float16 does not have: moments in float16 would divide by 0."""
+    """eps is too small for float16, so moments in float16 would cause a division by 0."""
     reference = half_precision.train("fp32", CPU, steps=30)
     losses = half_precision.train(chosen, NPU, steps=30)
     half_precision.assert_learns_alike(losses, reference)
 
 
-def test_quick_gelu_is_one_fused_operator_a_layer() -> None:
+def test_quick_gelu_is_one_fused_operator_per_layer() -> None:
     calls = count(make_trainer(NPU, model=make_model(quick_gelu=True))).counts
-    layers = 2  # one a tower
+    layers = 2  # one per tower
     assert calls["npu::npu_fast_gelu"] == calls["npu::npu_fast_gelu_backward"] == layers
     assert not calls["aten::sigmoid"]
 
 
-def test_gelu_is_the_operator_that_does_as_it_is_told() -> None:
+def test_gelu_uses_the_operator_that_obeys_approximate() -> None:
     calls = count(make_trainer(NPU)).counts
     assert calls["npu::npu_gelu"] == calls["npu::npu_gelu_backward"] == 2
     assert not calls["aten::gelu"]
@@ -98,14 +98,14 @@ def test_features_equal_the_cpus(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("chosen", ["fp32", "amp_bf16"])
-def test_a_step_does_not_wait_for_the_device(name: str, chosen: str, synchronised: list[str]) -> None:
+def test_a_step_does_not_wait_for_the_device(name: str, chosen: str, synchronized: list[str]) -> None:
     calls = count(make_trainer(NPU, chosen, model=make_model(**CONFIGURATIONS[name])), steps=2)
-    assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > 4, "the counter sees what runs"
+    assert calls.counts["aten::mm"] + calls.counts["aten::addmm"] > 4, "the counter sees the operators"
     assert calls.waits == 0
-    assert synchronised == []
+    assert synchronized == []
 
 
-def test_accumulated_batches_do_not_wait_for_the_device(synchronised: list[str]) -> None:
+def test_accumulated_batches_do_not_wait_for_the_device(synchronized: list[str]) -> None:
     trainer = make_trainer(NPU, model=make_model(vision={"patch_dropout": 0.5}))
     trainer.accum_freq = 2
     steps = [[move(make_batch(2 * step + part), NPU) for part in range(2)] for step in range(2)]
@@ -113,24 +113,24 @@ def test_accumulated_batches_do_not_wait_for_the_device(synchronised: list[str])
     with Calls() as calls:
         trainer.step(steps[1], 1)
     assert calls.waits == 0
-    assert synchronised == []
+    assert synchronized == []
 
 
 @pytest.mark.parametrize("form", ["auto", "torch", "off"])
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_the_scaler_waits_only_for_optimizers_that_cannot_skip(
-    form: str, clip: float | None, synchronised: list[str]
+    form: str, clip: float | None, synchronized: list[str]
 ) -> None:
-    """For these torch_npu's scaler decides on the host: it asks `found_inf.item()`."""
+    """For these, torch_npu's scaler decides on the host with `found_inf.item()`."""
     trainer = make_trainer(NPU, "amp", form)
     trainer.grad_clip_norm = clip
-    own = count(trainer, steps=4).waits / 4
-    assert own == (0 if form == "auto" else waits_of_the_scaler_alone())
-    assert synchronised == []
+    waits = count(trainer, steps=4).waits / 4
+    assert waits == (0 if form == "auto" else waits_of_the_scaler_alone())
+    assert synchronized == []
 
 
-def test_the_scaler_s_factor_moves_as_torch_npu_s() -> None:
-    """Up after `growth_interval` good steps, down after an overflow: with the flat optimizer and with torch's."""
+def test_the_scale_changes_as_in_torch_npus_scaler() -> None:
+    """It grows after `growth_interval` good steps and shrinks after an overflow, with both optimizers."""
     factors = {}
     for form in ("auto", "off"):
         trainer = make_trainer(NPU, "amp", form, init_scale=256.0, growth_interval=2)
@@ -162,8 +162,7 @@ def waits_of_the_scaler_alone() -> float:
     return calls.waits / 4
 
 
-def test_reading_a_loss_is_seen_as_waiting() -> None:
-    """The counter itself."""
+def test_reading_a_value_is_counted_as_waiting() -> None:
     x = torch.ones(2, device=NPU)
     for wait in (lambda: x.sum().item(), x.cpu, x.tolist, lambda: torch.empty(2).copy_(x), lambda: x[x > 0]):
         with Calls() as calls:
@@ -192,7 +191,7 @@ def test_an_overflow_is_skipped_and_training_recovers() -> None:
     assert any(not torch.equal(p.detach().cpu(), before[name]) for name, p in trainer.model.named_parameters())
 
 
-def test_a_scale_that_is_too_high_comes_down_by_itself() -> None:
+def test_a_scale_that_is_too_high_is_lowered() -> None:
     trainer = make_trainer(NPU, "amp", init_scale=2.0**40)
     losses = train(trainer, 40)
     assert trainer.scaler.get_scale() < 2.0**40
@@ -201,7 +200,7 @@ def test_a_scale_that_is_too_high_comes_down_by_itself() -> None:
 
 @pytest.mark.parametrize("form", ["auto", "npu"])
 @pytest.mark.parametrize(("first", "second"), [(NPU, CPU), (CPU, NPU), (NPU, NPU)])
-def test_a_checkpoint_goes_on_on_the_other_device(
+def test_a_checkpoint_is_resumed_on_another_device(
     first: torch.device, second: torch.device, form: str, tmp_path: Path
 ) -> None:
     whole = train(make_trainer(CPU), 8)
@@ -221,12 +220,12 @@ def test_a_checkpoint_goes_on_on_the_other_device(
     assert losses == pytest.approx(whole[4:], abs=1e-4)
 
 
-def test_weights_saved_on_npu_load_on_a_machine_without(tmp_path: Path) -> None:
+def test_weights_saved_on_npu_load_without_torch_npu(tmp_path: Path) -> None:
     model = make_model().to(NPU)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     script = f"""
         import sys
-        sys.modules["torch_npu"] = None  # as where it is not installed
+        sys.modules["torch_npu"] = None  # as if it were not installed
         import os
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         import torch
@@ -250,8 +249,8 @@ ONE_STEP_EACH = """
 """
 
 
-def test_strict_npu_and_late_copies_change_nothing() -> None:
-    """Strict: no float64, no added attention mask, in training and encoding. Late copies: nobody reads too early."""
+def test_strict_mode_and_delayed_copies_change_nothing() -> None:
+    """Training and encoding use no float64 and no additive attention mask, and read no copy before it is complete."""
     plain = run_script(ONE_STEP_EACH, strict=0)
     assert sum("[" in line for line in plain) == len(CONFIGURATIONS) + 2
     assert run_script(ONE_STEP_EACH, strict=1, delay_copies=1, poison=1) == plain
@@ -265,7 +264,7 @@ def guarded(form: str, chosen: str = "fp32") -> Trainer:
 
 
 def everything(trainer: Trainer) -> list[torch.Tensor]:
-    """Weights, moments and averages, on the CPU."""
+    """Return weights, moments and averages, on the CPU."""
     states = trainer.optimizer.state.values()
     moments = [value for state in states for value in state.values() if torch.is_tensor(value)]
     averages = trainer.average.state_dict({}).values()
@@ -274,7 +273,7 @@ def everything(trainer: Trainer) -> list[torch.Tensor]:
 
 @pytest.fixture
 def blind_fused_adamw() -> Iterator[None]:
-    """`_fused_adamw_` as op-plugin has it: it looks at neither `found_inf` nor `grad_scale`."""
+    """Use a `_fused_adamw_` that ignores `found_inf` and `grad_scale`, as op-plugin's does."""
     library = replace_fused_adamw()
     yield
     library._destroy()
@@ -296,7 +295,7 @@ def test_a_step_that_is_not_finite_changes_nothing(form: str, chosen: str, blind
 
 
 @pytest.mark.parametrize("chosen", ["fp32", "amp_bf16", "bf16", "amp"])
-def test_a_guarded_step_waits_for_nothing(chosen: str, synchronised: list[str]) -> None:
+def test_a_guarded_step_does_not_wait(chosen: str, synchronized: list[str]) -> None:
     model = make_model()
     if chosen == "bf16":
         open_clip.convert_weights_to_lp(model, torch.bfloat16)
@@ -310,13 +309,13 @@ def test_a_guarded_step_waits_for_nothing(chosen: str, synchronised: list[str]) 
         for number, batch in enumerate(batches[1:], 1):
             trainer.step([batch], number)
     assert calls.waits == 0
-    assert synchronised == []
+    assert synchronized == []
 
 
 @pytest.mark.parametrize("form", ["torch", "off"])
-def test_the_guard_waits_for_optimizers_that_cannot_skip(form: str, synchronised: list[str]) -> None:
+def test_the_guard_waits_for_optimizers_that_cannot_skip(form: str, synchronized: list[str]) -> None:
     assert count(guarded(form), steps=3).waits == 3
-    assert synchronised == []
+    assert synchronized == []
 
 
 SAVED_WHILE_TRAINING = """
@@ -348,13 +347,13 @@ SAVED_WHILE_TRAINING = """
 """
 
 
-def test_a_save_has_its_step_s_weights_though_copies_land_late(tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_weights_of_its_step_with_delayed_copies(tmp_path: Path) -> None:
     script = SAVED_WHILE_TRAINING.replace("FOLDER", repr(str(tmp_path)))
     assert run_script(script, delay_copies=1)[-2:] == ["True", "cpu True"]
 
 
 class Copies(TorchDispatchMode):
-    """Bytes that are copied from the host to the NPU."""
+    """Counts the bytes that are copied from the host to the NPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,12 +367,12 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def test_images_cross_as_bytes_and_are_normalized_on_the_npu() -> None:
+def test_images_are_copied_as_bytes_and_normalized_on_the_npu() -> None:
     normalize = Normalization(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     expected = normalize(levels)
     batch = {"image": levels.contiguous().pin_memory()}
-    to_device(batch, NPU, normalization=normalize)  # makes the constants
+    to_device(batch, NPU, normalization=normalize)  # creates the constants
     with Copies() as copies, Calls() as calls:
         image = to_device(batch, NPU, normalization=normalize)["image"]
     assert copies.bytes == levels.numel()

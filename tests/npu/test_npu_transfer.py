@@ -13,7 +13,7 @@ import train_runs
 
 BEFORE = "from torch_npu.contrib import transfer_to_npu\nfrom open_clip import device as devices"
 AFTER = "from open_clip import device as devices\nfrom torch_npu.contrib import transfer_to_npu"
-SWITCHED_ON = "from open_clip import device as devices"  # by TORCH_TRANSFER_TO_NPU=1
+SWITCHED_ON = "from open_clip import device as devices"  # with TORCH_TRANSFER_TO_NPU=1
 
 RESOLVED = """
 import torch
@@ -39,7 +39,7 @@ def test_cuda_is_the_npu(imports: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_script(imports + RESOLVED, devices=2)[-4:] == EXPECTED
 
 
-def test_without_it_cuda_is_missing() -> None:
+def test_without_transfer_to_npu_cuda_is_missing() -> None:
     script = "from open_clip import device\nprint(device.get('cuda'), device.DEVICES['npu'].notes())"
     assert run_script(script)[-1] == "<device cuda> []"
 

@@ -1,4 +1,4 @@
-"""`attn_mask`, which programs see, and the kernel's own form of it: they agree, and cost a training step nothing."""
+"""`attn_mask` and its form for the kernel: they agree, and add no operators to a training step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_training_step_has_no_more_operators(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS_BEFORE)
 @pytest.mark.parametrize("columns", [77, 40])
-def test_the_kernel_gets_its_form_of_the_mask_unless_a_module_is_not_ours(
+def test_the_kernel_mask_is_used_unless_a_module_is_replaced(
     name: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = build(name).eval(), texts(name)[:, :columns]
@@ -79,7 +79,7 @@ def test_the_kernel_gets_its_form_of_the_mask_unless_a_module_is_not_ours(
     tower = model if name == "CLIP" else model.text
     expected, kinds = model.encode_text(ids), set(seen)
     assert kinds == {torch.bool if name == "CoCa" else "causal"}
-    for block in tower.transformer.resblocks:  # a hook sees the mask, and changes nothing else
+    for block in tower.transformer.resblocks:  # a hook can see the mask, but changes nothing else
         block.attn.register_forward_hook(lambda module, args, output: None)
     seen.clear()
     torch.testing.assert_close(model.encode_text(ids), expected)
@@ -94,19 +94,19 @@ def test_the_kernel_gets_its_form_of_the_mask_unless_a_module_is_not_ours(
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_and_casts_keep_the_kernel(copied: Any) -> None:
+def test_copies_and_casts_keep_the_kernel_mask(copied: Any) -> None:
     for model in (copied(build("CLIP")), build("CLIP").to(torch.bfloat16), build("CLIP").to("cpu")):
         assert model._is_mask_causal
         assert model.attn_mask.dtype == model.ln_final.weight.dtype
 
 
-def test_data_parallel_training_sends_no_mask() -> None:
+def test_data_parallel_training_does_not_broadcast_masks() -> None:
     for name in OPERATORS_BEFORE:
         model = build(name)
         assert {key for key, _ in model.named_buffers()} <= set(model._ddp_params_and_buffers_to_ignore)
 
 
-def test_positions_that_were_added_get_a_mask() -> None:
+def test_added_positions_get_a_mask() -> None:
     model = build("CLIP").eval()
     model.positional_embedding = nn.Parameter(torch.randn(100, 64))
     ids = torch.randint(1, 99, (2, 100))
@@ -119,7 +119,7 @@ def test_positions_that_were_added_get_a_mask() -> None:
     assert model.encode_text(ids).shape == expected.shape
 
 
-def test_a_stack_of_a_program_is_called_as_in_open_clip() -> None:
+def test_a_replaced_stack_is_called_as_in_open_clip() -> None:
     model, ids = build("CustomTextCLIP").eval(), texts("CustomTextCLIP")
     expected = model.encode_text(ids)
 
@@ -139,8 +139,8 @@ def test_a_stack_of_a_program_is_called_as_in_open_clip() -> None:
     torch.testing.assert_close(model.encode_text(ids), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_captions_where_attention_is_not_ours() -> None:
-    """Without caches, which only our attention knows, captions stay the same."""
+def test_captions_do_not_change_with_replaced_attention() -> None:
+    """Replaced attention does not support caches. Captions are the same without them."""
     model, images = build("CoCa").eval(), torch.randn(2, 3, 32, 32)
     options = {"seq_len": 8, "generation_type": "greedy", "sot_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     expected = model.generate(images, **options)

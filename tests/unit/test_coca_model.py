@@ -1,4 +1,4 @@
-"""CoCa as a module: what it returns and refuses, its weights, and training of its parts."""
+"""CoCa as a module: outputs, errors, weights, and training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def name(tmp_path: Path) -> str:
-    """What create_model takes for a tiny CoCa."""
+    """Write the configuration of a tiny CoCa, and return its name for create_model."""
     (tmp_path / "model").mkdir()
     content = {"model_cfg": config(), "preprocess_cfg": {}}
     (tmp_path / "model/open_clip_config.json").write_text(json.dumps(content))
@@ -46,7 +46,7 @@ def build(**changes: Any) -> CoCa:
     return CoCa(**cfg).eval()
 
 
-def test_the_factory_builds_it_and_its_weights_come_back(name, tmp_path):
+def test_the_factory_builds_a_coca_and_loads_its_weights(name, tmp_path):
     model = factory.create_model(name)
     assert type(model) is CoCa
     assert not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)), "as in open_clip"
@@ -60,13 +60,13 @@ def test_the_factory_builds_it_and_its_weights_come_back(name, tmp_path):
         assert torch.equal(first[key], second[key]), key
 
 
-def test_a_context_that_is_forced_is_the_decoders_too(name):
+def test_a_forced_context_length_applies_to_the_decoder_too(name):
     model = factory.create_model(name, force_context_length=6)
     assert model.context_length == model.text.context_length == model.text_decoder.context_length == 6
     assert model(coca_cases.images(1), torch.ones(1, 6, dtype=torch.int64))["logits"].shape == (1, 5, 40)
 
 
-def test_logits_of_a_token_depend_on_it_and_what_is_before_it_alone():
+def test_logits_depend_on_the_token_and_earlier_tokens_only():
     model, image, text = build(), coca_cases.images(2), coca_cases.texts()
     before = model(image, text)["logits"]
     text[:, 5] = 11
@@ -84,7 +84,7 @@ def test_labels_are_the_next_tokens():
 
 
 def test_the_decoders_initial_weights():
-    """torch's for the blocks. The last projection, uninitialised in open_clip 3.3.0, starts as in text towers."""
+    """torch's for the blocks. The last projection, uninitialized in open_clip 3.3.0, starts as in text towers."""
     torch.manual_seed(0)
     decoder = transformer.MultimodalTransformer(64, 4, 2, output_dim=300)
     assert decoder.text_projection.std().item() == pytest.approx(64**-0.5, rel=0.1)
@@ -95,14 +95,14 @@ def test_the_decoders_initial_weights():
     assert loss.item() == pytest.approx(torch.tensor(300.0).log().item(), abs=1.0), "nothing is known yet"
 
 
-def test_several_texts_about_an_image_are_decoded_as_if_each_had_its_own():
+def test_several_texts_of_one_image_are_decoded_like_texts_of_separate_images():
     decoder = transformer.MultimodalTransformer(24, 2, 2, output_dim=40)
     image, text = torch.randn(2, 5, 24), torch.randn(6, 4, 24)
     torch.testing.assert_close(decoder(image, text), decoder(image.repeat_interleave(3, dim=0), text))
 
 
 @pytest.mark.parametrize("changes", [{}, {"vision_cfg": coca_cases.VISION | {"patch_dropout": 0.5}}])
-def test_gradient_checkpointing_changes_no_gradient(changes):
+def test_gradient_checkpointing_does_not_change_gradients(changes):
     gradients = []
     for enable in (False, True):
         model = build(**changes).train()
@@ -135,7 +135,7 @@ def test_the_objective_is_open_clips_loss_and_reaches_every_parameter(weights):
     assert all(parameter.grad is not None for parameter in model.parameters()), "DDP waits for them"
 
 
-def test_what_accumulation_keeps_has_no_vocabulary():
+def test_accumulation_does_not_store_logits():
     model = build()
     batch = {"image": coca_cases.images(2), "text": coca_cases.texts()}
     outputs = create_objective(ObjectiveConfig(), model).features(model, batch)
@@ -154,7 +154,7 @@ def test_locking():
 
 @pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
 def test_low_precision_runs(name, precision):
-    """Where the decoder's projection stays float32, as in open_clip 3.3.0, bf16 does not run."""
+    """In open_clip 3.3.0 the decoder's projection stays float32, so bf16 fails."""
     model = factory.create_model(name, precision=precision).eval()
     assert model.text_decoder.text_projection.dtype == torch.bfloat16
     assert (model.text_decoder.ln_final.weight.dtype == torch.float32) == (precision == "bf16")
@@ -174,7 +174,7 @@ def test_a_classifier_and_logits_of_all_pairs():
     assert torch.equal(per_text, per_image.T)
 
 
-def test_a_file_of_another_vocabulary_is_refused(name, tmp_path):
+def test_a_file_with_another_vocabulary_raises(name, tmp_path):
     weights = build(text_cfg=coca_cases.TEXT | {"vocab_size": 41}).state_dict()
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(RuntimeError, match=r"text_decoder\.text_projection is \[24, 41\] instead of \[24, 40\]"):
@@ -189,25 +189,25 @@ def test_a_file_of_another_vocabulary_is_refused(name, tmp_path):
         ({"multimodal_cfg": {"with": 3}}, "did you mean 'width'"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(change, words):
+def test_invalid_configurations_raise(change, words):
     with pytest.raises(ValueError, match=words):
         build(**change)
 
 
-def test_forward_says_what_it_needs():
+def test_missing_or_wrong_inputs_raise():
     model = build()
     with pytest.raises(ValueError, match="give image"):
         model(None, coca_cases.texts())
     wide = build(multimodal_cfg=coca_cases.DECODER | {"width": 32})
-    with pytest.raises(ValueError, match="the image tower's tokens have 24 channels and the decoder's 32"):
+    with pytest.raises(ValueError, match="The image tower's tokens have 24 channels and the decoder's 32"):
         wide(coca_cases.images(2), coca_cases.texts())
     for refused in (wide.text_decoder.forward_intermediates, wide.text_decoder.prune_intermediate_layers):
         with pytest.raises(NotImplementedError):
             refused()
 
 
-class EncoderFromElsewhere(nn.Module):
-    """A text tower that is not native: it looks both ways, and knows more words than the decoder."""
+class ForeignEncoder(nn.Module):
+    """A text tower that is not native. It is not causal, and has a larger vocabulary than the decoder."""
 
     vocab_size, context_length = 50, 10
 
@@ -220,10 +220,10 @@ class EncoderFromElsewhere(nn.Module):
         return x.mean(dim=1), x.cumsum(dim=1) + x.mean(dim=1, keepdim=True)
 
 
-def test_a_text_tower_from_elsewhere_is_read_anew_each_time(monkeypatch, caplog):
-    monkeypatch.setattr(coca_model, "_build_text_tower", lambda *args: EncoderFromElsewhere())
+def test_a_foreign_text_tower_encodes_the_whole_text_for_each_token(monkeypatch, caplog):
+    monkeypatch.setattr(coca_model, "_build_text_tower", lambda *args: ForeignEncoder())
     model = build()
-    assert "reads 50 ids and the decoder writes 40" in caplog.text
+    assert "has 50 token ids and the decoder predicts only 40" in caplog.text
     options = {"sot_token_id": 38, "eos_token_id": 39, "generation_type": "greedy", "seq_len": 8, "min_seq_len": 0}
     found = model.generate(coca_cases.images(2), **options)
     ids = torch.full((2, 1), 38)
@@ -235,8 +235,8 @@ def test_a_text_tower_from_elsewhere_is_read_anew_each_time(monkeypatch, caplog)
     assert torch.equal(found[:, :-1][~ended], ids[~ended])
 
 
-def test_inputs_for_a_generation_loop_of_ones_own():
-    """Values are open_clip 3.3.0's."""
+def test_prepare_inputs_for_generation():
+    """The expected values are those of open_clip 3.3.0."""
     ids, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]])
     first = prepare_inputs_for_generation(ids, "images", attention_mask=mask)
     assert list(first) == ["text", "images", "past_key_values", "position_ids", "attention_mask"]

@@ -1,4 +1,4 @@
-"""The table of devices, with fake device modules where the hardware is not."""
+"""open_clip.device, with fake device modules instead of hardware."""
 from __future__ import annotations
 
 import os
@@ -21,7 +21,7 @@ class FakeScaler:
 
 
 class FakeNpu:
-    """What of `torch.npu` the table uses, with a record of the calls."""
+    """A fake `torch.npu` that records calls."""
 
     def __init__(self, name: str = "Ascend910B3", bf16: bool = True, count: int = 2):
         self.calls: list[tuple] = []
@@ -87,21 +87,21 @@ def absent(monkeypatch, *kinds):
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1", "NPU:3", "mps", "xpu:0"])
-def test_row_of_a_name(name):
+def test_get_by_name(name):
     assert devices.get(name).type == name.split(":")[0].lower()
 
 
-def test_row_of_a_torch_device():
+def test_get_by_torch_device():
     assert devices.get(torch.device("cuda", 1)) is devices.DEVICES["cuda"]
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "", "npu:", "npu:-1", torch.device("meta")])
-def test_unknown_device_names_the_known(name):
+def test_an_unknown_device_raises_with_the_known_ones(name):
     with pytest.raises(ValueError, match="npu, cuda, xpu, mps, cpu"):
         devices.get(name)
 
 
-def test_order_of_preference_ends_at_the_cpu(monkeypatch):
+def test_the_cpu_is_the_last_choice(monkeypatch):
     absent(monkeypatch, "npu", "cuda", "xpu", "mps")
     assert devices.best() == torch.device("cpu")
     assert list(devices.DEVICES) == ["npu", "cuda", "xpu", "mps", "cpu"]
@@ -117,13 +117,13 @@ def test_best_prefers_cuda_to_xpu(monkeypatch):
 # Resolving
 
 
-def test_resolve_gives_each_rank_its_own(monkeypatch):
+def test_resolve_gives_each_rank_another_device(monkeypatch):
     monkeypatch.setattr(devices.CudaDevice, "is_available", lambda self: True)
     monkeypatch.setattr(devices.CudaDevice, "count", lambda self: 4)
     assert devices.resolve("cuda") == torch.device("cuda:0")
     assert devices.resolve("cuda", local_rank=3) == torch.device("cuda:3")
     assert devices.resolve("cuda:1", local_rank=3) == torch.device("cuda:1")
-    with pytest.raises(RuntimeError, match=r"cuda:4 was asked for, and this host shows 4"):
+    with pytest.raises(RuntimeError, match=r"cuda:4 does not exist: this host has 4"):
         devices.resolve("cuda", local_rank=4)
 
 
@@ -133,9 +133,9 @@ def test_resolve_auto_takes_the_best(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["npu", "cuda", "xpu", "mps"])
-def test_asking_for_a_device_that_is_missing_says_what_is_missing(monkeypatch, kind):
+def test_a_missing_device_raises_and_says_what_is_missing(monkeypatch, kind):
     absent(monkeypatch, kind)
-    with pytest.raises(RuntimeError, match=f"Device '{kind}' was asked for and is not there") as caught:
+    with pytest.raises(RuntimeError, match=f"Device '{kind}' is not available") as caught:
         devices.resolve(kind)
     assert devices.DEVICES[kind].why_missing() in str(caught.value)
 
@@ -155,7 +155,7 @@ def test_why_an_npu_is_missing(monkeypatch):
     assert kind.why_missing() is None
 
 
-# The NPU's kind
+# NpuDevice
 
 
 def test_npu_memory(npu):
@@ -163,7 +163,7 @@ def test_npu_memory(npu):
     assert mebi == {"allocated": 1, "reserved": 2, "peak": 3, "total": 64 << 10}
 
 
-def test_npu_calls_reach_its_module(npu):
+def test_npu_methods_call_the_module(npu):
     kind = devices.get("npu")
     kind.set_device(1)
     kind.manual_seed(7)
@@ -176,13 +176,13 @@ def test_npu_calls_reach_its_module(npu):
     ]
 
 
-def test_npu_fast_matmul_sets_products_and_convolutions_alike(npu):
+def test_npu_fast_matmul_sets_products_and_convolutions(npu):
     for enabled in (True, False):
         devices.get("npu").set_fast_matmul(enabled)
         assert (npu.matmul.allow_hf32, npu.conv.allow_hf32) == (enabled, enabled)
 
 
-def test_npu_scaler_is_torch_npu_s(npu):
+def test_npu_scaler_is_torch_npus(npu):
     scaler = devices.get("npu").grad_scaler(init_scale=4.0)
     assert isinstance(scaler, FakeScaler)
     assert scaler.options == {"init_scale": 4.0}
@@ -245,7 +245,7 @@ def test_npu_profiler_is_torch_npus(npu, monkeypatch):
     assert asked["on_trace_ready"] == "traces"
 
 
-def test_versions_that_do_not_match_are_a_problem_with_its_mend(monkeypatch):
+def test_mismatched_versions_are_reported_with_a_fix(monkeypatch):
     install_npu(monkeypatch, FakeNpu(), version="1.11.0.post3")
     (problem,) = devices.get("npu").problems()
     assert "1.11.0.post3" in problem
@@ -266,7 +266,7 @@ def test_cann_version_is_read_from_its_files(npu, monkeypatch, tmp_path):
 # Activations
 
 
-def test_plain_activations_on_any_device():
+def test_activations_on_any_device():
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
     assert torch.allclose(devices.quick_gelu(x), x / (1 + torch.exp(-1.702 * x)))
     assert torch.equal(devices.gelu(x), torch.nn.functional.gelu(x))
@@ -274,7 +274,7 @@ def test_plain_activations_on_any_device():
     assert devices.quick_gelu(torch.empty(2, 3, device="meta")).shape == (2, 3)
 
 
-def test_npu_activations_are_fused_where_the_chip_has_them(npu, monkeypatch):
+def test_npu_activations_are_fused_if_the_chip_supports_them(npu, monkeypatch):
     kind, x = devices.get("npu"), torch.ones(2)
     monkeypatch.setattr(devices.npu_ops, "is_usable", lambda name, device, dtype: False)
     torch.testing.assert_close(kind.gelu(x.double()), torch.nn.functional.gelu(x.double()))
@@ -283,7 +283,7 @@ def test_npu_activations_are_fused_where_the_chip_has_them(npu, monkeypatch):
     assert kind.quick_gelu(x)[0] == "fast_gelu"
     assert kind.gelu(x) == ("gelu", "none")
     assert kind.gelu(x, "tanh") == ("gelu", "tanh")
-    assert torch.is_tensor(kind.quick_gelu(x.double()))  # the fused kernel has no double
+    assert torch.is_tensor(kind.quick_gelu(x.double()))  # the fused kernel does not support float64
 
 
 @pytest.fixture
@@ -294,14 +294,14 @@ def elementary():
 
 
 def test_fused_operators_can_be_switched_off(npu, elementary, monkeypatch):
-    monkeypatch.setattr(devices.ops, "_PLAIN", devices.DEVICES["npu"])  # whose operators would be taken now
+    monkeypatch.setattr(devices.ops, "_PLAIN", devices.DEVICES["npu"])  # so that a wrong choice would be seen
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
     torch.testing.assert_close(devices.gelu(x), torch.nn.functional.gelu(x))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("fused"))
     devices.attention(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
 
 
-def test_switched_off_means_the_plain_row(monkeypatch):
+def test_switched_off_operators_use_the_cpus(monkeypatch):
     fused = SimpleNamespace(quick_gelu=lambda x: "fused", gelu=lambda x, approximate: "fused")
     monkeypatch.setitem(devices.DEVICES, "cpu", fused)
     assert devices.quick_gelu(torch.ones(1)) == devices.gelu(torch.ones(1)) == "fused"
@@ -313,7 +313,7 @@ def test_switched_off_means_the_plain_row(monkeypatch):
         devices.use_fused_ops(True)
 
 
-def test_switched_off_for_a_while_only():
+def test_elementary_ops_is_temporary():
     query, key, value = (torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     fused = devices.attention(query, key, value, is_causal=True)
     with devices.elementary_ops():
@@ -323,7 +323,7 @@ def test_switched_off_for_a_while_only():
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
-def test_fused_operators_by_the_environment(value):
+def test_fused_operators_can_be_switched_off_by_a_variable(value):
     program = "from open_clip import device; print(device.ops._fused_ops)"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPEN_CLIP_FUSED_OPS": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
@@ -332,7 +332,7 @@ def test_fused_operators_by_the_environment(value):
 
 @pytest.mark.parametrize("case", ["plain", "causal", "bool", "additive", "scale"])
 @pytest.mark.parametrize("num_heads", [None, 2])
-def test_attention_of_elementary_operators_is_the_fused_one_s(case, num_heads, request):
+def test_attention_of_elementary_operators_equals_the_fused_one(case, num_heads, request):
     torch.manual_seed(0)
     shape = (2, 3, 4, 8) if num_heads is None else (2, 4, 16)
     query = torch.randn(shape, requires_grad=True)
@@ -355,10 +355,10 @@ def test_attention_of_elementary_operators_is_the_fused_one_s(case, num_heads, r
 # Optimizers
 
 
-def test_torch_npu_s_fused_adamw_is_for_an_npu(npu, monkeypatch):
+def test_torch_npus_fused_adamw_needs_an_npu(npu, monkeypatch):
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     for kind in ("cpu", "cuda"):
-        with pytest.raises(ValueError, match=f"runs on an NPU only, and this is {kind}"):
+        with pytest.raises(ValueError, match=f"needs an NPU, and this device is {kind}"):
             devices.get(kind).adamw(groups, "npu")
     monkeypatch.setattr(devices.npu_adamw, "make_safe", lambda made: ("safe", *made))
     devices.npu_loading.torch_npu.optim = SimpleNamespace(NpuFusedAdamW=lambda groups, **options: (groups, options))
@@ -374,10 +374,10 @@ def test_npu_scaler_unscales_for_adamw(npu, form, fused):
     assert not optimizer._step_supports_amp_scaling
 
 
-# The CPU's kind, for real
+# CpuDevice
 
 
-def test_cpu_row():
+def test_cpu_device():
     kind = devices.get("cpu")
     assert kind.backend == "gloo"
     assert kind.default_precision == "fp32"
@@ -431,11 +431,11 @@ def test_out_of_memory(error, expected):
     assert devices.is_out_of_memory(error) is expected
 
 
-# Loading torch_npu, in processes of their own and with the packaging that torch looks for
+# Loading torch_npu, in child processes and with the entry point that torch looks for
 
 
 def run_with_torch_npu(folder: Path, body: str, program: str) -> subprocess.CompletedProcess:
-    """Runs `program` where a package torch_npu of the given body is installed with its torch.backends entry point."""
+    """Run `program` with an installed package torch_npu that has the given body and a torch.backends entry point."""
     (folder / "torch_npu").mkdir()
     (folder / "torch_npu/__init__.py").write_text(body + "\ndef _autoload(): pass\n")
     info = folder / "torch_npu-2.6.0.dist-info"
@@ -451,7 +451,7 @@ def run_with_torch_npu(folder: Path, body: str, program: str) -> subprocess.Comp
 BROKEN = "raise ImportError('libhccl.so: cannot open shared object file')"
 
 
-def test_torch_npu_without_cann_is_one_warning_and_the_next_device(tmp_path):
+def test_torch_npu_without_cann_logs_one_warning_and_the_next_device_is_used(tmp_path):
     program = """if True:
         import logging
         logging.basicConfig()
@@ -463,7 +463,7 @@ def test_torch_npu_without_cann_is_one_warning_and_the_next_device(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[0] == "False"
     assert result.stdout.split()[1] != "npu"
-    assert result.stdout.split()[2] == "0"  # processes started from here survive, too
+    assert result.stdout.split()[2] == "0"  # child processes work, too
     assert result.stderr.count("WARNING") == 1
     assert "libhccl.so" in result.stderr
     assert "set_env.sh" in result.stderr
@@ -487,10 +487,10 @@ def test_torch_npu_that_loads_is_the_best_device(tmp_path):
     assert result.stdout.split() == ["npu", "npu:1", "False"]
 
 
-# Rows of devices that few machines have
+# MpsDevice, XpuDevice and missing devices
 
 
-def test_mps_row(monkeypatch):
+def test_mps_device(monkeypatch):
     calls = []
     fake = SimpleNamespace(
         current_allocated_memory=lambda: 1, driver_allocated_memory=lambda: 2, recommended_max_memory=lambda: 3,
@@ -515,14 +515,14 @@ def test_mps_row(monkeypatch):
     ("cuda", None, "built without CUDA"), ("cuda", "12.6", "nvidia-smi"),
     ("xpu", None, "built without XPU"), ("xpu", "20250000", "sycl-ls"),
 ])
-def test_a_build_without_and_a_host_without_are_told_apart(monkeypatch, kind, version, message):
+def test_a_build_without_support_and_a_missing_device_have_different_messages(monkeypatch, kind, version, message):
     absent(monkeypatch, kind)
     monkeypatch.setattr(torch.version, kind, version, raising=False)
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     assert message in devices.get(kind).why_missing()
 
 
-def test_xpu_row_asks_its_module(monkeypatch):
+def test_xpu_device_calls_its_module(monkeypatch):
     fake = FakeNpu("Intel Data Center GPU Max 1550", count=1)
     monkeypatch.setattr(torch, "xpu", fake)
     kind = devices.get("xpu")
@@ -533,9 +533,9 @@ def test_xpu_row_asks_its_module(monkeypatch):
     assert fake.calls == [("set_device", 0)]
 
 
-def test_an_index_is_of_the_accelerator(monkeypatch):
+def test_an_index_selects_an_accelerator(monkeypatch):
     monkeypatch.setattr(devices, "best", lambda: torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="device=0 means an accelerator, and none is there"):
+    with pytest.raises(RuntimeError, match="device=0 selects an accelerator, and none is available"):
         devices.as_asked(0)
     with pytest.raises(ValueError, match="Unknown device 'True'"):
         devices.as_asked(True)
@@ -543,5 +543,5 @@ def test_an_index_is_of_the_accelerator(monkeypatch):
     monkeypatch.setattr(type(devices.DEVICES["cuda"]), "is_available", lambda kind: True)
     monkeypatch.setattr(type(devices.DEVICES["cuda"]), "count", lambda kind: 2)
     assert devices.as_asked(1) == torch.device("cuda", 1)
-    with pytest.raises(RuntimeError, match="cuda:2 was asked for"):
+    with pytest.raises(RuntimeError, match="cuda:2 does not exist"):
         devices.as_asked(2)

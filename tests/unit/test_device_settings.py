@@ -1,4 +1,4 @@
-"""What devices say of the environment, torch.compile, determinism and errors, and what CANN says of a chip."""
+"""Checks of the environment, torch.compile, determinism, hints for errors, and peaks from CANN's files."""
 from __future__ import annotations
 
 import importlib.machinery
@@ -35,7 +35,7 @@ def functions(name: str) -> SimpleNamespace:
 
 @pytest.fixture
 def transferred(monkeypatch):
-    """torch_npu that was loaded, and has then copied its functions into torch.cuda."""
+    """Simulate a loaded torch_npu that has replaced functions of torch.cuda."""
     npu, cuda = functions("Ascend910B3"), functions("Ascend910B3")
     monkeypatch.setattr(torch, "npu", npu, raising=False)
     monkeypatch.setattr(torch, "cuda", cuda)
@@ -43,14 +43,14 @@ def transferred(monkeypatch):
     monkeypatch.setattr(devices.npu_loading, "failure", None)
     assert CUDA.is_available()
     assert devices.get("cuda") is CUDA
-    cuda.device_count = npu.device_count  # asked at each use: transfer_to_npu may be imported after this package
+    cuda.device_count = npu.device_count  # checked at each use, because transfer_to_npu may be imported later
     return cuda
 
 
 def test_cuda_is_the_npu_while_it_is_replaced(transferred):
     assert devices.get("cuda") is devices.get("cuda:1") is devices.get(torch.device("cuda", 1)) is NPU
-    with pytest.raises(RuntimeError, match="npu:2 was asked for, and this host shows 2"):
-        devices.resolve("cuda:2")  # tests/npu resolves those that are there: this torch does not know the name
+    with pytest.raises(RuntimeError, match="npu:2 does not exist: this host has 2"):
+        devices.resolve("cuda:2")  # tests/npu tests existing devices; this torch does not know the name
     assert (CUDA.is_available(), CUDA.count()) == (False, 0)
     assert "transfer_to_npu" in CUDA.why_missing()
     assert "transfer_to_npu" in NPU.notes()[0]
@@ -84,7 +84,7 @@ def test_cuda_stays_cuda_without_transfer_to_npu(transferred):
         ({"ACL_DEVICE_SYNC_TIMEOUT": "60"}, None),
     ],
 )
-def test_settings_that_end_a_run_on_an_npu(monkeypatch, variables, expected):
+def test_settings_that_prevent_a_run_on_an_npu(monkeypatch, variables, expected):
     check_sentences(monkeypatch, variables, NPU.environment_errors, expected)
 
 
@@ -177,7 +177,7 @@ def test_compiling_for_the_cpu_needs_a_cpp_compiler(monkeypatch):
 
 @pytest.fixture
 def restored(monkeypatch):
-    """What `set_deterministic` changes is put back."""
+    """Restore the settings that `set_deterministic` changes."""
     for name in ("HCCL_DETERMINISTIC", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -210,7 +210,7 @@ def test_deterministic_settings_of_a_device(restored, kind, variables):
         assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
 
 
-def test_deterministic_settings_of_the_user_stay(restored, monkeypatch):
+def test_deterministic_settings_of_the_user_are_kept(restored, monkeypatch):
     monkeypatch.setenv("HCCL_DETERMINISTIC", "strict")
     NPU.set_deterministic()
     assert os.environ["HCCL_DETERMINISTIC"] == "strict"
@@ -231,13 +231,13 @@ EJ0001: [PID: 468348] Failed to initialize the HCCP process. Reason: Maybe the l
     ("text", "advice"),
     [
         (EJ0001, "Wait 10 s after its end"),
-        ("NPU function error: aclrtSynchronizeDevice, error code is 507046", "took longer than its limit"),
-        ("NPU function error: aclrtSynchronizeStream, error code is 107020", "took longer than its limit"),
-        ("wait for compute device to finish failed, runtime result = 507046.", "took longer than its limit"),
-        ("EE1002: 2024-09-03 Stream synchronize timeout.", "took longer than its limit"),
+        ("NPU function error: aclrtSynchronizeDevice, error code is 507046", "A wait for the NPU timed out"),
+        ("NPU function error: aclrtSynchronizeStream, error code is 107020", "A wait for the NPU timed out"),
+        ("wait for compute device to finish failed, runtime result = 507046.", "A wait for the NPU timed out"),
+        ("EE1002: 2024-09-03 Stream synchronize timeout.", "A wait for the NPU timed out"),
         ("EI0002: The wait execution of the Notify register times out.", "HCCL_EXEC_TIMEOUT"),
         ("EI0006: Getting socket times out.", "HCCL_CONNECT_TIMEOUT"),
-        ("[ERROR] (PID:975, Device:-1, RankID:-1) ERR99999 UNKNOWN applicaiton exception", "its traceback"),
+        ("[ERROR] (PID:975, Device:-1, RankID:-1) ERR99999 UNKNOWN applicaiton exception", "Its traceback"),
         ("NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)", "NCCL_SOCKET_IFNAME"),
         ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000", "Two processes use one GPU"),
         ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(...)", "--dist-timeout"),
@@ -259,11 +259,11 @@ def test_hints_for_known_errors(text, advice):
         "[PID: 210907] Memory_Allocation_Failure(EL0004): Failed to allocate memory requested by GE module.",
     ],
 )
-def test_codes_of_cann_for_a_lack_of_memory(text):
+def test_codes_of_cann_for_out_of_memory(text):
     assert devices.is_out_of_memory(RuntimeError(text))
 
 
-# CANN's own description of a chip
+# CANN's description of a chip
 
 INI = """
 [version]
@@ -282,7 +282,7 @@ cube_k_size=16
 
 @pytest.fixture
 def chip(monkeypatch, tmp_path):
-    """An NPU of a name that no table has, on a host with CANN."""
+    """Simulate an NPU that is not in the table, on a host with CANN."""
     monkeypatch.setattr(devices.NpuDevice, "is_available", lambda self: True)
     monkeypatch.setattr(devices.NpuDevice, "name", lambda self, index=None: "Ascend777X")
     monkeypatch.setattr(devices.NpuDevice, "supports", lambda self, dtype: dtype != torch.bfloat16)
@@ -292,7 +292,7 @@ def chip(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["x86_64-linux", "aarch64-linux", "arm64-linux", "compiler"])
-def test_the_peak_is_that_of_cann_s_own_file(chip, folder):
+def test_the_peak_is_read_from_canns_file(chip, folder):
     assert NPU.peak_flops(torch.float16) is None
     (chip / folder / "data/platform_config").mkdir(parents=True)
     path = chip / folder / "data/platform_config/Ascend777X.ini"
@@ -303,7 +303,7 @@ def test_the_peak_is_that_of_cann_s_own_file(chip, folder):
     assert NPU.peak_source() == str(path)
 
 
-def test_the_file_counts_more_than_the_table(chip, monkeypatch):
+def test_canns_file_is_preferred_to_the_table(chip, monkeypatch):
     monkeypatch.setattr(devices.NpuDevice, "name", lambda self, index=None: "Ascend910B4")
     assert "peaks.py" in NPU.peak_source()
     (chip / "compiler/data/platform_config").mkdir(parents=True)
@@ -314,7 +314,7 @@ def test_the_file_counts_more_than_the_table(chip, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "tera"),
     [
-        (INI.replace("cube_core_cnt=20\n", ""), 245.76),  # an older file has ai_core_cnt alone
+        (INI.replace("cube_core_cnt=20\n", ""), 245.76),  # older files have only ai_core_cnt
         (INI.replace("cube_freq=1500", "cube_freq=fast"), None),
         (INI.replace("cube_freq=1500", "cube_freq=0"), None),
         (INI.replace("cube_k_size=16", ""), None),
@@ -323,7 +323,7 @@ def test_the_file_counts_more_than_the_table(chip, monkeypatch):
         (INI + "[AICoreSpec]\n%=%(x)s\n", 245.76),
     ],
 )
-def test_files_that_lack_something(tmp_path, text, tera):
+def test_incomplete_files_of_cann(tmp_path, text, tera):
     path = tmp_path / "chip.ini"
     path.write_text(text)
     found = devices.peaks.of_platform_config(path)

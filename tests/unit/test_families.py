@@ -1,4 +1,4 @@
-"""A training step of one model of each family, through the training code."""
+"""A training step of one model per family with the Trainer."""
 
 from __future__ import annotations
 

@@ -285,8 +285,8 @@ def test_half_precision_generates(kind):
     ("options", "words"),
     [
         ({"generation_type": "nucleus"}, "'beam_search', 'top_p', 'top_k', 'greedy'"),
-        ({"min_seq_len": 9}, "min_seq_len=9 has to be smaller than seq_len=9"),
-        ({"text": torch.ones(3, 9, dtype=torch.int64)}, "9 tokens already"),
+        ({"min_seq_len": 9}, "min_seq_len=9 must be smaller than seq_len=9"),
+        ({"text": torch.ones(3, 9, dtype=torch.int64)}, "9 tokens, and a caption has at most seq_len=9"),
         ({"text": torch.ones(2, 2, dtype=torch.int64)}, "3 images"),
         ({"eos_token_id": None}, "eos_token_id=49407"),
         ({"num_beams": 7}, "num_beams=7"),
@@ -342,7 +342,7 @@ def test_a_finished_prompt_is_unchanged(captioner):
 def test_invalid_prompts_raise(captioner):
     with pytest.raises(ValueError, match="text has 2 strings, and there are 3 images"):
         captioner.generate(images(3), text=["a", "b"])
-    with pytest.raises(ValueError, match="another vocabulary than CLIP"):
+    with pytest.raises(ValueError, match="does not have CLIP's vocabulary"):
         build().generate(images(1), text="a photo", eos_token_id=coca_cases.END, **IDS)
-    with pytest.raises(ValueError, match="text has 6 tokens already, and a caption may have seq_len=6"):
+    with pytest.raises(ValueError, match="text has 6 tokens, and a caption has at most seq_len=6"):
         captioner.generate(images(1), text="a photo of a dog", seq_len=6)

@@ -1,4 +1,4 @@
-"""Every precision trains like float32 on the CPU in every form of AdamW that is not refused."""
+"""Every precision trains like float32 on the CPU, with every supported form of AdamW."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def reference() -> list[float]:
     *((chosen, "auto") for chosen in ("fp32", "amp", "amp_bf16", "bf16", "fp16", "pure_bf16", "pure_fp16")),
     *((chosen, form) for chosen in ("bf16", "pure_bf16") for form in ("torch", "off")),
 ])  # fmt: skip
-def test_it_learns_as_in_float32(chosen, form, reference):
+def test_training_learns_as_in_float32(chosen, form, reference):
     half_precision.assert_learns_alike(half_precision.train(chosen, CPU, form), reference)

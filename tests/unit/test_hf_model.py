@@ -1,4 +1,4 @@
-"""Text towers of transformers: poolers by hand, features by transformers' own models, weights, locks, refusals."""
+"""Text towers of transformers: poolers, features against transformers' models, weights, locking, errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def build(folder: Path, kind: str, output_dim: int = 12, **options: Any) -> HFTextEncoder:
-    """A tower in evaluation mode, with weights by formula, which are the same on every call."""
+    """Build a tower in evaluation mode with weights from a formula, which are the same in each call."""
     name = hf_cases.write_config(folder / kind, kind)
     tower = HFTextEncoder(name, output_dim, **({"pretrained": False, "proj_type": "mlp"} | options))
     return native_cases.set_weights(tower).eval()
@@ -38,10 +38,10 @@ def save(model: torch.nn.Module, folder: Path, **more: torch.Tensor) -> None:
     save_file(tensors, folder / "open_clip_model.safetensors")
 
 
-# ---- poolers ----
+# Poolers
 
 
-def test_poolers_by_hand():
+def test_poolers_on_small_values():
     hidden = torch.tensor([[[1.0, 4.0], [3.0, -2.0], [50.0, 70.0]], [[-5.0, -1.0], [9.0, 9.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     output = SimpleNamespace(last_hidden_state=hidden, pooler_output=torch.full((2, 2), 7.0))
@@ -71,11 +71,11 @@ def test_a_pooler_can_be_registered(tmp_path, monkeypatch):
     assert torch.equal(features, torch.stack([tokens[0, 8], tokens[1, 4], tokens[2, 1]]))
 
 
-# ---- features ----
+# Features
 
 
 def by_hand(tower: HFTextEncoder, kind: str, ids: torch.Tensor) -> torch.Tensor:
-    """Projection of the mean of what transformers' own, whole model gives with its plainest attention."""
+    """Return the projected mean of the tokens of transformers' complete model with eager attention."""
     config = hf_cases.config(kind)
     theirs = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     encoder = theirs.get_encoder() if config.is_encoder_decoder else theirs
@@ -91,7 +91,7 @@ def by_hand(tower: HFTextEncoder, kind: str, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", hf_cases.KINDS)
-def test_features_are_those_of_transformers(kind, tmp_path):
+def test_features_equal_those_of_transformers(kind, tmp_path):
     tower = build(tmp_path, kind, pooler_type="mean_pooler")
     ids = hf_cases.texts(kind)
     torch.testing.assert_close(tower(ids), by_hand(tower, kind, ids), rtol=1e-5, atol=1e-5)
@@ -99,7 +99,7 @@ def test_features_are_those_of_transformers(kind, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", hf_cases.KINDS)
-def test_padding_is_not_looked_at_and_can_be_left_out(kind, tmp_path):
+def test_padding_has_no_effect_and_can_be_dropped(kind, tmp_path):
     for pooler in ("mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler"):
         tower = build(tmp_path, kind, pooler_type=pooler)
         pad = tower.config.pad_token_id
@@ -117,7 +117,7 @@ def test_padding_is_not_looked_at_and_can_be_left_out(kind, tmp_path):
 
 
 class Waits(TorchDispatchMode):
-    """Finds the operators for whose result the host would wait."""
+    """Records the operators for whose result the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_the_host_does_not_wait_for_the_device(kind, tmp_path):
     with Waits() as waits:
         tower(hf_cases.texts(kind)).sum().backward()
     assert waits.found == []
-    with Waits() as waits:  # what transformers does where it is left to make the mask: this test would see it
+    with Waits() as waits:  # the check itself: it detects the waits of transformers' default masks
         tower.transformer(input_ids=hf_cases.texts(kind), attention_mask=hf_cases.texts(kind) != 1)
     assert waits.found != []
 
@@ -156,13 +156,13 @@ def test_attention_masks_have_the_shape_and_type_of_fused_kernels(tmp_path, monk
     for kind in hf_cases.KINDS:
         calls.clear()
         build(tmp_path, kind)(hf_cases.texts(kind))
-        relative = kind in ("t5", "mt5")  # has a bias that no bool mask can hold
+        relative = kind in ("t5", "mt5")  # it adds a bias to the scores
         assert [tuple(mask.shape) for mask in calls] == 2 * [(3, 2 if relative else 1, 9, 9)], kind
         assert {mask.dtype for mask in calls} == {torch.float32 if relative else torch.bool}, kind
         assert all(mask.isfinite().all() for mask in calls), kind
 
 
-def test_gelu_is_ours_which_is_the_exact_one_on_every_device(tmp_path):
+def test_gelu_is_replaced_by_the_one_that_is_exact_on_every_device(tmp_path):
     kinds = {type(module).__name__ for module in build(tmp_path, "roberta").modules()}
     assert "GELU" in kinds
     assert "GELUActivation" not in kinds
@@ -174,7 +174,7 @@ def test_intermediates(kind, tmp_path):
     tower = build(tmp_path, kind, pooler_type="mean_pooler")
     ids, config = hf_cases.texts(kind), hf_cases.config(kind)
     hidden = tower.transformer(input_ids=ids, attention_mask=ids != config.pad_token_id, output_hidden_states=True)
-    hooks = [len(block._forward_hooks) for block in tower._blocks]  # transformers has some of its own
+    hooks = [len(block._forward_hooks) for block in tower._blocks]  # transformers registers hooks, too
     found = tower.forward_intermediates(ids)
     assert torch.equal(found["text_features"], tower(ids))
     assert len(found["text_intermediates"]) == 2
@@ -188,7 +188,7 @@ def test_intermediates(kind, tmp_path):
         tower.forward_intermediates(ids, output_fmt="NCHW")
 
 
-def test_a_whole_model_gives_intermediates_too(tmp_path):
+def test_intermediates_of_a_complete_model(tmp_path):
     model = open_clip.create_model(hf_cases.write_clip(tmp_path, "mt5"), pretrained_text=False).eval()
     image, _ = tiny_clip.inputs()
     found = model.forward_intermediates(image[:1], hf_cases.texts("mt5"), output_logits=True)
@@ -196,11 +196,11 @@ def test_a_whole_model_gives_intermediates_too(tmp_path):
     assert len(found["text_intermediates"]) == 2
 
 
-# ---- training ----
+# Training
 
 
 @pytest.mark.parametrize("kind", hf_cases.KINDS)
-def test_checkpointing_computes_blocks_again_and_the_same_gradients(kind, tmp_path):
+def test_checkpointing_recomputes_blocks_and_gives_the_same_gradients(kind, tmp_path):
     calls = []
 
     def gradients(tower: HFTextEncoder) -> dict[str, torch.Tensor]:
@@ -262,13 +262,13 @@ def test_every_kind_can_be_unlocked_by_layers(kind, blocks, tmp_path):
     assert trainable(0, freeze_layer_norm=False) == projection | norms
 
 
-def test_unlocking_too_much_is_said(tmp_path, caplog):
+def test_unlocking_too_many_layers_warns(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         build(tmp_path, "roberta").lock(4)
     assert "unlocking 4 locks nothing" in caplog.text
 
 
-def test_what_the_whole_model_asks_of_its_text_tower(tmp_path):
+def test_the_interface_that_the_complete_model_needs(tmp_path):
     model = open_clip.create_model(hf_cases.write_clip(tmp_path, "m2m_100"), pretrained_text=False)
     assert open_clip.get_model_tokenize_cfg(model) == {"context_length": 14, "vocab_size": 30}
     assert (model.context_length, model.vocab_size) == (14, 30)
@@ -279,15 +279,15 @@ def test_what_the_whole_model_asks_of_its_text_tower(tmp_path):
     assert not model.text.transformer.embed_tokens.weight.requires_grad
 
 
-# ---- weights ----
+# Weights
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["roberta", "bert", "mt5", "m2m_100"])
-def test_a_model_built_on_meta_is_the_model_built_plainly(kind, precision, tmp_path):
+def test_a_model_built_on_the_meta_device_equals_one_built_on_the_cpu(kind, precision, tmp_path):
     name = hf_cases.write_clip(tmp_path, kind)
     plain = native_cases.set_weights(open_clip.create_model(name, pretrained_text=False))
-    # files that were written with transformers before 4.31 have this table
+    # files written with transformers before 4.31 have this buffer
     save(plain, tmp_path, **{"text.transformer.embeddings.position_ids": torch.arange(14)[None]})
     loaded = open_clip.create_model(name, precision=precision).eval()
     checkpoint.check_nothing_on_meta(loaded, "the file")
@@ -305,7 +305,7 @@ def test_a_model_built_on_meta_is_the_model_built_plainly(kind, precision, tmp_p
         assert {p.dtype for p in loaded.text.parameters()} == {torch.float16 if precision == "fp16" else torch.bfloat16}
 
 
-def test_half_precision_is_near_the_whole(tmp_path):
+def test_half_precision_is_close_to_float32(tmp_path):
     for kind in hf_cases.KINDS:
         tower = build(tmp_path, kind)
         with torch.no_grad():
@@ -335,7 +335,7 @@ def test_published_weights_are_loaded_from_a_folder(kind, tmp_path):
     tower.eval()(hf_cases.texts(kind))
 
 
-def test_a_model_with_weights_of_its_own_does_not_fetch_the_towers(tmp_path, monkeypatch):
+def test_a_model_with_pretrained_weights_does_not_download_those_of_the_tower(tmp_path, monkeypatch):
     name = hf_cases.write_clip(tmp_path, "roberta")
 
     def never(*args: Any, **kwargs: Any) -> None:
@@ -346,7 +346,7 @@ def test_a_model_with_weights_of_its_own_does_not_fetch_the_towers(tmp_path, mon
         with pytest.raises(AssertionError, match="were fetched"):
             open_clip.create_model(name)
         model = open_clip.create_model(name, pretrained_text=False)
-        open_clip.create_model(name, pretrained_hf=False)  # its older name
+        open_clip.create_model(name, pretrained_hf=False)  # the former name of the option
         open_clip.create_model(name, device="meta")
         torch.save(model.text.state_dict(), tmp_path / "text.bin.tower")
         partly = open_clip.create_model(name, pretrained_text_path=str(tmp_path / "text.bin.tower"))
@@ -357,19 +357,19 @@ def test_a_model_with_weights_of_its_own_does_not_fetch_the_towers(tmp_path, mon
         assert torch.equal(partly.text.state_dict()[key], value), key
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(RuntimeError, match=r"roberta.*model\.safetensors.*pretrained_text=False"):
-        open_clip.create_model(name)  # the folder of the text tower has a configuration and no weights
+        open_clip.create_model(name)  # the text tower's folder has a configuration but no weights
 
 
-# ---- architectures ----
+# Architectures
 
 PUBLISHED_MILLIONS = {
     "coca_roberta-ViT-B-32": 124.45,  # roberta-base's 124.87 less its mlp (0.819 M) and more a linear layer (0.393 M)
     "mt5-base-ViT-B-32": 277.86,
     "mt5-xl-ViT-H-14": 1674.68,
     "nllb-clip-base": 414.04,
-    "nllb-clip-base-siglip": 414.30,  # a projection to 768 in place of 512: 0.262 M more
+    "nllb-clip-base-siglip": 414.30,  # a projection to 768 instead of 512: 0.262 M more
     "nllb-clip-large": 767.14,
-    "nllb-clip-large-siglip": 767.27,  # to 1152 in place of 1024: 0.131 M more
+    "nllb-clip-large-siglip": 767.27,  # to 1152 instead of 1024: 0.131 M more
     "roberta-ViT-B-32": 124.87,
     "xlm-roberta-base-ViT-B-32": 278.27,
     "xlm-roberta-large-ViT-H-14": 560.94,
@@ -390,7 +390,7 @@ def test_all_ten_text_towers_build_without_a_network_and_have_the_published_size
 
 @pytest.mark.parametrize("name", hf_configs.ARCHITECTURES)
 def test_shrunken_models_of_the_known_architectures_run(name):
-    """With all but width, depth and vocabulary as published."""
+    """Only width, depth and vocabulary differ from the published configuration."""
     config = hf_model._read_config(name, offline=True)
     small = {"width": 24, "heads": 2, "layers": 2, "vocab_size": 40}
     for size, value in small.items():
@@ -405,8 +405,8 @@ def test_shrunken_models_of_the_known_architectures_run(name):
     assert hf_configs.known_architecture(f"FacebookAI/{name}") == hf_configs.known_architecture(name)
 
 
-def test_what_sizes_do_not_show_of_the_known_architectures():
-    """Dropping layers at random would leave parameters without gradients, which DDP refuses."""
+def test_the_known_architectures_drop_no_layers():
+    """Dropped layers would leave parameters without gradients, which DDP does not support."""
     for name in hf_configs.ARCHITECTURES:
         config = hf_model._read_config(name, offline=True)
         if config.model_type == "m2m_100":
@@ -431,15 +431,15 @@ def test_profiles_are_as_published(name, gflops, text_gflops):
     assert (row["text_width"], row["text_mparams"]) == (512, PUBLISHED_MILLIONS[name])
 
 
-# ---- refusals ----
+# Errors
 
 
-def test_clip_itself_holds_native_towers_only(tmp_path):
+def test_clip_accepts_native_text_towers_only(tmp_path):
     cfg = tiny_clip.config()
     cfg["text_cfg"] = {
         "hf_model_name": hf_cases.write_config(tmp_path, "bert"), "hf_model_pretrained": False,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="CustomTextCLIP does"):
+    with pytest.raises(ValueError, match="use CustomTextCLIP"):
         open_clip.CLIP(**cfg)
     assert type(open_clip.CustomTextCLIP(**cfg).text) is HFTextEncoder
 
@@ -449,22 +449,22 @@ def test_clip_itself_holds_native_towers_only(tmp_path):
     [
         ({"pooler_type": "mean"}, "pooler_type is one of 'mean_pooler'"),
         ({"proj_type": "none"}, "proj_type is one of None"),
-        ({"proj_type": None}, "width is 16 and not 12"),
+        ({"proj_type": None}, "width is 16 and output_dim is 12"),
     ],
 )
-def test_options_that_do_not_exist(options, message, tmp_path):
+def test_unknown_options_raise(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, "roberta", **options)
 
 
-def test_other_kinds_of_model_are_named(tmp_path):
+def test_unsupported_model_types_raise(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     for pretrained in (False, True):
-        with pytest.raises(ValueError, match="'gpt2', which is no text tower here: roberta"):
+        with pytest.raises(ValueError, match=r"'gpt2', which is not supported as a text tower\. Use one of roberta"):
             HFTextEncoder(str(tmp_path), 12, proj_type="linear", pretrained=pretrained)
 
 
-def test_code_of_a_folder_is_never_run(tmp_path):
+def test_code_in_a_model_folder_is_never_run(tmp_path):
     code = "raise SystemExit('it was run')"
     (tmp_path / "theirs.py").write_text(code)
     config = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}
@@ -474,7 +474,7 @@ def test_code_of_a_folder_is_never_run(tmp_path):
             HFTextEncoder(str(tmp_path), 12, proj_type="linear", pretrained=pretrained)
 
 
-def test_a_name_that_is_not_known_and_cannot_be_asked_for(monkeypatch):
+def test_an_unknown_name_without_a_network_raises(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -484,12 +484,13 @@ def test_a_name_that_is_not_known_and_cannot_be_asked_for(monkeypatch):
         HFTextEncoder("roberta-base", 12)
 
 
-def test_transformers_that_is_missing_or_too_old(monkeypatch):
+def test_a_missing_or_too_old_transformers_raises(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "transformers", None)
         with pytest.raises(ImportError, match=r"needs the package transformers .*pip install"):
             HFTextEncoder("roberta-base", 12, pretrained=False)
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.9.1")
-    with pytest.raises(ImportError, match=r"newer transformers than 5\.9\.1\. .*pip install 'transformers>=5\.18'"):
+    message = r"newer transformers than 5\.9\.1\. .*pip install 'transformers>=5\.18'"
+    with pytest.raises(ImportError, match=message):
         HFTextEncoder("roberta-base", 12, pretrained=False)
     assert hf_configs.import_transformers("A tokenizer", minimal="4.0") is not None

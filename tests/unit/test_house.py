@@ -1,4 +1,4 @@
-"""Rules of the house that source code alone can break: floors without circles, and one table of devices."""
+"""Rules for the source code: the import order of modules, no import cycles, and device names in one package only."""
 from __future__ import annotations
 
 import ast
@@ -9,10 +9,10 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 
-# Ground first. A file imports from floors below its own, never from its own or from above. `training.data`,
-# `open_clip.convert` and `open_clip.push_to_hf_hub` are one room each: what their files import from one another is only
-# kept free of circles. The lines of the pyramid in the design are split where one of their rooms serves another.
-FLOORS = [
+# The levels of the import order, lowest first. A module may import modules of lower levels only, none of its own level.
+# A package in PACKAGES has one level: its modules may import each other without cycles. The levels are finer than those
+# in docs/design.md.
+LEVELS = [
     ["open_clip.aliases", "open_clip.progress", "open_clip.text_groups", "open_clip.torch_versions"],
     ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version", "open_clip.hf_configs"],
     ["open_clip.binary_file", "open_clip.whole_file", "open_clip.key_prefixes"],
@@ -66,10 +66,10 @@ FLOORS = [
     ["training.main", "training.profiler", "training.doctor"],
     ["open_clip_train"],
 ]
-PACKAGES = (  # a package that has one place in FLOORS
+PACKAGES = (  # packages that have one entry in LEVELS
     "training.data", "open_clip_train", "open_clip.device", "open_clip.convert", "open_clip.push_to_hf_hub",
 )
-FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+LEVEL_OF = {module: number for number, level in enumerate(LEVELS) for module in level}
 
 DEVICES = SOURCE / "open_clip/device"
 DEVICE_MODULES = re.compile(r"\btorch\.cuda\b|\btorch\.npu\b|\btorch_npu\b|\btorch\.xpu\b|\btorch\.mps\b")
@@ -86,9 +86,9 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 
-def room_of(module: str) -> str:
-    """The entry of FLOORS that a module belongs to: itself, or the package that is one room."""
-    if module in FLOOR_OF:
+def entry_of(module: str) -> str:
+    """Return the entry of LEVELS for a module: the module itself, or its package in PACKAGES."""
+    if module in LEVEL_OF:
         return module
     for package in PACKAGES:
         if module == package or module.startswith(package + "."):
@@ -97,7 +97,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(source: str, module: str, is_package: bool) -> set[str]:
-    """Modules of this repository that a file imports, wherever in it, but for type checking."""
+    """Return the modules of this repository that a file imports at any place, except for type checking."""
     found: set[str] = set()
     package = module if is_package else module.rpartition(".")[0]
     for node in ast.walk(_without_type_checking(ast.parse(source))):
@@ -110,9 +110,9 @@ def imports_of(source: str, module: str, is_package: bool) -> set[str]:
                 base = ".".join([*above, *([node.module] if node.module else [])])
             candidates = []
             for alias in node.names:
-                whole = f"{base}.{alias.name}"
-                # `from . import layers` imports a module; any other name counts as an import of the package's file
-                candidates.append(whole if whole in MODULES else base)
+                full_name = f"{base}.{alias.name}"
+                # `from . import layers` imports a module. Any other name counts as an import of the package.
+                candidates.append(full_name if full_name in MODULES else base)
         else:
             continue
         found |= {name for name in candidates if name in MODULES}
@@ -136,18 +136,18 @@ IMPORTS = {
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_file_has_a_floor_and_imports_from_below(module):
-    room = room_of(module)
-    assert room in FLOOR_OF, f"{module} has no floor: add it to FLOORS in test_house.py, below all that import it"
+def test_a_module_has_a_level_and_imports_from_lower_levels(module):
+    entry = entry_of(module)
+    assert entry in LEVEL_OF, f"{module} has no level. Add it to LEVELS in test_house.py, below all its importers."
     for imported in sorted(IMPORTS[module]):
-        other = room_of(imported)
-        if other != room:
-            below = FLOOR_OF.get(other, -1) < FLOOR_OF[room]
-            assert below, f"{module} imports {imported}, which is not on a lower floor"
+        other = entry_of(imported)
+        if other != entry:
+            is_lower = LEVEL_OF.get(other, -1) < LEVEL_OF[entry]
+            assert is_lower, f"{module} imports {imported}, which is not on a lower level."
 
 
-def test_no_circles():
-    """Within a room that is a package, too."""
+def test_there_are_no_import_cycles():
+    """Modules of one package are checked, too."""
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -163,7 +163,7 @@ def test_no_circles():
 
 
 def comparisons_with_a_device_name(source: str) -> list[tuple[int, str]]:
-    """(line, text) of comparisons, prefix tests and match cases against "cuda", "npu:0" and the like."""
+    """Return (line, text) of comparisons, prefix tests and match cases with device names such as "cuda" or "npu:0"."""
     def names_a_device(node: ast.AST) -> bool:
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             return any(names_a_device(element) for element in node.elts)
@@ -186,7 +186,7 @@ def comparisons_with_a_device_name(source: str) -> list[tuple[int, str]]:
 
 
 def device_modules_in(source: str) -> list[str]:
-    """Mentions of a device's module in code, in strings that are not docstrings, and in imports; not in comments."""
+    """Return lines that mention a device's torch module in code or strings. Docstrings and comments are ignored."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -197,13 +197,13 @@ def device_modules_in(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent != DEVICES], ids=module_of)
-def test_facts_about_devices_are_in_the_table_alone(path):
+def test_device_dependent_code_is_in_the_device_package_only(path):
     text = path.read_text(encoding="utf-8")
-    assert device_modules_in(text) == [], "ask open_clip.device instead"
-    assert comparisons_with_a_device_name(text) == [], "ask open_clip.device instead"
+    assert device_modules_in(text) == [], "Use open_clip.device instead."
+    assert comparisons_with_a_device_name(text) == [], "Use open_clip.device instead."
 
 
-def test_the_checks_see_what_they_are_for():
+def test_the_checks_detect_violations():
     assert imports_of("from . import device\nfrom .config import x", "open_clip.device2", False) >= {"open_clip.device"}
     assert imports_of("def f():\n  import open_clip", "training.x", False) == {"open_clip"}
     assert imports_of("if TYPE_CHECKING:\n  import open_clip", "training.x", False) == set()

@@ -1,4 +1,4 @@
-"""Layers against PyTorch's own and against formulas written out."""
+"""Layers against PyTorch's and against explicit formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_clip import blocks, layers
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Values that differ everywhere, so that nothing is hidden by ones and zeros."""
+    """Set parameters to different values, because ones and zeros could hide errors."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -22,7 +22,7 @@ def randomize(module: nn.Module) -> nn.Module:
 
 
 def pair(**kwargs: int) -> tuple[layers.MultiheadAttention, nn.MultiheadAttention]:
-    """Ours and PyTorch's with the same weights."""
+    """Return our layer and PyTorch's with the same weights."""
     ours = layers.MultiheadAttention(16, 4, **kwargs)
     theirs = nn.MultiheadAttention(16, 4, batch_first=True, **kwargs)
     randomize(theirs)
@@ -87,7 +87,7 @@ MASKS = {
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("average", [True, False])
-def test_attention_is_pytorchs(masks: str, need_weights: bool, average: bool) -> None:
+def test_attention_equals_pytorchs(masks: str, need_weights: bool, average: bool) -> None:
     ours, theirs = pair()
     assert isinstance(ours, nn.MultiheadAttention)
     x = torch.randn(2, 5, 16)
@@ -108,7 +108,7 @@ def test_attention_weights_have_the_dropout_of_training() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_attention_without_a_batch_is_pytorchs(need_weights: bool) -> None:
+def test_attention_without_a_batch_equals_pytorchs(need_weights: bool) -> None:
     ours, theirs = pair()
     x, context = torch.randn(5, 16), torch.randn(7, 16)
     for inputs, masks in (((x, x, x), {"attn_mask": torch.randn(4, 5, 5)}), ((x, context, context), {})):
@@ -121,7 +121,7 @@ def test_attention_without_a_batch_is_pytorchs(need_weights: bool) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"kdim": 12, "vdim": 12}])
-def test_cross_attention_is_pytorchs(kwargs: dict[str, int]) -> None:
+def test_cross_attention_equals_pytorchs(kwargs: dict[str, int]) -> None:
     ours, theirs = pair(**kwargs)
     width = kwargs.get("kdim", 16)
     query, key, value = torch.randn(2, 3, 16), torch.randn(2, 7, width), torch.randn(2, 7, width)
@@ -132,7 +132,7 @@ def test_cross_attention_is_pytorchs(kwargs: dict[str, int]) -> None:
     torch.testing.assert_close(ours(shared, key, key)[0], expected)
 
 
-def test_added_keys_are_pytorchs() -> None:
+def test_added_keys_equal_pytorchs() -> None:
     ours, _ = pair()
     theirs = nn.MultiheadAttention(16, 4, add_bias_kv=True, add_zero_attn=True, batch_first=True).eval()
     ours.bias_k, ours.bias_v, ours.add_zero_attn = theirs.bias_k, theirs.bias_v, True
@@ -141,13 +141,13 @@ def test_added_keys_are_pytorchs() -> None:
     torch.testing.assert_close(ours(x, x, x)[0], theirs(x, x, x)[0])
 
 
-def test_a_mask_with_a_wrong_number_of_tables_raises() -> None:
+def test_a_mask_for_a_wrong_number_of_heads_raises() -> None:
     x = torch.randn(2, 5, 16)
-    with pytest.raises(ValueError, match="attn_mask has 2 tables, and 2 sequences with 4 heads need 8"):
+    with pytest.raises(ValueError, match="attn_mask has 2 masks, and 2 sequences with 4 heads need 8"):
         pair()[0](x, x, x, attn_mask=torch.zeros(2, 5, 5))
 
 
-def test_the_kernels_mask_counts_for_the_mask_that_it_belongs_to() -> None:
+def test_the_kernel_mask_is_used_with_its_own_mask_only() -> None:
     ours, theirs = pair()
     x, shown = torch.randn(2, 5, 16), torch.randn(5, 5)
     expected = theirs(x, x, x, attn_mask=~causal(5))[0]
@@ -189,7 +189,7 @@ def test_heads_that_do_not_divide_the_width_raise(cls: type[nn.Module]) -> None:
 
 
 def manual_attention(attention: layers.Attention, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention's options, written out on explicit weights."""
+    """Compute attention with its options from explicit weights."""
     batch, length, width = x.shape
     heads = attention.num_heads
     qkv = (x @ attention.in_proj_weight.T + attention.in_proj_bias).reshape(batch, length, 3, heads, width // heads)
@@ -215,7 +215,7 @@ def manual_attention(attention: layers.Attention, x: torch.Tensor, mask: torch.T
     [{}, {"qk_norm": True}, {"scaled_cosine": True}, {"scale_heads": True}, {"inner_norm": True, "scale_heads": True}],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_options_are_their_formulas(kwargs: dict[str, bool], masked: bool) -> None:
+def test_attention_options_equal_their_formulas(kwargs: dict[str, bool], masked: bool) -> None:
     attention = randomize(layers.Attention(16, 4, **kwargs))
     x = torch.randn(2, 5, 16)
     mask = causal(5) if masked else None
@@ -226,7 +226,7 @@ def test_attention_options_are_their_formulas(kwargs: dict[str, bool], masked: b
     torch.testing.assert_close(attention(x, attn_mask=per_head), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_scaled_cosine_temperature_has_a_ceiling() -> None:
+def test_the_scale_of_scaled_cosine_has_a_maximum() -> None:
     attention = randomize(layers.Attention(8, 2, scaled_cosine=True))
     x = torch.randn(1, 4, 8)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_scaled_cosine_temperature_has_a_ceiling() -> None:
     torch.testing.assert_close(attention(x), expected)
 
 
-def test_contradicting_attention_options_raise() -> None:
+def test_contradictory_attention_options_raise() -> None:
     with pytest.raises(ValueError, match="switch off qk_norm"):
         layers.Attention(16, 4, qk_norm=True, scaled_cosine=True)
 
@@ -273,14 +273,14 @@ def test_patch_dropout_draws_for_each_image_from_the_seed() -> None:
     assert first.min() == 0
 
 
-def test_patch_dropout_leaves_at_least_one_and_refuses_nonsense() -> None:
+def test_patch_dropout_keeps_at_least_one_patch_and_invalid_fractions_raise() -> None:
     assert layers.PatchDropout(0.99).train()(torch.randn(2, 5, 3)).shape == (2, 2, 3)
     for prob in (1.0, -0.1):
         with pytest.raises(ValueError, match="0 <= prob < 1"):
             layers.PatchDropout(prob)
 
 
-def test_attentional_pooler_is_attention_of_its_queries() -> None:
+def test_attentional_pooler_equals_attention_of_its_queries() -> None:
     pooler = randomize(layers.AttentionalPooler(16, 12, n_head=4, n_queries=3))
     theirs = nn.MultiheadAttention(16, 4, kdim=12, vdim=12, batch_first=True)
     theirs.load_state_dict(pooler.attn.state_dict())
@@ -290,7 +290,7 @@ def test_attentional_pooler_is_attention_of_its_queries() -> None:
     torch.testing.assert_close(pooler(x), expected)
 
 
-def test_residual_block_is_its_formula() -> None:
+def test_residual_block_equals_its_formula() -> None:
     block = randomize(blocks.ResidualAttentionBlock(16, 4, mlp_ratio=2.5, ls_init_value=0.1))
     x = torch.randn(2, 5, 16)
     mask, normed = layers.causal_mask(5), block.ln_1(x)
@@ -300,7 +300,7 @@ def test_residual_block_is_its_formula() -> None:
     torch.testing.assert_close(block(x, attn_mask=mask), middle + block.ls_2(block.mlp.c_proj(hidden)))
 
 
-def test_cross_attention_block_normalises_what_it_looks_at() -> None:
+def test_cross_attention_block_normalizes_keys_and_values() -> None:
     block = randomize(blocks.ResidualAttentionBlock(16, 4, is_cross_attention=True))
     x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
     normed = block.ln_1_kv(context)
@@ -308,7 +308,7 @@ def test_cross_attention_block_normalises_what_it_looks_at() -> None:
     torch.testing.assert_close(block(x, context, context), middle + block.mlp(block.ln_2(middle)))
 
 
-def test_custom_block_is_its_formula() -> None:
+def test_custom_block_equals_its_formula() -> None:
     block = randomize(
         blocks.CustomResidualAttentionBlock(16, 4, scale_attn=True, scale_fc=True, qk_norm=True, ls_init_value=0.1)
     )

@@ -1,4 +1,4 @@
-"""CLIP and CustomTextCLIP: what goes in and out, how they are built, cast, locked and compiled."""
+"""CLIP and CustomTextCLIP: inputs and outputs, building, casting, locking and compiling."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 3, 16, 16, generator=generator), text
 
 
-# ---- in and out ----
+# Inputs and outputs
 
 
 @BOTH
-def test_forward_gives_unit_features_and_the_scale(cls: type, batch: tuple) -> None:
+def test_forward_returns_normalized_features_and_the_scale(cls: type, batch: tuple) -> None:
     model = build(cls)
     image_features, text_features, scale = model(*batch)
     torch.testing.assert_close(image_features, F.normalize(model.encode_image(batch[0]), dim=-1))
@@ -47,7 +47,7 @@ def test_forward_gives_unit_features_and_the_scale(cls: type, batch: tuple) -> N
 
 
 @BOTH
-def test_forward_takes_one_of_the_two(cls: type, batch: tuple) -> None:
+def test_forward_accepts_only_images_or_only_texts(cls: type, batch: tuple) -> None:
     model = build(cls)
     image_features, nothing, _ = model(batch[0])
     assert image_features.shape == (3, 12)
@@ -72,7 +72,7 @@ def test_bias_and_dictionary(cls: type, batch: tuple) -> None:
     assert list(build(cls, output_dict=True)(*batch)) == ["image_features", "text_features", "logit_scale"]
 
 
-def test_both_classes_are_one_implementation(batch: tuple) -> None:
+def test_both_classes_give_the_same_features(batch: tuple) -> None:
     clip, custom = build(CLIP), build(CustomTextCLIP)
     custom.load_state_dict(models.convert_to_custom_text_state_dict(clip.state_dict()))
     for a, b in zip(clip(*batch), custom(*batch), strict=True):
@@ -89,7 +89,7 @@ def test_converting_a_custom_state_dict_changes_nothing() -> None:
 
 
 @BOTH
-def test_towers_that_also_give_tokens_still_make_features(cls: type, batch: tuple) -> None:
+def test_features_of_towers_with_output_tokens(cls: type, batch: tuple) -> None:
     model = build(cls, {"output_tokens": True}, {"output_tokens": True})
     features, tokens = model.encode_image(batch[0], normalize=True)
     assert tokens.shape == (3, 4, 32)
@@ -99,7 +99,7 @@ def test_towers_that_also_give_tokens_still_make_features(cls: type, batch: tupl
     assert model.get_logits(*batch)[0].shape == (3, 3)
 
 
-def test_logits_of_intermediates_need_both(batch: tuple) -> None:
+def test_logits_of_intermediates_need_both_inputs(batch: tuple) -> None:
     with pytest.raises(ValueError, match="give both"):
         build().forward_intermediates(image=batch[0], output_logits=True)
 
@@ -113,7 +113,7 @@ def test_every_parameter_gets_a_gradient(cls: type, batch: tuple) -> None:
 
 
 @BOTH
-def test_checkpointing_reaches_both_towers(cls: type) -> None:
+def test_checkpointing_is_set_in_both_towers(cls: type) -> None:
     model = build(cls)
     model.set_grad_checkpointing()
     stacks = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
@@ -123,11 +123,11 @@ def test_checkpointing_reaches_both_towers(cls: type) -> None:
     assert not any(stack.grad_checkpointing for stack in stacks)
 
 
-# ---- building ----
+# Building
 
 
 @BOTH
-def test_what_a_model_says_of_itself(cls: type) -> None:
+def test_attributes_of_a_model(cls: type) -> None:
     model = build(cls)
     assert (model.context_length, model.vocab_size) == (6, 30)
     assert model.visual.image_size == (16, 16)
@@ -160,7 +160,7 @@ def test_activations_and_norms_follow_the_arguments() -> None:
 
 
 @BOTH
-def test_built_on_meta_and_filled_by_assignment(cls: type, batch: tuple) -> None:
+def test_a_model_on_the_meta_device_is_filled_by_assignment(cls: type, batch: tuple) -> None:
     real = build(cls, {"pos_embed_type": "sin_cos_2d"})
     state = torch.get_rng_state()
     with torch.device("meta"):
@@ -207,7 +207,7 @@ def test_compiles_in_one_graph(cls: type, checkpointing: bool, batch: tuple) -> 
     assert model.visual.conv1.weight.grad is not None
 
 
-# ---- precision ----
+# Precision
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_dtypes_of_a_precision(precision: str, cast: torch.dtype | None, given: 
 
 @BOTH
 @pytest.mark.parametrize("text", [{}, {"proj_bias": True}])
-def test_low_precision_leaves_norms_and_embeddings(cls: type, text: dict, batch: tuple) -> None:
+def test_low_precision_does_not_cast_norms_and_embeddings(cls: type, text: dict, batch: tuple) -> None:
     vision = {"ls_init_value": 0.1, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 2}
     model = build(cls, vision, {**text, "qk_norm": True}, cast_dtype=torch.bfloat16)
     expected = model(*batch)
@@ -255,11 +255,11 @@ def test_pure_low_precision(cls: type, batch: tuple) -> None:
     torch.testing.assert_close(got[1].float(), expected[1], rtol=0, atol=0.03)
 
 
-# ---- OpenAI's archives ----
+# OpenAI's archives
 
 
 @pytest.mark.parametrize("cast_dtype", [torch.float16, torch.bfloat16, None])
-def test_openai_state_dict_tells_its_configuration(cast_dtype: torch.dtype | None, batch: tuple) -> None:
+def test_the_configuration_is_inferred_from_an_openai_state_dict(cast_dtype: torch.dtype | None, batch: tuple) -> None:
     vision, text = {"width": 64, "head_width": 64, "layers": 3}, {"width": 64, "heads": 1}
     original = build(vision=vision, text=text, quick_gelu=True)
     models.convert_weights_to_fp16(original)
@@ -280,7 +280,7 @@ def test_openai_state_dict_tells_its_configuration(cast_dtype: torch.dtype | Non
 
 
 @pytest.mark.parametrize("cast_dtype", [torch.float16, None])
-def test_training_a_model_keeps_the_state_dict_it_was_built_from(cast_dtype: torch.dtype | None) -> None:
+def test_training_does_not_change_the_state_dict_the_model_was_built_from(cast_dtype: torch.dtype | None) -> None:
     archive = build(vision={"width": 64, "head_width": 64}, text={"width": 64, "heads": 1}).state_dict()
     before = {key: value.clone() for key, value in archive.items()}
     model = models.build_model_from_openai_state_dict(archive, cast_dtype=cast_dtype)
@@ -290,13 +290,13 @@ def test_training_a_model_keeps_the_state_dict_it_was_built_from(cast_dtype: tor
     assert all(torch.equal(archive[key], value) for key, value in before.items())
 
 
-# ---- what goes with a model ----
+# Preprocessing and tokenization
 
 
 @BOTH
 @pytest.mark.parametrize("output_dict", [False, True])
 def test_trace_has_the_three_methods(cls: type, output_dict: bool, batch: tuple, tmp_path: Path) -> None:
-    """Also when it has been saved and loaded, where nothing of this package is needed."""
+    """A saved trace can be loaded without this package."""
     model = build(cls, init_logit_bias=-10.0, output_dict=output_dict)
     traced = models.trace_model(model, batch_size=3)
     assert traced.visual.image_size == (16, 16)
@@ -308,7 +308,7 @@ def test_trace_has_the_three_methods(cls: type, output_dict: bool, batch: tuple,
 
 
 @BOTH
-def test_preprocessing_goes_with_the_model(cls: type) -> None:
+def test_the_preprocessing_configuration_is_stored_in_the_model(cls: type) -> None:
     model = build(cls)
     assert models.get_model_preprocess_cfg(model) == {"size": (16, 16)}
     cfg = {"size": 16, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "resize_mode": "squash"}
@@ -319,6 +319,6 @@ def test_preprocessing_goes_with_the_model(cls: type) -> None:
 
 
 @BOTH
-def test_tokenizing_goes_with_the_model(cls: type) -> None:
+def test_the_tokenization_configuration_is_read_from_the_model(cls: type) -> None:
     assert models.get_model_tokenize_cfg(build(cls)) == {"context_length": 6, "vocab_size": 30}
     assert models.get_model_tokenize_cfg(nn.Linear(1, 1)) == {}

@@ -1,4 +1,4 @@
-"""CLIP's ResNet: its attention pool by hand, timm's own as a reference, and what recomputing and locking change."""
+"""CLIP's ResNet: attention pooling, timm's model as a reference, recomputation and locking."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tower(**changes: object) -> ModifiedResNet:
     return resnet
 
 
-def test_the_pool_is_attention_of_the_mean_by_hand() -> None:
+def test_attention_pooling_equals_its_formula() -> None:
     torch.manual_seed(0)
     pool = AttentionPool2d(3, embed_dim=8, num_heads=2, output_dim=5)
     x = torch.randn(2, 8, 3, 3)
@@ -34,8 +34,8 @@ def test_the_pool_is_attention_of_the_mean_by_hand() -> None:
     torch.testing.assert_close(pool(x), pool.c_proj(torch.cat(heads, dim=-1)[:, 0]))
 
 
-def test_features_are_those_of_timms_clip_resnet() -> None:
-    """timm's resnet50_clip, which was written for the same weights under other names."""
+def test_features_equal_those_of_timms_clip_resnet() -> None:
+    """timm's resnet50_clip has the same weights with other names."""
     timm = pytest.importorskip("timm")
     from timm.models.byobnet import checkpoint_filter_fn
 
@@ -51,7 +51,7 @@ def test_features_are_those_of_timms_clip_resnet() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_block_pools_where_it_strides(stride: int) -> None:
+def test_a_block_with_a_stride_uses_average_pooling(stride: int) -> None:
     block = Bottleneck(8, 4, stride)
     assert block(torch.randn(2, 8, 6, 6)).shape == (2, 16, 6 // stride, 6 // stride)
     assert Bottleneck(16, 4).downsample is None
@@ -74,7 +74,7 @@ def test_recomputing_gives_the_same_gradients_and_statistics() -> None:
 
 @pytest.mark.parametrize("unlocked", range(7))
 def test_locking_by_groups(unlocked: int) -> None:
-    """The pool, the stages from the back, the stem; and batch norms of what is frozen keep their statistics."""
+    """Groups are unlocked from the last to the first. Frozen batch norms keep their statistics."""
     resnet = tower()
     resnet.lock(unlocked, freeze_bn_stats=True)
     order = ["attnpool", "layer4", "layer3", "layer2", "layer1", "conv1"]
@@ -100,7 +100,7 @@ def test_positions_are_resized_to_another_image_size() -> None:
     assert large(cases.images((96, 128))).shape == (2, 24)
 
 
-def test_what_cannot_be_built_is_said() -> None:
+def test_invalid_sizes_raise() -> None:
     with pytest.raises(ValueError, match="four stages, got \\[1, 2\\]"):
         tower(layers=[1, 2])
     with pytest.raises(ValueError, match="16 pixels is too small: each side needs 32"):
@@ -109,13 +109,13 @@ def test_what_cannot_be_built_is_said() -> None:
         tower(heads=3)
 
 
-def test_patch_dropout_has_no_effect_and_says_so(caplog) -> None:
+def test_patch_dropout_has_no_effect_and_warns(caplog) -> None:
     vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_dropout": 0.5}
     open_clip.CLIP(24, vision, dict(cases.TEXT))
     assert "a ResNet has no patches." in caplog.text
 
 
-def test_synchronised_batch_norms_are_torchs() -> None:
+def test_synchronized_batch_norms_are_torchs() -> None:
     model = open_clip.CLIP(24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}, dict(cases.TEXT))
     assert isinstance(build.synchronise_batch_norms(model).visual.bn1, nn.SyncBatchNorm)
 
@@ -129,7 +129,7 @@ def test_a_seed_gives_initial_weights_of_the_right_size() -> None:
 
 
 def test_counters_that_a_file_lacks_are_zero() -> None:
-    """Of a tower whose batch norms were constant when it was saved."""
+    """Such a file was saved with frozen batch norms."""
     cfg = {"embed_dim": 24, "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "head_width": 64}}
     model = open_clip.CLIP(**cfg, text_cfg=dict(cases.TEXT))
     whole = cases.weights(model.state_dict())

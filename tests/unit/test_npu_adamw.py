@@ -1,4 +1,4 @@
-"""open_clip.device.npu_adamw on a stand-in for torch_npu's optimizer that has its traps; tests/npu has the real one."""
+"""open_clip.device.npu_adamw with a fake of torch_npu's optimizer. tests/npu tests the real one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight
 
 
 class StandIn(torch.optim.Optimizer):
-    """AdamW over flat tensors made once, of the parameters that have gradients then; one integer step count."""
+    """AdamW on flat tensors, created once from the parameters with gradients, with one integer step count."""
 
     def __init__(self, params, lr, betas, eps, weight_decay):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False})
@@ -68,7 +68,7 @@ class StandIn(torch.optim.Optimizer):
         for options, group in zip(self.param_groups, self.combined, strict=True):
             for p in group["members"]:
                 self.state[p]["step"] += 1
-            group["step"] += 1  # in place, if it is a tensor: then it is a parameter's own, too
+            group["step"] += 1  # in place for a tensor, which then is shared with a parameter's state
             (beta1, beta2), step, gradient = options["betas"], float(group["step"]), group["gradients"]
             group["parameters"].mul_(1 - options["lr"] * options["weight_decay"])
             group["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
@@ -78,7 +78,7 @@ class StandIn(torch.optim.Optimizer):
 
 
 class Late(nn.Module):
-    """A layer that the loss reaches from the second step on."""
+    """A model with a layer that the loss uses from the second step on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_a_parameter_without_a_gradient_at_first_is_updated_later():
     assert not torch.allclose(model.late.weight, before.late.weight * (1 - 0.1 * 0.2) ** 4)
 
 
-def test_steps_are_adamw_s():
+def test_steps_equal_adamws():
     model, reference = Late(), Late()
     train(model, guarded(model), range(5))
     train(reference, plain(reference), range(5))
@@ -143,7 +143,7 @@ def test_steps_are_adamw_s():
 
 @pytest.mark.parametrize("make_first", [plain, guarded])
 @pytest.mark.parametrize("make_second", [plain, guarded])
-def test_states_move_both_ways(make_first, make_second):
+def test_states_can_be_exchanged_with_adamw(make_first, make_second):
     model, reference = Late(), Late()
     train(reference, plain(reference), range(6))
     before = make_first(model)
@@ -168,7 +168,7 @@ def test_a_state_can_be_loaded_after_steps_too():
     assert_equal(model, reference)
 
 
-def test_a_saved_state_looks_like_adamw_s():
+def test_a_saved_state_has_adamws_form():
     model, reference = Late(), Late()
     optimizer, theirs = guarded(model), plain(reference)
     train(model, optimizer, range(2))
@@ -183,24 +183,24 @@ def test_a_saved_state_looks_like_adamw_s():
     assert all(isinstance(state["step"], int) for state in optimizer.state.values()), "its own is left as it was"
 
 
-def test_half_precision_of_the_wide_kind_is_refused_with_a_mend():
+def test_bfloat16_weights_raise_with_a_fix():
     with pytest.raises(ValueError, match=r"bfloat16.*--precision amp_bf16"):
         guarded(Late().bfloat16())
     train_in_half = guarded(Late().half())
     assert train_in_half.combined is not None
 
 
-def test_gradients_that_were_replaced_are_an_error():
+def test_replaced_gradients_raise():
     model = Late()
     optimizer = guarded(model)
     train(model, optimizer, range(1))
-    model.zero_grad()  # to None: the backward pass makes new ones, which the optimizer would not see
+    model.zero_grad()  # sets None, so the backward pass creates new gradients that the optimizer does not use
     model(torch.ones(1, 4), True).sum().backward()
     with pytest.raises(RuntimeError, match=r"optimizer\.zero_grad"):
         optimizer.step()
 
 
-def test_parameters_that_were_replaced_are_an_error():
+def test_replaced_parameters_raise():
     model = Late()
     optimizer = guarded(model)
     model.first.weight.data = model.first.weight.data.clone()
@@ -208,11 +208,11 @@ def test_parameters_that_were_replaced_are_an_error():
         train(model, optimizer, range(1))
 
 
-def test_a_checkpoint_whose_parameters_are_at_different_steps_says_what_to_do():
+def test_a_checkpoint_with_different_step_counts_raises_with_a_fix():
     uneven = Late()
     theirs = plain(uneven)
     train(uneven, theirs, range(1), use_late=False)
-    for steps in (range(0), range(1)):  # the late layer has no state, and then another count
+    for steps in (range(0), range(1)):  # the late layer has no state, and later another count
         train(uneven, theirs, steps)
         saved = TrainState(uneven, torch.device("cpu"), optimizer=theirs).state_dict()
         model = Late()

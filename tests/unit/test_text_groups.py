@@ -1,4 +1,4 @@
-"""open_clip.text_groups: what is computed for a batch of texts, and that embeddings do not depend on it."""
+"""open_clip.text_groups: the choice of groups, and that it does not change embeddings."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ END = 49407
 
 
 def ids(lengths: list[int], num_tokens: int = 77) -> torch.Tensor:
-    """Random ids that end with the highest one, and padding after it."""
+    """Return random ids that end with the highest one, followed by padding."""
     text = torch.randint(1, 1000, (len(lengths), num_tokens), generator=torch.Generator().manual_seed(0))
     for row, length in zip(text, lengths, strict=True):
         row[length - 1] = END
@@ -28,7 +28,7 @@ def ids(lengths: list[int], num_tokens: int = 77) -> torch.Tensor:
     return text
 
 
-def test_groups_hold_each_text_once_and_whole():
+def test_groups_contain_each_text_once_and_uncut():
     lengths = [5, 77, 12, 20, 9, 14, 33, 7, 15, 11, 18, 6, 10, 13, 60, 8]
     text = ids(lengths)
     grouped = group_by_length(text, torch.tensor(lengths), 16)
@@ -50,12 +50,12 @@ def test_one_group_is_a_plain_tensor(lengths, num_tokens, expected):
 
 def test_another_group_must_save_more_than_it_costs():
     text, lengths = torch.ones(64, 77, dtype=torch.int64), torch.tensor([10] * 32 + [40] * 32)
-    assert isinstance(group_by_length(text, lengths, group_cost=1000), GroupedText)  # of 32 x 32 tokens
+    assert isinstance(group_by_length(text, lengths, group_cost=1000), GroupedText)  # the batch has 32 x 32 tokens
     assert group_by_length(text, lengths, group_cost=1100).shape == (64, 48)
 
 
-def test_few_shapes_come_up():
-    """A compiler or an NPU prepares kernels for each shape."""
+def test_there_are_few_different_shapes():
+    """Compilers and NPUs prepare kernels per shape."""
     generator = torch.Generator().manual_seed(1)
     shapes = set()
     for _ in range(50):
@@ -68,7 +68,7 @@ def test_few_shapes_come_up():
 
 @pytest.mark.parametrize("custom", [False, True])
 @pytest.mark.parametrize("pool_type", ["argmax", "eos"])
-def test_embeddings_and_gradients_stay(custom, pool_type):
+def test_embeddings_and_gradients_do_not_change(custom, pool_type):
     torch.manual_seed(0)
     vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
     text_cfg = {"context_length": 77, "width": 16, "heads": 2, "layers": 2, "pool_type": pool_type, "eos_id": END}
@@ -117,7 +117,7 @@ def test_an_edited_mask_has_no_lengths():
 
 
 def losses_of_steps(accum_freq: int, max_groups: int) -> list[float]:
-    """Losses of 20 steps of a tiny model, in double precision."""
+    """Return the losses of 20 steps of a tiny model, in float64."""
     torch.manual_seed(0)
     vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
     text_cfg = {"context_length": 77, "width": 16, "heads": 2, "layers": 2}
@@ -139,7 +139,7 @@ def losses_of_steps(accum_freq: int, max_groups: int) -> list[float]:
 
 @pytest.mark.parametrize("accum_freq", [1, 2])
 @pytest.mark.parametrize("max_groups", [1, 4])
-def test_training_loses_the_same(accum_freq, max_groups):
+def test_training_has_the_same_losses(accum_freq, max_groups):
     plain = losses_of_steps(accum_freq, 0)
     assert losses_of_steps(accum_freq, max_groups) == pytest.approx(plain, rel=1e-9)
 
@@ -148,8 +148,8 @@ def double(text_lengths) -> SimpleNamespace:
     return SimpleNamespace(takes_grouped_text=True, text_lengths=text_lengths)
 
 
-def test_texts_that_two_models_read_keep_what_either_needs():
-    """A teacher with another tower, or one that reads the padding."""
+def test_texts_for_two_models_keep_the_tokens_that_either_needs():
+    """The teacher has another text tower, or one whose embeddings depend on padding."""
     text, longer = ids([5] * 8), double(lambda text: torch.full((len(text),), 20))
     model = double(lambda text: text.argmax(dim=-1) + 1)
     assert TextGrouping([model], CPU, 4)(text).shape == (8, 8)

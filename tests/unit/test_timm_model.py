@@ -1,4 +1,4 @@
-"""Towers of timm: what they are asked for, what they cannot be, and that one from a file is one built plainly."""
+"""Image towers of timm: options, errors, and towers loaded from a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from versions import is_older, require_timm_model
 
 timm = pytest.importorskip("timm")
 
-# Towers with tables that no file has: rotary positions, indices and biases of relative ones, masks of shifted windows
+# Towers with non-persistent buffers: rotary positions, relative position indices and biases, masks of shifted windows
 WITH_TABLES = (
     "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384", "swin_tiny_patch4_window7_224", "test_vit_relpos"
 )  # fmt: skip
@@ -38,12 +38,12 @@ def create(tmp_path: Path, cfg: dict, **kwargs: Any) -> Any:
     return open_clip.create_model(f"local-dir:{tmp_path}", **kwargs)
 
 
-# ---- from a file ----
+# Loading from a file
 
 
 @pytest.mark.parametrize("name", WITH_TABLES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_tower_from_a_file_is_the_plainly_built_one(name: str, precision: str, tmp_path) -> None:
+def test_a_tower_loaded_from_a_file_equals_one_built_on_the_cpu(name: str, precision: str, tmp_path) -> None:
     require_timm_model(name)
     cfg = config(name, 56 if "14" in name else 64)
     plain = create(tmp_path, cfg, precision=precision).eval()
@@ -60,7 +60,7 @@ def test_a_tower_from_a_file_is_the_plainly_built_one(name: str, precision: str,
         assert torch.equal(loaded.encode_image(image), plain.encode_image(image))
 
 
-def test_a_timm_that_cannot_fill_tables_builds_for_real(monkeypatch) -> None:
+def test_an_old_timm_builds_on_the_cpu_instead_of_the_meta_device(monkeypatch) -> None:
     require_timm_model("test_vit_relpos")
     monkeypatch.setattr(timm, "__version__", "1.0.17")
     with torch.device("meta"):
@@ -72,17 +72,17 @@ def test_a_timm_that_cannot_fill_tables_builds_for_real(monkeypatch) -> None:
         assert next(TimmModel("test_vit_relpos", 24, 160).trunk.parameters()).is_meta
 
 
-# ---- image sizes ----
+# Image sizes
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "mixer_s32_224", "swin_tiny_patch4_window7_224"])
-def test_any_image_size_that_the_trunk_can_have(name: str) -> None:
+def test_image_sizes_that_the_trunk_supports(name: str) -> None:
     tower = TimmModel(name, 24, (64, 96)).eval()
     assert tower.image_size == (64, 96)
     assert tower(cases.images((64, 96))).shape == (2, 24)
 
 
-def test_a_size_set_later_keeps_what_was_learned_of_positions() -> None:
+def test_set_input_size_interpolates_position_embeddings() -> None:
     tower = TimmModel("test_vit", 24, 160)
     tower.load_state_dict(cases.weights(tower.state_dict()))
     state_dict = dict(tower.state_dict())
@@ -94,10 +94,10 @@ def test_a_size_set_later_keeps_what_was_learned_of_positions() -> None:
         TimmModel("mixer_s32_224", 24).set_input_size(64)
 
 
-# ---- dropping ----
+# Dropout
 
 
-def test_patches_are_left_out_in_training_only() -> None:
+def test_patches_are_dropped_in_training_only() -> None:
     tower = TimmModel("test_vit", 24, 160, patch_drop=0.75)
     seen = []
     tower.trunk.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
@@ -106,18 +106,18 @@ def test_patches_are_left_out_in_training_only() -> None:
     assert seen == [1 + 25, 1 + 100]
 
 
-def test_drop_rates_reach_trunk_and_head() -> None:
+def test_drop_rates_are_set_in_trunk_and_head() -> None:
     tower = TimmModel("test_vit", 24, 160, drop=0.3, drop_path=0.2)
     assert tower.head.drop.p == 0.3
     assert tower.trunk.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
 
 
-def test_patch_dropout_is_not_for_trunks_without_patches(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"test_convnext of timm .*patch_drop_rate=0.5.*no patches to leave out"):
+def test_patch_dropout_raises_for_trunks_without_patches(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"test_convnext of timm .*patch_drop_rate=0.5.*no patches to drop"):
         create(tmp_path, config("test_convnext", 160), force_patch_dropout=0.5)
 
 
-# ---- activations ----
+# Activations
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_patch_dropout_is_not_for_trunks_without_patches(tmp_path) -> None:
         ("convnext_atto", GELU, "none"),
     ],
 )
-def test_activations_are_those_of_the_device_table(name: str, kind: type, approximate: str | None) -> None:
+def test_activations_are_replaced_by_those_of_the_package(name: str, kind: type, approximate: str | None) -> None:
     with torch.device("meta"):
         tower = TimmModel(name, 24, pool="", proj="none")
     acts = [module for module in tower.modules() if "gelu" in type(module).__name__.lower()]
@@ -139,7 +139,7 @@ def test_activations_are_those_of_the_device_table(name: str, kind: type, approx
     assert {getattr(module, "approximate", None) for module in acts} == {approximate}
 
 
-def test_features_do_not_depend_on_whose_activation_it_is() -> None:
+def test_replaced_activations_do_not_change_features() -> None:
     tower = TimmModel("test_vit", 24, 160, proj="none").eval()
     trunk = timm.create_model("test_vit", num_classes=0, global_pool="avg").eval()
     trunk.load_state_dict(tower.trunk.state_dict())
@@ -147,7 +147,7 @@ def test_features_do_not_depend_on_whose_activation_it_is() -> None:
         torch.testing.assert_close(tower(cases.images(160)), trunk(cases.images(160)))
 
 
-# ---- training ----
+# Training
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
@@ -162,7 +162,7 @@ def test_recomputing_gives_the_same_gradients(name: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_a_trunk_that_cannot_recompute_says_so(caplog) -> None:
+def test_a_trunk_without_gradient_checkpointing_warns(caplog) -> None:
     tower = TimmModel("test_vit", 24, 160)
     tower.trunk = nn.Sequential()
     with caplog.at_level(logging.WARNING):
@@ -170,8 +170,8 @@ def test_a_trunk_that_cannot_recompute_says_so(caplog) -> None:
     assert "Sequential of timm has no gradient checkpointing" in caplog.text
 
 
-def test_constant_batch_norms_keep_their_activation() -> None:
-    """timm has batch norms with an activation in them."""
+def test_frozen_batch_norms_keep_their_activation() -> None:
+    """timm fuses some batch norms with an activation."""
     tower = TimmModel("test_efficientnet", 24, 160)
     tower.load_state_dict(cases.weights(tower.state_dict()))
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_constant_batch_norms_keep_their_activation() -> None:
         torch.testing.assert_close(tower.train()(cases.images(160)), before)
 
 
-def test_synchronised_batch_norms_keep_their_activation(tmp_path: Path) -> None:
+def test_synchronized_batch_norms_keep_their_activation(tmp_path: Path) -> None:
     model = create(tmp_path, config("test_efficientnet", 160, timm_proj="linear"))
     model.load_state_dict(cases.weights(model.state_dict()))
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_synchronised_batch_norms_keep_their_activation(tmp_path: Path) -> None:
         torch.testing.assert_close(model.encode_image(cases.images(160)), before)
 
 
-def test_unlocking_more_than_there_is_says_so(caplog) -> None:
+def test_unlocking_too_many_groups_warns(caplog) -> None:
     tower = TimmModel("test_vit", 24, 160)
     with caplog.at_level(logging.WARNING):
         tower.lock(99)
@@ -201,14 +201,14 @@ def test_unlocking_more_than_there_is_says_so(caplog) -> None:
     assert all(parameter.requires_grad for parameter in tower.parameters())
 
 
-def test_what_has_no_weight_decay(tmp_path) -> None:
+def test_parameters_without_weight_decay(tmp_path) -> None:
     model = create(tmp_path, config("test_vit", 160))
     assert {"visual.trunk.pos_embed", "visual.trunk.cls_token", "positional_embedding"} <= model.no_weight_decay()
     assert TimmModel("test_convnext", 24, 160, pool="abs_attn").no_weight_decay() >= {"head.pool.pos_embed"}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_low_precision_is_the_whole_towers(precision: str, tmp_path) -> None:
+def test_low_precision_casts_the_whole_tower(precision: str, tmp_path) -> None:
     model = create(tmp_path, config("test_efficientnet", 160), precision=precision)
     dtype = open_clip.get_cast_dtype(precision)
     assert {x.dtype for x in model.visual.state_dict().values() if x.is_floating_point()} == {dtype}
@@ -217,10 +217,10 @@ def test_low_precision_is_the_whole_towers(precision: str, tmp_path) -> None:
         assert model.eval().encode_image(cases.images(160).to(dtype)).dtype == dtype
 
 
-# ---- what is not there ----
+# Errors
 
 
-def test_an_unknown_model_names_the_nearest() -> None:
+def test_an_unknown_model_raises_with_similar_names() -> None:
     with pytest.raises(RuntimeError, match=rf"timm {timm.__version__} has no model 'convnext_bass'.*convnext_base"):
         TimmModel("convnext_bass", 24)
 
@@ -234,18 +234,18 @@ def test_timm_not_installed(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "map"}, "test_vit of timm cannot be given pool='map'"),
-        ({"pool": "abs_attn"}, "'abs_attn' is attention over a map, and a VisionTransformer of timm has none"),
-        ({"pool": "unknown", "proj": "none"}, "test_vit of timm .* is not built with .*global_pool='unknown'"),
+        ({"pool": "map"}, "test_vit of timm cannot change its pooling to pool='map'"),
+        ({"pool": "abs_attn"}, "'abs_attn' needs a feature map, and VisionTransformer of timm has none"),
+        ({"pool": "unknown", "proj": "none"}, "test_vit of timm .* cannot be built with .*global_pool='unknown'"),
         ({"proj": "conv"}, "proj is one of 'linear', 'mlp', 'none', '', None, got 'conv'"),
     ],
 )
-def test_heads_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_heads_raise(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TimmModel("test_vit", 24, 160, **options)
 
 
-def test_intermediates_that_a_trunk_does_not_give() -> None:
+def test_intermediates_of_a_trunk_without_them_raise() -> None:
     tower = TimmModel("test_vit", 24, 160)
     tower.trunk = nn.Sequential()
     with pytest.raises(ValueError, match="does not give its intermediate features"):

@@ -1,4 +1,4 @@
-"""Which torchvision and torch_npu go with a torch, and the pip constraint files made of that."""
+"""The torchvision and torch_npu for a torch, and the pip constraint files for them."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from open_clip import torch_versions
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "constraints").glob("*.txt"))
 
-# As the wheels' metadata say.
+# From the metadata of the wheels.
 TORCHVISION = {
     "2.6.0": "0.21.0", "2.7.1": "0.22.1", "2.8.0": "0.23.0", "2.9.0": "0.24.0", "2.9.1": "0.24.1", "2.10.0": "0.25.0",
     "2.11.0": "0.26.0", "2.12.0": "0.27.0", "2.13.0": "0.28.0", "2.14.0": "0.29.0", "2.14.1": "0.29.1",
@@ -32,7 +32,7 @@ def test_a_release_is_three_numbers(version, three):
     assert torch_versions.release(version) == three
 
 
-def test_what_is_no_version_is_refused():
+def test_an_invalid_version_raises():
     with pytest.raises(ValueError, match="'unknown' is not a version"):
         torch_versions.release("unknown")
 
@@ -69,7 +69,7 @@ def test_installed_pins(monkeypatch, installed, pins):
     assert torch_versions.installed_pins() == pins
 
 
-def test_constraint_files_are_what_the_script_writes():
+def test_constraint_files_are_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "constraints/write.py", "--check"], capture_output=True, text=True, check=False
     )
@@ -94,7 +94,7 @@ def test_a_constraint_file_pins_three_releases_that_match(path):
     assert (ROOT / f"constraints/torch-{pins['torch']}.txt").exists()
 
 
-# What pip does with them, on an index of this test: packages are empty wheels with the requirements of the real ones.
+# What pip does with them. The test's index has empty wheels with the requirements of the real ones.
 
 NAMES = [
     line.split(">")[0] for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -133,13 +133,13 @@ def index(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dry_run(index, tmp_path):
-    """A function that runs `pip install --dry-run` of its arguments in an empty environment, which `pretend` fills."""
+    """Return a function that runs `pip install --dry-run` in an environment that contains only fake metadata."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
 
     def run(*arguments: str, **variables: str) -> dict[str, str] | str:
-        """Versions that pip would install by name, or its error."""
+        """Return the versions that pip would install by name, or its error."""
         done = subprocess.run(
             [sys.executable, "-m", "pip", "--python", tmp_path / "venv/bin/python", "install", "--quiet", "--dry-run",
              "--no-index", "--find-links", index, "--report", tmp_path / "report.json", *arguments],
@@ -164,7 +164,7 @@ def test_requirements_over_a_pair_keep_its_torch_with_the_constraint_file_alone(
     dry_run.pretend("torch", "2.9.0+cpu")
     dry_run.pretend("torch_npu", "2.9.0.post2", "torch==2.9.0")
     without = dry_run("-r", "requirements.txt")
-    assert {"torch", CUDA} <= without.keys()  # the fault: this torch_npu cannot load over them
+    assert {"torch", CUDA} <= without.keys()  # the failure: this torch_npu cannot load with them
     found = dry_run("-c", "constraints/torch-2.9.0.txt", "-r", "requirements.txt")
     assert found.keys() == set(NAMES) - {"torch"}
     assert found["torchvision"] == "0.24.0"
@@ -182,7 +182,7 @@ def test_requirements_npu_takes_the_pair_of_this_cann_and_nothing_without_it(dry
 
 
 def test_the_package_itself_does_not_require_torch_npu():
-    """An extra cannot know which CANN the host has."""
+    """An extra cannot depend on the CANN of the host."""
     assert "torch_npu" not in NAMES
     code = [line for line in (ROOT / "setup.py").read_text(encoding="utf-8").splitlines() if "#" not in line]
     assert not any("torch_npu" in line or "requirements-npu" in line for line in code)
@@ -201,7 +201,7 @@ SHELL = re.compile(r"```shell\n(.*?)```", re.DOTALL)
 
 
 def commands_of(page: str) -> list[str]:
-    """The shell blocks of a page without comments and trailing blanks."""
+    """Return the shell blocks of a page without comments and trailing blanks."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return [re.sub(r" *#.*", "", block) for block in SHELL.findall(text)]
 

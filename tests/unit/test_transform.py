@@ -1,4 +1,4 @@
-"""Transforms alone: configurations, odd images, sizes, augmentations, errors."""
+"""Image transforms: configurations, unusual images, sizes, augmentations, errors."""
 
 import copy
 import io
@@ -62,7 +62,7 @@ def test_merging_preprocess_settings():
 
 
 @pytest.mark.parametrize("size", [0, -1, (1, 2, 3), (), "224", 224.0, (224, 0), None])
-def test_wrong_sizes_are_refused(size):
+def test_wrong_sizes_raise(size):
     for is_train in (False, True):
         with pytest.raises(ValueError, match="size="):
             image_transform(size, is_train)
@@ -73,12 +73,12 @@ def test_wrong_sizes_are_refused(size):
     [
         ({"interpolation": "nearest"}, "interpolation='nearest'.*bicubic, bilinear, random"),
         ({"resize_mode": "stretch"}, "resize_mode='stretch'.*shortest, longest, squash"),
-        ({"aug_cfg": {"scales": (0.1, 1)}}, "no 'scales'; did you mean 'scale'"),
+        ({"aug_cfg": {"scales": (0.1, 1)}}, "no field 'scales'. Did you mean 'scale'"),
         ({"aug_cfg": {"color_jitter": 0.4, "color_jitter_prob": 0.5}}, "color_jitter=0.4.*four strengths"),
         ({"aug_cfg": {"color_jitter_prob": 0.5}}, "color_jitter=None.*four strengths"),
     ],
 )
-def test_unknown_settings_are_refused_with_the_known(wrong, message):
+def test_unknown_settings_raise_with_the_known_ones(wrong, message):
     with pytest.raises(ValueError, match=message):
         image_transform(224, True, **wrong)
 
@@ -119,14 +119,14 @@ def png(array_or_image, **options):
 
 
 @pytest.mark.parametrize("is_train", [False, True])
-def test_sixteen_bits_a_pixel_are_scaled(is_train):
+def test_sixteen_bits_per_pixel_are_scaled(is_train):
     levels = np.repeat(np.arange(0, 65536, 257 * 5, dtype=np.uint16)[None], 40, 0)
     image = png(levels)
     assert image.mode.startswith("I")
     shown = image_transform(32, is_train, **UNIT, aug_cfg={"scale": (1.0, 1.0)})(image)
     assert shown.min() < 0.3
     assert 0.5 < shown.max() <= 1
-    assert 0.4 < shown.mean() < 0.6  # clipped to 255, it would be white
+    assert 0.4 < shown.mean() < 0.6  # it would be white if clipped to 255
     assert to_levels(MaybeToTensor()(MaybeConvertMode()(image)))[0, 0].tolist() == list(range(0, 256, 5))
 
 
@@ -153,7 +153,7 @@ MODES = ["RGB", "L", "RGBA", "LA", "P", "P alpha", "CMYK", "1", "YCbCr", "F", "I
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("aug_cfg", [None, {"use_timm": True}])
-def test_training_takes_every_mode(mode, aug_cfg):
+def test_training_accepts_every_mode(mode, aug_cfg):
     image = odd_image(mode, "photo") if mode not in ("F", "I", "HSV", "LAB", "PA") else PHOTO
     if mode == "LAB":
         image = Image.merge("LAB", PHOTO.split())
@@ -166,7 +166,7 @@ def test_training_takes_every_mode(mode, aug_cfg):
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("size", [16, (12, 20)])
-def test_tensors_are_taken(size, resize_mode):
+def test_tensors_are_accepted(size, resize_mode):
     transform = image_transform(size, False, **UNIT, resize_mode=resize_mode, interpolation="bilinear")
     from_tensor = transform(MaybeToTensor()(PHOTO))
     assert (from_tensor - transform(PHOTO)).abs().max() < 3 / 255
@@ -177,7 +177,7 @@ def test_fit_in_a_square_keeps_a_pixel_of_a_line():
     assert shown.sum() == pytest.approx(3 * 16)
 
 
-# Answers of open_clip_torch 3.3.0.
+# Outputs of open_clip_torch 3.3.0.
 @pytest.mark.parametrize(
     ("longest", "size", "expected"),
     [
@@ -224,7 +224,7 @@ def test_center_crop_or_pad(size, expected):
 
 @pytest.mark.parametrize("with_torch", [True, False], ids=["torch", "pillow"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK"])
-def test_random_crops_are_those_of_torchvision(monkeypatch, with_torch, mode):
+def test_random_crops_equal_those_of_torchvision(monkeypatch, with_torch, mode):
     from torchvision import transforms
 
     monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: with_torch)
@@ -279,7 +279,7 @@ def test_timm_steps():
     assert "Flip" not in shown
 
 
-def test_settings_without_effect_are_said(caplog):
+def test_settings_without_effect_warn(caplog):
     image_transform(16, True, aug_cfg={"re_prob": 0.1, "ratio": (1, 2), "color_jitter": 0.4})
     assert "ratio, re_prob have no effect without use_timm" in caplog.text
     assert "color_jitter has no effect without color_jitter_prob" in caplog.text
@@ -291,7 +291,7 @@ def test_settings_without_effect_are_said(caplog):
     assert not caplog.text
 
 
-def test_jitter_and_gray_happen_as_often_as_asked():
+def test_jitter_and_grayscale_have_the_given_probability():
     random.seed(0)
     grayed = [np.ptp(np.asarray(gray_scale(0.2)(PHOTO)).astype(int), axis=2).max() == 0 for _ in range(1000)]
     assert 150 < sum(grayed) < 250
@@ -299,7 +299,7 @@ def test_jitter_and_gray_happen_as_often_as_asked():
     assert 150 < sum(jitter(PHOTO) is PHOTO for _ in range(1000)) < 250
 
 
-def test_steps_alone():
+def test_single_steps():
     tensor = torch.zeros(3, 4, 4)
     assert MaybeToTensor()(tensor) is tensor
     assert MaybeConvertMode()(tensor) is tensor
@@ -308,7 +308,7 @@ def test_steps_alone():
     assert MaybeToTensor()(PHOTO).shape == (3, 50, 70)
 
 
-def test_transforms_travel_to_worker_processes():
+def test_transforms_can_be_pickled_for_worker_processes():
     aug = {"color_jitter": (0.4, 0.4, 0.4, 0.1), "color_jitter_prob": 0.8, "gray_scale_prob": 0.2}
     for transform in (image_transform(16, False), image_transform(16, True, aug_cfg=aug)):
         copy = pickle.loads(pickle.dumps(transform))
@@ -334,7 +334,7 @@ def counting_fast_path(transform):
 
 @pytest.mark.parametrize("is_train", [False, True])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-def test_the_fast_path_is_taken_until_its_steps_change(is_train, resize_mode):
+def test_the_fast_path_is_used_until_its_steps_change(is_train, resize_mode):
     def edited(edit):
         transform = image_transform(16, is_train, resize_mode=resize_mode)
         calls = counting_fast_path(transform)
@@ -357,13 +357,13 @@ def test_the_fast_path_is_taken_until_its_steps_change(is_train, resize_mode):
         lambda transform: transform.transforms.insert(0, lambda image: image),
         lambda transform: transform.transforms.pop(0),
     ]
-    if is_train:  # whose size is a pair already
+    if is_train:  # the crop's size is already a pair
         its_own_steps[0] = lambda transform: setattr(transform.transforms[0], "scale", (0.5, 1))
     assert [edited(edit) for edit in steps_after_it] == [False] * len(steps_after_it)
     assert [edited(edit) for edit in its_own_steps] == [True] * len(its_own_steps)
 
 
-def test_copies_take_the_fast_path():
+def test_copies_use_the_fast_path():
     transform = image_transform(16, False)
     for same in (pickle.loads(pickle.dumps(transform)), copy.deepcopy(transform)):
         calls = counting_fast_path(same)
@@ -381,7 +381,7 @@ def test_an_empty_list_returns_the_image():
     ("height", "width", "levels"), [(135, 337, 0), (134, 214, 0), (223, 225, 0), (224, 300, 0), (300, 900, 1)]
 )
 def test_noise_gives_torchvisions_pixels(height, width, levels):
-    """To the bit where the image grows, else within one level."""
+    """Exactly if the image is enlarged, otherwise within one level."""
     from torchvision import transforms
 
     bicubic = transforms.InterpolationMode.BICUBIC

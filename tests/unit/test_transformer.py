@@ -1,4 +1,4 @@
-"""The native towers: what they mask, pool, lock, keep and refuse."""
+"""The native towers: masks, pooling, locking, memory and errors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def text(**kwargs: object) -> TextTransformer:
 IDS = torch.tensor([[20, 4, 9, 11, 13, 29], [20, 8, 14, 29, 0, 0]])
 
 
-# ---- stacks ----
+# Stacks
 
 
-def test_open_clips_names_are_at_their_address() -> None:
+def test_open_clips_names_can_be_imported_from_transformer() -> None:
     for name in transformer.__all__:
         assert hasattr(transformer, name), name
     assert {"ResidualAttentionBlock", "LayerNormFp32", "text_global_pool", "lock_text_tower"} <= set(
@@ -75,7 +75,7 @@ def test_checkpointing_changes_neither_output_nor_gradient(is_causal: bool) -> N
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_checkpointing_keeps_fewer_activations() -> None:
+def test_checkpointing_stores_fewer_activations() -> None:
     stack, x = Transformer(16, 4, 2), torch.randn(2, 5, 16, requires_grad=True)
 
     def saved() -> int:
@@ -109,7 +109,7 @@ def test_feature_take_indices_out_of_range_raise(indices: int | list[int]) -> No
         feature_take_indices(4, indices)
 
 
-def test_stopping_early_leaves_the_other_blocks_out() -> None:
+def test_stop_early_skips_the_other_blocks() -> None:
     stack = Transformer(16, 4, 2)
     x = torch.randn(2, 5, 16)
     stack.resblocks[2].forward = None  # type: ignore[assignment]  # would fail if it ran
@@ -119,7 +119,7 @@ def test_stopping_early_leaves_the_other_blocks_out() -> None:
     assert torch.equal(last, stack.resblocks[1](stack.resblocks[0](x)))
 
 
-# ---- images ----
+# Images
 
 
 def test_image_tower_shapes() -> None:
@@ -150,7 +150,7 @@ def test_final_norm_before_or_after_pooling(pool_type: str, after: bool) -> None
 
 
 @pytest.mark.parametrize("kind", ["parallel", "cascade"])
-def test_two_poolers_give_one_feature_and_tokens(kind: str) -> None:
+def test_two_poolers_return_one_feature_and_tokens(kind: str) -> None:
     tower = vision(attentional_pool=kind, attn_pooler_queries=3, attn_pooler_heads=2, output_tokens=True)
     images = torch.randn(2, 3, 16, 16)
     features, tokens = tower(images)
@@ -161,7 +161,7 @@ def test_two_poolers_give_one_feature_and_tokens(kind: str) -> None:
     assert tokens.shape == (2, 3, 12)
 
 
-def test_sine_cosine_embedding_does_not_learn_and_is_in_the_state_dict() -> None:
+def test_the_sine_cosine_embedding_is_not_trained_and_is_in_the_state_dict() -> None:
     tower = vision(pos_embed_type="sin_cos_2d")
     assert not tower.positional_embedding.requires_grad
     assert tower.state_dict()["positional_embedding"][0].eq(0).all()
@@ -184,15 +184,15 @@ def test_patch_dropout_is_for_training_only() -> None:
         ({"pool_type": "mean"}, "pool_type is one of 'tok', 'avg', 'none', got 'mean'"),
         ({"pos_embed_type": "rope"}, "pos_embed_type is one of"),
         ({"attentional_pool": "serial"}, "attentional_pool is one of"),
-        ({"image_size": 4}, "has no whole patch"),
+        ({"image_size": 4}, "is smaller than a patch"),
     ],
 )
-def test_image_tower_refuses(kwargs: dict[str, object], message: str) -> None:
+def test_invalid_options_of_the_image_tower_raise(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vision(**kwargs)
 
 
-def test_image_intermediates_refuse_what_does_not_fit() -> None:
+def test_invalid_options_of_image_intermediates_raise() -> None:
     images = torch.randn(2, 3, 16, 16)
     with pytest.raises(ValueError, match="output_fmt is one of 'NCHW', 'NLC', got 'NHWC'"):
         vision().forward_intermediates(images, output_fmt="NHWC")
@@ -211,10 +211,10 @@ def test_pruned_image_tower_gives_the_same_intermediates() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-# ---- texts ----
+# Texts
 
 
-def test_causal_text_does_not_look_ahead() -> None:
+def test_causal_text_does_not_attend_to_later_tokens() -> None:
     tower = text(pool_type="none", proj_type="none")
     other = IDS.clone()
     other[:, 3:] = 7
@@ -223,7 +223,7 @@ def test_causal_text_does_not_look_ahead() -> None:
     assert not torch.allclose(a[:, 3:], b[:, 3:])
 
 
-def test_text_without_causal_mask_looks_ahead() -> None:
+def test_text_without_causal_mask_attends_to_later_tokens() -> None:
     tower = text(pool_type="first", no_causal_mask=True)
     other = IDS.clone()
     other[:, 5] = 7
@@ -239,7 +239,7 @@ def test_pad_mask_hides_padding() -> None:
 
 
 @pytest.mark.parametrize("correct", [False, True])
-def test_class_token_sees_the_text_and_with_the_correct_mask_itself(correct: bool) -> None:
+def test_the_class_token_attends_to_itself_with_the_correct_mask_only(correct: bool) -> None:
     tower = text(embed_cls=True, correct_cls_mask=correct)
     mask = tower._text_masks(IDS, 7)[1].allowed
     assert mask.shape == (2, 1, 7, 7)
@@ -248,7 +248,7 @@ def test_class_token_sees_the_text_and_with_the_correct_mask_itself(correct: boo
     assert not mask[:, :, :-1, -1].any(), "no word sees the class token after it"
 
 
-def test_plain_text_is_causal_in_the_kernel() -> None:
+def test_text_without_padding_mask_uses_is_causal() -> None:
     tower = text()
     assert tower._text_masks(IDS, 6)[1].allowed is None
     assert text(no_causal_mask=True)._text_masks(IDS, 6) == (None, None)
@@ -256,7 +256,7 @@ def test_plain_text_is_causal_in_the_kernel() -> None:
     assert not list(vision().buffers())
 
 
-def test_shorter_texts_are_fine_and_longer_ones_are_said() -> None:
+def test_shorter_texts_work_and_longer_ones_raise() -> None:
     tower = text()
     torch.testing.assert_close(tower(IDS[1:, :4]), tower(IDS[1:]))
     with pytest.raises(ValueError, match="The text has 7 tokens, and this model has 6 positions"):
@@ -298,7 +298,7 @@ def test_text_tower_outputs() -> None:
     ("kwargs", "message"),
     [({"pool_type": "mean"}, "pool_type is one of"), ({"proj_type": "mlp"}, "proj_type is one of 'linear', 'none'")],
 )
-def test_text_tower_refuses(kwargs: dict[str, object], message: str) -> None:
+def test_invalid_options_of_the_text_tower_raise(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         text(**kwargs)
 
@@ -318,7 +318,7 @@ def test_pruned_text_tower_gives_the_same_intermediates() -> None:
     assert tower(IDS).shape == (2, 16)
 
 
-def test_locked_text_tower_may_keep_its_norms() -> None:
+def test_a_locked_text_tower_can_train_its_norms() -> None:
     tower = text()
     tower.lock(unlocked_layers=1, freeze_layer_norm=False)
     trainable = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
@@ -350,7 +350,7 @@ def test_initial_deviations_of_the_text_tower() -> None:
 
 
 @pytest.mark.parametrize("length", [3, 16, 17, 40])
-def test_trimmed_padding_changes_no_embedding(length):
+def test_trimming_padding_changes_no_embedding(length):
     torch.manual_seed(0)
     tower = TextTransformer(context_length=40, vocab_size=50, width=16, heads=2, layers=2, output_dim=8).eval()
     text = torch.zeros(4, 40, dtype=torch.long)
@@ -364,7 +364,7 @@ def test_trimmed_padding_changes_no_embedding(length):
 
 
 @pytest.mark.parametrize("options", [{"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}])
-def test_padding_stays_where_it_is_seen(options):
+def test_padding_is_not_trimmed_if_it_has_an_effect(options):
     tower = TextTransformer(context_length=40, vocab_size=50, width=16, heads=2, layers=1, output_dim=8, **options)
     text = torch.zeros(2, 40, dtype=torch.long)
     text[:, 0] = 49

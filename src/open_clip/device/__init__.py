@@ -1,6 +1,6 @@
-"""Every fact about a kind of device: the rest of the package asks here and never compares a device's name.
+"""All code that depends on the type of device. Other modules call this package and never compare device names.
 
-Import this package before torch (see `npu_loading`). Nothing is asked of a driver while it is imported.
+Import this package before torch (see `npu_loading`). Importing it does not initialize a device driver.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rest of the package may ask of a kind of device; the base class is an accelerator that torch supports."""
+"""The interface of a device type. The base class is an accelerator with the module `torch.<type>`."""
 from __future__ import annotations
 
 import contextlib
@@ -32,32 +32,35 @@ class AttentionInputs(NamedTuple):
 
 
 def exact_gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU by erf, made of elementary operators, for devices on which F.gelu is another function."""
+    """Compute the exact GELU (with erf) from elementary operators, for devices on which F.gelu is an approximation."""
     return 0.5 * x * (1.0 + torch.erf(x * 0.5**0.5))
 
 
 class Device:
-    """One kind of device. The base is an accelerator whose functions are in the module `torch.<type>`."""
+    """A type of device. The base class is an accelerator whose functions are in the module `torch.<type>`."""
 
     type: ClassVar[str]
-    backend: ClassVar[str]  # of its collectives
-    collective_env: ClassVar[dict[str, str]] = {}  # set before the process group is made, where the user has not
+    backend: ClassVar[str]  # collective communication backend
+    collective_env: ClassVar[dict[str, str]] = {}  # defaults set before the process group is created
     default_precision: ClassVar[str] = "amp"
-    pin_memory: ClassVar[bool] = True  # host memory pinned for it makes copies asynchronous
-    # torch.optim.AdamW(fused=True) leaves everything as it is if its `found_inf` is set: known from the kernel's source
+    pin_memory: ClassVar[bool] = True  # copies from pinned host memory are asynchronous
+    # torch.optim.AdamW(fused=True) skips the step if `found_inf` is set. Known from the kernel's source.
     fused_adamw_skips: ClassVar[bool] = False
-    indexed: ClassVar[bool] = True  # there can be several: "cuda:1"
+    indexed: ClassVar[bool] = True  # a host can have several: "cuda:1"
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
-    variables: ClassVar[tuple[str, ...]] = ()  # of the environment, that change what it does: for reports
-    text_group_cost: ClassVar[int] = 4096  # tokens, see text_groups: several hundred launches
-    converts_weights_once: ClassVar[bool] = False  # per step, which saves launches: see training.half_weights
-    deterministic_env: ClassVar[dict[str, str]] = {}  # set by `set_deterministic`, where the user has not
+    variables: ClassVar[tuple[str, ...]] = ()  # environment variables that affect it, for reports
+    text_group_cost: ClassVar[int] = 4096  # in tokens, see text_groups; about the cost of several hundred launches
+    converts_weights_once: ClassVar[bool] = False  # per step, which saves launches, see training.half_weights
+    deterministic_env: ClassVar[dict[str, str]] = {}  # defaults set by `set_deterministic`
     deterministic_switches: ClassVar[tuple[str, ...]] = ("torch.use_deterministic_algorithms",)
-    # Regular expression searched in the text of an error.
+    # A regular expression that is searched in error messages.
     out_of_memory: ClassVar[str] = r"(?i)out of memory|can't allocate memory"
-    # (regular expression searched in the text of an error, what to do about it)
+    # (regular expression that is searched in error messages, advice)
     hints: ClassVar[tuple[tuple[str, str], ...]] = (
-        (r"does not have a deterministic implementation", "Without --deterministic the run goes on, not reproducibly."),
+        (
+            r"does not have a deterministic implementation",
+            "Without --deterministic, training works but is not reproducible.",
+        ),
     )
 
     def __repr__(self) -> str:
@@ -65,69 +68,69 @@ class Device:
 
     @property
     def module(self) -> Any:
-        """`torch.<type>`; None where this torch does not have it."""
+        """`torch.<type>`, or None if this torch does not have it."""
         return getattr(torch, self.type, None)
 
-    # What is there
+    # Availability
 
     def is_available(self) -> bool:
         return self.module is not None and bool(self.module.is_available())
 
     def why_missing(self) -> str | None:
-        """What is missing and how to mend it, in a sentence; None where the device is there."""
+        """Return a sentence that says what is missing and how to fix it, or None if the device is available."""
         return None if self.is_available() else f"torch {torch.__version__} finds no {self.type} device."
 
     def count(self) -> int:
         return int(self.module.device_count()) if self.is_available() else 0
 
     def name(self, index: int | None = None) -> str:
-        """The chip's name as its driver gives it, such as "Ascend910B3"."""
+        """Return the chip's name from its driver, such as "Ascend910B3"."""
         return str(self.module.get_device_name(index))
 
     def software(self) -> dict[str, str]:
-        """Versions of what drives the device, for reports."""
+        """Return the versions of the device's software, for reports."""
         return {}
 
     def problems(self) -> list[str]:
-        """What is wrong with the software of this device although it may run, each with how to fix it."""
+        """Return problems of the device's software that may not stop a run, each with how to fix it."""
         return []
 
     def environment_errors(self) -> list[str]:
-        """Environment variables that end a run on this device, a sentence each with how to fix it."""
+        """Return one message per error in environment variables that stops a run, with how to fix it."""
         return []
 
     def environment_warnings(self) -> list[str]:
-        """Environment variables that contradict each other or are out of range, a sentence each."""
+        """Return one message per environment variable that is out of range or contradicts another one."""
         return []
 
     def notes(self) -> list[str]:
-        """What the log of a run on this device should mention, a sentence each."""
+        """Return sentences for the log of a run on this device."""
         return []
 
     def why_not_compile(self) -> str | None:
-        """What torch.compile lacks on this device and how to get it, in a sentence; None where nothing is known."""
+        """Return a message that says what torch.compile lacks and how to install it, or None if nothing is known."""
         if importlib.util.find_spec("triton") is None:
             return (
                 f"torch.compile on {self.type} needs the package triton, which is not installed. Install the version "
-                f"that torch {torch.__version__} was built for, or leave out --torchcompile."
+                f"for torch {torch.__version__}, or do not use --torchcompile."
             )
-        if sys.platform.startswith("linux") and "CC" not in os.environ and not _find_command("gcc", "clang"):
-            return f"torch.compile on {self.type} needs a C compiler: install gcc, or name one by the variable CC."
+        if sys.platform.startswith("linux") and "CC" not in os.environ and not _has_command("gcc", "clang"):
+            return f"torch.compile on {self.type} needs a C compiler: install gcc, or set CC to the path of one."
         return None
 
     def hint(self, error_text: str) -> str | None:
-        """What to do about an error, by the codes in its text; None for an error without a known code."""
+        """Return advice for an error from the codes in its message, or None if it has no known code."""
         return next((advice for pattern, advice in self.hints if re.search(pattern, error_text)), None)
 
     @property
     def saturates(self) -> bool:
-        """Whether fp16 overflows become the largest number and NaN becomes 0, so that `isfinite` does not see them.
+        """Whether fp16 overflows become the largest number and NaN becomes 0, so `isfinite` does not detect them.
 
-        Only the gradient scaler of such a device learns of an overflow, from the device's status flag.
+        On such a device, only the gradient scaler can detect an overflow, from the device's status flag.
         """
         return False
 
-    # Running on it
+    # Execution
 
     def set_device(self, index: int) -> None:
         self.module.set_device(index)
@@ -136,7 +139,7 @@ class Device:
         self.module.synchronize()
 
     def mark(self) -> Callable[[], None]:
-        """A function that returns when the device has done what is queued by now; any thread may call it."""
+        """Return a function that waits until the device has finished all work queued so far. It is thread-safe."""
         event = self.module.Event()
         event.record()
         return event.synchronize
@@ -145,14 +148,14 @@ class Device:
         self.module.manual_seed_all(seed)
 
     def rng_state(self) -> torch.Tensor:
-        """State of the current device's generator (uint8, on the CPU)."""
+        """Return the state of the current device's generator (uint8, on the CPU)."""
         return self.module.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         self.module.set_rng_state(state)
 
     def memory(self, index: int | None = None) -> dict[str, int]:
-        """Bytes: allocated by tensors, reserved from the driver, peak of allocated, total of the device."""
+        """Return bytes: "allocated" by tensors, "reserved" from the driver, "peak" of allocated, "total" memory."""
         return {
             "allocated": int(self.module.memory_allocated(index)),
             "reserved": int(self.module.memory_reserved(index)),
@@ -166,59 +169,59 @@ class Device:
     # Precision
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """Whether models can be trained in this dtype on the device present."""
+        """Return whether the installed device can train models in this dtype."""
         if dtype == torch.bfloat16:
             return self.is_available() and bool(self.module.is_bf16_supported())
         return dtype in (torch.float32, torch.float16)
 
     @property
     def amp_dtype(self) -> torch.dtype:
-        """What the precision "amp" computes in: float16 where a gradient scaler exists, which it needs."""
+        """The dtype of the precision "amp". float16 needs a gradient scaler."""
         return torch.float16
 
     def autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
         return torch.autocast(self.type, dtype=dtype)
 
     def grad_scaler(self, **kwargs: Any) -> Any:
-        """A new gradient scaler for fp16 autocast; None where "amp" needs none."""
+        """Return a new gradient scaler for fp16 autocast, or None if "amp" needs none."""
         return torch.amp.GradScaler(self.type, **kwargs)
 
     def set_fast_matmul(self, enabled: bool) -> None:
-        """fp32 products in a format of fewer mantissa bits (TF32, HF32): faster, about 3 decimal digits."""
+        """Allow fp32 matrix products in TF32 or HF32: faster, with a precision of about 3 decimal digits."""
 
     # Determinism
 
     def set_deterministic(self) -> None:
-        """Make operators and collectives give the same bits for the same input, run after run.
+        """Make operators and collectives give the same bits for the same input in each run.
 
-        To be called before the process group exists and before the device is used. An operator that has no
-        deterministic form raises RuntimeError: with warn_only, torch also keeps the non-deterministic backward pass
-        of its memory-efficient attention.
+        Call this before the process group exists and before the device is used. An operator without a deterministic
+        implementation then raises RuntimeError. `warn_only` is not used, because with it torch keeps the
+        non-deterministic backward pass of memory-efficient attention.
 
         Raises:
-            ValueError: an environment variable says the opposite.
+            ValueError: an environment variable contradicts it.
         """
         torch.use_deterministic_algorithms(True)
-        # Filling fresh memory is for finding reads of uninitialised values, and costs a kernel for each tensor.
+        # Filling new memory only helps to find reads of uninitialized values, and costs one kernel per tensor.
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = False
         for name, value in self.deterministic_env.items():
             os.environ.setdefault(name, value)
 
     def deterministic_settings(self) -> str:
-        """What `set_deterministic` has set, for the log."""
+        """Return the settings that `set_deterministic` has made, for the log."""
         variables = [f"{name}={os.environ.get(name, '')}" for name in self.deterministic_env]
         return ", ".join([*self.deterministic_switches, *variables])
 
     # Speed
 
     def adamw(self, groups: Iterable[Any], form: str = "auto", **options: Any) -> torch.optim.Optimizer:
-        """AdamW that works together with this device's `grad_scaler`.
+        """Create an AdamW that works with this device's `grad_scaler`.
 
         Args:
-            groups: parameters or their groups, on the device.
-            form: "torch": torch's fused kernel; "off": torch's foreach kernels or loop; "npu": torch_npu's (see
-                npu_adamw); "auto": "torch" if it can skip a step on this device, else "off".
+            groups: parameters or parameter groups, on the device.
+            form: "torch" for torch's fused kernel; "off" for torch's foreach kernels or loop; "npu" for torch_npu's
+                fused optimizer (see npu_adamw); "auto" for "torch" if it can skip a step on this device, else "off".
             options: lr, betas, eps, weight_decay.
 
         Raises:
@@ -226,14 +229,14 @@ class Device:
         """
         if form == "npu":
             raise ValueError(
-                f"torch_npu's fused AdamW runs on an NPU only, and this is {self.type}: use --fused-optimizer auto."
+                f"torch_npu's fused AdamW needs an NPU, and this device is {self.type}. Use --fused-optimizer auto."
             )
         fused = form == "torch" or (form == "auto" and self.fused_adamw_skips)
         # fused=None leaves the choice between foreach and a loop to torch.
         return torch.optim.AdamW(groups, fused=fused or None, **options)
 
     def peak_flops(self, dtype: torch.dtype, index: int | None = None) -> float | None:
-        """Dense matrix-multiplication peak in FLOP/s; None where the table has no such chip or no unit for `dtype`."""
+        """Return the dense matrix-multiplication peak in FLOP/s, or None if the table has no value for it."""
         if not self.peaks or not self.is_available():
             return None
         field = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
@@ -242,11 +245,11 @@ class Device:
         return tera * 1e12 if tera else None
 
     def peak_source(self, index: int | None = None) -> str:
-        """Where `peak_flops` is from, for the log."""
+        """Return the source of `peak_flops`, for the log."""
         return "the table in open_clip/device/peaks.py"
 
     def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
-        """Why each fused operator that a chip may lack does not work, by name; None where it does. Tries them once."""
+        """Try the fused operators that a chip may lack. Return the error of each by name, None if it works."""
         return {}
 
     def layer_norm(
@@ -257,7 +260,7 @@ class Device:
         bias: torch.Tensor | None = None,
         eps: float = 1e-5,
     ) -> torch.Tensor:
-        """Layer norm that returns the dtype of `x`, with statistics in float32 under autocast."""
+        """Compute layer norm, with statistics in float32 under autocast. Return the dtype of `x`."""
         return F.layer_norm(x, normalized_shape, weight, bias, eps).to(x.dtype)
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
@@ -275,14 +278,20 @@ class Device:
         return out if inputs.num_heads is None else merge_heads(out)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
-        """A context manager with `step()` that traces `active` steps, once, into `folder` for TensorBoard.
+        """Create a profiler that traces `active` steps once and writes them for TensorBoard.
 
-        level: 0: times and memory; 1: also the operators' input shapes; 2: also the Python stacks.
+        Args:
+            folder: where the trace is written.
+            wait, warmup, active: numbers of steps, as in torch.profiler.schedule.
+            level: 0 for times and memory, 1 for operators' input shapes in addition, 2 for Python stacks in addition.
+
+        Returns:
+            A context manager with the method `step()`.
         """
         activities = [torch.profiler.ProfilerActivity.CPU]
-        own = getattr(torch.profiler.ProfilerActivity, self.type.upper(), None)
-        if own is not None and own not in activities:
-            activities.append(own)
+        device_activity = getattr(torch.profiler.ProfilerActivity, self.type.upper(), None)
+        if device_activity is not None and device_activity not in activities:
+            activities.append(device_activity)
         return torch.profiler.profile(
             activities=activities,
             schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
@@ -293,16 +302,15 @@ class Device:
         )
 
 
-def _find_command(*names: str) -> bool:
-    """Whether one of the commands is installed."""
+def _has_command(*names: str) -> bool:
     return any(shutil.which(name) for name in names)
 
 
 def elementary_attention(inputs: AttentionInputs) -> torch.Tensor:
-    """`ops.attention` made of elementary operators."""
+    """Compute `ops.attention` with elementary operators."""
     query, key, value = _split_inputs(inputs)
     attn_mask = inputs.attn_mask
-    # scaled before the product, which in half precision might not hold what is scaled after it
+    # Scaled before the product, because the unscaled product may overflow in half precision.
     scores = query * (query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale) @ key.transpose(-2, -1)
     if inputs.is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -315,7 +323,7 @@ def elementary_attention(inputs: AttentionInputs) -> torch.Tensor:
 
 
 def _split_inputs(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value as [batch, heads, tokens, head_dim]."""
+    """Return query, key and value as [batch, heads, tokens, head_dim]."""
     if inputs.num_heads is None:
         return inputs.query, inputs.key, inputs.value
     query, key, value = (split_heads(x, inputs.num_heads) for x in (inputs.query, inputs.key, inputs.value))
@@ -323,10 +331,10 @@ def _split_inputs(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[(batch,) tokens, width] -> [(batch,) heads, tokens, head_dim], a view"""
+    """Return a view of [(batch,) tokens, width] as [(batch,) heads, tokens, head_dim]."""
     return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
-    """[(batch,) heads, tokens, head_dim] -> [(batch,) tokens, width]"""
+    """Merge [(batch,) heads, tokens, head_dim] to [(batch,) tokens, width]."""
     return x.transpose(-3, -2).flatten(-2)

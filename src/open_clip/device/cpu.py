@@ -31,11 +31,11 @@ class CpuDevice(Device):
         return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
     def why_not_compile(self) -> str | None:
-        # The command that torch._inductor.config.cpp.cxx names.
-        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        compiler = os.environ.get("CXX", usual)
+        # The command in torch._inductor.config.cpp.cxx.
+        default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        compiler = os.environ.get("CXX", default)
         if shutil.which(compiler) is None:
-            return f"torch.compile on the CPU needs a C++ compiler and {compiler!r} is not installed: install {usual}."
+            return f"torch.compile on CPU needs a C++ compiler, and {compiler!r} is not installed: install {default}."
         return None
 
     def set_device(self, index: int) -> None:
@@ -57,7 +57,7 @@ class CpuDevice(Device):
         torch.set_rng_state(state)
 
     def memory(self, index: int | None = None) -> dict[str, int]:
-        """Of this process; {} where the system does not tell."""
+        """Return the bytes used by this process, or {} if the system does not report them."""
         if not os.path.exists("/proc/self/statm"):
             return {}
         import resource
@@ -70,7 +70,7 @@ class CpuDevice(Device):
         return {"allocated": resident, "reserved": resident, "peak": max(peak, resident), "total": total}
 
     def reset_peak_memory(self, index: int | None = None) -> None:
-        pass  # the kernel's high-water mark is the process's own
+        pass  # the system's peak of a process cannot be reset
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)

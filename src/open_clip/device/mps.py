@@ -12,14 +12,14 @@ from .base import Device
 class MpsDevice(Device):
     type = "mps"
     backend = "gloo"
-    pin_memory = False  # memory is shared
+    pin_memory = False  # CPU and GPU share memory
     indexed = False
 
     def why_missing(self) -> str | None:
         if self.is_available():
             return None
         if not torch.backends.mps.is_built():
-            return f"torch {torch.__version__} is built without MPS: it needs a torch for macOS on Apple silicon."
+            return f"torch {torch.__version__} is built without MPS: install torch for macOS on Apple silicon."
         return "MPS is not available: it needs macOS 12.3 or later on Apple silicon."
 
     def is_available(self) -> bool:
@@ -32,10 +32,10 @@ class MpsDevice(Device):
         return None  # Metal compiles the kernels
 
     def set_device(self, index: int) -> None:
-        pass  # there is one
+        pass  # there is only one
 
     def mark(self) -> Callable[[], None]:
-        self.synchronize()  # copies from it are not asynchronous: nothing is gained by an event
+        self.synchronize()  # copies are synchronous, so an event would gain nothing
         return lambda: None
 
     def manual_seed(self, seed: int) -> None:
@@ -46,7 +46,7 @@ class MpsDevice(Device):
         return {
             "allocated": allocated,
             "reserved": int(self.module.driver_allocated_memory()),
-            "peak": allocated,  # Metal keeps no high-water mark
+            "peak": allocated,  # Metal does not record the peak
             "total": int(self.module.recommended_max_memory()),
         }
 

@@ -16,17 +16,17 @@ from .. import torch_versions
 from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, peaks
 from .base import AttentionInputs, Device, elementary_attention, exact_gelu
 
-_RESULT = r"(?:error code is|runtime result =) ?"  # before a code, in the texts of torch_npu and of CANN
+_RESULT = r"(?:error code is|runtime result =) ?"  # precedes a code in messages of torch_npu and of CANN
 
 
 class NpuDevice(Device):
-    """Huawei Ascend through torch_npu; the sources of what is here are torch_npu's and op-plugin's own code."""
+    """Huawei Ascend through torch_npu. Facts without a source are from the code of torch_npu and op-plugin."""
 
     type = "npu"
     backend = "hccl"
-    # Seconds (120 by default): the first collective may wait for a rank that downloads weights.
+    # In seconds; HCCL's default is 120. The first collective may wait for a rank that downloads weights.
     collective_env: ClassVar[dict[str, str]] = {"HCCL_CONNECT_TIMEOUT": "1800"}
-    # _fused_adamw_ reads neither found_inf nor grad_scale, and makes two launches per parameter
+    # _fused_adamw_ ignores found_inf and grad_scale, and launches two kernels per parameter
     # (op_plugin/ops/opapi/FusedAdamWKernelNpuOpApi.cpp).
     fused_adamw_skips = False
     peaks = peaks.ASCEND_PEAKS
@@ -39,29 +39,29 @@ class NpuDevice(Device):
         "HCCL_SOCKET_IFNAME", "TORCHINDUCTOR_NPU_BACKEND",
     )
     deterministic_env: ClassVar[dict[str, str]] = {"HCCL_DETERMINISTIC": "true"}
-    # The codes: CANN's acl/error_codes/rt_error_codes.h and its list of error codes.
+    # Source of the codes: CANN's acl/error_codes/rt_error_codes.h and CANN's list of error codes.
     out_of_memory = Device.out_of_memory + rf"|{_RESULT}(207001|207018)\b|\bEL0004\b"
     hints = (
         *Device.hints,
         (
             r"\bEJ0001\b",
             "EJ0001: the process that last used this NPU has not ended yet. Wait 10 s after its end, then start again. "
-            "torchrun --max-restarts may restart within these 10 s, so give it 2 restarts or more.",
+            "torchrun --max-restarts may restart within these 10 s, so allow 2 restarts or more.",
         ),
         (
             r"\bEI0006\b",
-            "EI0006: not every rank came to the first collective within HCCL_CONNECT_TIMEOUT. Look for the first error "
-            "in the logs of the other ranks, and whether the NPUs' network ports reach each other (hccn_tool).",
+            "EI0006: not every rank reached the first collective within HCCL_CONNECT_TIMEOUT. Look for the first error "
+            "in the logs of the other ranks, and check that the NPUs' network ports reach each other (hccn_tool).",
         ),
         (
             rf"\bE(E1002|I0002)\b|{_RESULT}(107020|507046|507047|507048)\b",
-            "A wait for the NPU took longer than its limit, mostly since another rank stopped or is late: look for the "
-            "first error in the logs of the other ranks and in ~/ascend/log. Where long waits are expected, raise "
-            "HCCL_EXEC_TIMEOUT (and ACL_DEVICE_SYNC_TIMEOUT, if set).",
+            "A wait for the NPU timed out, usually because another rank stopped or is late: look for the first error "
+            "in the logs of the other ranks and in ~/ascend/log. If long waits are expected, raise HCCL_EXEC_TIMEOUT "
+            "(and ACL_DEVICE_SYNC_TIMEOUT, if set).",
         ),
         (
             r"\bERR99999\b",
-            "ERR99999 only says that an exception outside torch_npu ended a process: its traceback has the cause.",
+            "ERR99999 means only that an exception outside torch_npu ended a process. Its traceback has the cause.",
         ),
     )
     converts_weights_once = True
@@ -81,7 +81,7 @@ class NpuDevice(Device):
         if self.library is None:
             wanted = torch_versions.release(str(torch.__version__))
             return (
-                f"torch_npu is not installed: on a host with CANN, `pip install torch_npu=={wanted}.*`, with the "
+                f"torch_npu is not installed. On a host with CANN, run `pip install torch_npu=={wanted}.*`, with the "
                 ".postN for that CANN (docs/npu.md)."
             )
         return "No NPU is visible: does `npu-smi info` list one, and does ASCEND_RT_VISIBLE_DEVICES hide it?"
@@ -102,52 +102,55 @@ class NpuDevice(Device):
         if npu_loading.failure is not None:
             found.append(self.why_missing() or "")
         if self.library is not None:
-            own, there = str(self.library.__version__), str(torch.__version__)
-            if not torch_versions.is_built_for(own, there):
-                needed = torch_versions.release(own)
+            version, torch_version = str(self.library.__version__), str(torch.__version__)
+            if not torch_versions.is_built_for(version, torch_version):
+                needed = torch_versions.release(version)
                 found.append(
-                    f"torch_npu {own} does not match torch {there}: its wheels require torch {needed}, to all three "
-                    f"numbers. Install that torch or the torch_npu for this one (docs/npu.md)."
+                    f"torch_npu {version} does not match torch {torch_version}: it requires exactly torch {needed}. "
+                    f"Install that torch, or the torch_npu for this torch (docs/npu.md)."
                 )
         if self.is_available() and self.name(0).startswith("Ascend310"):
             found.append(
-                f"{self.name(0)} is an inference chip: torch_npu lists its fused optimizers for training chips only. "
-                "Train on an Ascend 910."
+                f"{self.name(0)} is an inference chip: torch_npu's fused optimizers support training chips only. Train "
+                "on an Ascend 910."
             )
         return found
 
     def environment_errors(self) -> list[str]:
-        found = []  # sources: checks in torch_npu's libtorch_npu.so (2.13), which raise at the first use of the NPU
+        found = []  # source: checks in torch_npu's libtorch_npu.so (2.13), which raise at the first use of the NPU
         if "PYTORCH_ALLOC_CONF" in os.environ and "PYTORCH_NPU_ALLOC_CONF" in os.environ:
             found.append(
-                "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set, and torch_npu refuses to allocate memory "
-                "then. Unset one of them."
+                "PYTORCH_ALLOC_CONF and PYTORCH_NPU_ALLOC_CONF are both set, so torch_npu will not allocate memory. "
+                "Unset one of them."
             )
         limit = _whole_number("ACL_DEVICE_SYNC_TIMEOUT")
         if limit is not None and limit <= 0:
-            found.append(f"ACL_DEVICE_SYNC_TIMEOUT={limit}: torch_npu accepts 1 second or more. Unset it for no limit.")
+            found.append(
+                f"ACL_DEVICE_SYNC_TIMEOUT={limit} is out of range: torch_npu accepts 1 second or more. Unset it for no "
+                "limit."
+            )
         return found
 
     def environment_warnings(self) -> list[str]:
         # Sources: torch_npu's ProcessGroupHCCL.cpp (event and execution), OptionsManager.cpp (blocking); CANN's
         # documentation of the HCCL variables (connect, AIV).
         found = []
-        asked = _whole_number("HCCL_EXEC_TIMEOUT")
-        execution = _EXECUTION_LIMIT if asked is None or asked < 0 else asked
+        given = _whole_number("HCCL_EXEC_TIMEOUT")
+        execution = _EXECUTION_LIMIT if given is None or given < 0 else given
         event, connect = _whole_number("HCCL_EVENT_TIMEOUT"), _whole_number("HCCL_CONNECT_TIMEOUT")
         if event is not None and event > 0 and (execution == 0 or event <= execution):  # 0: no limit
             found.append(
                 f"HCCL_EVENT_TIMEOUT={event} must be larger than HCCL_EXEC_TIMEOUT, which is "
-                f"{execution or '0 (no limit)'}: a late rank is otherwise reported as a failed event. Unset "
-                "HCCL_EVENT_TIMEOUT, and torch_npu derives it."
+                f"{execution or '0 (no limit)'}. Otherwise a late rank is reported as a failed event. Unset "
+                "HCCL_EVENT_TIMEOUT to let torch_npu derive it."
             )
-        if os.environ.get("HCCL_OP_EXPANSION_MODE") == "AIV" and (asked or 0) > _EXECUTION_LIMIT_AIV:
+        if os.environ.get("HCCL_OP_EXPANSION_MODE") == "AIV" and (given or 0) > _EXECUTION_LIMIT_AIV:
             found.append(
-                f"HCCL_EXEC_TIMEOUT={asked} is more than the {_EXECUTION_LIMIT_AIV} seconds that CANN allows with "
+                f"HCCL_EXEC_TIMEOUT={given} is more than the {_EXECUTION_LIMIT_AIV} seconds that CANN allows with "
                 "HCCL_OP_EXPANSION_MODE=AIV. Lower it, or choose another mode."
             )
         if connect is not None and not 120 <= connect <= 7200:
-            found.append(f"HCCL_CONNECT_TIMEOUT={connect}: CANN accepts 120 to 7200 seconds.")
+            found.append(f"HCCL_CONNECT_TIMEOUT={connect} is out of range: CANN accepts 120 to 7200 seconds.")
         if os.environ.get("ASCEND_LAUNCH_BLOCKING", "0") != "0":
             found.append(
                 "ASCEND_LAUNCH_BLOCKING is set: the host waits for each operator, and TASK_QUEUE_ENABLE has no effect. "
@@ -165,39 +168,39 @@ class NpuDevice(Device):
     def why_not_compile(self) -> str | None:
         backend = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default")
         if backend != "default":
-            return None  # it needs other packages, and says so
+            return None  # other backends check their packages themselves
         if npu_loading.replaces_cuda():
             return (
                 "torch.compile on an NPU does not find triton-ascend while torch_npu's transfer_to_npu is on. Train "
-                "without transfer_to_npu, which this project does not need, or leave out --torchcompile."
+                "without transfer_to_npu, which this project does not need, or without --torchcompile."
             )
         spec = importlib.util.find_spec("triton")
         folders = (spec.submodule_search_locations or []) if spec else []
         if not any(os.path.isdir(os.path.join(folder, "backends", "ascend")) for folder in folders):
             return (
                 "torch.compile on an NPU needs triton-ascend, which is not installed. Install the version for your "
-                "CANN and torch_npu (pip install triton-ascend), or leave out --torchcompile."
+                "CANN and torch_npu (pip install triton-ascend), or do not use --torchcompile."
             )
         return None
 
     def set_deterministic(self) -> None:
         if os.environ.get("HCCL_DETERMINISTIC", "true").lower() == "false":
-            raise ValueError("--deterministic contradicts HCCL_DETERMINISTIC=false: unset it, or leave the option out.")
+            raise ValueError("--deterministic contradicts HCCL_DETERMINISTIC=false: unset one of them.")
         super().set_deterministic()
 
     def peak_flops(self, dtype: torch.dtype, index: int | None = None) -> float | None:
-        found = self._peak_of_cann(index)
+        found = self._find_peak_in_cann(index)
         if found is None:
             return super().peak_flops(dtype, index)
-        # fp32 products are made in HF32 or on the vector units, which the file does not tell.
+        # The file does not tell whether fp32 products use HF32 or the vector units.
         return found[0] if dtype in (torch.float16, torch.bfloat16) and self.supports(dtype) else None
 
     def peak_source(self, index: int | None = None) -> str:
-        found = self._peak_of_cann(index)
+        found = self._find_peak_in_cann(index)
         return super().peak_source(index) if found is None else str(found[1])
 
-    def _peak_of_cann(self, index: int | None) -> tuple[float, Path] | None:
-        """(FLOP/s of half precision products, CANN's file that tells it); None where there is no such file."""
+    def _find_peak_in_cann(self, index: int | None) -> tuple[float, Path] | None:
+        """Return (FLOP/s of half precision products, the file of CANN that has it), or None without such a file."""
         home = _cann_home()
         if not home or not self.is_available():
             return None
@@ -220,13 +223,13 @@ class NpuDevice(Device):
         if form == "npu":
             return npu_adamw.make_safe(self.library.optim.NpuFusedAdamW(groups, **options))
         optimizer = super().adamw(groups, form, **options)
-        # torch_npu's scaler passes itself to the step() of an optimizer that says it can unscale, as AdamW(fused=True)
-        # does, but AdamW takes no such argument. So it says no, and the scaler unscales before the step.
+        # torch_npu's scaler passes itself to step() of optimizers with this attribute, as AdamW(fused=True) has it, but
+        # AdamW.step takes no such argument. With False, the scaler unscales before the step.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return optimizer
 
     def set_fast_matmul(self, enabled: bool) -> None:
-        # Out of the box the two differ: convolutions in HF32, products in full fp32.
+        # The defaults differ: convolutions use HF32, matrix products fp32.
         self.module.matmul.allow_hf32 = enabled
         self.module.conv.allow_hf32 = enabled
 
@@ -238,8 +241,9 @@ class NpuDevice(Device):
         bias: torch.Tensor | None = None,
         eps: float = 1e-5,
     ) -> torch.Tensor:
-        # Autocast would cast the input up and the output down. aclnnLayerNorm takes half precision with float32 weights
-        # and keeps its statistics in float32 (op-plugin: LayerNormKernelNpuOpApi.cpp; CANN: aclnnLayerNorm.md).
+        # Autocast would add a cast of the input to float32 and of the output back. aclnnLayerNorm supports half
+        # precision with float32 weights and computes its statistics in float32 (op-plugin:
+        # LayerNormKernelNpuOpApi.cpp; CANN: aclnnLayerNorm.md).
         has_weights = weight is not None and bias is not None and weight.dtype == bias.dtype == torch.float32
         if not has_weights or not npu_ops.is_usable("native_layer_norm", x.device, x.dtype):
             return super().layer_norm(x, normalized_shape, weight, bias, eps)
@@ -256,20 +260,21 @@ class NpuDevice(Device):
         return self.library.npu_fast_gelu(x)  # x * sigmoid(1.702 x) in one kernel
 
     def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-        # F.gelu computes the tanh form on an NPU, whatever is asked; npu_gelu computes the form that is asked for.
+        # On an NPU, F.gelu always computes the tanh form. npu_gelu obeys `approximate`.
         if not npu_ops.is_usable("npu_gelu", x.device, x.dtype):
             return exact_gelu(x) if approximate == "none" else super().gelu(x, approximate)
         return self.library.npu_gelu(x, approximate=approximate)
 
     def attention(self, inputs: AttentionInputs) -> torch.Tensor:
         cast = inputs
+        # Autocast does not cast for npu_fusion_attention.
         if torch.is_autocast_enabled(self.type) and inputs.query.dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(self.type)  # autocast casts for torch's function only
+            dtype = torch.get_autocast_dtype(self.type)
             query, key, value = (x.to(dtype) for x in inputs[:3])
             cast = inputs._replace(query=query, key=key, value=value)
         is_fused = (
             npu_attention.takes(cast)
-            and not torch.compiler.is_compiling()  # the cached masks are not part of a graph
+            and not torch.compiler.is_compiling()  # cached masks cannot be part of a graph
             and npu_ops.is_usable("npu_fusion_attention", cast.query.device, cast.query.dtype)
         )
         if is_fused:
@@ -277,12 +282,14 @@ class NpuDevice(Device):
         return elementary_attention(cast) if npu_attention.fails_in_torch(cast) else super().attention(inputs)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
-        """See the base class. The levels are ProfilerLevel.Level0, Level1 and Level2 of torch_npu.profiler: 1 adds the
-        metrics of the AI cores and of HCCL, 2 those of the runtime and of the AI CPU."""
+        """See the base class. `level` is also that of torch_npu.profiler.ProfilerLevel.
+
+        Level 1 adds metrics of the AI cores and of HCCL, level 2 those of the runtime and of the AI CPU.
+        """
         npu_profiler = self.library.profiler
         config = {"profiler_level": getattr(npu_profiler.ProfilerLevel, f"Level{level}")}
         if level == 0:
-            config["aic_metrics"] = npu_profiler.AiCMetrics.AiCoreNone  # torch_npu warns of its own default otherwise
+            config["aic_metrics"] = npu_profiler.AiCMetrics.AiCoreNone  # torch_npu's default warns at level 0
         return npu_profiler.profile(
             activities=[npu_profiler.ProfilerActivity.CPU, npu_profiler.ProfilerActivity.NPU],
             schedule=npu_profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
@@ -294,13 +301,13 @@ class NpuDevice(Device):
         )
 
 
-# Seconds that HCCL waits for a rank inside a collective (CANN's documentation of HCCL_EXEC_TIMEOUT).
+# How long HCCL waits for a rank inside a collective, in seconds (CANN's documentation of HCCL_EXEC_TIMEOUT).
 _EXECUTION_LIMIT = 1836
 _EXECUTION_LIMIT_AIV = 1091
 
 
 def _whole_number(name: str) -> int | None:
-    """The value of an environment variable; None where it is not set or is not a whole number."""
+    """Return the value of an environment variable, or None if it is not set or not a whole number."""
     text = os.environ.get(name, "").strip()
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else None
 
@@ -310,7 +317,7 @@ def _cann_home() -> str | None:
 
 
 def _cann_version(home: str) -> str:
-    """The version that CANN's own files tell, or its folder where they tell none."""
+    """Return the version from CANN's files, or its folder if no file has one."""
     for relative in ("version.cfg", "compiler/version.info", "runtime/version.info", "opp/version.info"):
         path = os.path.join(home, relative)
         if os.path.isfile(path):

@@ -1,9 +1,9 @@
-"""Attention on Ascend NPUs by `torch_npu.npu_fusion_attention`, without the operators that torch's function adds there.
+"""Attention on Ascend NPUs with `torch_npu.npu_fusion_attention`.
 
-F.scaled_dot_product_attention ends in the same kernel. On the way there op-plugin makes a mask of 2048 x 2048 for every
-causal call and inverts a bool mask in every layer (ScaledDotProductAttentionKernelNpuOpApi.cpp), and the result has
-heads before tokens, which must be copied for the output projection. The limits below are those of op-plugin's page
-torch_npu-npu_fusion_attention.md and of CANN's aclnn_flash_attention_score.cpp.
+F.scaled_dot_product_attention calls the same kernel with additional operators: op-plugin creates a 2048 x 2048 mask for
+each causal call and inverts bool masks in each layer (ScaledDotProductAttentionKernelNpuOpApi.cpp), and the output has
+heads before tokens, so it must be copied for the output projection. This module avoids them. Its limits are from
+op-plugin's page torch_npu-npu_fusion_attention.md and CANN's aclnn_flash_attention_score.cpp.
 """
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS = 256
 _MAX_HEAD_DIM = 512  # 768 in newer versions of CANN
 _MAX_TOKENS = 2**20
-_COMPRESSED = 2048  # side of the mask that stands for a causal one of any size
-_LEFT_UP_CAUSAL = 2  # sparse_mode: each token sees itself and those before it, counted from the upper left corner
-_ROWS_MAY_BE_HIDDEN = 2  # inner_precise: a query that may look nowhere gets zeros, as on other devices
+_COMPRESSED = 2048  # side of the mask that the kernel needs for causal attention of any length
+_LEFT_UP_CAUSAL = 2  # sparse_mode: causal, aligned with the upper left corner of the scores
+_ROWS_MAY_BE_HIDDEN = 2  # inner_precise: a query whose keys are all hidden gets zeros, as on other devices
 
 _causal_masks: dict[torch.device, torch.Tensor] = {}
 
 
 def _shape(x: torch.Tensor, num_heads: int | None) -> tuple[int, int, int, int]:
-    """(batch, heads, tokens, head_dim) of [batch, heads, tokens, head_dim] or [batch, tokens, heads * head_dim]."""
+    """Return (batch, heads, tokens, head_dim) of a tensor in that shape or [batch, tokens, heads * head_dim]."""
     if num_heads is None:
         return (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
     return (x.shape[0], num_heads, x.shape[1], x.shape[2] // num_heads)
 
 
 def takes(inputs: AttentionInputs) -> bool:
-    """Whether the kernel computes this."""
+    """Return whether the kernel supports these inputs."""
     query, key, value, attn_mask, num_heads = inputs.query, inputs.key, inputs.value, inputs.attn_mask, inputs.num_heads
     if key.shape != value.shape or any(x.dim() != (4 if num_heads is None else 3) for x in (query, key)):
         return False
@@ -53,7 +53,7 @@ def takes(inputs: AttentionInputs) -> bool:
 
 
 def fails_in_torch(inputs: AttentionInputs) -> bool:
-    """Whether F.scaled_dot_product_attention of torch_npu 2.13 passes this to the kernel, which refuses it."""
+    """Return whether F.scaled_dot_product_attention of torch_npu 2.13 calls the kernel, which refuses these inputs."""
     query, num_heads = inputs.query, inputs.num_heads
     if query.dim() != (4 if num_heads is None else 3):
         return False
@@ -62,13 +62,21 @@ def fails_in_torch(inputs: AttentionInputs) -> bool:
 
 
 def attend(library: Any, inputs: AttentionInputs) -> torch.Tensor:
-    """As `ops.attention`, for what the kernel `takes`. `library`: torch_npu."""
+    """Compute F.scaled_dot_product_attention for inputs that the kernel `takes`.
+
+    Args:
+        library: torch_npu.
+        inputs: as in ops.attention.
+
+    Returns:
+        The output, in the same layout as the query.
+    """
     query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads = inputs
     batch, heads, queries, head_dim = _shape(query, num_heads)
     keys = _shape(key, num_heads)[2]
     layout = "BSH"
     if num_heads is None:
-        # Views of projections have tokens first in memory: the kernel takes them so, and returns heads merged.
+        # Views of projections have tokens before heads in memory. The kernel supports this layout without a copy.
         layout = "BNSD" if key.is_contiguous() else "BSND"
         if layout == "BSND":
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -77,7 +85,7 @@ def attend(library: Any, inputs: AttentionInputs) -> torch.Tensor:
         options = {"atten_mask": _causal_mask(query.device), "next_tockens": 0, "sparse_mode": _LEFT_UP_CAUSAL}
     elif attn_mask is not None:
         options = {"atten_mask": _hidden.of(attn_mask, (batch, heads, queries, keys))}
-        if queries > 1:  # as op-plugin's function does it
+        if queries > 1:  # as op-plugin does
             options["inner_precise"] = _ROWS_MAY_BE_HIDDEN
     scale = head_dim**-0.5 if scale is None else scale
     keep_prob = 1.0 - dropout_p
@@ -86,26 +94,26 @@ def attend(library: Any, inputs: AttentionInputs) -> torch.Tensor:
 
 
 def _causal_mask(device: torch.device) -> torch.Tensor:
-    """bool [2048, 2048], True above the diagonal; one for each device."""
+    """Return bool [2048, 2048], True above the diagonal. It is cached per device."""
     if device not in _causal_masks:
-        with torch.inference_mode(False):  # backward passes keep it
+        with torch.inference_mode(False):  # because backward passes save it
             _causal_masks[device] = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu_(1)
     return _causal_masks[device]
 
 
 class _HiddenMasks:
-    """Bool masks as the kernel wants them: True is hidden. Keeps the last one, which all layers of a tower share."""
+    """Converts bool masks to the kernel's form (True: hidden). Caches the last one for the other layers of a tower."""
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[torch.Tensor], int, tuple[int, ...], torch.Tensor] | None = None
 
     def of(self, allowed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Invert a mask that broadcasts to `shape` (batch, heads, queries, keys)."""
-        if allowed.is_inference():  # such a tensor does not count its changes
+        if allowed.is_inference():  # inference tensors have no version counter
             return _hidden_mask(allowed, shape)
         if self._last is not None:
-            mask, version, for_shape, hidden = self._last
-            if mask() is allowed and version == allowed._version and for_shape == shape:
+            mask, version, last_shape, hidden = self._last
+            if mask() is allowed and version == allowed._version and last_shape == shape:
                 return hidden
         with torch.inference_mode(False):
             hidden = _hidden_mask(allowed, shape)
@@ -117,7 +125,7 @@ _hidden = _HiddenMasks()
 
 
 def _hidden_mask(allowed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """~allowed in one of the shapes that the kernel takes: [B, N, S, S], [B, 1, S, S], [1, 1, S, S] or [S, S]."""
+    """Return ~allowed in a shape that the kernel supports: [B, N, S, S], [B, 1, S, S] or [1, 1, S, S]."""
     hidden = allowed.logical_not()
     hidden = hidden[(None,) * (4 - hidden.dim())]
     batch, heads, queries, keys = shape

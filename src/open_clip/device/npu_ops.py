@@ -1,16 +1,14 @@
-"""torch_npu's fused operators that a chip may lack: each is tried once before it is used.
+"""torch_npu's fused operators that a chip may lack. Each is tested once before it is used.
 
-The pages of op-plugin list for every operator the chips that have it, and a chip that is not listed raises an error, or
-computes something else. So an operator is compared with its closed form on a few numbers, forward and backward, when it
-is first used; where it fails, the caller uses elementary operators and the log says so once.
+op-plugin documents the chips that support each operator. Other chips raise an error or compute a wrong result. Before
+its first use, an operator is therefore compared with its formula on a few values, forward and backward. If it fails,
+the caller uses elementary operators, and one warning is logged.
 
-To add an operator: an entry in FUSED_OPS, and at the place of use
+To add an operator, add an entry to FUSED_OPS, a test in tests/npu with CANN_EMULATOR_BROKEN_OPS, and at its use
 
     if npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
         return torch_npu.npu_fast_gelu(x)
     return <the elementary form>
-
-and a test in tests/npu with CANN_EMULATOR_BROKEN_OPS.
 """
 from __future__ import annotations
 
@@ -30,21 +28,21 @@ from .base import AttentionInputs
 
 logger = logging.getLogger(__name__)
 
-# (relative, absolute): as tight as to tell the exact GELU from its tanh form in fp32, as wide as HF32 products.
+# (relative, absolute): in fp32 narrow enough to tell the exact GELU from its tanh form, and wide enough for HF32.
 TOLERANCES = {torch.float32: (2e-3, 2e-4), torch.float16: (1e-2, 1e-3), torch.bfloat16: (4e-2, 4e-3)}
 
 
 @dataclass(frozen=True)
 class FusedOp:
-    """An operator and what it must equal.
+    """A fused operator and its formula.
 
     Args:
         run: calls the operator on NPU tensors and returns one tensor, with autograd.
-        reference: the closed form; called with float64 tensors on the CPU.
-        inputs: makes the arguments of both as float32 tensors on the CPU, about 64 numbers. They are rounded to the
-            dtype that is tried, and gradients of all of them are compared. What is not differentiated, such as a mask,
-            belongs into `run` and `reference`.
-        dtypes: that the operator takes; in others it counts as not usable.
+        reference: the formula; called with float64 tensors on the CPU.
+        inputs: creates the arguments of both as float32 tensors on the CPU, with about 64 values. They are rounded to
+            the tested dtype, and all their gradients are compared. Put arguments without gradients, such as a mask,
+            into `run` and `reference`.
+        dtypes: the dtypes that the operator supports.
     """
 
     run: Callable[..., Tensor]
@@ -62,7 +60,7 @@ def _activations() -> tuple[Tensor, ...]:
 
 
 def _attention_inputs() -> tuple[Tensor, ...]:
-    """Query, key and value, [batch, tokens, heads, head_dim]."""
+    """Return query, key and value, [batch, tokens, heads, head_dim]."""
     return tuple(torch.linspace(0.0, 20.0, 128).add(start).sin().reshape(2, 2, 2, 16) for start in (0.0, 0.7, 1.9))
 
 
@@ -70,7 +68,7 @@ _VISIBLE = torch.tensor([[True, True], [False, True]], device="cpu")
 
 
 def _run_attention(*tensors: Tensor) -> Tensor:
-    """Both kinds of call: causal, and with a mask."""
+    """Run causal attention and attention with a mask, and add the results."""
     query, key, value = (x.transpose(1, 2) for x in tensors)
     causal = npu_attention.attend(_library(), AttentionInputs(query, key, value, is_causal=True))
     return causal + npu_attention.attend(_library(), AttentionInputs(query, key, value, _VISIBLE.to(query.device)))
@@ -102,19 +100,21 @@ FUSED_OPS: dict[str, FusedOp] = {
     ),
 }
 
-_failures: dict[tuple[str, str, torch.dtype], str | None] = {}  # by operator, chip and dtype; None: it works
-_usable: dict[tuple[str, torch.device, torch.dtype], bool] = {}  # the same by device: no driver is asked in a step
+_failures: dict[tuple[str, str, torch.dtype], str | None] = {}  # by operator, chip and dtype; None if it works
+_usable: dict[tuple[str, torch.device, torch.dtype], bool] = {}  # by device, which needs no driver call for the name
 _lock = threading.Lock()
 
 
 def is_usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this NPU computes the operator `name` of FUSED_OPS in `dtype`.
+    """Return whether this NPU supports the operator `name` of FUSED_OPS in `dtype`.
 
-    The first call for a chip and dtype tries the operator, which waits for the device; later calls look the result up.
-    A failure is logged once. torch.compile evaluates the call while it traces and keeps the result.
+    The first call for a chip and dtype tests the operator, which waits for the device. Later calls look up the result.
+    A failure is logged once. torch.compile evaluates the call while it traces and keeps the result as a constant.
 
     Args:
-        device: of the tensor at hand, with its index.
+        name: key in FUSED_OPS.
+        device: the NPU, with its index.
+        dtype: of the input.
     """
     known = _usable.get((name, device, dtype))
     if known is not None:
@@ -122,24 +122,24 @@ def is_usable(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in FUSED_OPS[name].dtypes:
         return False
     if _library().npu.is_current_stream_capturing():
-        return False  # a trial would end the capture; decided at the next call outside of one
+        return False  # a test would break the graph capture; it is done at the next call without one
     with _lock:
         found = _usable[name, device, dtype] = find_failure(name, device, dtype) is None
     return found
 
 
-# What torch.compiler.assume_constant_result does, which imports torch._dynamo for it.
+# As torch.compiler.assume_constant_result does, but without importing torch._dynamo.
 is_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find_failure(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the operator does not work on this NPU in `dtype`, in a clause; None where it does."""
+    """Return the reason why the operator does not work on this NPU in `dtype`, or None if it works."""
     chip = _library().npu.get_device_name(device)
     key = name, chip, dtype
     if key not in _failures:
-        # In another thread the trial is outside of the caller's autograd, autocast, inference and dispatch modes.
+        # Another thread does not have the caller's autograd, autocast, inference and dispatch modes.
         with ThreadPoolExecutor(1) as executor:
-            _failures[key] = executor.submit(_try, FUSED_OPS[name], device, dtype).result()
+            _failures[key] = executor.submit(_test_operator, FUSED_OPS[name], device, dtype).result()
         if _failures[key] is not None:
             logger.warning(
                 f"{name} does not work on {chip} in {str(dtype).removeprefix('torch.')}: {_failures[key]}. Elementary "
@@ -148,25 +148,25 @@ def find_failure(name: str, device: torch.device, dtype: torch.dtype) -> str | N
     return _failures[key]
 
 
-def _try(op: FusedOp, device: torch.device, dtype: torch.dtype) -> str | None:
+def _test_operator(op: FusedOp, device: torch.device, dtype: torch.dtype) -> str | None:
     rounded = [x.to(dtype) for x in op.inputs()]
     expected = _outputs_and_gradients(op.reference, [x.double() for x in rounded])
     try:
         found = _outputs_and_gradients(op.run, [x.to(device) for x in rounded])
     except torch.OutOfMemoryError:
-        raise  # says nothing about the operator
-    except Exception as error:  # whatever torch_npu raises for an operator that the chip or this CANN does not have
+        raise  # not the operator's fault
+    except Exception as error:  # torch_npu raises various types for operators that the chip or CANN does not have
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     relative, absolute = TOLERANCES[dtype]
     for index, (ours, reference) in enumerate(zip(found, expected, strict=True)):
         if not torch.allclose(ours, reference, rtol=relative, atol=absolute):
-            what = "output" if index == 0 else "gradient"
-            return f"its {what} differs from the closed form by {(ours - reference).abs().max():.2g}"
+            part = "output" if index == 0 else "gradient"
+            return f"its {part} differs from the formula by {(ours - reference).abs().max():.2g}"
     return None
 
 
 def _outputs_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradient of each input, in float64 on the CPU."""
+    """Return the output and the gradient of each input, in float64 on the CPU."""
     leaves = [x.requires_grad_() for x in inputs]
     output = function(*leaves)
     weights = torch.linspace(-1.0, 1.0, output.numel()).reshape(output.shape).to(output)

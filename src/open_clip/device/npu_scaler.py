@@ -1,7 +1,7 @@
-"""A gradient scaler for NPUs that leaves the decision to skip a step to the NPU if the optimizer can follow it there.
+"""A gradient scaler for NPUs that decides on the device whether to skip a step, if the optimizer supports it.
 
-torch_npu's scaler (torch_npu/npu/amp/grad_scaler.py) waits for the NPU three times a step: twice for whether there was
-an overflow, once for the number of steps since the last change of the factor.
+torch_npu's scaler (torch_npu/npu/amp/grad_scaler.py) waits for the NPU three times per step: twice for the overflow
+check, and once for the number of steps since the last change of the scale.
 """
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import torch
 
 
 def create(scaler_class: type, saturates: bool, **options: Any) -> Any:
-    """Return a scaler of torch_npu's class, which does not wait for optimizers with `skips_on_device`.
+    """Create a subclass instance of torch_npu's scaler that does not wait for optimizers with `skips_on_device`.
 
-    These have `gradient_norm`, `scale_gradients` and `found_inf` (training.flat_adamw). For others, on chips that
-    saturate (the first 910, 310P: an overflow shows in the chip's status flag alone), and with dynamic=False, it is
-    torch_npu's scaler unchanged. `saturates`: `Device.saturates`, which a step need not ask for again.
+    Such optimizers have `gradient_norm`, `scale_gradients` and `found_inf` (training.flat_adamw). With other
+    optimizers, with dynamic=False, and on chips that saturate (the first 910, 310P), it works exactly as torch_npu's
+    scaler: saturating chips report overflows in their status flag only.
+
+    Args:
+        scaler_class: torch_npu's GradScaler.
+        saturates: `Device.saturates`, so that a step need not query it.
+        options: of the scaler.
     """
     return type("GradScaler", (_DeviceDecision, scaler_class), {"_saturates": saturates})(**options)
 
@@ -31,11 +36,11 @@ class _DeviceDecision:
     _growth_factor: float
     _backoff_factor: float
     _growth_interval: int
-    _found: torch.Tensor | None = None  # whether this step is skipped; None: decided on the host
+    _found: torch.Tensor | None = None  # whether this step is skipped; None if the host decides
 
     @property
     def overflowed(self) -> bool:
-        """Whether the host found that this step overflows; between `step` and `update`."""
+        """Whether the host found an overflow in this step. Valid between `step` and `update`."""
         return self._has_overflow
 
     def _unscale_grads_(
@@ -57,7 +62,7 @@ class _DeviceDecision:
         return optimizer.step(*args, **kwargs)
 
     def _npu_update_scale(self) -> None:
-        """Lower the factor after an overflow, raise it after `growth_interval` steps without one."""
+        """Lower the scale after an overflow, and raise it after `growth_interval` steps without one."""
         if self._found is None or self._has_overflow:
             torch_npu_scaler: Any = super()
             torch_npu_scaler._npu_update_scale()

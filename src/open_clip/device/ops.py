@@ -1,4 +1,4 @@
-"""Operators for which some devices have a fused kernel."""
+"""Operators that have a fused kernel on some devices."""
 from __future__ import annotations
 
 import contextlib
@@ -16,9 +16,10 @@ _fused_ops = os.environ.get(_FUSED_OPS, "1") != "0"
 
 
 def use_fused_ops(enabled: bool) -> None:
-    """Whether activations and attention go through the devices' fused operators, or are made of elementary ones.
+    """Choose between the devices' fused operators and elementary ones, for activations, norms and attention.
 
-    For comparing the two, and for a fused operator that fails. OPEN_CLIP_FUSED_OPS=0 switches them off from the start.
+    Use it to compare the two, or if a fused operator fails. OPEN_CLIP_FUSED_OPS=0 switches fused operators off at
+    import.
     """
     global _fused_ops
     _fused_ops = enabled
@@ -26,7 +27,7 @@ def use_fused_ops(enabled: bool) -> None:
 
 @contextlib.contextmanager
 def elementary_ops() -> Iterator[None]:
-    """Within it, fused operators are switched off: for graphs that others are to read."""
+    """Switch fused operators off in a context, for graphs that other programs read."""
     before = _fused_ops
     use_fused_ops(False)
     try:
@@ -40,14 +41,14 @@ def _device_of(x: torch.Tensor) -> Device:
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), OpenAI CLIP's activation (Hendrycks and Gimpel, arXiv:1606.08415), any shape and device."""
+    """Compute x * sigmoid(1.702 * x), the activation of OpenAI's CLIP (Hendrycks and Gimpel, arXiv 1606.08415)."""
     return _device_of(x).quick_gelu(x)
 
 
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
-    """GELU, exact (erf) or approximate="tanh", as asked on every device."""
+    """Compute GELU. On every device it is exact (with erf), or with approximate="tanh" the tanh form."""
     if not _fused_ops and approximate == "none":
-        return exact_gelu(x)  # F.gelu is not this on every device
+        return exact_gelu(x)  # F.gelu is an approximation on some devices
     return _device_of(x).gelu(x, approximate)
 
 
@@ -58,7 +59,7 @@ def layer_norm(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """F.layer_norm that returns the dtype of `x` under autocast, too; some devices need no casts for it."""
+    """Compute F.layer_norm and return the dtype of `x`, also under autocast. Some devices need no casts for it."""
     return _device_of(x).layer_norm(x, normalized_shape, weight, bias, eps)
 
 
@@ -72,15 +73,20 @@ def attention(
     scale: float | None = None,
     num_heads: int | None = None,
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention on [batch, heads, tokens, head_dim], which has a fused kernel on most devices.
-
-    With `num_heads`, inputs and result are [batch, tokens, heads * head_dim], which some kernels take as they are.
+    """Compute F.scaled_dot_product_attention, with a fused kernel on most devices.
 
     Args:
-        attn_mask: broadcastable to [batch, heads, query tokens, key tokens], True where a query may look. An additive
-            float mask is accepted, too, and has no fused kernel on NPU. Excludes `is_causal`.
-        dropout_p: of the weights.
-        scale: of the scores; 1 / sqrt(head_dim) where None.
+        query, key, value: [batch, heads, tokens, head_dim], or with `num_heads` [batch, tokens, heads * head_dim],
+            which some kernels support without a copy.
+        attn_mask: broadcastable to [batch, heads, query tokens, key tokens], True where a query may attend. A float
+            mask is added to the scores; for it, NPUs have no fused kernel. Excludes `is_causal`.
+        dropout_p: dropout rate of the attention weights.
+        is_causal: each query attends to keys up to its position.
+        scale: factor of the scores; 1 / sqrt(head_dim) if None.
+        num_heads: number of heads, if they are merged in the inputs.
+
+    Returns:
+        The output, in the same layout as `query`.
     """
     inputs = AttentionInputs(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
     return _device_of(query).attention(inputs) if _fused_ops else elementary_attention(inputs)

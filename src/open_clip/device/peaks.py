@@ -1,4 +1,4 @@
-"""What chips can do at best: matrix-multiplication peaks by the name that a chip's driver gives it."""
+"""Matrix-multiplication peaks of chips, by the name that the driver reports."""
 from __future__ import annotations
 
 import configparser
@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 
 class Peak(NamedTuple):
-    """Dense matrix-multiplication peak of a chip in TFLOP/s, products accumulated in fp32; None: not in hardware."""
+    """Dense matrix-multiplication peak of a chip in TFLOP/s with fp32 accumulation. None: no hardware support."""
 
-    pattern: str  # regular expression searched in the name that the driver gives
+    pattern: str  # regular expression that is searched in the name from the driver
     fp16: float | None
     bf16: float | None
     fp32: float | None
 
 
-# The first pattern that matches counts. Sources: the data sheet of each product at nvidia.com ("with sparsity" halved);
+# The first matching pattern is used. Sources: the data sheet of each product at nvidia.com ("with sparsity" halved);
 # for GeForce and RTX the tensor-core column with fp32 accumulation in the white papers of GA102, AD102 and GB202.
 NVIDIA_PEAKS = (
     Peak(r"\bGB200\b", 2500, 2500, 80),
@@ -46,14 +46,15 @@ NVIDIA_PEAKS = (
 
 
 def _cube(cores: int, ghz: float) -> float:
-    """TFLOP/s of `cores` cube units, each doing 16 x 16 x 16 multiply-adds a cycle in fp16 or bf16."""
+    """Return the TFLOP/s of `cores` cube units. Each does 16 x 16 x 16 multiply-adds per cycle in fp16 or bf16."""
     return cores * 16**3 * 2 * ghz / 1000
 
 
 # cube_core_cnt and cube_freq of each chip, from CANN's data/platform_config/Ascend910*.ini as quoted in public
-# repositories; 950: torchtitan-npu's table. The larger figures of Huawei's product pages (400, 376, 313, 280) add the
-# vector units, which multiply no matrices. 910A: the 256 of its announcement (Hot Chips 31, 2019). 910_93xx is one die
-# of an A3 package, which torch sees as a device. 910_9362 is left out: public sources disagree (20 or 24 cube cores).
+# repositories; for 950, torchtitan-npu's table. The larger figures of Huawei's product pages (400, 376, 313, 280)
+# include the vector units, which do not multiply matrices. For 910A, the 256 of its announcement (Hot Chips 31, 2019).
+# 910_93xx is one die of an A3 package; torch sees each die as a device. 910_9362 is missing because public sources
+# disagree (20 or 24 cube cores).
 ASCEND_PEAKS = (
     Peak(r"910B1", _cube(24, 1.85), _cube(24, 1.85), None),
     Peak(r"910B2", _cube(24, 1.80), _cube(24, 1.80), None),
@@ -69,15 +70,18 @@ ASCEND_PEAKS = (
 
 
 def find(peaks: tuple[Peak, ...], name: str) -> Peak | None:
-    """The first entry whose pattern is in a chip's name; None where the table does not have it."""
+    """Return the first entry whose pattern matches a chip's name, or None."""
     return next((peak for peak in peaks if re.search(peak.pattern, name)), None)
 
 
 def of_platform_config(path: Path) -> float | None:
-    """FLOP/s of an Ascend chip in fp16 and bf16, by CANN's description of it; None where the file lacks a number.
+    """Compute the FLOP/s of an Ascend chip in fp16 and bf16 from CANN's description of it.
 
     Args:
         path: CANN's data/platform_config/<chip>.ini.
+
+    Returns:
+        FLOP/s, or None if the file lacks a number.
     """
     config = configparser.ConfigParser(interpolation=None, strict=False)
     try:

@@ -15,7 +15,7 @@ class XpuDevice(Device):
         if self.is_available():
             return None
         if getattr(torch.version, "xpu", None) is None:
-            return f"torch {torch.__version__} is built without XPU: install one with it (pytorch.org/get-started)."
+            return f"torch {torch.__version__} is built without XPU: install an XPU build (pytorch.org/get-started)."
         return "No XPU is visible: does `sycl-ls` list one, and does ZE_AFFINITY_MASK hide it?"
 
     def software(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The NPU's row of the device table on the real torch_npu: which device is taken, what it has, and what is missing."""
+"""`NpuDevice` with the real torch_npu: the choice of the device, its properties, and messages if it is missing."""
 from __future__ import annotations
 
 import subprocess
@@ -16,14 +16,14 @@ from training.checkpoint import TrainState
 NPU = devices.get("npu")
 
 
-def test_the_npu_is_the_best_device_there_is() -> None:
+def test_the_npu_is_preferred() -> None:
     assert devices.best().type == "npu"
     assert devices.resolve() == devices.resolve("npu") == torch.device("npu", 0)
     assert NPU.backend == "hccl"
     assert NPU.pin_memory
 
 
-def test_an_index_picks_a_card_and_one_too_many_is_an_error() -> None:
+def test_an_index_selects_a_card_and_an_index_too_high_raises() -> None:
     script = """
         from open_clip import device
         import torch
@@ -38,14 +38,14 @@ def test_an_index_picks_a_card_and_one_too_many_is_an_error() -> None:
     """
     found, error = run_script(script, devices=3)[-2:]
     assert found == "npu:1 npu:1 npu:2"
-    assert "npu:3 was asked for, and this host shows 3 npu device(s)" in error
+    assert "npu:3 does not exist: this host has 3 npu device(s)" in error
 
 
 CHIP = """
     import open_clip.device as device, torch
     from training import precision
-    row = device.get("npu")
-    print(row.name(0), ",".join(precision.available("npu")), row.peak_flops(torch.float16, 0) / 1e12)
+    npu = device.get("npu")
+    print(npu.name(0), ",".join(precision.available("npu")), npu.peak_flops(torch.float16, 0) / 1e12)
     try:
         print(precision.resolve("amp_bf16", "npu"))
     except ValueError as error:
@@ -127,7 +127,7 @@ def test_the_doctor_finds_the_npu() -> None:
 
 @pytest.fixture
 def broken_torch_npu(tmp_path: Path) -> dict[str, str]:
-    """An environment in which torch_npu is found before the real one, and fails as it does without CANN."""
+    """Return an environment whose torch_npu fails to import as it does without CANN."""
     (tmp_path / "torch_npu").mkdir()
     failure = "libhccl.so: cannot open shared object file: No such file or directory"
     (tmp_path / "torch_npu/__init__.py").write_text(f"raise ImportError({failure!r})\n")
@@ -135,7 +135,7 @@ def broken_torch_npu(tmp_path: Path) -> dict[str, str]:
     return variables | {"PYTHONPATH": f"{tmp_path}:{variables['PYTHONPATH']}"}
 
 
-def test_open_clip_survives_a_torch_npu_without_cann(broken_torch_npu: dict[str, str]) -> None:
+def test_open_clip_works_if_torch_npu_fails_without_cann(broken_torch_npu: dict[str, str]) -> None:
     script = "import open_clip; from open_clip import device; print(device.best(), open_clip.list_models()[0] != '')"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=broken_torch_npu, capture_output=True, text=True, timeout=90)
@@ -145,9 +145,9 @@ def test_open_clip_survives_a_torch_npu_without_cann(broken_torch_npu: dict[str,
     assert "set_env.sh" in done.stderr
 
 
-def test_the_npu_that_was_asked_for_and_cannot_load_is_an_error(broken_torch_npu: dict[str, str]) -> None:
+def test_device_npu_raises_if_torch_npu_cannot_load(broken_torch_npu: dict[str, str]) -> None:
     command = [sys.executable, "-m", "training.main", "--device", "npu", "--dataset-type", "synthetic"]
     done = subprocess.run(command, env=broken_torch_npu, capture_output=True, text=True, timeout=90)
     assert done.returncode == 1
-    assert "'npu' was asked for and is not there" in done.stdout + done.stderr
+    assert "'npu' is not available" in done.stdout + done.stderr
     assert "set_env.sh" in done.stdout + done.stderr
