@@ -141,7 +141,7 @@ def test_refused_options_say_what_to_use(capsys, argv, instead):
         (["--name", ""], "--name"),
         (["--lr-scheduler", "const-cooldown", *DATA], "--epochs-cooldown"),
         (["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "3", "--epochs", "2", *DATA], "than --epochs 2"),
-        (["--opt", "timm/lamb", *DATA], "give --lr"),
+        (["--opt", "timm/lamb", *DATA], "Set --lr"),
         (["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"], "both --beta1 and --beta2"),
         (["--distill-model", "RN50"], "--distill-pretrained"),
         (["--distill-pretrained", "openai"], "--distill-model"),
@@ -276,7 +276,7 @@ def test_with_several_processes():
     args = parse_args(["--local-loss", *DATA])
     assert ["--gather-with-grad" in line for line in warnings_for(args, 2)] == [True]
     args = parse_args(["--siglip", "--gather-with-grad", *DATA])
-    assert warnings_for(args, 2) == ["--gather-with-grad has no effect: --siglip exchanges features in its own way"]
+    assert warnings_for(args, 2) == ["--gather-with-grad has no effect: --siglip exchanges features by --loss-dist-impl"]
     args = parse_args(["--siglip", "--loss-dist-impl", "shift", *DATA])
     assert warnings_for(args, 1) == ["--loss-dist-impl has no effect: there is one process"]
 
@@ -288,8 +288,8 @@ def test_help_has_every_option_with_words_and_the_facts_that_surprise(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name in vars(parse_args([])):
         assert "--" + name.replace("_", "-") in text
-    assert "the towers get 1/W of the gradient" in text
-    assert "on the CPU: bf16 without one" in text
+    assert "the gradients of the towers are 1/W" in text
+    assert "on the CPU: bf16 without a scaler" in text
     assert "[0.0005]" not in text
     for default in ("[64]", "[0.2]", "[10000]", "[0.0]", "[auto]"):
         assert default in text
