@@ -56,7 +56,7 @@ def test_while_steps_are_made_it_is_noted_and_said(number, capfd):
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
-    monkeypatch.setattr(signals, "_ANOTHER_CTRL_C", -1.0)
+    monkeypatch.setattr(signals, "_MIN_BETWEEN_CTRL_C", -1.0)
     with StopSignals() as stop, stop.deferred():
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -95,7 +95,7 @@ DEAF = """
 import os, sys, threading, time, datetime
 import torch.distributed as dist
 from training import signals
-signals._IN_CPP = 1.0
+signals._HANDLER_GRACE = 1.0
 def wait():  # in C++, where Python's signal handlers do not run
     print("waits", flush=True)
     dist.TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=datetime.timedelta(seconds=200))
@@ -135,7 +135,7 @@ import sys, threading, time, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 from training import signals
 from training.data.loader import _init_worker
-signals._EXIT = 1.0
+signals._EXIT_GRACE = 1.0
 class Blocked(Dataset):
     __len__ = lambda self: 4
     __getitem__ = lambda self, index: time.sleep(200 * index)
@@ -181,15 +181,15 @@ def test_a_signal_to_another_process_breaks_off_a_wait_for_data():
             time.sleep(60)
 
     with StopSignals() as stop:
-        stop.told_elsewhere = lambda: signal.SIGINT
+        stop.signal_elsewhere = lambda: signal.SIGINT
         with pytest.raises(Stopped) as stopped:
             wait(stop)
     assert stopped.value.code == 130
 
 
 def test_a_long_wait_for_data_is_logged(monkeypatch, caplog):
-    monkeypatch.setattr(signals, "_DATA_MAY_COME", 0.0)
-    monkeypatch.setattr(signals, "_WARN_OF_WAIT", 0.1)
+    monkeypatch.setattr(signals, "_DATA_GRACE", 0.0)
+    monkeypatch.setattr(signals, "_WARN_AFTER_WAIT", 0.1)
     with StopSignals() as stop, stop.waiting_for_data():
         deadline = time.monotonic() + 30
         while not caplog.records and time.monotonic() < deadline:
