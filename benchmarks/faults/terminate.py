@@ -82,7 +82,7 @@ def stop_waiting_for_others(runs: Runs, number: signal.Signals) -> dict:
     process = runs.start("alone", variables={**slurm, "SLURM_JOB_ID": str(os.getpid())})
     try:
         lines = iter(process.stdout or ())
-        said = any("SLURM_NTASKS says 2 processes: waiting for the others" in line for line in lines)
+        said = any("SLURM_NTASKS asks for 2 processes. Waiting for all of them" in line for line in lines)
         time.sleep(2)
         start = time.perf_counter()
         process.send_signal(number)

@@ -210,8 +210,9 @@ def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
         ours = optimizer.param_groups[min(number, len(optimizer.param_groups) - 1)]
         absent = {key: value for key, value in ours.items() if key not in group and key != "params"}
         if absent:
-            logger.info("The optimizer state of the checkpoint has no %s. The values of this run are used.",
-                        join_some(absent))
+            logger.info(
+                "The optimizer state of the checkpoint has no %s. The values of this run are used.", join_some(absent)
+            )
         groups.append({**group, **absent})
     return {**saved, "param_groups": groups}
 
@@ -316,8 +317,8 @@ def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
         damaged.append(file.name)
     if damaged:
         raise ValueError(
-            f"None of the checkpoints in {path} can be read: {join_some(damaged)}. See the log for the reasons. Restore "
-            "one of them from a copy, or remove them to start from the beginning."
+            f"None of the checkpoints in {path} can be read: {join_some(damaged)}. See the log for the reasons. "
+            "Restore one of them from a copy, or remove them to start from the beginning."
         )
     return None
 

@@ -208,7 +208,7 @@ def check_evaluation_data(
             not fit.
         FileNotFoundError: a file of class names or templates does not exist.
     """
-    zero_shot.check(data, cfg)
+    zero_shot.check_data(data, cfg)
     for key, info in data.items():
         frequency = cfg.val_frequency if key == "val" else cfg.zeroshot_frequency
         if key == "train" or frequency == 0:

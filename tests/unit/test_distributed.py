@@ -77,7 +77,7 @@ def test_a_salloc_shell_is_one_process(monkeypatch):
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not a whole number"),
+    ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not an integer"),
     ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 is not below WORLD_SIZE=2"),
 ])
 def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
@@ -183,10 +183,10 @@ def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypa
 
 
 @pytest.mark.parametrize(("backend", "message"), [
-    ("hccl", "'hccl' cannot move tensors of cpu.*torch_npu.*Leave --dist-backend out"),
-    ("nccl", "'nccl' cannot move tensors of cpu"),
-    ("smoke", "'smoke' cannot move tensors of cpu"),
-    ("npu:hccl", "names no backend for this run's device, cpu"),
+    ("hccl", "'hccl' cannot transfer tensors of cpu.*torch_npu.*Leave out --dist-backend"),
+    ("nccl", "'nccl' cannot transfer tensors of cpu"),
+    ("smoke", "'smoke' cannot transfer tensors of cpu"),
+    ("npu:hccl", "names no backend for the device of this run, cpu"),
 ])
 def test_a_backend_that_cannot_serve_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
     with pytest.raises(ValueError, match=message):
@@ -225,14 +225,14 @@ def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
         [sys.executable, "-c", WAITS.format(timeout=1)], env=processes.environment(**variables), text=True,
         capture_output=True, timeout=100, check=False,
     )  # fmt: skip
-    advice = f"For one process unset {size}, or start all of them with {start}."
+    advice = f"If you want one process, unset {size}; otherwise start all of them with {start}."
     assert done.returncode == 1
     assert (
-        f"{size} says 2 processes: waiting for the others at localhost:{port}, at most 1 s. {advice}" in done.stderr
+        f"{size} asks for 2 processes. Waiting for all of them at localhost:{port}, at most 1 s. {advice}" in done.stderr
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        f"RuntimeError: {size} says 2 processes: they did not all come to localhost:{port} within 1 s"
+        f"RuntimeError: {size} asks for 2 processes: not all of them joined at localhost:{port} within 1 s"
     )
     assert last.endswith(advice)
 

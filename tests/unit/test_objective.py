@@ -144,7 +144,7 @@ def test_a_loss_module_of_ones_own_is_an_objective():
     ("model", "cfg", "teacher", "words"),
     [
         (TwoTowers(), ObjectiveConfig(siglip=True), None, "init_logit_bias"),
-        (TwoTowers(bias=True), ObjectiveConfig(siglip=True), TwoTowers(), "exclude each other"),
+        (TwoTowers(bias=True), ObjectiveConfig(siglip=True), TwoTowers(), "cannot be combined"),
         (Captioner(), ObjectiveConfig(siglip=True), None, "two towers"),
         (Captioner(), ObjectiveConfig(), TwoTowers(), "two towers"),
     ],

@@ -127,7 +127,7 @@ BEFORE_A_MODEL = {
     ),
     "no such checkpoint": (lambda i, t: ["--resume", "no.pt"], FileNotFoundError, "--resume 'no.pt'"),
     "an unknown optimizer": (
-        lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer; near it are timm/lion",
+        lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer. Similar names: timm/lion",
     ),
     "moments that float16 does not hold": (
         lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Use",
@@ -222,7 +222,7 @@ BEFORE_A_STEP = {
     "shards without captions": (lambda i, t: ["--val-data", i.shards_without_captions], "bare.*no_caption"),
     "classes without images": (lambda i, t: ["--zeroshot-data", i.bad_classes], "bad_classes: not one usable sample"),
     "ImageNet without images": (lambda i, t: ["--imagenet-val", i.bad_classes], "bad_classes: not one usable sample"),
-    "too few names": (without_class_names, "has 2 class names and --zeroshot-data 4 class folders"),
+    "too few names": (without_class_names, "has 2 class names and --zeroshot-data has 4 class folders"),
     "a wrong column": (lambda i, t: ["--val-data", text_file(t, "c.csv", "a\tb\nx\ty\n")], "no column 'filepath'"),
 }  # fmt: skip
 
@@ -335,7 +335,7 @@ def test_the_warning_about_classes_comes_once(inputs, caplog):
     made = {"imagenet-val": loaders(inputs)["csv imagenet-val"]}
     for _ in range(3):
         preflight.check_evaluation_data(torch.nn.Identity(), made, parse_eval(), torch.device("cpu"))
-    assert caplog.text.count("has 4 class folders, and ImageNet 1000") == 1
+    assert caplog.text.count("has 4 class folders, but ImageNet has 1000") == 1
 
 
 # --- several ranks

@@ -127,11 +127,11 @@ def test_frequency_and_the_last_epoch(frequency, epoch, due):
 def test_a_part_of_imagenets_folders_is_a_warning_and_more_than_all_an_error(caplog):
     few = data(Loader([0], [0], 3, CLASSES), "imagenet-val")
     with caplog.at_level(logging.WARNING):
-        zero_shot.check(few, args())
+        zero_shot.check_data(few, args())
     assert "3 class folders" in caplog.text
     assert "position" in caplog.text
     with pytest.raises(ValueError, match=r"1001 class folders.*1000"):
-        zero_shot.check(data(Loader([0], [0], 3, [str(n) for n in range(1001)]), "imagenet-v2"), args())
+        zero_shot.check_data(data(Loader([0], [0], 3, [str(n) for n in range(1001)]), "imagenet-v2"), args())
 
 
 def test_names_from_json(tmp_path):
@@ -145,11 +145,11 @@ def test_names_from_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "one\ntwo\n", "has 2 class names and --zeroshot-data 3 class folders"),
+        ("a.txt", "one\ntwo\n", "has 2 class names and --zeroshot-data has 3 class folders"),
         ("a.txt", "one\n\nthree\n", "class name 2 of 3 is empty"),
         ("a.json", '["one"]', "has 1 class names"),
         ("a.json", '{"red": "r"}', r"no name for 2 of 3 class folders: \['blue', 'green_one'\]"),
-        ("a.json", "[one]", "is not JSON"),
+        ("a.json", "[one]", "is not valid JSON"),
         ("a.json", "3", "must be a JSON list"),
         ("a.json", "[1, 2, 3]", "class name 1 of 3"),
     ],
