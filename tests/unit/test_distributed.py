@@ -227,9 +227,8 @@ def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
     )  # fmt: skip
     advice = f"If you want one process, unset {size}; otherwise start all of them with {start}."
     assert done.returncode == 1
-    assert (
-        f"{size} asks for 2 processes. Waiting for all of them at localhost:{port}, at most 1 s. {advice}" in done.stderr
-    )
+    waiting = f"{size} asks for 2 processes. Waiting for all of them at localhost:{port}, at most 1 s. {advice}"
+    assert waiting in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
         f"RuntimeError: {size} asks for 2 processes: not all of them joined at localhost:{port} within 1 s"

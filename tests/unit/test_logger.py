@@ -120,7 +120,7 @@ def test_results_are_a_line_an_evaluation_and_appended(tmp_path):
 def test_numbers_of_every_kind_and_nothing_else():
     metrics = {"f": 1.5, "i": 2, "b": True, "t": torch.tensor([2.5]), "n": np.float64(3.5), "a": np.array([[4.5]]),
                "vector": torch.ones(2), "empty": np.array([]), "none": None, "text": "x"}  # fmt: skip
-    found = run_logger._numbers(metrics)
+    found = run_logger._keep_numbers(metrics)
     assert found == {"f": 1.5, "i": 2, "b": 1, "t": 2.5, "n": 3.5, "a": 4.5}
     assert {type(value) for value in found.values()} == {int, float}
 

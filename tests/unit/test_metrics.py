@@ -129,7 +129,7 @@ def test_a_perfect_model_on_five_captions_for_each_image(caplog):
     assert {found[f"{name}_R@1"] for name in ("image_to_text", "text_to_image")} == {1.0}
     assert {found[f"{name}_mean_rank"] for name in ("image_to_text", "text_to_image")} == {1.0}
     assert caplog.text.count("40 images with 200 captions") == 1
-    with pytest.raises(ValueError, match=r"ids \[40\] must be one for each of 200 pairs"):
+    with pytest.raises(ValueError, match=r"image_ids has the shape \[40\]. It needs one id per pair, 200"):
         metrics.retrieval_metrics(image, text, image_ids=torch.arange(40))
 
 

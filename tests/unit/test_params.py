@@ -276,7 +276,8 @@ def test_with_several_processes():
     args = parse_args(["--local-loss", *DATA])
     assert ["--gather-with-grad" in line for line in warnings_for(args, 2)] == [True]
     args = parse_args(["--siglip", "--gather-with-grad", *DATA])
-    assert warnings_for(args, 2) == ["--gather-with-grad has no effect: --siglip exchanges features by --loss-dist-impl"]
+    expected = "--gather-with-grad has no effect: --siglip exchanges features by --loss-dist-impl"
+    assert warnings_for(args, 2) == [expected]
     args = parse_args(["--siglip", "--loss-dist-impl", "shift", *DATA])
     assert warnings_for(args, 1) == ["--loss-dist-impl has no effect: there is one process"]
 
