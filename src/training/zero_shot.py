@@ -108,8 +108,8 @@ def _check_imagenet(key: str, dataloader: Any) -> None:
     if world().is_master and not getattr(dataloader, "has_warned", False):
         dataloader.has_warned = True
         logger.warning(
-            "--%s has %d class folders, but ImageNet has %d classes. The sorted folders are taken for the first %d of "
-            "them, and each evaluation builds a classifier of all %d. %s",
+            "--%s has %d class folders, but ImageNet has %d classes. Labels are positions, so the sorted folders are "
+            "taken for its first %d classes, and each evaluation builds a classifier of all %d. %s",
             key, len(classes), expected, len(classes), expected, advice,
         )  # fmt: skip
 

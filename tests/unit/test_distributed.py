@@ -78,7 +78,7 @@ def test_a_salloc_shell_is_one_process(monkeypatch):
 
 @pytest.mark.parametrize(("variables", "message"), [
     ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not an integer"),
-    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 is not below WORLD_SIZE=2"),
+    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 must be at least 0 and less than WORLD_SIZE=2"),
 ])
 def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
     set_env(monkeypatch, **variables)
@@ -161,7 +161,7 @@ def test_no_set_device_rank_leaves_the_index_to_the_launcher(monkeypatch, two_ra
 def test_a_device_with_an_index_for_every_rank_is_warned_about(monkeypatch, two_ranks, caplog):
     fake_cuda(monkeypatch, [])
     assert distributed.init(config(device="cuda:0")).device == torch.device("cuda:0")
-    assert "each rank gets a device of its own" in caplog.text
+    assert "each rank gets another device" in caplog.text
 
 
 def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
@@ -246,7 +246,7 @@ def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, cap
         caplog.clear()
         with caplog.at_level("INFO"), pytest.raises(RuntimeError):
             distributed.init(config())
-        assert caplog.text.count("waiting for the others") == expected
+        assert caplog.text.count("Waiting for all of them") == expected
 
 
 def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):

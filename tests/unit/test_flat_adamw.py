@@ -350,7 +350,7 @@ def test_parameters_that_moved_are_an_error(change):
     model = Late()
     optimizer = flat(model)
     change(model)
-    with pytest.raises(RuntimeError, match="make the optimizer afterwards"):
+    with pytest.raises(RuntimeError, match="before you create the optimizer"):
         train(model, optimizer, range(1))
 
 

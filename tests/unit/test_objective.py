@@ -145,11 +145,11 @@ def test_a_loss_module_of_ones_own_is_an_objective():
     [
         (TwoTowers(), ObjectiveConfig(siglip=True), None, "init_logit_bias"),
         (TwoTowers(bias=True), ObjectiveConfig(siglip=True), TwoTowers(), "cannot be combined"),
-        (Captioner(), ObjectiveConfig(siglip=True), None, "two towers"),
-        (Captioner(), ObjectiveConfig(), TwoTowers(), "two towers"),
+        (Captioner(), ObjectiveConfig(siglip=True), None, "captioning loss"),
+        (Captioner(), ObjectiveConfig(), TwoTowers(), "captioning loss"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_mend(model, cfg, teacher, words):
+def test_what_cannot_be_is_refused_with_a_fix(model, cfg, teacher, words):
     with pytest.raises(ValueError, match=words):
         create_objective(cfg, model, teacher)
 

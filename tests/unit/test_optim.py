@@ -182,7 +182,7 @@ def test_timm_optimizers_keep_their_own_defaults(model):
 def test_unknown_optimizers_are_errors_with_the_nearest(model):
     with pytest.raises(ValueError, match="timm/lamb"):
         create_optimizer(model, OptimConfig(opt="timm/lambb", lr=0.1), "cpu")
-    with pytest.raises(ValueError, match="'sgd' is not known"):
+    with pytest.raises(ValueError, match="Unknown --opt 'sgd'"):
         create_optimizer(model, OptimConfig(opt="sgd", lr=0.1), "cpu")
     with pytest.raises(ValueError, match="both --beta1 and --beta2"):
         create_optimizer(model, OptimConfig(beta1=0.9), "cpu")

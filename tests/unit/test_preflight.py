@@ -103,7 +103,7 @@ def text_file(folder: Path, name: str, content: str) -> Path:
 
 
 BEFORE_A_MODEL = {
-    "nothing to do": (None, ValueError, "There are no data: give --train-data"),
+    "nothing to do": (None, ValueError, "There are no data. Use --train-data"),
     "a missing --val-data": (lambda i, t: ["--val-data", "no.csv"], FileNotFoundError, "no.csv: no such CSV file"),
     "missing shards": (lambda i, t: ["--val-data", "no/{0..3}.tar"], FileNotFoundError, "None of the 4 shards"),
     "data of no known form": (lambda i, t: ["--val-data", "nothing"], ValueError, "--dataset-type"),
@@ -123,7 +123,7 @@ BEFORE_A_MODEL = {
     ),
     "a template without a place for the name": (
         lambda i, t: ["--zeroshot-data", i.classes, "--zeroshot-templates", text_file(t, "t.txt", "a {}\na photo\n")],
-        ValueError, "line 2: no {}",
+        ValueError, "line 2: the template 'a photo' has no {}",
     ),
     "no such checkpoint": (lambda i, t: ["--resume", "no.pt"], FileNotFoundError, "--resume 'no.pt'"),
     "an unknown optimizer": (
@@ -180,7 +180,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 ):
     monkeypatch.setitem(sys.modules, package, None)
     more = [inputs.shards if word == "SHARDS" else word for word in more]
-    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}: pip install {package}"):
+    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}. Run: pip install {package}"):
         main.main(training_options(inputs, tmp_path, *more))
 
 
@@ -391,7 +391,7 @@ def test_a_run_warns_of_what_will_not_work_once(inputs, tmp_path):
         "--profile-steps", "30:40",
     )  # fmt: skip
     for words in (
-        "WARNING | --warmup 1000 is more than the run's 3 steps: the learning rate reaches 0.3% of --lr 0.0005.",
+        "WARNING | --warmup 1000 is more than the run's 3 steps, so the learning rate only reaches 0.3% of --lr 0.0005.",
         "WARNING | Only logit_scale is trained",
         "WARNING | --profile-steps 30:40 traces nothing",
     ):
@@ -406,9 +406,9 @@ def test_a_run_without_fault_has_no_such_warning(inputs, tmp_path):
 
 
 def test_a_resumed_run_with_more_epochs_says_that_the_rate_jumps(inputs, tmp_path):
-    assert "learning rate goes" not in log_of(inputs, tmp_path, "--epochs", 2)
+    assert "learning rate changes" not in log_of(inputs, tmp_path, "--epochs", 2)
     log = log_of(inputs, tmp_path, "--epochs", 4, "--resume", "latest")
-    assert log.count("WARNING | The learning rate goes from") == 1
+    assert log.count("WARNING | The learning rate changes from") == 1
     assert "at step 6, where the run is resumed" in log
 
 
