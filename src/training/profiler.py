@@ -113,7 +113,7 @@ def profile_fvcore(
     force_cpu: bool = False,
 ) -> Any:
     """Raise ValueError: use `profile_torch`, which also counts attention."""
-    raise _fvcore_refused()
+    raise _fvcore_error()
 
 
 def profile_fvcore_text(
@@ -124,7 +124,7 @@ def profile_fvcore_text(
     force_cpu: bool = False,
 ) -> Any:
     """Raise ValueError: use `profile_torch_text`."""
-    raise _fvcore_refused()
+    raise _fvcore_error()
 
 
 def profile_fvcore_image(
@@ -135,7 +135,7 @@ def profile_fvcore_image(
     force_cpu: bool = False,
 ) -> Any:
     """Raise ValueError: use `profile_torch_image`."""
-    raise _fvcore_refused()
+    raise _fvcore_error()
 
 
 def _config(model_name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ranks from launchers' variables, devices by rank, and collectives between two real processes."""
+"""Tests of training.distributed: launchers' variables, devices by rank, collectives between two processes."""
 from __future__ import annotations
 
 import json
@@ -44,7 +44,7 @@ def config(device="cpu", **options):
     return DistributedConfig(device=device, **options)
 
 
-# Who this process is
+# Rank and world size
 
 
 @pytest.mark.parametrize("launcher", list(distributed.LAUNCHERS))
@@ -72,7 +72,7 @@ def test_mpirun_inside_slurm_counts(monkeypatch):
 
 
 def test_a_salloc_shell_is_one_process(monkeypatch):
-    set_env(monkeypatch, SLURM_NTASKS=8)  # no SLURM_PROCID: nobody started eight
+    set_env(monkeypatch, SLURM_NTASKS=8)  # no SLURM_PROCID: srun did not start this process
     assert distributed.world_info_from_env() == (0, 0, 1)
 
 
@@ -94,7 +94,7 @@ def test_first_host_of_a_slurm_list(nodelist, host):
     assert distributed._first_host(nodelist) == host
 
 
-# init, alone
+# init with one process
 
 
 def test_single_process():
@@ -123,7 +123,7 @@ def test_a_device_that_is_missing_is_an_error(monkeypatch):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """This process is the second of two; joining is recorded instead of done."""
+    """Make this process the second of two. Joining is recorded, not done."""
     set_env(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
     joined = {}
     monkeypatch.setattr(
@@ -259,7 +259,7 @@ def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
     assert len(str(raised.value)) < 500
 
 
-# The original's names
+# Functions of open_clip_train
 
 
 def test_flat_namespace(monkeypatch):
@@ -305,7 +305,7 @@ print(json.dumps(result))
 
 
 def free_port() -> int:
-    """A port that the rule for SLURM can give (20000 + job id), not even lingering from an earlier use."""
+    """Find a free port from 20000 to 29999, as for SLURM, that no earlier use keeps in TIME_WAIT."""
     for port in random.SystemRandom().sample(range(20000, 30000), 100):
         with socket.socket() as probe:
             try:
@@ -324,7 +324,7 @@ def leave_during_a_collective(rank, world_size):
 
 
 def test_leaving_frees_the_tensors_of_a_collective_that_still_runs(tmp_path):
-    """Before torch 2.8 freeing the group waits, with the GIL held, for a thread of gloo that needs the GIL."""
+    """Before torch 2.8 the destructor of the group waits, holding the GIL, for a thread of gloo that needs it."""
     run_ranks(__file__, "leave_during_a_collective", (2,), tmp_path)
 
 

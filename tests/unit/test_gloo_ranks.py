@@ -1,4 +1,4 @@
-"""The runner of tests in several processes: it ends at the first failure."""
+"""Tests of the runner for tests in several processes: it ends at the first failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_rank_that_raises_ends_the_others_which_wait_for_it(tmp_path):
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"Rank 0 ended with status 1:\n(.*\n)*.*rank 0 cannot"):
         run_ranks(__file__, "first_raises", (2,), tmp_path)
-    assert time.monotonic() - start < 120  # of the 240 that ranks may take
+    assert time.monotonic() - start < 120  # the limit is 240
 
 
 def test_ranks_that_do_not_end_are_named(tmp_path):

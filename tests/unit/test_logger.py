@@ -1,4 +1,4 @@
-"""training.logger: the text log, and where a run's numbers go."""
+"""Tests of training.logger: the text log and the reports of metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.params import LoggingConfig
 
 @pytest.fixture
 def root():
-    """The root logger, given back as it was."""
+    """Yield the root logger and restore it afterwards."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     yield root
@@ -33,7 +33,7 @@ def root():
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package wandb that notes what it is called with."""
+    """A fake of the package wandb that records its calls."""
     calls: list[tuple] = []
     run = types.SimpleNamespace(
         log=lambda metrics, step: calls.append(("log", metrics, step)), finish=lambda: calls.append(("finish",))

@@ -1,4 +1,4 @@
-"""Objectives: which one a model gets, and that its losses are the formulas of their papers."""
+"""Tests of training.objective: the choice of the objective, and losses against the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_teacher_makes_it_distillation_and_learns_nothing_itself():
     torch.testing.assert_close(losses["loss"], losses["distill_loss"] + losses["contrastive_loss"])
     losses["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    # DDP waits for the gradient of every parameter, also of the bias, which no softmax depends on.
+    # DDP waits for the gradient of every parameter, even of the bias, which softmax does not depend on.
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.logit_bias.grad == 0
 

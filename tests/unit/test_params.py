@@ -1,4 +1,4 @@
-"""training.params: parsing, sections, what is refused, what is warned about."""
+"""Tests of training.params: parsing, sections, errors and warnings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_option_is_in_a_section_or_refused():
 def test_sections_of_no_options_are_the_dataclasses_defaults():
     parsed, default = sections(parse_args([])), params.TrainConfig()
     for section in dataclasses.fields(parsed):
-        if section.name != "optim":  # its defaults depend on the model
+        if section.name != "optim":  # the defaults of this section depend on the model
             assert getattr(parsed, section.name) == getattr(default, section.name)
     assert sections(argparse.Namespace(batch_size=3)).data == params.DataConfig(batch_size=3)
 
@@ -178,7 +178,7 @@ def test_validate_raises_value_error_on_a_namespace_made_by_hand():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--opt", "timm/lamb", "--skip-scheduler", *DATA],  # timm's own rate at every step
+        ["--opt", "timm/lamb", "--skip-scheduler", *DATA],  # the default learning rate of timm at every step
         ["--opt", "timm/lamb", "--val-data", "b.csv"],  # nothing is trained
         ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "32", *DATA],
         ["--train-data", "a.tar::b.tar", "--dataset-resampled", "--train-data-upsampling-factors", "1::0.5"],

@@ -1,4 +1,4 @@
-"""Precisions by device."""
+"""Tests of training.precision: precisions by device."""
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a run tries before its first step: each failure is found there, with a sentence, and what is right passes."""
+"""Tests of training.preflight: errors are found before the first step, and correct runs pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(autouse=True)
 def quiet_afterwards():
-    """The command sets up the process's logging; others here want it as it was."""
+    """Restore the logging of the process, which the command sets up."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     yield
@@ -86,13 +86,13 @@ def training_options(inputs: Inputs, logs: Path, *more: object) -> list[str]:
 
 @pytest.fixture
 def no_step(monkeypatch):
-    """A run that gets as far as a step fails the test."""
+    """Fail the test if a run makes a step."""
     monkeypatch.setattr(main, "run_epoch", lambda *_, **__: pytest.fail("a step was made"))
 
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """A run that gets as far as a model fails the test."""
+    """Fail the test if a run builds a model."""
     monkeypatch.setattr(main, "build_model", lambda *_, **__: pytest.fail("a model was built"))
 
 
@@ -272,7 +272,7 @@ def test_a_teacher_that_takes_other_batches(ours, theirs, words):
         preflight.check_teacher(model(ours), model(theirs))
 
 
-# --- trying changes nothing
+# No side effects
 
 
 def loaders(inputs: Inputs, workers: int = 0, tokenizer=lambda texts: torch.ones(len(texts), 4, dtype=torch.int64)):
@@ -338,11 +338,11 @@ def test_the_warning_about_classes_comes_once(inputs, caplog):
     assert caplog.text.count("has 4 class folders, but ImageNet has 1000") == 1
 
 
-# --- several ranks
+# Several ranks
 
 
 def rank_cases(rank: int, world_size: int) -> dict:
-    """What the check says of bad rows on one rank, on both, of a single row, and of a rank that fails."""
+    """Return the errors for bad rows on one rank, on both, for a single row, and for a rank that fails."""
     folder = Path(os.environ["PREFLIGHT_INPUTS"])
     found = {}
     for name in ("half.csv", "bad.csv", "one.csv", "fails.csv"):
@@ -365,7 +365,7 @@ def fail():
 def test_ranks_find_the_same_and_none_waits_for_ever(inputs, tmp_path, monkeypatch):
     good = inputs.csv.read_text().splitlines()
     rows = [f"no{number}.png\tx" if number % 2 == 0 else good[1 + number] for number in range(12)]
-    text_file(tmp_path, "half.csv", "\n".join([good[0], *rows]))  # rank 0 of 2 has the even rows
+    text_file(tmp_path, "half.csv", "\n".join([good[0], *rows]))  # rank 0 of 2 reads the even rows
     text_file(tmp_path, "bad.csv", inputs.bad_csv.read_text())
     text_file(tmp_path, "one.csv", "\n".join(good[:2]))
     text_file(tmp_path, "fails.csv", "\n".join(good))
@@ -377,7 +377,7 @@ def test_ranks_find_the_same_and_none_waits_for_ever(inputs, tmp_path, monkeypat
     assert "no room for the batch" in both[0]["fails.csv"]
 
 
-# --- the warnings of a run
+# Warnings
 
 
 def log_of(inputs: Inputs, logs: Path, *more: object) -> str:
@@ -437,7 +437,7 @@ def test_siglip_starts_from_weights_without_a_bias_at_its_own(inputs, tmp_path, 
     assert "no logit_bias" not in log_of(inputs, tmp_path / "random", "--siglip")
 
 
-# --- progress
+# Progress
 
 
 def test_what_takes_long_says_how_far_it_is(inputs, tmp_path, monkeypatch):

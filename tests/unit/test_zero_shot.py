@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: what is classified when, with which names and templates, and what is wrong with a file."""
+"""Tests of training.zero_shot: when it is due, class names, templates, and errors in their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = ["blue", "green_one", "red"]
 
 
 class Model(nn.Module):
-    """Images and texts are embedded by what they hold: a label's one-hot vector."""
+    """A model that embeds images and texts as the one-hot vector of their label."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Model(nn.Module):
 
 class Loader(list):
     def __init__(self, labels: list[int], guesses: list[int], width: int, classes: list[str] | None = None) -> None:
-        """Batches of 2, whose images look like `guesses`."""
+        """Batches of 2 whose images are classified as `guesses`."""
         images = nn.functional.one_hot(torch.tensor(guesses), width).float().view(len(guesses), 1, 1, width)
         pairs = zip(images.split(2), torch.tensor(labels).split(2), strict=True)
         super().__init__({"image": image, "label": label} for image, label in pairs)
@@ -68,7 +68,7 @@ def test_any_folder_of_classes():
     found = zero_shot.zero_shot_eval(
         Model(3), data(Loader([0, 1, 2, 2], [0, 1, 2, 1], 3, CLASSES)), 1, args(), tokenizer
     )
-    assert found == {"zeroshot-top1": 0.75}  # of three classes, the five best say nothing
+    assert found == {"zeroshot-top1": 0.75}  # top 5 of three classes has no meaning
     assert len(captions) == 3 * len(OPENAI_IMAGENET_TEMPLATES)
     assert "a photo of a green one." in captions
 
