@@ -224,7 +224,7 @@ def _optim(parser: argparse.ArgumentParser) -> None:
         "and about 1.3x the time of one large batch")
     add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="implementation of AdamW. auto: torch's fused kernel if it "
         "can skip a step on the device, else (NPU, fp16 weights) flat buffers; torch: torch's fused kernel; off: torch "
-        "without fusion; npu: the kernel of torch_npu (fp32 weights). Results agree within rounding, and the optimizer "
+        "without fusion; npu: the kernel of the NPU's library (fp32 weights). Results agree within rounding, and the optimizer "
         "states are interchangeable")
     add("--ema-decay", type=float, metavar="D", help="keep an exponential moving average of the weights with this "
         "decay (0.999 to 0.9999). It is evaluated (metrics `ema_...`) and saved (`state_dict_ema`). Needs 4 more bytes "
@@ -319,7 +319,7 @@ def _logging(parser: argparse.ArgumentParser) -> None:
     add("--report-to", metavar="NAMES", help="tensorboard, wandb, both separated by a comma, or all")
     add("--log-every-n-steps", type=int, metavar="N", help="steps per log line, which shows their mean")
     add("--profile-steps", metavar="A:B", help="trace the steps A to B-1 of the run (from 0) on the first process into "
-        "LOGS/NAME/profile, with torch_npu's profiler on an NPU (for MindStudio Insight) and with torch.profiler "
+        "LOGS/NAME/profile, with the NPU's profiler on an NPU (for MindStudio Insight) and with torch.profiler "
         "elsewhere (for TensorBoard or Perfetto). Trace only a few steps, after the first ten: traces are large")
     add("--profile-level", type=int, choices=PROFILE_LEVELS, help="detail of --profile-steps. 0: times and memory. 1: "
         "also the shapes of the operators' inputs and, on an NPU, metrics of AI cores and collectives. 2: also Python "

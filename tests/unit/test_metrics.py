@@ -167,7 +167,7 @@ def test_half_precision_features_are_compared_in_fp32():
 
 
 def test_no_pairs_and_unequal_numbers_are_errors():
-    with pytest.raises(ValueError, match="no pair"):
+    with pytest.raises(ValueError, match="no image-text pairs"):
         metrics.retrieval_metrics(torch.zeros(0, 3), torch.zeros(0, 3))
     with pytest.raises(ValueError, match=r"\[2, 3\].*\[4, 3\]"):
         metrics.retrieval_metrics(torch.zeros(2, 3), torch.zeros(4, 3))
