@@ -224,8 +224,8 @@ def _optim(parser: argparse.ArgumentParser) -> None:
         "and about 1.3x the time of one large batch")
     add("--fused-optimizer", choices=FUSED_OPTIMIZERS, help="implementation of AdamW. auto: torch's fused kernel if it "
         "can skip a step on the device, else (NPU, fp16 weights) flat buffers; torch: torch's fused kernel; off: torch "
-        "without fusion; npu: the kernel of the NPU's library (fp32 weights). Results agree within rounding, and the optimizer "
-        "states are interchangeable")
+        "without fusion; npu: the kernel of the NPU's library (fp32 weights). Results agree within rounding, and "
+        "optimizer states are interchangeable")
     add("--ema-decay", type=float, metavar="D", help="keep an exponential moving average of the weights with this "
         "decay (0.999 to 0.9999). It is evaluated (metrics `ema_...`) and saved (`state_dict_ema`). Needs 4 more bytes "
         "per parameter")
