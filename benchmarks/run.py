@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     unknown = set(args.workloads) - set(WORKLOADS)
     if unknown:
-        parser.error(f"there is no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")
+        parser.error(f"Unknown workload {', '.join(unknown)}. Use any of {', '.join(WORKLOADS)}.")
     peer = args.peer.resolve()
     if not peer.is_dir():
         parser.error(f"{peer} is missing: run `make peer`, which installs open_clip_torch 3.3.0.")

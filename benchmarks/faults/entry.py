@@ -1,7 +1,7 @@
 """`python -m training.main` that records its steps and injects faults.
 
-FAULTS_LOSSES names a file that gets one JSON line per step, {"step", "loss"}, with the exact loss of the log. It is written
-when the step is done, so it survives any later fault. FAULTS is a JSON object with:
+FAULTS_LOSSES names a file that gets one JSON line per step, {"step", "loss"}, with the exact loss of the log. It is
+written when the step is done, so it survives any later fault. FAULTS is a JSON object with:
 
     signal        {"rank", "step", "number"}: the process sends itself a signal during that step
     stall         {"rank", "step"}: from that step on, reading an image blocks

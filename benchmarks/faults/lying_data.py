@@ -30,9 +30,9 @@ _STEP = 25  # of a channel's value, for each decimal digit
 @functools.cache
 def picture(number: int, size: int = 16) -> bytes:
     """Make a JPEG of one color, whose red, green and blue encode the last three digits of `number`."""
-    colour = tuple(number // 10**place % 10 * _STEP for place in (2, 1, 0))
+    color = tuple(number // 10**place % 10 * _STEP for place in (2, 1, 0))
     buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(buffer, "JPEG", quality=95)
+    Image.new("RGB", (size, size), color).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 

@@ -81,7 +81,7 @@ def forms(payload: Any) -> dict[str, bytes]:
     return {
         "a checkpoint": saved(deep),
         "an old checkpoint": saved(deep, _use_new_zipfile_serialization=False),
-        "in place of one": saved(payload),
+        "instead of one": saved(payload),
         "a bare pickle": pickle.dumps(payload),
     }
 

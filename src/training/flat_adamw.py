@@ -24,7 +24,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     Attributes:
         found_inf: bool or float scalar on the device, None: 0. If it is not 0, the next `step` changes neither weights,
-            moments nor step counts, whatever the gradients hold. The host does not wait for it. `step` resets it.
+            moments nor step counts, for any gradients. The host does not wait for it. `step` resets it.
     """
 
     skips_on_device = True  # by `found_inf`; read by gradient scalers
@@ -40,7 +40,7 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        """params: tensors or groups of them, on the device and in the dtype in which they are trained."""
+        """Create the optimizer. `params` are tensors or groups of them, with their final device and dtype."""
         if not eps > 0:
             raise ValueError(f"eps={eps} must be more than 0, because the update divides by it while moments are 0.")
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -53,12 +53,12 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @property
     def flats(self) -> list[FlatTensors]:
-        """The weights, one entry per device and dtype. Its views are in the order of `flat_parameters`."""
+        """Weights, one entry per device and dtype. The views are in the order of `flat_parameters`."""
         return [buffer.weights for buffer in self._buffers]
 
     @property
     def flat_parameters(self) -> list[list[Tensor]]:
-        """The parameters of each entry of `flats`."""
+        """Parameters of each entry of `flats`."""
         return [buffer.parameters for buffer in self._buffers]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ class _Buffer:
     """Weights, moments, step counts and gradients of the parameters of one device and dtype."""
 
     def __init__(self, parameters: list[Tensor], groups: list[int]) -> None:
-        """groups: the index of each parameter's group."""
+        """Allocate the buffers. `groups` has the index of each parameter's group."""
         self.parameters = parameters
         self._groups = groups
         self._index = {p: index for index, p in enumerate(parameters)}

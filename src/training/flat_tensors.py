@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Each tensor starts at a multiple of this many elements: kernels read aligned memory, whatever the dtype.
+# Each tensor starts at a multiple of this number of elements, so that its memory is aligned for any dtype.
 _ALIGNMENT = 128
 
 

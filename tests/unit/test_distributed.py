@@ -293,11 +293,11 @@ import open_clip.device
 from training import distributed as d
 from training.params import DistributedConfig
 world = d.init(DistributedConfig(device="cpu", dist_backend="gloo"))
-told = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
+broadcast = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
 gathered = d.all_gather_object(None, "x" * (1 + 999 * world.rank))
 d.barrier()
 import os
-result = [world.rank, world.local_rank, world.world_size, world.backend, told, [len(x) for x in gathered],
+result = [world.rank, world.local_rank, world.world_size, world.backend, broadcast, [len(x) for x in gathered],
           d.is_master(world), os.environ["WORLD_SIZE"]]
 d.shutdown()
 print(json.dumps(result))

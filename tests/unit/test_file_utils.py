@@ -150,7 +150,7 @@ def test_check_exists(tmp_path):
     assert check_exists(str(tmp_path / "x.pt"))
     assert check_exists(f"file://{tmp_path}/x.pt")
     assert not check_exists(str(tmp_path / "y.pt"))
-    assert not check_exists(str(tmp_path)), "a folder is no file"
+    assert not check_exists(str(tmp_path)), "a folder is not a file"
     assert not check_exists("memory://nothing/here.pt")
 
 
