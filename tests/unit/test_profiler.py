@@ -194,8 +194,8 @@ def test_measured_columns_follow(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--model", "ViT-B-23"], "Unknown model 'ViT-B-23'. Similar names:"),
     (["--model", ","], "--model names no architecture"),
-    (["--model", "tiny", "--profiler", "fvcore"], "use torch"),
-    (["--model", "tiny", "--batch-size", "0"], "at least 1"),
+    (["--model", "tiny", "--profiler", "fvcore"], "Use torch"),
+    (["--model", "tiny", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
     (["--model", "tiny", "--measure", "--device", "abacus"], "Unknown device 'abacus'"),
 ])
 def test_what_cannot_be_done_is_said_before_any_work(arguments, message, tmp_path, capsys):
