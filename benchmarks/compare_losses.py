@@ -1,9 +1,9 @@
-"""Prove that a refactoring changes no number: train the same ten small runs with two versions of the source.
+"""Check that a refactoring changes no number: train the same ten small runs with two versions of the source.
 
     python benchmarks/compare_losses.py --against COMMIT [RUN ...]
 
 The other version is checked out into a temporary folder. The losses of all steps and the tensors of the last checkpoint
-must be equal to the bit. Prints one line per run; the exit status is 1 if a run differs. Takes 3 minutes on 2 cores.
+must be bit-identical. Prints one line per run; the exit status is 1 if a run differs. Takes 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CROPS = ("--aug-cfg", "scale=(0.3,1.0)", "--force-patch-dropout", 0.5)  # so tha
 
 
 class Inputs:
-    """Models and data that all runs share."""
+    """Create models and data that all runs share."""
 
     def __init__(self, folder: Path) -> None:
         self.csv = train_runs.write_csv(folder / "csv", SAMPLES)
@@ -47,7 +47,7 @@ class Inputs:
         self.teacher = folder / "teacher.pt"
 
     def runs(self) -> dict[str, list[tuple[int, tuple[object, ...]]]]:
-        """name -> commands, each as (number of processes, options). The commands of a run share its folder."""
+        """Return name -> commands, each as (number of processes, options). The commands of a run share its folder."""
         rows = ("--model", self.clip, "--train-data", self.csv, *CROPS)
         return {
             "csv": [(1, rows)],
@@ -75,7 +75,7 @@ def train(source: Path, folder: Path, ranks: int, options: tuple[object, ...]) -
 
 
 def checksums(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """(name, CRC-32 or number) of everything numeric in a checkpoint."""
+    """List (name, CRC-32 or number) of all tensors and numbers in a checkpoint."""
     if isinstance(value, torch.Tensor):
         yield name, zlib.crc32(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, dict):
@@ -89,7 +89,7 @@ def checksums(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def numbers(source: Path, folder: Path, commands: list[tuple[int, tuple[object, ...]]]) -> dict[str, object]:
-    """Every loss of a run and the tensors of its last checkpoint, by name."""
+    """Return every loss of a run and the tensors of its last checkpoint, by name."""
     for ranks, options in commands:
         train(source, folder, ranks, options)
     found: dict[str, object] = {}

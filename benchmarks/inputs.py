@@ -1,4 +1,4 @@
-"""Images and captions for the workloads, made from seeds."""
+"""Images and captions for the workloads, generated from seeds."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ WORDS = (  # noqa: SIM905 (shorter so)
 
 
 def jpeg(width: int, height: int, seed: int = 0) -> bytes:
-    """Blurred noise of several scales: about as many bytes as a photograph of this size has."""
+    """Make an image of blurred noise, whose JPEG is about as large as that of a photograph."""
     rng = np.random.default_rng(seed)
     levels = np.zeros((height, width, 3))
     for scale, contrast in ((60, 1.0), (12, 0.5), (3, 0.2)):
@@ -25,14 +25,14 @@ def jpeg(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def captions(count: int, seed: int = 0) -> list[str]:
-    """Sentences of 7 to 20 words, most of them about 10, as those of COCO."""
+    """Make captions of 7 to 20 words, most of them about 10, like those of COCO."""
     rng = np.random.default_rng(seed)
     lengths = (7 + rng.gamma(2.0, 2.0, count)).astype(int).clip(7, 20)
     return [" ".join(rng.choice(WORDS, length)) for length in lengths]
 
 
 def csv_of_photos(folder: Path, count: int) -> Path:
-    """`count` JPEGs of 640 x 480 and a tab-separated file with their paths and captions; made once."""
+    """Create `count` JPEGs of 640 x 480 and a tab-separated file of paths and captions, if they do not exist."""
     csv = folder / f"photos-{count}.csv"
     if not csv.exists():
         (folder / "photos").mkdir(exist_ok=True)

@@ -1,29 +1,29 @@
-"""What one training step costs on the emulated NPU, here and with open_clip_torch 3.3.0, phase by phase.
+"""Count operators of one training step on the emulated NPU, by phase, here and with open_clip_torch 3.3.0.
 
     python benchmarks/npu_step.py                                  # in the environment of `make test-npu`
     python benchmarks/npu_step.py --model ViT-B-16 --precision amp --batch-size 4
     python benchmarks/npu_step.py --device cpu                     # the same step on the CPU
 
-Each side trains a model on synthetic data in a process of its own, by its own command (`open_clip_train.main`), and its
-third step is counted. Nothing here is a time, and nothing was measured on an NPU.
+Each side trains a model on synthetic data in a new process with its own `open_clip_train.main`, and the third step is
+counted. The results are not times, and nothing was measured on an NPU.
 
-How it counts. A TorchDispatchMode sees every operator that reaches the backends, forward, backward and optimizer:
+A TorchDispatchMode sees every operator that reaches the backends in forward, backward and optimizer. The figures are:
 
-- *operators*: all of them except views, `detach` and empty allocations, which compute nothing. A foreach operator is
-  one, and reading a step count that lies on the host (`_local_scalar_dense`) is one.
+- *operators*: all operators except views, `detach` and empty allocations, which compute nothing. A foreach operator
+  counts as one, and so does reading a step count on the host (`_local_scalar_dense`).
 - *launches*: the operators with a tensor on the device. A foreach operator is split as op-plugin splits it
   (op_plugin/utils/custom_functions/opapi/ForeachConstants.h: 48 tensors per launch, divided by the number of lists that
-  the kernel takes); one that converts dtypes takes op-plugin's slow route, one launch per tensor
-  (ForeachCopyKernelNpuOpApi.cpp). It is an estimate: op-plugin may make several kernels of one operator.
+  the kernel takes); one that converts dtypes uses op-plugin's slow path, one launch per tensor
+  (ForeachCopyKernelNpuOpApi.cpp). This is an estimate: op-plugin may launch several kernels for one operator.
 - *casts*: launches that convert between dtypes: `_to_copy`, `copy_` and foreach copies.
-- *host waits*: operators whose result the host has to know, such as `item()`, and copies from the device to the host.
+- *host waits*: operators whose result the host needs, such as `item()`, and copies from the device to the host.
 
-Operators that the emulator decomposes and a real NPU would not (`scaled_dot_product_attention` is made of some 15
-elementary operators) are counted as the emulator runs them, on both sides alike.
+Operators that only the emulator decomposes (`scaled_dot_product_attention` becomes about 15 elementary operators) are
+counted as the emulator runs them, on both sides.
 
-Phases. *batch*: the host to device copies of images and texts. *forward*: everything else from then on until the model
-returns, so zeroing gradients and converting weights are in it. *loss*: until the backward pass starts. *backward*:
-until it returns. *update*: the rest: unscaling, clipping, the optimizer and what follows.
+Phases. *batch*: the host to device copies of images and texts. *forward*: everything else until the model returns,
+including zeroing gradients and converting weights. *loss*: until the backward pass starts. *backward*:
+until it returns. *update*: the rest, such as unscaling, clipping and the optimizer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PHASES = ("batch", "forward", "loss", "backward", "update")
 COUNTED_STEP = 2  # from 0: earlier ones create the optimizer's state
 FOREACH_TENSORS = 48
 
-# They compute nothing. What torch marks as a view (`func.is_view`) is left out as well.
+# They compute nothing. Operators that torch marks as views (`func.is_view`) are ignored as well.
 NO_WORK = {
     "aten::detach", "aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::alias", "aten::empty",
     "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided", "aten::promote_types",
@@ -68,9 +68,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts what the operators of one step cost, by phase.
+    """Counts the operators of one step by phase.
 
-    `phase` is None (not counting), "waiting" (for the batch of the step that counts), or one of PHASES.
+    `phase` is None (not counting), "waiting" (for the batch of the step to count), or one of PHASES.
     """
 
     def __init__(self, device: str) -> None:
@@ -90,7 +90,7 @@ class StepCounter(TorchDispatchMode):
         return result
 
     def start(self) -> None:
-        """Count from the next batch of images on."""
+        """Start counting at the next batch of images."""
         self.phase = "waiting"
 
     def _count(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -119,7 +119,7 @@ class StepCounter(TorchDispatchMode):
                 totals["host waits"] += to_host
 
     def _meet_images(self) -> None:
-        """A batch of images comes from the host: a step starts, and the one before has ended."""
+        """Handle a batch of images from the host: a step starts, and the one before has ended."""
         if self.phase == "waiting":
             self.phase, self.is_arriving = "forward", True
             if self.device != "cpu":
@@ -130,13 +130,13 @@ class StepCounter(TorchDispatchMode):
             self.report()
 
     def report(self) -> None:
-        """Print the counts as JSON and end the process, whatever the training loop would do next."""
+        """Print the counts as JSON and end the process."""
         print(json.dumps({"totals": self.totals, "kinds": self.kinds, "peak": self.peak}), flush=True)
         os._exit(0)
 
 
 def _copies(name: str, args: Any, result: Any) -> list[tuple[Tensor, Tensor]]:
-    """(to, from) of each tensor that an operator copies."""
+    """Return (to, from) of each tensor that an operator copies."""
     if name == "aten::_to_copy":
         return [(result, args[0])]
     if name == "aten::copy_":
@@ -155,7 +155,7 @@ def _launches(name: str, args: Any, result: Any) -> int:
 
 
 def follow_phases(counter: StepCounter, model_types: list[type]) -> None:
-    """Tell the counter, by what a training loop calls, which phase it is in."""
+    """Set the phase of the counter from the calls of the training loop."""
     call, backward = torch.nn.Module.__call__, torch.autograd.backward
     steps = 0
 
@@ -183,7 +183,7 @@ def follow_phases(counter: StepCounter, model_types: list[type]) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Train with the open_clip that is found first, and print the counts of one step as JSON."""
+    """Train with the open_clip that is imported, and print the counts of one step as JSON."""
     from open_clip_train.main import main as train
 
     import open_clip
@@ -202,7 +202,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def run_side(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The counts of one side, from a process of its own."""
+    """Return the counts of one side, from a new process."""
     environment = {**os.environ, "PYTHONPATH": str(SIDES[side]), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--measure"],
@@ -214,7 +214,7 @@ def run_side(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, dict[str, Any]], shown: int) -> None:
-    """One line per figure and phase, with the sides next to each other; then the commonest operators of each side."""
+    """Print one line per figure and phase with both sides, then the most common operators of each side."""
     sides = list(results)
     print(f"{'figure':16} {'phase':10}" + "".join(f"{side:>14}" for side in sides))
     for figure in ("operators", "launches", "casts", "host waits", "bytes to device", "bytes to host"):

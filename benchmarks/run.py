@@ -1,12 +1,12 @@
-"""What this project claims about speed and memory, measured against open_clip_torch in one run.
+"""Measure speed and memory of this project against open_clip_torch.
 
     python benchmarks/run.py                    # every workload
     python benchmarks/run.py tokenizer loading  # some of them
 
-A workload (benchmarks/workloads/NAME.py) uses only what both packages have in common and prints its figures as JSON. It
-is run in a fresh process for each side in turns, several times; what is printed is the median of each side and their
-ratio, which holds across machines better than the figures do. open_clip_torch is installed without its dependencies
-into a folder of its own, where nothing else sees it.
+A workload (benchmarks/workloads/NAME.py) uses only functions that both packages have, and prints its figures as JSON.
+It runs several times in a fresh process, alternately for each side. The output is the median of each side and their
+ratio, which varies less between machines than the figures. open_clip_torch is installed without its dependencies into a
+separate folder, so that nothing else imports it.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORKLOADS = sorted(path.stem for path in (HERE / "workloads").glob("*.py"))
 
 
 def measure(workload: str, package: Path, scratch: Path, threads: int) -> dict[str, float]:
-    """One run of a workload over the open_clip found in `package`: figure's name -> value (units are in the name)."""
+    """Run a workload once with the open_clip in `package`; return figure -> value (the names have the units)."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(package), str(HERE))),  # for `inputs`
@@ -43,7 +43,7 @@ def measure(workload: str, package: Path, scratch: Path, threads: int) -> dict[s
 
 
 def compare(workload: str, peer: Path, scratch: Path, repeats: int, threads: int) -> list[tuple[str, float, float]]:
-    """(figure, ours, peer's) medians of `repeats` runs, the sides taking turns so that a noisy minute hits both."""
+    """Return medians (figure, ours, peer's) of `repeats` runs. The sides alternate, so that noise affects both."""
     sides: dict[Path, list[dict[str, float]]] = {OURS: [], peer: []}
     for _ in range(repeats):
         for package, runs in sides.items():
@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     unknown = set(args.workloads) - set(WORKLOADS)
     if unknown:
-        parser.error(f"there is no workload {', '.join(unknown)}: there are {', '.join(WORKLOADS)}")
+        parser.error(f"Unknown workload {', '.join(unknown)}. Use any of {', '.join(WORKLOADS)}.")
     peer = args.peer.resolve()
     if not peer.is_dir():
         parser.error(f"{peer} is missing: run `make peer`, which installs open_clip_torch 3.3.0.")

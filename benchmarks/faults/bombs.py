@@ -1,6 +1,6 @@
-"""Bar 11: a PNG of 169 megapixels in a few KB, and members of 1 GB in compressed shards: skipped, in little memory.
+"""Requirement 11: skip a small PNG of 169 megapixels and members of 1 GB in compressed shards, with little memory.
 
-Each is read in a process of its own, whose memory at its peak is compared with what it was after a harmless batch.
+Each is read in a new process. Its peak memory is compared with that after a harmless batch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ PIECE = 64 << 20
 
 
 def peak() -> int:
-    """MiB of this process at its largest. (getrusage would begin with what the parent was at its largest.)"""
+    """Return the peak memory of this process in MiB. (getrusage would start from the peak of the parent.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
 
 
 def write_giant(path: Path, member: tarfile.TarInfo, kind: str) -> None:
-    """A shard with a harmless sample before and behind a member of `member.size` zeros, compressed in pieces."""
-    before, behind = (b"".join(_raw(number)) for number in (1, 2))
+    """Write a shard with a harmless sample before and after a member of `member.size` zeros, compressed in pieces."""
+    before, after = (b"".join(_raw(number)) for number in (1, 2))
     compress = COMPRESS[kind]
     zeros = compress(bytes(PIECE))
     with open(path, "wb") as file:
         file.write(compress(before + member.tobuf(tarfile.GNU_FORMAT)))
         for _ in range(member.size // PIECE):
             file.write(zeros)
-        file.write(compress(behind + bytes(1024)))
+        file.write(compress(after + bytes(1024)))
 
 
 def _raw(number: int) -> list[bytes]:
@@ -50,7 +50,7 @@ def _raw(number: int) -> list[bytes]:
 
 
 def write(folder: Path, megabytes: int) -> dict[str, str]:
-    """name -> what its samples are to be counted under."""
+    """Write the files; return name -> the cause under which its sample must be counted."""
     buffer = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(buffer, "PNG")
     sample = [("3.png", buffer.getvalue()), ("3.txt", b"picture 3")]
@@ -73,7 +73,7 @@ def write(folder: Path, megabytes: int) -> dict[str, str]:
 
 
 def read(path: str) -> None:
-    """In a process of its own: reads harmless data, then these."""
+    """Read harmless data, then the file, and print the growth of the peak memory. Runs in a new process."""
     list(load(val_data=str(Path(path).with_name("harmless.tar")), dataset_type="webdataset").dataloader)
     before = peak()
     data = load(val_data=path, dataset_type="csv" if path.endswith("csv") else "webdataset")

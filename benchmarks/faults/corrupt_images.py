@@ -1,6 +1,6 @@
-"""Bar 5: 1% of each kind of sample that cannot be used, as shards and as CSV, in evaluation and in training.
+"""Requirement 5: 1% of each kind of unusable sample, in shards and CSV, in evaluation and training.
 
-Nothing crashes, every other sample comes with its own caption, and the evaluation's counters are what was injected.
+Nothing crashes, every other sample comes with its caption, and the counters of the evaluation equal what was injected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def kinds(number: int, in_shards: bool) -> dict[str, tuple[str, bytes | None, bytes | None]]:
-    """name -> (the cause it is to be counted under, image, caption); None: left out."""
+    """Return name -> (the cause under which it must be counted, image, caption). None: the member is missing."""
     image, text = picture(number % 1000, 64), f"picture {number}".encode()
     noise = np.random.RandomState(number).bytes(900)
     middle = bytearray(png(Image.fromarray(np.random.RandomState(number).randint(0, 255, (32, 32, 3), np.uint8))))
@@ -50,7 +50,7 @@ GIANT = b"x" * (200 << 20)
 
 
 def samples(count: int, in_shards: bool) -> tuple[list[tuple[int, bytes | None, bytes | None]], Counter[str]]:
-    """count samples, one in a hundred of each kind (of the caption of 200 MB: one), shuffled; and what to count."""
+    """Return `count` shuffled samples, 1% of each kind (one caption of 200 MB), and the expected counts."""
     found, injected = [], Counter[str]()
     bad = [name for name in kinds(0, in_shards) for _ in range(1 if "200 MB" in name else count // 100)]
     order = np.random.RandomState(0).permutation(count)

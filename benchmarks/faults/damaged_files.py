@@ -1,8 +1,8 @@
-"""Bar 12: damaged checkpoints, configurations, shards and CSV files: each is read, or an error names the file.
+"""Requirement 12: damaged checkpoints, configurations, shards and CSV files are read, or an error names the file.
 
-Seeded damage: truncated, bytes flipped, a range of zeros, blocks swapped, duplicated, inserted. Each reader must
-return, or raise ValueError or RuntimeError with the file's name in it. The cases run in processes with a time limit, so
-that a crash or a hang is counted.
+The damage is random with a seed: truncation, flipped bits, a range of zeros, swapped, duplicated or inserted blocks.
+Each reader must return, or raise ValueError or RuntimeError with the file name in the message. The cases run in
+processes with a time limit, so that crashes and hangs are counted.
 
     python benchmarks/faults/damaged_files.py               # 1,500 cases
     python benchmarks/faults/damaged_files.py --cases 200
@@ -43,7 +43,7 @@ def weights() -> dict[str, Any]:
 
 
 def write(name: str) -> bytes:
-    """A valid file of this kind."""
+    """Return the content of a valid file of this kind."""
     import numpy as np
     import torch
 
@@ -79,7 +79,7 @@ def write(name: str) -> bytes:
 
 def damage(data: bytes, chance: random.Random) -> bytes:
     def place() -> int:
-        # Half of all damage near the ends, where headers and directories are.
+        # Half of the damage is near the ends, where headers and directories are.
         edge = min(len(data), 2000)
         start, end = chance.randrange(edge), len(data) - 1 - chance.randrange(edge)
         return chance.choice((chance.randrange(len(data)), chance.randrange(len(data)), start, end))
@@ -139,7 +139,7 @@ def read_data(path: Path) -> None:
 
 
 def outcome(name: str, seed: int, folder: Path) -> str:
-    """ "" for a file that was read or refused by name; else what went wrong."""
+    """ Return what went wrong, or "" if the file was read or an error names it."""
     path = folder / name
     content = damage(write(name), random.Random(f"{name} {seed}"))
     for read in readers(name):
@@ -156,7 +156,7 @@ def outcome(name: str, seed: int, folder: Path) -> str:
 
 
 def run_batch(cases: list[tuple[str, int]]) -> list[str]:
-    """Damage and read files in this process; return what went wrong, a line for each case."""
+    """Damage and read files in this process. Return what went wrong in each case."""
     with tempfile.TemporaryDirectory() as folder:
         return [wrong for name, seed in cases if (wrong := outcome(name, seed, Path(folder)))]
 

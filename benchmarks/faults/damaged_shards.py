@@ -1,7 +1,7 @@
-"""Bar 4: of 10 shards one each is truncated, overwritten with noise in its middle, missing and empty.
+"""Requirement 4: of 10 shards, one is truncated, one has noise in its middle, one is missing and one is empty.
 
-Every whole sample is kept, the counters say exactly how many are lost (sizes.json says how many there were), and no
-image has another one's caption.
+Every intact sample is kept, the counters give the exact number of lost samples (from sizes.json), and no image has the
+caption of another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from training.data import skips
 
 
 def damage(folder: Path, per_shard: int, random: np.random.RandomState) -> set[int]:
-    """Returns the numbers of the samples that are not whole any more."""
+    """Damage the shards and return the numbers of the samples that are no longer intact."""
     lost = {*range(4 * per_shard, 6 * per_shard)}
     (folder / "4.tar").unlink()
     (folder / "5.tar").write_bytes(b"")
@@ -38,7 +38,7 @@ def damage(folder: Path, per_shard: int, random: np.random.RandomState) -> set[i
 
 
 def _spans(path: Path) -> dict[int, tuple[int, int]]:
-    """Where the bytes of each sample are, padding left out."""
+    """Return the byte range of each sample, without padding."""
     found: dict[int, tuple[int, int]] = {}
     with tarfile.open(path) as tar:
         for member in tar:

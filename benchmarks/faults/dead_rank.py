@@ -1,7 +1,7 @@
-"""Bar 8: SIGKILL of one of 4 ranks, at a random step, with `torchrun --max-restarts 1`.
+"""Requirement 8: SIGKILL of one of 4 ranks at a random step, with `torchrun --max-restarts 1`.
 
-The others are gone within --dist-timeout, torchrun starts all anew, and the losses and final weights are bit for bit
-those of the run that lost nobody. A second run without restarts says how long the others took.
+The other ranks end within --dist-timeout, torchrun restarts all of them, and the losses and final weights are
+bit-identical to those of an undisturbed run. A second run without restarts measures how long the other ranks took.
 """
 
 from __future__ import annotations

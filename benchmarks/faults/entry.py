@@ -1,15 +1,15 @@
-"""`python -m training.main` with its steps written down and faults put in: a stand-in for what happens to machines.
+"""`python -m training.main` that records its steps and injects faults.
 
-FAULTS_LOSSES names a file that gets a JSON line a step, {"step", "loss"}, the loss exactly as it was logged; it is
-there when the step is done, whatever happens to the process afterwards. FAULTS is a JSON object of:
+FAULTS_LOSSES names a file that gets one JSON line per step, {"step", "loss"}, with the exact loss of the log. It is
+written when the step is done, so it survives any later fault. FAULTS is a JSON object with:
 
-    signal        {"rank", "step", "number"}: the process sends itself a signal while it makes that step
-    stall         {"rank", "step"}: from that step on, no image can be read: whoever tries is blocked
+    signal        {"rank", "step", "number"}: the process sends itself a signal during that step
+    stall         {"rank", "step"}: from that step on, reading an image blocks
     kill_in_save  n: SIGKILL in the middle of the n-th save (from 1) of the process
-    nan           {"rank", "steps"}: images of these steps that are no numbers
-    file_limit    bytes: no file grows beyond (RLIMIT_FSIZE), as on a disk that is full
+    nan           {"rank", "steps"}: the images of these steps are NaN
+    file_limit    bytes: files cannot grow beyond this size (RLIMIT_FSIZE), as on a full disk
 
-A process that torchrun has started again has no faults.
+A process that torchrun has restarted has no faults.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_due(fault: str, step: int) -> bool:
 
 
 def install_stall() -> None:
-    """Storage that stalls: this process and its workers block in opening a pipe that nobody writes to."""
+    """Simulate storage that stalls: this process and its workers block when they open a pipe without a writer."""
     load, pipe = csv_data.load_image, stall_pipe(RANK)
 
     def loading(*args: Any) -> Any:
@@ -91,7 +91,7 @@ def install() -> None:
     if "stall" in FAULTS:
         install_stall()
     if "file_limit" in FAULTS:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, as it would with ENOSPC
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead of ENOSPC
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULTS["file_limit"],) * 2)
 
 

@@ -1,9 +1,9 @@
-"""Bar 6: a disk that fills up during a save.
+"""Requirement 6: the disk becomes full during a save.
 
-The stand-in for a small tmpfs, which only root can mount, is a limit on the size of files (RLIMIT_FSIZE): a write
-beyond it fails half-way, as on a full disk. The checkpoints before still load, no partial file can be resumed from,
-`continue` trains on and ends with an error since its last save failed, `stop` ends at once, and with space again
-`--resume latest` goes on to the weights of the run that had space all along.
+Only root can mount a small tmpfs, so a limit on the size of files (RLIMIT_FSIZE) is used instead: a write beyond it
+fails half-way, as on a full disk. The earlier checkpoints still load, and no partial file can be resumed from.
+`continue` trains on and ends with an error because its last save failed; `stop` ends immediately. With free space
+again, `--resume latest` reaches the weights of the run that always had space.
 """
 
 from __future__ import annotations

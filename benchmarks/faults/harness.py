@@ -1,4 +1,4 @@
-"""What the scripts here share: small runs of the training command that are hurt, and what is left of them."""
+"""Shared code of the scripts in this folder: small runs of the training command with faults, and their results."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Ended:
     seconds: float
 
     def resumed_at(self) -> int:
-        """The step that it went on from; 0 where it began."""
+        """Return the step from which the run was resumed; 0 if it started from the beginning."""
         found = re.findall(r"Resumed from .*step (\d+)", self.printed)
         return int(found[-1]) if found else 0
 
 
 class Runs:
-    """Runs of one tiny CLIP on one CSV, in a folder of their own."""
+    """Runs of one tiny CLIP on one CSV, in one folder."""
 
     def __init__(self, folder: Path, images: int = STEPS_PER_EPOCH * BATCH) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Runs:
         self, name: str, *options: object, ranks: int = 1, torchrun: tuple = (), faults: dict | None = None,
         variables: dict[str, str] | None = None,
     ) -> subprocess.Popen:
-        """The command in the background, with dropout and random crops, so that every generator counts."""
+        """Start the command in the background, with dropout and random crops, so that it uses every generator."""
         entry = str(Path(__file__).with_name("entry.py"))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *torchrun]
         command = [
@@ -74,7 +74,7 @@ class Runs:
         )  # fmt: skip
 
     def run(self, name: str, *options: object, timeout: float = TIMEOUT, **how: Any) -> Ended:
-        """The command, to its end, however it comes; what it left running goes with it."""
+        """Run the command to its end, then kill its remaining processes."""
         start = time.perf_counter()
         process = self.start(name, *options, **how)
         try:
@@ -86,20 +86,20 @@ class Runs:
         return Ended(process.returncode, printed, time.perf_counter() - start)
 
     def end(self, process: subprocess.Popen) -> None:
-        """Ends a process and what it left running."""
+        """Kill a process and its remaining children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def stalled(self, name: str, rank: int) -> bool:
-        """Whether "stall" has begun on that rank."""
+        """Return whether "stall" has started on the rank."""
         return (self.folder / f"{name}.jsonl.stall-{rank}").exists()
 
     def process_id(self, name: str, rank: int) -> int:
         return int((self.folder / f"{name}.jsonl.pid-{rank}").read_text())
 
     def losses(self, name: str) -> dict[int, float]:
-        """step -> loss, of all processes that had this name; a step that was made twice must have lost the same."""
+        """Return step -> loss of all processes with this name. A repeated step must have the same loss."""
         found: dict[int, float] = {}
         for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
@@ -111,7 +111,7 @@ class Runs:
         return self.folder / "logs" / name / "checkpoints"
 
     def final_weights(self, name: str) -> dict[str, torch.Tensor]:
-        """Weights, averaged weights and moments after the last epoch."""
+        """Return weights, averaged weights and moments after the last epoch."""
         saved = torch.load(self.checkpoints(name) / f"epoch_{EPOCHS}.pt", weights_only=True)
         found = {f"weights {key}": value for key, value in saved["state_dict"].items()}
         found |= {f"average {key}": value for key, value in saved["state_dict_ema"].items()}
@@ -121,7 +121,7 @@ class Runs:
 
 
 def differences(ours: dict, theirs: dict) -> int:
-    """How many entries are not bit for bit the same."""
+    """Count the entries that are not bit-identical."""
     def same(a: Any, b: Any) -> bool:
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
@@ -129,7 +129,7 @@ def differences(ours: dict, theirs: dict) -> int:
 
 
 def main(measure: Any, **defaults: int) -> None:
-    """The command line of a script: `measure(runs, **numbers)` gives (figures, whether the bar is met)."""
+    """Run the command line of a script. `measure(runs, **numbers)` returns (figures, whether it is met)."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -1,7 +1,7 @@
-"""Bar 1: SIGKILL at random steps, every fourth time in the middle of a save; each time `--resume latest`.
+"""Requirement 1: SIGKILL at random steps, every fourth time in the middle of a save, each time with `--resume latest`.
 
-Every restart succeeds, the stitched losses and the final weights are bit for bit those of the run that nobody killed,
-and the work lost is never more than the steps between two saves and those of a save under way.
+Every restart succeeds. The stitched losses and the final weights are bit-identical to those of an undisturbed run, and
+at most the steps between two saves, plus those during a save, are lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def measure(runs: Runs, kills: int, seed: int) -> tuple[dict, bool]:
     for number in range(kills):
         if number % 4 == 3:
             faults: dict = {"kill_in_save": choose.randint(1, 2)}
-        else:  # so that the kills are spread over the run, and the last one leaves something to do
+        else:  # spread the kills over the run, and leave steps after the last one
             step = min(reached + choose.randint(0, max(1, 2 * STEPS // kills)), STEPS - 1)
             faults = {"signal": {"rank": 0, "step": step, "number": signal.SIGKILL}}
         ended = runs.run("killed", *options, faults=faults)

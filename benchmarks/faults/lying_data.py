@@ -1,4 +1,4 @@
-"""What the scripts about data share: images that tell which caption is theirs, and shards of them, quickly written."""
+"""Shared code of the scripts about data: images that encode the number of their caption, and shards of them."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ _STEP = 25  # of a channel's value, for each decimal digit
 
 @functools.cache
 def picture(number: int, size: int = 16) -> bytes:
-    """A JPEG of one colour, whose red, green and blue are the last three digits of `number`."""
-    colour = tuple(number // 10**place % 10 * _STEP for place in (2, 1, 0))
+    """Make a JPEG of one color, whose red, green and blue encode the last three digits of `number`."""
+    color = tuple(number // 10**place % 10 * _STEP for place in (2, 1, 0))
     buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour).save(buffer, "JPEG", quality=95)
+    Image.new("RGB", (size, size), color).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
 def to_tensor(image: Any) -> torch.Tensor:
-    """float [3], the mean colour."""
+    """Return the mean color, float [3]."""
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)))
 
 
 def tokenize(captions: list[str]) -> torch.Tensor:
-    """int64 [B, 1], the captions' numbers."""
+    """Parse the numbers of the captions, int64 [B, 1]."""
     return torch.tensor([[int(caption.split()[-1])] for caption in captions])
 
 
 def mismatched(batch: dict[str, Any]) -> int:
-    """How many images of a batch are not their caption's."""
+    """Count the images of a batch that have another caption."""
     digits = (batch["image"] / _STEP).round().long()
     numbers = (digits * torch.tensor([100, 10, 1])).sum(1)
     return int((numbers != batch["text"][:, 0] % 1000).sum())
@@ -78,7 +78,7 @@ def load(
 
 
 def main(measure: Callable[..., tuple[dict[str, Any], bool]], **defaults: int) -> None:
-    """The command line of a script: `measure(folder, **numbers)` gives (figures, whether the bar is met)."""
+    """Run the command line of a script. `measure(folder, **numbers)` returns (figures, whether it is met)."""
     warnings.filterwarnings("ignore", message=".*worker processes in total.*")
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     for name, value in defaults.items():

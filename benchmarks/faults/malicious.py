@@ -1,7 +1,7 @@
-"""Bar 10: ten malicious pickles through every loader of the training command: refused or inert, nothing runs.
+"""Requirement 10: ten malicious pickles are refused or inert in every loader of the training command.
 
-Each would make a file if it were unpickled (which is shown first, with pickle itself). They come as a new and as an old
-file of torch, and bare; instead of a checkpoint, and deep in one, where each is dropped.
+Each would create a file if it were unpickled, which is first shown with pickle itself. Each comes in torch's new and
+old file formats and as a bare pickle, as the whole file and nested in a checkpoint. In the latter case it is dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OTHERS = (ValueError, RuntimeError, OSError)
 
 
 class Call:
-    """Unpickled, it calls."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
         self.reduced = (function, arguments)
@@ -40,7 +40,7 @@ class Call:
 
 
 class Sets:
-    """Unpickled, its state is set by a function of the attacker's choice."""
+    """An object whose state is set by a function of the attacker when it is unpickled."""
 
     def __init__(self, setter: Callable) -> None:
         self.setter = setter
@@ -81,7 +81,7 @@ def forms(payload: Any) -> dict[str, bytes]:
     return {
         "a checkpoint": saved(deep),
         "an old checkpoint": saved(deep, _use_new_zipfile_serialization=False),
-        "in place of one": saved(payload),
+        "instead of one": saved(payload),
         "a bare pickle": pickle.dumps(payload),
     }
 
@@ -140,7 +140,7 @@ def measure(runs: Runs) -> tuple[dict, bool]:
 
 
 def holds_objects(loaded: Any) -> bool:
-    """Whether there is anything but tensors, plain values and containers of them in what was loaded."""
+    """Return whether the loaded object contains anything but tensors, plain values and containers of them."""
     if isinstance(loaded, dict):
         return any(map(holds_objects, loaded.values()))
     if isinstance(loaded, (list, tuple)):
@@ -161,7 +161,7 @@ def names_refused() -> int:
 
 
 def gone(marker: Path) -> bool:
-    """Whether the marker was there; it no longer is."""
+    """Remove the marker; return whether it existed."""
     if marker.is_dir():
         marker.rmdir()
     elif marker.exists():

@@ -1,8 +1,7 @@
-"""Bar 7: images that are no numbers, on one of 4 ranks (gloo; on NPUs see tests/npu/test_npu_training.py).
+"""Requirement 7: NaN images on one of 4 ranks (gloo; on NPUs see tests/npu/test_npu_training.py).
 
-After a step of them the parameters of all ranks, the moments and the averaged weights equal those of the step before;
-two such steps are counted and the run goes on; --max-bad-steps of them in a row stop it, with the samples' names
-written down.
+After such a step the parameters of all ranks, the moments and the averaged weights equal those before it. Two such
+steps are counted and the run continues; --max-bad-steps of them in a row stop it, and their sample keys are saved.
 """
 
 from __future__ import annotations

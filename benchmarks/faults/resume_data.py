@@ -1,7 +1,7 @@
-"""Bar 3: the data of a run that is resumed within an epoch, with 0, 2 and 4 workers, CSV and shards.
+"""Requirement 3: the data of a run that is resumed within an epoch, with 0, 2 and 4 workers, from CSV and shards.
 
-The sequence of sample keys (and images) after the resume equals the unbroken one's exactly. The time to the first batch
-at nine tenths of a long epoch is at most twice that of a cold start, both with new workers.
+The sequence of sample keys and images after resuming equals that of the uninterrupted run. The time to the first batch
+at 90% of a long epoch is at most twice that of a cold start, both with new workers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sources(folder: Path, samples: int, shards: int) -> dict[str, dict[str, Any]
 
 
 def take(data: Any, count: int | None = None) -> list[tuple[list[str], list[int]]]:
-    """(keys, tokens) of the batches that come; the workers end."""
+    """Read the remaining batches, end the workers, and return (keys, tokens)."""
     data.set_epoch(1)
     found = [(batch["key"], batch["text"].flatten().tolist()) for batch in itertools.islice(data.dataloader, count)]
     data.dataloader.close()
@@ -60,7 +60,7 @@ def different_batches(options: dict[str, Any]) -> int:
 
 
 def slowdown(options: dict[str, Any], repeats: int) -> float:
-    """Time to first batch of a resume at nine tenths of the epoch, over that of a cold start: ratio of medians."""
+    """Return the time to the first batch when resuming at 90% of the epoch, relative to a cold start (medians)."""
     broken = load(transform=no_pixels, **options)
     take(broken, broken.dataloader.num_batches * 9 // 10)
     state = broken.state_dict()

@@ -1,11 +1,11 @@
-"""Bar 2: SIGTERM (and SIGUSR1, Ctrl-C) at random steps of a process, and of one of two ranks; then `--resume latest`.
+"""Requirement 2: SIGTERM, SIGUSR1 or Ctrl-C at random steps, to a process or one of two ranks; then `--resume latest`.
 
 No step is lost, each process exits with 143 (130 after Ctrl-C; torchrun itself with 1), and the stitched losses are
-bit for bit those of the run that was not stopped.
+bit-identical to those of an undisturbed run.
 
-The same while the loop waits for data that do not come: on one process, with and without workers, and on two ranks of
-which one waits for data and the other for it, whichever of them gets the signal. And while a process waits for others
-that never come: it says so, and the signal ends it.
+The same holds while the loop waits for data that do not come: in one process, with and without workers, and in two
+ranks of which one waits for data and the other one for the first, whichever of them gets the signal. A process that
+waits for others that never join logs this, and the signal ends it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 
 from harness import STEPS, TIMEOUT, Ended, Runs, differences, main
 
-STOPS_WITHIN = 30  # seconds, on a busy machine; torchrun and Kubernetes give as many
+STOPS_WITHIN = 30  # seconds, on a busy machine; torchrun and Kubernetes wait as long
 
 
 def stop(runs: Runs, name: str, ranks: int, numbers: list[signal.Signals], seed: int) -> dict:
@@ -45,21 +45,21 @@ def stop(runs: Runs, name: str, ranks: int, numbers: list[signal.Signals], seed:
 
 
 def stop_stalled(
-    runs: Runs, name: str, number: signal.Signals, ranks: int = 1, workers: int = 0, told: int | None = None
+    runs: Runs, name: str, number: signal.Signals, ranks: int = 1, workers: int = 0, signaled: int | None = None
 ) -> dict:
-    """A run whose last rank's data stall; rank `told` gets the signal, or the launcher where it is None."""
+    """Stop a run whose last rank's data stall. Rank `signaled` gets the signal; None: the launcher."""
     options = ("--workers", workers, "--resume", "latest")
     process = runs.start(name, *options, ranks=ranks, faults={"stall": {"rank": ranks - 1, "step": 5}})
     try:
         _wait_for_stall(runs, name, ranks - 1, process)
         start = time.perf_counter()
-        os.kill(process.pid if told is None else runs.process_id(name, told), number)
+        os.kill(process.pid if signaled is None else runs.process_id(name, signaled), number)
         printed, _ = process.communicate(timeout=STOPS_WITHIN)
         seconds = time.perf_counter() - start
     finally:
         runs.end(process)
-    if ranks > 1 and told is None:  # torchrun does not print its processes' statuses then
-        right = printed.count(f"Stopped by {number.name}") == 1  # the first rank writes it for all of them
+    if ranks > 1 and signaled is None:  # then torchrun does not print the statuses of its processes
+        right = printed.count(f"Stopped by {number.name}") == 1  # the first rank writes it for all
     else:
         statuses = exit_statuses(Ended(process.returncode, printed, seconds), ranks)
         right = statuses == [130 if number == signal.SIGINT else 143] * ranks
@@ -77,12 +77,12 @@ def stop_stalled(
 
 
 def stop_waiting_for_others(runs: Runs, number: signal.Signals) -> dict:
-    """A process that SLURM's variables call the first of two, without the second."""
+    """Stop a process that is the first of two by SLURM's variables, without the second."""
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "localhost"}
     process = runs.start("alone", variables={**slurm, "SLURM_JOB_ID": str(os.getpid())})
     try:
         lines = iter(process.stdout or ())
-        said = any("SLURM_NTASKS says 2 processes: waiting for the others" in line for line in lines)
+        said = any("SLURM_NTASKS asks for 2 processes. Waiting for all of them" in line for line in lines)
         time.sleep(2)
         start = time.perf_counter()
         process.send_signal(number)
@@ -97,7 +97,7 @@ def stop_waiting_for_others(runs: Runs, number: signal.Signals) -> dict:
 
 
 def _wait_for_stall(runs: Runs, name: str, rank: int, process: subprocess.Popen) -> None:
-    """Until the run makes no more steps."""
+    """Wait until the run makes no more steps."""
     deadline, steps = time.monotonic() + TIMEOUT, -1
     while time.monotonic() < deadline and process.poll() is None:
         if runs.stalled(name, rank) and steps == len(runs.losses(name)):
@@ -108,7 +108,7 @@ def _wait_for_stall(runs: Runs, name: str, rank: int, process: subprocess.Popen)
 
 
 def exit_statuses(ended: Ended, ranks: int) -> list[int]:
-    """Of each rank, as torchrun tells them."""
+    """Parse the exit status of each rank from the output of torchrun."""
     if ranks == 1:
         return [ended.status]
     assert ended.status == 1, ended.printed[-3000:]
@@ -121,12 +121,12 @@ def measure(runs: Runs, signals: int, seed: int) -> tuple[dict, bool]:
     both = stop(runs, "stopped-2", 2, [kinds[i % 2] for i in range(max(signals // 2, 1))], seed)
     figures = {
         "one process": alone,
-        "two ranks, one of them told": both,
+        "two ranks, signal to one of them": both,
         "no data": stop_stalled(runs, "stalled-1", signal.SIGTERM),
         "no data, 2 workers": stop_stalled(runs, "stalled-workers", signal.SIGINT, workers=2),
-        "no data on rank 1, torchrun told": stop_stalled(runs, "stalled-2", signal.SIGTERM, ranks=2),
-        "no data on rank 1, rank 0 told": stop_stalled(runs, "stalled-0-told", signal.SIGUSR1, ranks=2, told=0),
-        "no data on rank 1, which is told": stop_stalled(runs, "stalled-1-told", signal.SIGUSR1, 2, workers=1, told=1),
+        "no data on rank 1, signal to torchrun": stop_stalled(runs, "stalled-2", signal.SIGTERM, ranks=2),
+        "no data on rank 1, signal to rank 0": stop_stalled(runs, "stalled-on-0", signal.SIGUSR1, 2, signaled=0),
+        "no data on rank 1, signal to rank 1": stop_stalled(runs, "stalled-on-1", signal.SIGUSR1, 2, 1, signaled=1),
         "other processes do not come": stop_waiting_for_others(runs, signal.SIGTERM),
     }
     return figures, not any(part[name] for part in figures.values() for name in part.keys() - {"signals", "seconds"})

@@ -1,6 +1,6 @@
-"""Bar 9: ranks of which one has half of the other's data (or only bad samples): no hang, as many steps on each.
+"""Requirement 9: a rank has half of the data of the other one, or only bad samples. No hang, equal steps on each rank.
 
-Each step is an all-reduce, as in training. In training ranks go round; in evaluation each takes what it has.
+Each step is an all-reduce, as in training. In training the data of a rank repeat; in evaluation they are read once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the ranks' processes, which begin in gloo_ranks
+sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the ranks, which start in gloo_ranks
 
 from lying_data import load, main, mismatched, pairs, picture, write_tar
 
@@ -26,7 +26,7 @@ EPOCHS, BATCH = 3, 8
 
 
 def write(folder: Path, ranks: int, samples: int) -> None:
-    """4 shards a rank. Those of odd ranks have half as many samples; in "bad" only a tenth of them can be used."""
+    """Write 4 shards per rank. Those of odd ranks have half as many samples; with "bad" only 10% of them are usable."""
     for kind in ("half", "bad"):
         (folder / kind).mkdir()
         for shard in range(4 * ranks):
@@ -40,14 +40,14 @@ def write(folder: Path, ranks: int, samples: int) -> None:
         rows = []
         for number in range(100 * ranks):
             data = picture(number)
-            # (rows go to the ranks in turn, shuffled)
+            # Shuffled rows are assigned to the ranks in turn.
             (folder / kind / "images" / f"{number}.jpg").write_bytes(data if number % 2 else data[:200])
             rows.append(f"{folder / kind}/images/{number}.jpg\tpicture {number}\n")
         (folder / kind / "pairs.csv").write_text("filepath\ttitle\n" + "".join(rows))
 
 
 def train_and_evaluate(rank: int, size: int) -> dict[str, list[int]]:
-    """On one rank: steps of each epoch, samples of an evaluation, mismatched pairs."""
+    """Return, for this rank: steps per epoch, samples of an evaluation, mismatched pairs."""
     folder = Path(os.environ["UNEVEN"])
     found = {}
     for kind in ("half", "bad"):

@@ -1,6 +1,6 @@
-"""Another name of the package `training`, the one that open_clip has used since 2.30.
+"""An alias of the package `training`. open_clip has used this name since 2.30.
 
-`import open_clip_train.X` gives the module `training.X` itself, not a copy, and `python -m open_clip_train.X` runs it.
+`import open_clip_train.X` returns the module `training.X` itself, not a copy. `python -m open_clip_train.X` runs it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module has run already. The import system has just written this alias's spec into it: undo that.
+        # The module has already run. Restore its spec, which the import system has just replaced by that of the alias.
         alias = module.__spec__
         assert alias is not None
         module.__spec__ = alias.loader_state
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """For `python -m`, which runs the code in a module of its own."""
+        """Return the code for `python -m`, which runs it in the module `__main__`."""
         real = importlib.util.find_spec(self._real_name(fullname))
         assert real is not None
         assert isinstance(real.loader, importlib.abc.InspectLoader)
@@ -57,6 +57,6 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return "training" + fullname.removeprefix(__name__)
 
 
-# Before the path finder, which would find training's files under this name and load them a second time.
+# Insert it before the path finder, which would find the files of training under this name and load them again.
 sys.meta_path.insert(0, _Alias())
 sys.modules[__name__] = training

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: dicts of tensors and of names, whatever loader they come from."""
+"""Preparing batches for the model: grouping texts, moving to the device, normalizing images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from open_clip.text_groups import MAX_GROUPS, GroupedText, group_by_length
 
 
 class Normalization:
-    """Makes normalized floats of uint8 pixels: what torchvision's ToTensor and Normalize do, on the pixels' device.
+    """Converts uint8 pixels to normalized floats on their device, like ToTensor and Normalize of torchvision.
 
-    The results are equal to the last bit of float32, in three operators instead of four.
+    The float32 results are bit-identical, with three operators instead of four.
 
     Args:
-        mean, std: by channel, of values from 0 to 1.
+        mean, std: per channel, for values from 0 to 1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -27,14 +27,14 @@ class Normalization:
         self._constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 [batch, channels, height, width] -> float32 of the same shape."""
+        """Convert uint8 [batch, channels, height, width] to float32 of the same shape."""
         if pixels.device not in self._constants:
             self._constants[pixels.device] = self._make_constants(pixels.device)
         minus_mean, levels, std = self._constants[pixels.device]
         return torch.addcdiv(minus_mean, pixels.float(), levels).div_(std)
 
     def _make_constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        # 255 is a tensor: CUDA divides by a number through its reciprocal, which may change the last bit.
+        # 255 is a tensor because CUDA divides by a Python number via its reciprocal, which may change the last bit.
         with torch.inference_mode(False):
             return (
                 -torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1).to(device),
@@ -44,27 +44,27 @@ class Normalization:
 
 
 def to_pixels(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The transform for loaders whose batches `to_device` normalizes: `preprocess` without its normalization.
+    """Return `preprocess` without its normalization, for loaders whose batches are normalized by `to_device`.
 
-    It stays `preprocess` where that is not open_clip's own, was edited, or does not end with the normalization.
+    A transform that is not from open_clip, was edited, or does not end with the normalization is returned unchanged.
     """
     without_normalization = getattr(preprocess, "without_normalization", None)
     return (without_normalization and without_normalization()) or preprocess
 
 
 def normalization_of(preprocess: Any) -> Normalization | None:
-    """What is still to be done to the images that a transform of `to_pixels` makes, None if nothing."""
+    """Return the normalization that a transform from `to_pixels` leaves out; None if it leaves out nothing."""
     mean_and_std = getattr(preprocess, "normalization", None)
     return None if mean_and_std is None else Normalization(*mean_and_std)
 
 
 class TextGrouping:
-    """Groups the texts of batches by length, where none of the models that encode them needs the padding.
+    """Groups the texts of a batch by length, unless one of the models needs the padding.
 
     Args:
-        models: CLIP models, and others that the texts are for. None is ignored.
-        device: where the texts are encoded.
-        max_groups: groups of a batch at most. 0 leaves texts unchanged.
+        models: all models that encode the texts. None is ignored.
+        device: device of the models.
+        max_groups: maximum number of groups per batch. 0 keeps texts unchanged.
     """
 
     def __init__(self, models: Sequence[Any], device: torch.device, max_groups: int = MAX_GROUPS) -> None:
@@ -73,7 +73,7 @@ class TextGrouping:
         self._max_groups = max_groups
 
     def __call__(self, text: Any) -> Any:
-        """int64 [batch, tokens] on the CPU -> the same, shorter or in groups. Other values are returned unchanged."""
+        """Group texts, int64 [batch, tokens] on the CPU. Other values are returned unchanged."""
         if not self._max_groups or not isinstance(text, Tensor) or text.dim() != 2 or not len(text) or not text.is_cpu:
             return text
         lengths = [_text_lengths(model, text) for model in self._models]
@@ -95,12 +95,12 @@ def to_device(
     normalization: Normalization | None = None,
     group_text: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """Move a batch to `device`, its floating point tensors in `input_dtype` (None: theirs). The host does not wait.
-
-    A value that is not a tensor, such as the samples' names, is returned unchanged.
+    """Move a batch to `device` without waiting. Values that are not tensors, such as sample keys, are not changed.
 
     Args:
-        names: of the members of a tuple, which loaders of scripts written for open_clip_train give.
+        batch: a dict, or a tuple, which data loaders written for open_clip_train give.
+        input_dtype: dtype for floating point tensors; None: keep theirs.
+        names: names of the members of a tuple.
         normalization: applied to the images on the device if they are uint8.
         group_text: applied to the texts before they are moved, such as a TextGrouping.
     """

@@ -1,4 +1,4 @@
-"""From sections of options to what is trained: model and transforms, teacher, DDP, schedule."""
+"""Build what a run needs from its options: model and transforms, teacher, DDP, schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, Opt
 
 logger = logging.getLogger(__name__)
 
-# Where SigLIP starts from (arXiv:2303.15343, section 3.2): temperature 10, and a bias that calls almost all pairs
+# Initial values of SigLIP (arXiv:2303.15343, section 3.2): temperature 10, and a bias that predicts almost all pairs as
 # negative.
 SIGLIP_INIT: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
@@ -31,11 +31,15 @@ Transform = Callable[[Any], torch.Tensor]
 def build_model(
     cfg: ModelConfig, objective: ObjectiveConfig, precision: str, device: torch.device
 ) -> tuple[nn.Module, Transform, Transform]:
-    """(model on `device`, in training mode and with dict outputs; transform for training; transform for validation).
+    """Build the model and its transforms.
 
-    The weights are in the dtype that `precision` stands for; towers are locked after their weights are loaded.
+    Towers are locked after their weights are loaded.
+
+    Returns:
+        The model on `device`, in training mode, with dict outputs and weights in the dtype of `precision`; the training
+        transform; the validation transform.
     """
-    model: Any  # a CLIP by its methods, whatever its class
+    model: Any  # any class with the methods of CLIP
     with progress.watch(f"Building {cfg.model}"):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             cfg.model,
@@ -69,16 +73,15 @@ def build_model(
         model.set_grad_checkpointing()
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("%s: %.2f M parameters, %.2f M of them trained.", cfg.model, total / 1e6, trainable / 1e6)
+    logger.info("%s: %.2f M parameters, %.2f M of them trainable.", cfg.model, total / 1e6, trainable / 1e6)
     logger.debug("%s", model)
     return model, preprocess_train, preprocess_val
 
 
 def start_logit_bias(model: Any) -> None:
-    """Sets the bias of weights that were trained without one to SigLIP's initial value.
+    """Set the logit bias to SigLIP's initial value if the weights were trained without one.
 
-    Loading such weights leaves the bias at exactly 0, where most of the loss comes from pairs that are plainly
-    different.
+    After loading such weights the bias is exactly 0, where easy negative pairs dominate the loss.
     """
     bias = model.logit_bias
     if bool((bias == 0).all()):
@@ -92,7 +95,7 @@ def start_logit_bias(model: Any) -> None:
 
 
 def synchronise_batch_norms(model: nn.Module) -> nn.Module:
-    """`model` with batch norms over all processes; those of timm keep the activation that they have in them."""
+    """Convert batch norms to synchronized ones. timm's function keeps the activations inside timm's batch norms."""
     if isinstance(model.visual, TimmModel):
         from timm.layers import convert_sync_batchnorm
 
@@ -103,7 +106,7 @@ def synchronise_batch_norms(model: nn.Module) -> nn.Module:
 def build_teacher(
     cfg: ObjectiveConfig, precision: str, device: torch.device, cache_dir: str | None = None
 ) -> nn.Module | None:
-    """The model that is distilled from, frozen and in evaluation mode; None where none is asked for."""
+    """Build the teacher, frozen and in evaluation mode; None without --distill-model."""
     if cfg.distill_model is None:
         return None
     with progress.watch(f"Building the teacher {cfg.distill_model}"):
@@ -120,12 +123,12 @@ def build_teacher(
 
 
 def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
-    """The model as it is called in training: DDP's wrapper in a run of several processes, else itself."""
+    """Wrap the model with DDP if there are several processes."""
     if not world.distributed:
         return model
     static_graph = cfg.ddp_static_graph and accum_freq == 1
     if cfg.ddp_static_graph and not static_graph and world.is_master:
-        logger.warning("--ddp-static-graph has no effect: with --accum-freq the passes of a step are not alike.")
+        logger.warning("--ddp-static-graph has no effect, because the passes of a step differ with --accum-freq.")
     indexed = devices.get(world.device).indexed
     return DistributedDataParallel(model, device_ids=[world.device] if indexed else None, static_graph=static_graph)
 
@@ -133,7 +136,7 @@ def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
 def build_scheduler(
     optimizer: torch.optim.Optimizer, cfg: ScheduleConfig, optim: OptimConfig, steps_per_epoch: int
 ) -> scheduler.Scheduler | None:
-    """The learning rate as a function of the step, over all epochs; None with --skip-scheduler."""
+    """Build the learning rate schedule over all epochs; None with --skip-scheduler."""
     if cfg.skip_scheduler:
         return None
     base_lr = optimizer.param_groups[0]["lr"] if optim.lr is None else optim.lr
@@ -148,4 +151,4 @@ def build_scheduler(
         return scheduler.const_lr_cooldown(
             optimizer, base_lr, cfg.warmup, steps, cooldown_steps, cfg.lr_cooldown_power, cfg.lr_cooldown_end
         )
-    raise ValueError(f"Unknown --lr-scheduler {cfg.lr_scheduler!r}: cosine, const or const-cooldown.")
+    raise ValueError(f"Unknown --lr-scheduler {cfg.lr_scheduler!r}. Use cosine, const or const-cooldown.")

@@ -1,10 +1,12 @@
-"""What a run is made of, and its checkpoints: one state, saved whole and restored whole.
+"""The state of a training run, and its checkpoints.
 
-A checkpoint is open_clip's: {"epoch", "name", "state_dict", "optimizer"[, "scaler"]}, with one key of our own,
-"train_state", for what open_clip does not keep: the step, the position within the epoch and its data, and the state of
-every random generator of every rank; and with --ema-decay a second one, "state_dict_ema". So each side's checkpoints
-resume on the other. Tensors and plain values only, which `torch.load(weights_only=True)` reads. Other objects in a
-checkpoint are dropped when it is read.
+A checkpoint has the keys of open_clip: {"epoch", "name", "state_dict", "optimizer"[, "scaler"]}. Two more keys hold
+what open_clip does not save. "train_state" has the step, the read position within the epoch and its data, and the
+states of the random generators of every rank. "state_dict_ema" (with --ema-decay) has the averaged weights. Therefore
+open_clip can resume these checkpoints, and this package can resume open_clip's.
+
+Checkpoints contain only tensors and plain values, so that `torch.load(weights_only=True)` can read them. Other objects
+are dropped when a checkpoint is read.
 """
 
 from __future__ import annotations
@@ -35,16 +37,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Everything that a resumed run needs; what changes over time is here, or does not exist.
+    """All state of a run that changes over time. A resumed run continues from it.
 
-    model: the bare module (not DDP's or the compiler's wrapper).
-    optimizer, scaler: None in a run that only evaluates, or without gradient scaling.
-    epoch: epochs completed. step: batches that were to update the weights. samples_seen: over all ranks.
-    epoch_step, epoch_samples: the part of them that is of the epoch under way.
-    samples_per_step: of all ranks; 0 where that is not known.
-    data: training.data.DataInfo, whose position is saved. progress: training.train.Progress, or its state.
-    average: training.ema.WeightAverage. guard: training.guard.StepGuard. None: the run has none.
-    The schedule is a function of the step, so it has no state of its own.
+    The learning rate schedule is a function of the step, so it has no state.
+
+    Attributes:
+        model: the bare module, not wrapped by DDP or the compiler.
+        optimizer, scaler: None in a run that only evaluates, or without gradient scaling.
+        epoch: completed epochs.
+        step: completed steps, including skipped ones.
+        samples_seen: samples of all ranks.
+        epoch_step, epoch_samples: the steps and samples of the current epoch.
+        samples_per_step: samples of all ranks; 0 if unknown.
+        data: training.data.DataInfo, whose read position is saved.
+        progress: training.train.Progress, or its state.
+        average: training.ema.WeightAverage, or None.
+        guard: training.guard.StepGuard, or None.
     """
 
     model: nn.Module
@@ -67,10 +75,10 @@ class TrainState:
     guard: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint, referring to the live tensors. Collective: the ranks' states are gathered."""
+        """Build the checkpoint. Its tensors are the live ones. Collective: gathers the states of all ranks."""
         here = distributed.world()
         weights = self.model.state_dict()
-        # As open_clip writes them from DDP; its own distributed resume wants them so.
+        # open_clip writes the names of DDP's wrapper, and its distributed resume needs them.
         prefix = "module." if here.distributed else ""
         checkpoint: dict[str, Any] = {
             "epoch": self.epoch,
@@ -84,7 +92,7 @@ class TrainState:
         if self.average is not None:
             checkpoint["state_dict_ema"] = self.average.state_dict(weights)
         own = {"rng": rng.rng_state(self.device)} | ({} if self.data is None else {"data": self.data.state_dict()})
-        ranks = _of_all_ranks(own)
+        ranks = _gather_states(own)
         checkpoint["train_state"] = {
             "version": 2,
             "step": self.step,
@@ -100,15 +108,15 @@ class TrainState:
         return checkpoint
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores a checkpoint of ours or of open_clip's; a plain dict of weights sets the weights alone.
+        """Load a checkpoint of this package or of open_clip. A plain state dict sets only the weights.
 
         Raises:
-            ValueError: for a checkpoint of another model or another optimizer.
+            ValueError: the checkpoint is of another model or another optimizer.
         """
         if not _is_training_checkpoint(checkpoint):
             load_weights(self.model, checkpoint.get("state_dict", checkpoint))
             self._load_average(checkpoint)
-            logger.info("The checkpoint has weights only: the run starts with them at epoch 0.")
+            logger.info("The checkpoint has only weights. The run starts with them at epoch 0.")
             return
         load_weights(self.model, checkpoint["state_dict"])
         self._load_average(checkpoint)
@@ -119,7 +127,7 @@ class TrainState:
         if train_state is None:
             self.step = self.epoch * self.steps_per_epoch
             self.samples_seen = self.epoch * self.samples_per_epoch
-            logger.info("The checkpoint has no random states (it is open_clip's): they start from --seed.")
+            logger.info("The checkpoint has no random states (it is from open_clip). They start from --seed.")
             return
         self.step, self.samples_seen = int(train_state["step"]), int(train_state["samples_seen"])
         self._load_position(train_state)
@@ -134,10 +142,9 @@ class TrainState:
             self.average.load_state_dict(strip_prefixes(checkpoint["state_dict_ema"]))
         else:
             self.average.restart()
-            logger.info("The checkpoint has no averaged weights: --ema-decay starts from its weights.")
+            logger.info("The checkpoint has no averaged weights. The average of --ema-decay starts from its weights.")
 
     def _load_position(self, train_state: Mapping[str, Any]) -> None:
-        """Where in the epoch, and in its data, the run goes on."""
         self.epoch_step = int(train_state.get("epoch_step", 0))
         self.epoch_samples = int(train_state.get("epoch_samples", 0))
         self.progress = train_state.get("progress", {})
@@ -145,32 +152,33 @@ class TrainState:
             self.data.load_state_dict(train_state["data"])
         saved = int(train_state.get("samples_per_step", 0))
         if self.epoch_step and self.samples_per_step and saved != self.samples_per_step:
-            # As many steps are left as the samples that are left are good for.
+            # Keep the number of samples that are left in the epoch, not the number of steps.
             self.epoch_step = min(-(-self.epoch_samples // self.samples_per_step), self.steps_per_epoch)
             self.step = self.epoch * self.steps_per_epoch + self.epoch_step
             logger.info(
-                "A step of the checkpoint had %d samples and has %d now: the epoch goes on after %d of %d steps.",
+                "A step had %d samples when the checkpoint was saved and has %d now. The epoch continues after %d of "
+                "%d steps.",
                 saved, self.samples_per_step, self.epoch_step, self.steps_per_epoch,
             )  # fmt: skip
 
     def _load_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.optimizer is not None
         if "optimizer" not in checkpoint:
-            logger.warning("The checkpoint has no optimizer state: its moments start from zero.")
+            logger.warning("The checkpoint has no optimizer state. The moments start from zero.")
         else:
             try:
                 self.optimizer.load_state_dict(_complete_groups(checkpoint["optimizer"], self.optimizer))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"The checkpoint's optimizer state does not fit this run's ({error}): give the same --opt "
-                    "and the same --lock-* options, or start from the weights alone with --pretrained."
+                    f"The optimizer state of the checkpoint does not fit this run ({error}). Use the same --opt and "
+                    "--lock-* options, or load only the weights with --pretrained."
                 ) from error
         if self.scaler is not None:
             if "scaler" in checkpoint:
-                # torch_npu's has an entry more than torch's.
+                # The scaler of torch_npu has one more entry than torch's.
                 self.scaler.load_state_dict({**self.scaler.state_dict(), **checkpoint["scaler"]})
             else:
-                logger.info("The checkpoint has no gradient scaler (another --precision): a new one begins.")
+                logger.info("The checkpoint has no gradient scaler (another --precision). The run uses a new one.")
 
     def _load_rng(self, states: list[dict[str, Any]]) -> None:
         here = distributed.world()
@@ -179,31 +187,32 @@ class TrainState:
             return
         rng.random_seed(self.seed + self.step, here.rank)
         logger.info(
-            "The checkpoint is from %d process(es) and this run has %d: random generators start from seed and step.",
+            "The checkpoint is from %d process(es) and this run has %d. Random generators are seeded by seed and step.",
             len(states),
             here.world_size,
         )
 
 
-def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tensors and plain values from each rank; as bytes, since torch_npu warns of tensors that are pickled."""
-    file = io.BytesIO()
+def _gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    file = io.BytesIO()  # bytes, because torch_npu warns about pickled tensors
     torch.save(state, file)
     files = distributed.all_gather_object(None, file.getvalue())
     return [torch.load(io.BytesIO(content), weights_only=True) for content in files]
 
 
 def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer state with this run's values for options that the checkpoint lacks.
+    """Fill options that the saved optimizer state lacks with the values of this run.
 
-    It lacks what was not a plain number (a learning rate from NumPy): such objects are dropped when it is read.
+    Values that were not plain numbers, such as a NumPy learning rate, are dropped when a checkpoint is read.
     """
     groups = []
     for number, group in enumerate(saved["param_groups"]):
         ours = optimizer.param_groups[min(number, len(optimizer.param_groups) - 1)]
         absent = {key: value for key, value in ours.items() if key not in group and key != "params"}
         if absent:
-            logger.info("The checkpoint's optimizer has no %s: this run's values are used.", join_some(absent))
+            logger.info(
+                "The optimizer state of the checkpoint has no %s. The values of this run are used.", join_some(absent)
+            )
         groups.append({**group, **absent})
     return {**saved, "param_groups": groups}
 
@@ -213,7 +222,7 @@ def _is_training_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies weights into the model, every one or none.
+    """Load weights into the model. If they do not fit, the model is not changed.
 
     Raises:
         ValueError: see `check_fit`.
@@ -222,13 +231,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without the prefixes of wrappers, if they are this model's.
+    """Return the weights without the prefixes of wrappers, after checking that they fit the model.
 
     Raises:
-        ValueError: there are no weights; or one is missing, unknown to the model, or has another shape.
+        ValueError: there are no weights, or one of them is missing, unexpected, or has another shape.
     """
     if not any(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("--resume: the checkpoint has no weights of a model, which it keeps under 'state_dict'.")
+        raise ValueError("--resume: the checkpoint has no model weights. They are expected under 'state_dict'.")
     named, own = strip_prefixes(weights), model.state_dict()
     if not own.keys() <= named.keys():
         named = strip_to_fit(named, own, lambda stripped: stripped, "The checkpoint") or named
@@ -241,56 +250,59 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
         if name in own and value.shape != own[name].shape
     ]
     if missing or unexpected or shapes:
-        found = [("lacks", missing), ("has, unknown to the model,", unexpected), ("has other shapes:", shapes)]
+        found = [("lacks", missing), ("has the unexpected", unexpected), ("has other shapes:", shapes)]
         raise ValueError(
-            "The checkpoint is of another model than this run's: it "
+            "The checkpoint is of another model than this run: it "
             + "; it ".join(f"{what} {join_some(names, limit=3)}" for what, names in found if names)
-            + ". Give the --model (and --force-*) options that it was trained with, or, to start a new run from it, "
-            "--pretrained instead of --resume."
+            + ". Use the --model and --force-* options that it was trained with. To start a new run from its weights, "
+            "use --pretrained instead of --resume."
         )
     return named
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint into the host's memory.
+    """Read a checkpoint into host memory.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: for a file that is damaged or not a checkpoint.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or not a checkpoint.
     """
     if not file_utils.check_exists(path):
         raise FileNotFoundError(
-            f"--resume {str(path)!r}: there is no such file. (--resume latest finds the newest one of a run.)"
+            f"--resume {str(path)!r}: there is no such file. Use --resume latest to find the newest one of a run."
         )
     try:
         with progress.watch(f"Loading {path}"):
             checkpoint = file_utils.pt_load(path)
     except ValueError as error:
-        raise ValueError(f"--resume: {error} To start from weights in other formats use --pretrained.") from error
+        raise ValueError(f"--resume: {error} For weights in other formats use --pretrained.") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"--resume {str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint.")
     return dict(checkpoint)
 
 
 def natural_key(string_: str) -> list[Any]:
-    """A sort key by which epoch_10 comes after epoch_9."""
+    """Return a sort key that puts epoch_10 after epoch_9."""
     parts = filter(None, re.split(r"(\d+)", string_.lower()))
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-# A checkpoint after N epochs, and one within an epoch: so many epochs completed, so many steps in all. They sort as the
-# run went, for open_clip, too, which takes the last of all names.
+# epoch_N.pt is saved after N epochs, epoch_E_step_S.pt after E epochs and S steps in total. The names sort in the order
+# of saving, also for open_clip, which resumes from the last name.
 NUMBERED = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
 def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
-    """The newest checkpoint (*.pt) in a folder that loads, or the newest at a URL with `remote`; None where none is.
+    """Find the newest checkpoint (*.pt) that can be read in a folder; None if there is no checkpoint.
 
-    Newest by the epoch and the step in the name. epoch_latest.pt counts by the epoch that is in it, so that one left
-    behind by an earlier run without --save-most-recent is not taken for new; the remote copy of a run never has it.
+    The newest is that with the highest epoch and step in its name. The epoch of epoch_latest.pt is read from the file,
+    because it may be older than the others.
+
+    Args:
+        remote: `path` is a URL. Files are listed but not read there, and epoch_latest.pt is never copied there.
 
     Raises:
-        ValueError: where there are checkpoints, and none of them loads.
+        ValueError: there are checkpoints, but none of them can be read.
     """
     if remote:
         names = [name for name in _list_remote(str(path)) if NUMBERED.fullmatch(name)]
@@ -298,15 +310,15 @@ def get_latest_checkpoint(path: str | Path, remote: bool = False) -> str | None:
     damaged = []
     for file in _newest_first(Path(path)):
         with progress.watch(f"Checking {file}"):
-            reason = _damage(file)
+            reason = _find_damage(file)
         if reason is None:
             return str(file)
-        logger.warning("%s is damaged and passed over: %s", file, reason)
+        logger.warning("%s is damaged and skipped: %s.", file, reason.rstrip("."))
         damaged.append(file.name)
     if damaged:
         raise ValueError(
-            f"None of the checkpoints in {path} can be read ({', '.join(damaged)}; the log says why): restore one of "
-            "them from a copy, or remove them to start from the beginning."
+            f"None of the checkpoints in {path} can be read: {join_some(damaged)}. See the log for the reasons. "
+            "Restore one of them from a copy, or remove them to start from the beginning."
         )
     return None
 
@@ -322,7 +334,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _position(file: Path) -> tuple[int, int]:
-    """(epochs completed, step) of a numbered checkpoint, from its name; of epoch_latest.pt from what it says."""
+    """Return (completed epochs, step): from the name if the checkpoint is numbered, otherwise from the file."""
     match = NUMBERED.fullmatch(file.name)
     if match:
         return int(match[1]), int(match[2] or 0)
@@ -333,23 +345,23 @@ def _position(file: Path) -> tuple[int, int]:
     return int(epoch) if isinstance(epoch, (int, float)) else 0, 0
 
 
-def _damage(file: Path) -> str | None:
-    """What is wrong with a file as a checkpoint; None if nothing is. Reads it whole and compares its checksums."""
+def _find_damage(file: Path) -> str | None:
+    """Read the whole file and verify its checksums. Return what is wrong with it, or None."""
     try:
         check_layout(file)
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
     except (ValueError, RuntimeError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None if broken is None else f"{broken} in it has another checksum than when it was written"
+    return None if broken is None else f"the checksum of its entry {broken} is wrong"
 
 
 def _list_remote(url: str) -> list[str]:
-    """Names of the files at a URL, none where there is no such folder; s3 by the command `aws` where it is there."""
+    """List the file names at a URL; empty if the folder does not exist. s3:// is read with `aws` if it is installed."""
     if url.startswith("s3://") and shutil.which("aws"):
         ls = ["aws", "s3", "ls", url.rstrip("/") + "/"]
         done = subprocess.run(ls, capture_output=True, text=True, errors="replace")
-        # It fails, too, on a folder that does not exist yet, as that of a new run.
+        # No check of the status: `aws` also fails if the folder does not exist yet, as in a new run.
         return [line.split()[-1] for line in done.stdout.splitlines() if line.strip()]
     import fsspec.core
 

@@ -1,4 +1,4 @@
-"""Child processes of a run: each leads a process group, ends with its parent, and is killed with what it started."""
+"""Child processes of a run. Each leads a process group, ends with its parent, and is killed with its group."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _CHECK_PARENT_EVERY = 1.0  # seconds
 
 
 def lead_group() -> None:
-    """Make the calling child process lead a new process group, which ends when the parent process does.
+    """Make the calling child process lead a new process group, which ends when the parent process ends.
 
-    The commands that it starts (`pipe:` shards) are in its group, so `kill` ends them with it, and a Ctrl-C on the
+    The commands that it starts (for `pipe:` shards) join its group. So `kill` ends them as well, and a Ctrl-C on the
     terminal does not reach them. Without this, a child that is blocked in a read outlives a parent that was killed.
     """
     parent = multiprocessing.parent_process()
@@ -38,7 +38,7 @@ def _end_with(parent: int) -> None:
 
 
 def end(processes: Iterable[BaseProcess], seconds: float) -> None:
-    """Wait until the child processes have ended, at most `seconds`; then kill those that have not."""
+    """Wait at most `seconds` for the child processes to end, then kill the rest."""
     waiting, deadline = list(processes), time.monotonic() + seconds
     for process in waiting:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -48,7 +48,7 @@ def end(processes: Iterable[BaseProcess], seconds: float) -> None:
 
 
 def kill_tree(number: int) -> None:
-    """Send SIGKILL to the process and its descendants; to the process alone where /proc does not list its children."""
+    """Send SIGKILL to the process and its descendants. Without /proc only the process itself is killed."""
     tree = [number]
     for parent in tree:
         with contextlib.suppress(OSError):
@@ -59,11 +59,11 @@ def kill_tree(number: int) -> None:
 
 
 def kill(processes: Iterable[BaseProcess]) -> None:
-    """Send SIGKILL to those of the child processes that run, and to the groups that they lead."""
+    """Send SIGKILL to the running child processes and to the groups that they lead."""
     for process in processes:
         if process.pid is None or not process.is_alive():
             continue
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError, AttributeError):  # it leads no group (yet), or there are none
+        except (ProcessLookupError, PermissionError, AttributeError):  # no group (yet), or a platform without groups
             process.kill()

@@ -1,7 +1,7 @@
-"""Processes of a run: who this one is (torchrun, SLURM, MPI), its device, and its collectives.
+"""The processes of a run: rank and world size (torchrun, SLURM, MPI), device, process groups, collectives on objects.
 
-`init` sequences: find the rank, choose the device, make it current, join the others. The device comes first, because
-NCCL and HCCL bind a communicator to the device that is current.
+`init` finds the rank, chooses the device, makes it current, and joins the other processes, in this order: NCCL and HCCL
+bind a communicator to the current device.
 """
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from training.params import DistributedConfig
 
 logger = logging.getLogger(__name__)
 
-# Variables by launcher: rank, world size, rank within the node. One launcher's are never mixed with another's. MPI
-# comes before SLURM: under `mpirun` inside a SLURM job, SLURM's variables describe the job and not the process.
+# Variables by launcher: rank, world size, rank within the node. Variables of two launchers are never mixed. MPI comes
+# before SLURM: under `mpirun` inside a SLURM job, SLURM's variables describe the job and not the process.
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -38,13 +38,13 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """Rank, device and backend of this process."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
-    backend: str | None  # of the process group; None where there is none
+    backend: str | None  # of the process group; None without one
 
     @property
     def distributed(self) -> bool:
@@ -60,34 +60,36 @@ class World:
 
 
 _world: World | None = None
-_host_group: Any = None  # of gloo, beside the devices' backend
+_host_group: Any = None  # a gloo group, in addition to the default group
 
-# Hosts wait for each other without a time limit: one of them may rightly be busy for long (it downloads, reads a
-# checkpoint, evaluates more than the others). One that died closes its connections, which ends the wait at once, and
-# `wait` lets signals through. The next batch of training data has the limit of --dist-timeout.
-_PATIENCE = datetime.timedelta(days=30)
-_SLICE = datetime.timedelta(seconds=0.25)  # Python's signal handlers run between two of them
+# Hosts wait for each other without a time limit, because one of them may download, read a checkpoint or evaluate for
+# long. A process that dies closes its connections, which ends the wait immediately, and `wait` lets Python handle
+# signals. The wait for the next batch of training data is limited by --dist-timeout.
+_HOST_TIMEOUT = datetime.timedelta(days=30)
+_WAIT_SLICE = datetime.timedelta(seconds=0.25)  # Python's signal handlers run between two slices
 _WARN_AFTER = 60.0  # seconds
 _timeout = DistributedConfig().dist_timeout  # seconds
 
 
 def init(cfg: DistributedConfig) -> World:
-    """Joins the run that the launcher's variables describe and makes this process's device current.
+    """Join the run that the launcher's variables describe and make the device of this process current.
 
-    Raises RuntimeError for a device or a rendezvous that is not there, ValueError for a backend that cannot move the
-    device's tensors.
+    Raises:
+        RuntimeError: the device is missing, or the processes could not join.
+        ValueError: the backend cannot transfer tensors of the device.
     """
     global _world, _timeout
     local_rank, rank, world_size = world_info_from_env()
     device = devices.resolve(cfg.device, None if cfg.no_set_device_rank else local_rank)
     if cfg.deterministic:
-        devices.get(device).set_deterministic()  # before the device is used: libraries read the environment once
+        devices.get(device).set_deterministic()  # before its first use, because libraries read the environment once
     set_device(device)
     backend = None
     if world_size > 1:
         if device.index not in (None, local_rank) and not cfg.no_set_device_rank:
             logger.warning(
-                "Local rank %d runs on %s: --device names an index. Without one, each rank gets a device of its own.",
+                "Local rank %d runs on %s, because --device has an index. Without an index each rank gets another "
+                "device.",
                 local_rank,
                 device,
             )
@@ -103,7 +105,7 @@ def init(cfg: DistributedConfig) -> World:
 
 
 def world() -> World:
-    """This process's place: that of `init`, of a process group made by others, or a single process."""
+    """Return the world of `init`, else of a process group that the program has made, else of a single process."""
     if _world is not None:
         return _world
     if dist.is_available() and dist.is_initialized():
@@ -113,12 +115,12 @@ def world() -> World:
 
 
 def shutdown() -> None:
-    """Leaves the run; safe to call twice or without `init`."""
+    """Destroy the process groups. It may be called twice or without `init`."""
     global _world, _host_group
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # DDP's cycles hold the group; one that lives until the interpreter ends can abort the process
-        # Before torch 2.8 a process group holds the GIL while its destructor waits for gloo's threads, and such a
-        # thread may need the GIL to free a tensor. Backends that are freed after their group release the GIL.
+        gc.collect()  # reference cycles of DDP keep the group, which can abort the process at the interpreter's end
+        # Before torch 2.8 the destructor of a process group holds the GIL while it waits for gloo's threads, which may
+        # need the GIL to free a tensor. A backend that is freed after its group releases the GIL.
         backends = _cpu_backends()
         dist.destroy_process_group()
         _host_group = None
@@ -133,44 +135,47 @@ def _cpu_backends() -> list[Any]:
 
 
 def leave() -> None:
-    """`shutdown` of all ranks together: who leaves early takes with it what the others still use to leave."""
+    """Wait for all ranks, then `shutdown`. A rank that leaves early would break the shutdown of the others."""
     barrier()
     shutdown()
 
 
 def barrier() -> None:
-    """Returns when every rank has called it, however long that takes; raises RuntimeError where one has died.
+    """Wait without a time limit until every rank has called this. A signal interrupts the wait.
 
-    A signal ends the wait. A reduction rather than `dist.barrier`, which guesses the device.
+    Raises:
+        RuntimeError: another process has died.
     """
     if world().distributed:
+        # A reduction, because `dist.barrier` guesses the device.
         token = torch.ones(1, device=collective_device())
         wait(dist.all_reduce(token, group=host_group(), async_op=True))
-        token.item()  # a device's collectives only queue: this waits
+        token.item()  # collectives of a device are asynchronous; this waits
 
 
 def wait(work: Any, for_what: str | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Waits for an asynchronous collective so that Python's signal handlers run meanwhile.
+    """Wait for an asynchronous collective in slices, so that Python's signal handlers can run.
 
     Args:
-        work: what a collective with async_op=True returned.
-        for_what: what another process may be waiting for; gives the wait the limit of --dist-timeout.
-        meanwhile: called a few times a second.
+        work: the result of a collective with async_op=True.
+        for_what: what the other processes may be waiting for. If given, the wait is limited to --dist-timeout.
+        meanwhile: called a few times per second.
 
     Raises:
-        RuntimeError: another process has died, or the wait has reached its limit.
+        RuntimeError: another process has died, or the time limit is reached.
     """
     start, logged = time.monotonic(), 0.0
-    in_slices = host_group() is not None or dist.get_backend() == "gloo"  # others abort what is not done in time
+    # Other backends abort a collective whose wait times out.
+    in_slices = host_group() is not None or dist.get_backend() == "gloo"
     while in_slices and not work.is_completed():
         meanwhile()
-        with contextlib.suppress(RuntimeError):  # not there yet; an error of the collective is raised below
-            work.wait(_SLICE)
+        with contextlib.suppress(RuntimeError):  # the slice has ended; an error of the collective is raised below
+            work.wait(_WAIT_SLICE)
         waited = time.monotonic() - start
         if for_what is not None and waited > _timeout:
             raise RuntimeError(
-                f"Another process has waited {waited:.0f} s for {for_what}, longer than --dist-timeout {_timeout:g} "
-                "allows. Look at the storage that its data are on."
+                f"Another process has waited {waited:.0f} s for {for_what}, longer than --dist-timeout {_timeout:g}. "
+                "Check the storage that holds its data, or increase --dist-timeout."
             )
         if waited > max(_WARN_AFTER, 2 * logged):
             logged = waited
@@ -179,12 +184,12 @@ def wait(work: Any, for_what: str | None = None, meanwhile: Callable[[], None] =
 
 
 def announce_stop(number: int) -> None:
-    """Tells the other processes that this one was told to stop by a signal."""
+    """Announce to the other processes that this one received a signal to stop."""
     _store().set(_stop_key(), str(number))
 
 
 def announced_stop() -> int:
-    """The signal that another process has announced, or 0."""
+    """Return the signal that another process has announced, or 0."""
     if not world().distributed:
         return 0
     store = _store()
@@ -200,31 +205,31 @@ def _stop_key() -> str:
 
 
 def says_that_a_peer_died(error: BaseException) -> bool:
-    """Whether an error is only what another process's end looks like from here."""
+    """Return whether an error means that another process has ended, such as a closed connection."""
     text = str(error).lower()
     signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "gloo/transport", "socket timeout")
     return isinstance(error, RuntimeError) and world().distributed and any(sign in text for sign in signs)
 
 
 def host_group() -> Any:
-    """The group for what hosts tell each other: gloo, on CPU tensors. None (the default) in a group made by others."""
+    """Return the gloo group for CPU tensors, or None (the default group) if the program made the process group."""
     return _host_group
 
 
 def world_info_from_env() -> tuple[int, int, int]:
-    """(rank within the node, rank, world size) from the launcher's variables; (0, 0, 1) without a launcher."""
+    """Return (local rank, rank, world size) from the launcher's variables; (0, 0, 1) without a launcher."""
     launcher = _launcher()
     if launcher is None:
         return 0, 0, 1
     rank_name, size_name, local_name = LAUNCHERS[launcher]
     rank, world_size = _integer(rank_name), _integer(size_name)
     if not 0 <= rank < world_size:
-        raise RuntimeError(f"{rank_name}={rank} is not below {size_name}={world_size}: these variables disagree.")
+        raise RuntimeError(f"{rank_name}={rank} must be at least 0 and less than {size_name}={world_size}.")
     return _integer(local_name) if local_name in os.environ else 0, rank, world_size
 
 
 def restarts() -> int:
-    """How often torchrun (--max-restarts) has started these processes anew, after one of them failed."""
+    """Return how often torchrun (--max-restarts) has restarted the processes after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -236,24 +241,24 @@ def _integer(name: str) -> int:
     try:
         return int(os.environ[name])
     except ValueError:
-        raise RuntimeError(f"The environment variable {name}={os.environ[name]!r} is not a whole number.") from None
+        raise RuntimeError(f"The environment variable {name}={os.environ[name]!r} is not an integer.") from None
 
 
 def _check_backend(backend: str, device: torch.device) -> str:
-    """`backend` ("hccl", or "cpu:gloo,npu:hccl") if it is there and moves tensors of `device`."""
+    """Return `backend` ("hccl" or "cpu:gloo,npu:hccl") after checking that it can transfer tensors of `device`."""
     pairs = [pair.rpartition(":") for pair in backend.split(",")]
     named = next((name for kind, _, name in pairs if kind in ("", device.type)), None)
     own = devices.get(device).backend
-    advice = f"Leave --dist-backend out (it is then {own}), or choose another --device."
+    advice = f"Leave out --dist-backend (the default is {own}), or choose another --device."
     if named is None:
-        raise ValueError(f"--dist-backend {backend!r} names no backend for this run's device, {device}. {advice}")
+        raise ValueError(f"--dist-backend {backend!r} names no backend for the device of this run, {device}. {advice}")
     moved = dist.Backend.backend_capability.get(named.lower())
     owner = next((kind for kind in devices.DEVICES.values() if kind.backend == named.lower()), None)
     if moved is None or device.type not in moved:
         missing = owner.why_missing() if owner else None
         raise ValueError(
-            f"--dist-backend {backend!r} cannot move tensors of {device}, which this run uses. {missing or ''} {advice}"
-            .replace("  ", " ")
+            f"--dist-backend {backend!r} cannot transfer tensors of {device}, the device of this run. "
+            f"{missing or ''} {advice}".replace("  ", " ")
         )
     if not dist.is_backend_available(named.lower()):
         raise ValueError(f"This torch ({torch.__version__}) is built without the backend {named!r}. {advice}")
@@ -264,7 +269,7 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
     expected, advice = _expected(world_size)
     if url.startswith("env://"):
         _set_rendezvous()
-    # Libraries that split data by worker (webdataset) read these, whoever the launcher was.
+    # Libraries that split data by worker (webdataset) read these, with any launcher.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     for name, value in devices.get(device).collective_env.items():
         os.environ.setdefault(name, value)
@@ -272,25 +277,25 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
     if url.startswith("env://"):
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if local_rank == 0:  # once on each host
-        logger.info("%s: waiting for the others at %s, at most %g s. %s", expected, place, _timeout, advice)
+        logger.info("%s. Waiting for all of them at %s, at most %g s. %s", expected, place, _timeout, advice)
     try:
         _make_groups(backend, url, rank, world_size)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         late = "timed out" in reason.lower()
-        what = f"they did not all come to {place} within {_timeout:g} s" if late else f"joining them at {place} failed"
+        what = f"not all of them joined at {place} within {_timeout:g} s" if late else f"joining them at {place} failed"
         raise RuntimeError(f"{expected}: {what} ({reason}). {advice}") from error
 
 
 def _expected(world_size: int) -> tuple[str, str]:
-    """("SLURM_NTASKS says 2 processes", what to do if that is wrong), by the launcher's variables."""
+    """Return ("SLURM_NTASKS asks for 2 processes", what to do if that is wrong), from the launcher's variables."""
     launcher = _launcher()
     assert launcher is not None
     size_name = LAUNCHERS[launcher][1]
     start = {"torchrun": "torchrun", "SLURM": "srun"}.get(launcher, "mpirun")
     return (
-        f"{size_name} says {world_size} processes",
-        f"For one process unset {size_name}, or start all of them with {start}.",
+        f"{size_name} asks for {world_size} processes",
+        f"If you want one process, unset {size_name}; otherwise start all of them with {start}.",
     )
 
 
@@ -299,44 +304,43 @@ def _make_groups(backend: str, url: str, rank: int, world_size: int) -> None:
     timeout = datetime.timedelta(seconds=_timeout)
     where: dict[str, Any] = {"init_method": url}
     if restarts() > 0:
-        # The launcher's store is the one of the processes before, and has their addresses in it.
+        # The launcher's store still has the addresses of the processes before the restart.
         store = next(iter(rendezvous(url, rank, world_size, timeout=timeout)))[0]
         where = {"store": dist.PrefixStore(f"restart_{restarts()}", store)}
-    # No device_id: with one, a later mesh asks the backend to split a group, which HCCL cannot.
+    # No device_id: with one, a device mesh asks the backend to split a group, which HCCL cannot do.
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
-    _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
 
 
 def _set_rendezvous() -> None:
-    """MASTER_ADDR and MASTER_PORT: torchrun sets them; under SLURM they follow from the job, the same on every rank."""
+    """Set MASTER_ADDR and MASTER_PORT from the SLURM job, the same on every rank. torchrun sets them itself."""
     if _launcher() == "SLURM" and "SLURM_JOB_NODELIST" in os.environ:
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_JOB_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise RuntimeError(
-            f"{' and '.join(missing)} not set, so the processes cannot find each other: export MASTER_ADDR (the host "
-            "of rank 0) and MASTER_PORT (a free port there), give --dist-url tcp://HOST:PORT, or start with torchrun."
+            f"{' and '.join(missing)} not set, so the processes cannot find each other. Set MASTER_ADDR (the host of "
+            "rank 0) and MASTER_PORT (a free port there), use --dist-url tcp://HOST:PORT, or start with torchrun."
         )
 
 
 def _first_host(nodelist: str) -> str:
-    """The first host of SLURM's list: "node[007-012,020],gpu1" -> "node007"."""
+    """Return the first host of SLURM's list: "node[007-012,020],gpu1" -> "node007"."""
     first = re.match(r"[^\[,]+(?:\[[^\]]*\][^\[,]*)*", nodelist.strip())
     if first is None:
-        raise RuntimeError(f"SLURM_JOB_NODELIST={nodelist!r} names no host: export MASTER_ADDR.")
+        raise RuntimeError(f"SLURM_JOB_NODELIST={nodelist!r} has no host name. Set MASTER_ADDR.")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def collective_device() -> torch.device:
-    """Where tensors that hosts exchange must be: on the CPU, unless there is no `host_group` and the backend is the
-    device's."""
+    """Return the device for tensors that hosts exchange: the CPU, unless the only group has the device's backend."""
     here = world()
     own = host_group() is None and here.backend == devices.get(here.device).backend
     return here.device if own else torch.device("cpu")
 
 
-# Names of open_clip_train.distributed, which take the flat namespace of `params.parse_args`.
+# Functions of open_clip_train.distributed. They take the flat namespace of `params.parse_args`.
 
 
 def is_global_master(args: Any) -> bool:
@@ -352,7 +356,7 @@ def is_master(args: Any, local: bool = False) -> bool:
 
 
 def is_device_available(device: str | torch.device) -> bool:
-    """Whether the device is there; an unknown name is False, not an error."""
+    """Return whether the device is available. An unknown name gives False."""
     try:
         devices.resolve(device)
     except (RuntimeError, ValueError):
@@ -361,14 +365,14 @@ def is_device_available(device: str | torch.device) -> bool:
 
 
 def set_device(device: str | torch.device) -> None:
-    """Makes a device with an index the process's current one."""
+    """Make the device current if it has an index."""
     device = torch.device(device)
     if device.index is not None:
         devices.get(device).set_device(device.index)
 
 
 def is_using_horovod() -> bool:
-    """Always False: Horovod is not served; torchrun is."""
+    """Return False: Horovod is not supported."""
     return False
 
 
@@ -377,7 +381,7 @@ def is_using_distributed() -> bool:
 
 
 def init_distributed_device(args: Any) -> torch.device:
-    """`init` with a flat namespace, into which distributed, world_size, rank, local_rank and device are written."""
+    """Call `init` with a flat namespace and set its distributed, world_size, rank, local_rank and device."""
     found = init_distributed_device_so(
         device=args.device,
         dist_backend=getattr(args, "dist_backend", None),
@@ -400,9 +404,9 @@ def init_distributed_device_so(
     horovod: bool = False,
     no_set_device_rank: bool = False,
 ) -> dict[str, Any]:
-    """`init` with keywords; {"device", "global_rank", "local_rank", "world_size", "distributed"}."""
+    """Call `init` with keywords; return {"device", "global_rank", "local_rank", "world_size", "distributed"}."""
     if horovod:
-        raise ValueError("--horovod is not served: start the processes with torchrun.")
+        raise ValueError("--horovod is not supported. Start the processes with torchrun.")
     here = init(
         DistributedConfig(
             device=device, dist_backend=dist_backend, dist_url=dist_url, no_set_device_rank=no_set_device_rank
@@ -418,22 +422,22 @@ def init_distributed_device_so(
 
 
 def broadcast_object(args: Any, obj: Any, src: int = 0) -> Any:
-    """The object of rank `src`, on every rank; any backend."""
+    """Return the object of rank `src` on every rank, with any backend."""
     here = world()
     if not here.distributed:
         return obj
-    barrier()  # the wait, which lets signals through
+    barrier()  # waits in a way that lets Python handle signals
     objects = [obj]
     dist.broadcast_object_list(objects, src=src, device=collective_device(), group=host_group())
     return objects[0]
 
 
 def all_gather_object(args: Any, obj: Any, dst: int = 0) -> list[Any]:
-    """The objects of all ranks in their order, on every rank; `dst` is kept for the original's callers."""
+    """Return the objects of all ranks in order, on every rank. `args` and `dst` are ignored, as open_clip has them."""
     here = world()
     if not here.distributed:
         return [obj]
-    barrier()  # the wait, which lets signals through
+    barrier()  # waits in a way that lets Python handle signals
     objects: list[Any] = [None] * here.world_size
     dist.all_gather_object(objects, obj, group=host_group())
     return objects

@@ -1,9 +1,9 @@
-"""`python -m training.doctor`: what this machine has for training, and what to mend.
+"""`python -m training.doctor`: report what this machine has for training, and what to fix.
 
-The exit status is 0 if training can run, on whatever device: an accelerator that is there and cannot be used is a
-problem in the report, and the CPU still trains. `--json` prints the same findings for programs. `--constraints` prints
-the installed torch, torchvision and torch_npu as a pip constraint file: `pip install -c <(python -m training.doctor
---constraints) PACKAGE` installs a package and leaves these as they are.
+The exit status is 0 if training can run on any device. An accelerator that is present but not usable is a problem in
+the report, and training can still run on the CPU. `--json` prints the report for programs. `--constraints` prints the
+installed torch, torchvision and torch_npu as a pip constraint file: `pip install -c <(python -m training.doctor
+--constraints) PACKAGE` installs a package without changing these.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from training import precision
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 6)
 
-# Distribution -> (module to import, what it is for). Imported, since a wheel for another torch installs and fails here.
+# Distribution -> (module to import, purpose). They are imported because a wheel for another torch fails only then.
 REQUIRED = {
     "torchvision": ("torchvision", "image transforms"),
     "pillow": ("PIL", "reading images"),
@@ -56,19 +56,19 @@ OPTIONAL = {
 
 @dataclass
 class Report:
-    """What was found. Memory is in bytes; a package that is missing has the version None."""
+    """Facts about this machine. Memory is in bytes. A missing package has the version None."""
 
     versions: dict[str, str] = field(default_factory=dict)
     devices: list[dict[str, Any]] = field(default_factory=list)
     default_device: str = "cpu"
     missing_devices: dict[str, str] = field(default_factory=dict)
-    fused_ops: dict[str, str | None] = field(default_factory=dict)  # None: works; else why it does not
+    fused_ops: dict[str, str | None] = field(default_factory=dict)  # None, or why it does not work
     backends: list[str] = field(default_factory=list)
     precisions: list[str] = field(default_factory=list)
     required: dict[str, str | None] = field(default_factory=dict)
     optional: dict[str, str | None] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)  # worth mending; training runs nevertheless
+    problems: list[str] = field(default_factory=list)  # should be fixed, but training can run
     obstacles: list[str] = field(default_factory=list)  # training cannot run
 
     @property
@@ -77,7 +77,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Looks at this machine; what breaks while being looked at becomes a problem or an obstacle of the report."""
+    """Examine this machine. Errors become problems or obstacles in the report."""
     report = Report()
     _examine_versions(report)
     _examine_devices(report)
@@ -99,9 +99,9 @@ def _examine_versions(report: Report) -> None:
         "torch": str(torch.__version__),
     }
     if sys.version_info < OLDEST_PYTHON:
-        report.obstacles.append(f"Python {platform.python_version()} is too old: 3.10 or later is needed.")
+        report.obstacles.append(f"Python {platform.python_version()} is too old. Use 3.10 or later.")
     if tuple(int(part) for part in str(torch.__version__).split(".")[:2]) < OLDEST_TORCH:
-        report.obstacles.append(f"torch {torch.__version__} is too old: 2.6 or later is needed.")
+        report.obstacles.append(f"torch {torch.__version__} is too old. Use 2.6 or later.")
 
 
 def _examine_devices(report: Report) -> None:
@@ -118,7 +118,7 @@ def _examine_devices(report: Report) -> None:
             name = f"{kind.type}:{index}" if kind.indexed else kind.type
             try:
                 found = {"device": name, "name": kind.name(index), "memory": kind.memory(index).get("total")}
-            except Exception as error:  # whatever a driver raises is what the reader has to know
+            except Exception as error:  # report any error of the driver
                 report.problems.append(f"{name} does not answer: {_reason(error)}")
             else:
                 report.devices.append(found)
@@ -128,14 +128,14 @@ def _examine_packages(report: Report) -> None:
     for distribution, (module, purpose) in REQUIRED.items():
         report.required[distribution] = version = _version(distribution)
         if version is None:
-            report.obstacles.append(f"{distribution} is not installed ({purpose}): pip install {distribution}")
+            report.obstacles.append(f"{distribution} ({purpose}) is not installed. Run: pip install {distribution}")
             continue
         try:
             importlib.import_module(module)
-        except Exception as error:  # a wheel built for another torch raises errors of many types
+        except Exception as error:  # wheels for another torch raise many types of errors
             report.obstacles.append(
-                f"{distribution} {version} is installed and cannot be imported ({_reason(error)}): install the "
-                f"version that belongs to torch {torch.__version__}."
+                f"{distribution} {version} is installed but cannot be imported ({_reason(error)}). Install the "
+                f"version for torch {torch.__version__}."
             )
     report.optional = {distribution: _version(distribution) for distribution in OPTIONAL}
 
@@ -148,13 +148,13 @@ def _version(distribution: str) -> str | None:
 
 
 def _backends() -> list[str]:
-    """Collective backends of the devices present that this torch has, without repetition."""
+    """List the available collective backends of the devices."""
     present = dict.fromkeys(kind.backend for kind in devices.DEVICES.values() if kind.is_available())
     return [backend for backend in present if torch.distributed.is_backend_available(backend)]
 
 
 def _try_a_step(device: str) -> str | None:
-    """One optimizer step of a tiny layer; what went wrong, or None."""
+    """Do one optimizer step of a tiny layer. Return the reason of a failure, or None."""
     try:
         layer = torch.nn.Linear(8, 8).to(device)
         optimizer = torch.optim.AdamW(layer.parameters())
@@ -162,9 +162,9 @@ def _try_a_step(device: str) -> str | None:
         optimizer.step()
         devices.get(device).synchronize()
         finite = bool(torch.isfinite(layer.weight).all())
-    except Exception as error:  # the point is to report whatever it is
+    except Exception as error:  # report any error
         return _reason(error)
-    return None if finite else "the weights are not finite after it"
+    return None if finite else "the weights are not finite afterwards"
 
 
 def _reason(error: BaseException) -> str:
@@ -174,26 +174,26 @@ def _reason(error: BaseException) -> str:
 
 
 def render(report: Report) -> str:
-    """The report as aligned text."""
+    """Format the report as aligned text."""
     sections = [
         ("Versions", list(report.versions.items())),
         ("Devices", [(found["device"], _describe(found)) for found in report.devices]),
-        ("Not there", list(report.missing_devices.items())),
+        ("Not available", list(report.missing_devices.items())),
         ("Training", [
             ("default device", report.default_device),
             ("precisions", ", ".join(report.precisions)),
             ("collectives", ", ".join(report.backends)),
         ]),
         ("Fused operators", [(name, failure or "works") for name, failure in report.fused_ops.items()]),
-        ("Packages needed", [(name, version or "MISSING") for name, version in report.required.items()]),
-        ("Packages optional", [
+        ("Required packages", [(name, version or "MISSING") for name, version in report.required.items()]),
+        ("Optional packages", [
             (name, f"{version or '-':<12}{OPTIONAL[name]}") for name, version in report.optional.items()
         ]),
         ("Environment", list(report.environment.items())),
     ]
     width = max(len(label) for _, rows in sections for label, _ in rows) + 2
     lines = [line for title, rows in sections if rows for line in _section(title, rows, width)]
-    for title, found in (("To mend", report.problems), ("In the way of training", report.obstacles)):
+    for title, found in (("Problems", report.problems), ("Obstacles to training", report.obstacles)):
         if found:
             lines += [title, *(f"  ! {sentence}" for sentence in found), ""]
     lines.append(f"Training {'can run' if report.can_train else 'cannot run'} here.")

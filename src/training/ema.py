@@ -1,8 +1,8 @@
-"""An exponential moving average of the weights, kept on the device, that evaluates and often generalises better.
+"""Exponential moving average of the weights, kept on the device in float32. It often generalizes better.
 
-average <- average + (1 - d) (weights - average) after every update of the weights, in float32. d rises to --ema-decay
-as (1 + n) / (10 + n) with the number n of updates, so that the random start is forgotten (as TensorFlow's
-ExponentialMovingAverage does with num_updates; Polyak and Juditsky, 1992, is why one averages).
+After every update of the weights: average <- average + (1 - d) (weights - average). With the number n of updates, d
+rises as (1 + n) / (10 + n) up to --ema-decay, so that the random initial weights are forgotten. TensorFlow's
+ExponentialMovingAverage does the same with num_updates. Averaging is due to Polyak and Juditsky (1992).
 """
 
 from __future__ import annotations
@@ -14,23 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 64  # parameters whose differences are in memory at once
+_CHUNK = 64  # parameters per operation, which limits the memory for their differences
 
 
 class WeightAverage:
-    """The average of a model's trainable parameters. What is frozen, and buffers, are the model's own."""
+    """The average of a model's trainable parameters. Frozen parameters and buffers are not averaged."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """model: bare, with its weights where they are trained. decay: at least 0 and below 1."""
+        """Start from the current weights.
+
+        Args:
+            model: the bare module, already on its device.
+            decay: at least 0 and below 1.
+        """
         self.decay = decay
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, number: int, skipped: Tensor | None = None) -> None:
-        """After update `number` (from 0) of the weights. skipped: bool scalar on the device, True: it was none.
+        """Update the average after update `number` (from 0) of the weights.
 
-        Waits for nothing: whether to skip is decided by a factor of 0 or 1 on the device.
+        The host does not wait: to skip, the difference is multiplied by 0 on the device.
+
+        Args:
+            skipped: bool scalar on the device, whether the update of the weights was skipped.
         """
         weight: Any = 1 - min(self.decay, (1 + number) / (10 + number))
         if skipped is not None:
@@ -44,9 +52,9 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model computes with the averages, in its own types; afterwards with its weights again.
+        """Let the model use the averages, cast to its dtypes, until the end of the context.
 
-        The tensors are exchanged and not copied: the optimizer and DDP find theirs where they were.
+        The tensors are swapped, not copied, so the memory that the optimizer and DDP refer to does not change.
         """
         own = {name: p.data for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
@@ -58,18 +66,24 @@ class WeightAverage:
                 p.data = own[name]
 
     def restart(self) -> None:
-        """From the model's present weights."""
+        """Start again from the current weights of the model."""
         for name, p in self._parameters.items():
             self._averages[name].copy_(p.detach())
 
     def state_dict(self, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All weights of the averaged model: `model_state` (of the bare model) with the averages in their places."""
+        """Return the state dict of the averaged model: `model_state` of the bare model, updated with the averages."""
         return {**model_state, **self._averages}
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Raises ValueError where the averages of other parameters were saved."""
+        """Load the averages.
+
+        Raises:
+            ValueError: a parameter is missing, so the averages are of another model.
+        """
         missing = [name for name in self._averages if name not in weights]
         if missing:
-            raise ValueError(f"The checkpoint's averaged weights are of another model: no {', '.join(missing[:3])}.")
+            raise ValueError(
+                f"The averaged weights of the checkpoint are of another model: they lack {', '.join(missing[:3])}."
+            )
         for name, average in self._averages.items():
             average.copy_(weights[name])

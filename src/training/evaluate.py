@@ -1,7 +1,7 @@
-"""One evaluation of a model on everything it is to be evaluated on: validation loss, retrieval, zero-shot accuracy.
+"""Evaluation of a model during training: validation loss, retrieval, zero-shot accuracy.
 
-It is spread over the ranks. Inside the loops over batches no rank waits for another, so they may have different numbers
-of batches, or none; what they found is put together after each loop.
+The data are split over the ranks. In the loops over batches no rank waits for another, so the ranks may have different
+numbers of batches, or none. The results are combined after each loop.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ def evaluate(
     args: Any,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Metrics of what is due at `epoch`, under open_clip's names; {} if nothing is.
+    """Run the evaluations that are due at `epoch`. Collective: every rank calls this.
 
-    model: not wrapped by DDP; it is left in the mode (training or not) that it came in, module by module.
-    data: "val", "imagenet-val", "imagenet-v2", "zeroshot", as far as they are there, each with a `.dataloader`.
-    epoch: number of epochs that are done. args: params.EvalConfig or a flat namespace with the same names.
-    Every rank calls this, and each gets the metrics over all ranks.
+    The training mode of each module is restored afterwards.
+
+    Args:
+        model: not wrapped by DDP.
+        data: any of "val", "imagenet-val", "imagenet-v2" and "zeroshot", each with a `.dataloader`.
+        epoch: number of completed epochs.
+        args: params.EvalConfig, or a flat namespace with the same names.
+
+    Returns:
+        Metrics over all ranks, with the names of open_clip. {} if nothing is due.
     """
     with evaluating(model), torch.no_grad():
         metrics = zero_shot_eval(model, data, epoch, args, tokenizer)
@@ -46,11 +52,11 @@ def evaluate(
 
 
 def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[str, float]:
-    """clip_val_loss, retrieval metrics, val_generative_loss and val_caption_loss of a captioner, num_samples and epoch.
+    """Compute retrieval metrics, losses, num_samples and epoch.
 
-    clip_val_loss is the contrastive loss within each batch, averaged over the samples: it depends on the batch size.
-    val_generative_loss counts padding, as in open_clip, which no captioner is trained to predict; val_caption_loss is
-    the mean over the tokens of captions, which training lowers.
+    clip_val_loss is the contrastive loss within each batch, averaged over the samples, so it depends on the batch size.
+    Captioners have two more losses. val_generative_loss includes padding, as in open_clip, although captioners are not
+    trained to predict it. val_caption_loss is the mean over the tokens of the captions, as in training.
     """
     here, device = world(), next(model.parameters()).device
     precision = args.precision or precisions.resolve(None, device)
@@ -77,13 +83,13 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
                 caption = maybe_compute_generative_loss(outputs, pad_id)
                 if caption is not None and num_tokens:
                     losses["val_caption_loss"].update(caption.item(), num_tokens)
-            # On the host, where there is room for many.
+            # On the host, which has more memory.
             image_features.append(image.cpu())
             text_features.append(text.cpu())
             task.advance(len(image) * here.world_size)
-    averages, num_samples = _over_ranks(losses, device, here.distributed)
+    averages, num_samples = _average_over_ranks(losses, device, here.distributed)
     if not num_samples:
-        raise ValueError(f"{getattr(dataloader, 'source', 'The validation data')}: there is not one usable sample.")
+        raise ValueError(f"{getattr(dataloader, 'source', 'The validation data')}: not one usable sample.")
     none = torch.zeros(0, 0)
     with progress.watch(f"Ranking {num_samples:,} pairs"):
         metrics = retrieval_metrics(
@@ -97,9 +103,11 @@ def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[
 
 
 def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int | None = None) -> Tensor | None:
-    """The captioner's cross entropy, of logits [B, L, vocabulary] and labels [B, L]; None for a model without one.
+    """Compute the cross entropy of a captioner; None for other models.
 
-    pad_id: label that does not count.
+    Args:
+        model_out: with "logits" [B, L, vocabulary] and "labels" [B, L] if the model is a captioner.
+        pad_id: label to ignore.
     """
     if "logits" not in model_out or "labels" not in model_out:
         return None
@@ -107,14 +115,14 @@ def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int |
     return F.cross_entropy(logits, model_out["labels"], ignore_index=-100 if pad_id is None else pad_id)
 
 
-def _over_ranks(
+def _average_over_ranks(
     losses: Mapping[str, AverageMeter], device: torch.device, distributed: bool
 ) -> tuple[dict[str, float], int]:
-    """The averages over what all ranks saw, of the losses that there are, and how much the first was of: samples."""
+    """Return the averages over all ranks of the losses with samples, and the number of samples of the first loss."""
     sums = torch.tensor([meter.sum for meter in losses.values()], dtype=torch.float32, device=device)
     counts = torch.tensor([int(meter.count) for meter in losses.values()], dtype=torch.int64, device=device)
     if distributed:
-        barrier()  # a rank with more to evaluate is waited for, and the device's time limit starts when it is here
+        barrier()  # wait for slower ranks first, because collectives of the device have a time limit
         sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
     pairs = zip(losses, sums.tolist(), counts.tolist(), strict=True)
     averages = {name: total / count for name, total, count in pairs if count}

@@ -1,4 +1,4 @@
-"""Files of a run: checkpoints that a crash cannot tear, and copies of the run's folder elsewhere."""
+"""Files of a run: atomic saves of checkpoints, and copies of the run's folder to remote storage."""
 
 from __future__ import annotations
 
@@ -22,48 +22,49 @@ logger = logging.getLogger(__name__)
 
 
 def pt_save(pt_obj: Any, file_path: str | os.PathLike[str]) -> None:
-    """Writes `torch.save(pt_obj)` so that `file_path` is at every moment the old file or the whole new one.
+    """Save an object with `torch.save`, so that `file_path` is always either the old file or the complete new one.
 
-    A local file is written under a temporary name in the same folder, synced, renamed, and the folder synced; after a
-    failure the temporary file is gone and the old one untouched. URLs (s3://...) are written by fsspec, whose stores
-    show an object when it is complete.
+    A local file is written to a temporary file in the same folder, which is synced and renamed. If that fails, the
+    temporary file is removed and the old file is unchanged. URLs (s3://...) are written with fsspec; object stores show
+    an object only when it is complete.
 
     Raises:
-        OSError, RuntimeError: whatever writing raised, such as a full disk.
+        OSError, RuntimeError: writing failed, for example because the disk is full.
     """
     if _is_url(file_path):
-        with progress.watch(f"Saving {file_path}"), _fsspec().open(os.fspath(file_path), "wb") as file:
+        with progress.watch(f"Saving {file_path}"), _import_fsspec().open(os.fspath(file_path), "wb") as file:
             torch.save(pt_obj, file)
         return
-    with replacing(_local(file_path), is_synced=True) as temporary:
-        # By name: torch then writes from C++, and other threads of this process go on.
+    with replacing(_local_path(file_path), is_synced=True) as temporary:
+        # Pass the name, not a file: torch then writes in C++ and releases the GIL for the other threads.
         with progress.watch(f"Saving {file_path}", lambda: temporary.stat().st_size, unit="B"):
             torch.save(pt_obj, temporary)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what saves left behind whose process was killed: `pt_save`'s temporary files."""
+    """Remove temporary files of `pt_save` whose process was killed."""
     for path in folder.glob(".*.pt.*.tmp"):
         path.unlink(missing_ok=True)
-        logger.info("Removed %s, the beginning of a save that was cut off.", path)
+        logger.info("Removed %s, which an interrupted save has left.", path)
 
 
 def pt_load(file_path: str | os.PathLike[str], map_location: Any = None) -> Any:
-    """Read what `pt_save` wrote, from a path or a URL: tensors and plain containers. No code is run; other objects are
-    dropped.
+    """Load a file written by `torch.save` from a path or a URL.
+
+    Only tensors and plain containers are loaded, without running code from the file. Other objects are dropped.
 
     Args:
-        map_location: a device for the tensors; None is "cpu".
+        map_location: device for the tensors; None: the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or not written by `torch.save`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or was not written by `torch.save`.
     """
     if _is_url(file_path):
-        with _fsspec().open(os.fspath(file_path), "rb") as file:
+        with _import_fsspec().open(os.fspath(file_path), "rb") as file:
             loaded = read_checkpoint(file, os.fspath(file_path))
     else:
-        loaded = read_checkpoint(_local(file_path))
+        loaded = read_checkpoint(_local_path(file_path))
     return loaded if map_location is None else _move(loaded, map_location)
 
 
@@ -76,24 +77,24 @@ def _move(nested: Any, device: Any) -> Any:
 
 
 def check_exists(file_path: str | os.PathLike[str]) -> bool:
-    """Whether the path or URL can be opened."""
+    """Return whether the file at a path or URL exists."""
     if _is_url(file_path):
         try:
-            with _fsspec().open(os.fspath(file_path), "rb"):
+            with _import_fsspec().open(os.fspath(file_path), "rb"):
                 return True
         except FileNotFoundError:
             return False
-    return _local(file_path).is_file()
+    return _local_path(file_path).is_file()
 
 
 def remote_sync_s3(local_dir: str, remote_dir: str) -> bool:
-    """Copies what is new in `local_dir` to `remote_dir` (s3://...) by the `aws` command; whether it succeeded."""
+    """Copy new files of `local_dir` to `remote_dir` (s3://...) with the `aws` command. Return whether it succeeded."""
     command = ["aws", "s3", "sync", local_dir, remote_dir, "--exclude", "*epoch_latest.pt", "--exclude", "*.tmp"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         logger.error(
-            "Remote sync: there is no command `aws`. Install the AWS CLI, or use --remote-sync-protocol fsspec."
+            "Remote sync: the command `aws` was not found. Install the AWS CLI, or use --remote-sync-protocol fsspec."
         )
         return False
     if done.returncode != 0:
@@ -104,15 +105,15 @@ def remote_sync_s3(local_dir: str, remote_dir: str) -> bool:
 
 
 def remote_sync_fsspec(local_dir: str, remote_dir: str) -> bool:
-    """Copies what is new in `local_dir` to `remote_dir`, any URL that fsspec knows; whether it succeeded.
+    """Copy new files of `local_dir` to `remote_dir`, an fsspec URL. Return whether it succeeded.
 
-    A file is new when the other side has none of its name and size, or an older one; all are compared, none is
-    removed. epoch_latest.pt and temporary files stay behind, as with `aws s3 sync`.
+    A file is new if the remote file is missing, older, or has another size. Nothing is removed. epoch_latest.pt and
+    temporary files are not copied, as in `remote_sync_s3`.
     """
     try:
-        filesystem, root = _fsspec().core.url_to_fs(remote_dir)
+        filesystem, root = _import_fsspec().core.url_to_fs(remote_dir)
         copied = sum(_copy_if_new(path, local_dir, filesystem, root) for path in sorted(Path(local_dir).rglob("*")))
-    except Exception as error:  # each store has errors of its own, and none of them may end the training
+    except Exception as error:  # stores raise many types of errors, and none may end the training
         logger.error("Remote sync to %s failed: %s: %s", remote_dir, type(error).__name__, error)
         return False
     logger.info("Remote sync to %s done: %d files copied.", remote_dir, copied)
@@ -126,15 +127,15 @@ def _copy_if_new(path: Path, local_dir: str, filesystem: Any, root: str) -> bool
     here = path.stat()
     with contextlib.suppress(FileNotFoundError):
         there = filesystem.info(target)
-        if there.get("size") == here.st_size and _seconds(there, filesystem, target) >= here.st_mtime:
+        if there.get("size") == here.st_size and _modified_seconds(there, filesystem, target) >= here.st_mtime:
             return False
     filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
     filesystem.put_file(str(path), target)
     return True
 
 
-def _seconds(info: dict[str, Any], filesystem: Any, target: str) -> float:
-    """When the remote file was written, seconds since 1970; infinite where the store does not say."""
+def _modified_seconds(info: dict[str, Any], filesystem: Any, target: str) -> float:
+    """Return when the remote file was written, in seconds since 1970; infinity if the store does not know."""
     try:
         return filesystem.modified(target).timestamp()
     except NotImplementedError:
@@ -142,7 +143,7 @@ def _seconds(info: dict[str, Any], filesystem: Any, target: str) -> float:
 
 
 def remote_sync(local_dir: str, remote_dir: str, protocol: str) -> bool:
-    """One copy of the folder by "s3" or "fsspec"; whether it succeeded."""
+    """Copy the folder once with the protocol "s3" or "fsspec". Return whether it succeeded."""
     with progress.watch(f"Copying {local_dir} to {remote_dir}"):
         if protocol == "s3":
             return remote_sync_s3(local_dir, remote_dir)
@@ -153,7 +154,7 @@ def remote_sync(local_dir: str, remote_dir: str, protocol: str) -> bool:
 
 
 def keep_running_remote_sync(sync_every: float, local_dir: str, remote_dir: str, protocol: str) -> None:
-    """Copies every `sync_every` seconds, for ever; what fails is logged and tried again the next time."""
+    """Copy the folder every `sync_every` seconds, forever. Failures are logged and tried again the next time."""
     while True:
         time.sleep(sync_every)
         remote_sync(local_dir, remote_dir, protocol)
@@ -162,35 +163,35 @@ def keep_running_remote_sync(sync_every: float, local_dir: str, remote_dir: str,
 def start_sync_process(
     sync_every: float, local_dir: str, remote_dir: str, protocol: str
 ) -> multiprocessing.process.BaseProcess:
-    """The process, not yet started, that does `keep_running_remote_sync`; it ends with its parent.
+    """Create a process, not yet started, that runs `keep_running_remote_sync` and ends with its parent.
 
-    Spawned, not forked: a copy of a process that holds a device and its threads is not safe to run.
+    It is spawned, because forking a process that has threads and uses a device is not safe.
     """
     context = multiprocessing.get_context("spawn")
-    return context.Process(target=_sync_process, args=(sync_every, local_dir, remote_dir, protocol), daemon=True)
+    return context.Process(target=_run_sync_process, args=(sync_every, local_dir, remote_dir, protocol), daemon=True)
 
 
-def _sync_process(sync_every: float, local_dir: str, remote_dir: str, protocol: str) -> None:
-    children.lead_group()  # with the command `aws`; a Ctrl-C on the terminal does not reach it
-    # A spawned process has no log yet; its parent's file stays its parent's.
+def _run_sync_process(sync_every: float, local_dir: str, remote_dir: str, protocol: str) -> None:
+    children.lead_group()  # `aws` joins the group, so a Ctrl-C on the terminal does not reach it
+    # A spawned process has no log handlers. It does not write to the log file of its parent.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(levelname)s | %(message)s")
     keep_running_remote_sync(sync_every, local_dir, remote_dir, protocol)
 
 
 def _is_url(path: str | os.PathLike[str]) -> bool:
-    """s3://bucket/x, gs://..., memory://...; file:// is a local path."""
+    # s3://bucket/x, gs://..., memory://...; file:// is a local path.
     text = os.fspath(path)
     return "://" in text and not text.startswith("file://")
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def _local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path).removeprefix("file://"))
 
 
-def _fsspec() -> Any:
+def _import_fsspec() -> Any:
     try:
         import fsspec
         import fsspec.core
     except ImportError as error:
-        raise ModuleNotFoundError(f"URLs need the package fsspec ({error}): pip install fsspec") from error
+        raise ModuleNotFoundError(f"URLs need the package fsspec ({error}). Run: pip install fsspec") from error
     return fsspec

@@ -1,4 +1,4 @@
-"""Checks of the training command's options: what cannot be (`validate`) and what does nothing (`without_effect`)."""
+"""Checks of the training command's options: invalid options (`validate`) and useless ones (`without_effect`)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from training.flags import (
 )
 
 REPORTERS = ("tensorboard", "wandb", "all")
-# Names of data that say their type.
+# File names whose extension determines the type of the data.
 CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
 
 _REFUSED = {
-    "horovod": "Horovod is not supported: start the same command with `torchrun --nproc_per_node N -m training.main`",
-    "trace": "a traced model cannot be trained: train without it and call `open_clip.trace_model(model)` on the result",
-    "use_bnb_linear": "the int8 layers of bitsandbytes that this asked for are gone and were CUDA-only: to save memory "
-    "use --precision amp_bf16 or bf16, and --grad-checkpointing",
+    "horovod": "Horovod is not supported. Start the same command with "
+    "`torchrun --nproc_per_node N -m training.main`.",
+    "trace": "A traced model cannot be trained. Train without --trace and call `open_clip.trace_model(model)` on the "
+    "result.",
+    "use_bnb_linear": "The int8 layers of bitsandbytes are not supported. To save memory use --precision amp_bf16 or "
+    "bf16, and --grad-checkpointing.",
 }
 
 _AT_LEAST_ONE = (
@@ -55,25 +57,25 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def flag(name: str) -> str:
-    """'batch_size' -> '--batch-size'."""
+    """Return the flag of an option: 'batch_size' -> '--batch-size'."""
     return "--" + name.replace("_", "-")
 
 
 def writes_nothing(logs: str | None) -> bool:
-    """Whether `--logs` says that no log and no checkpoint is written (`None`, as a word or a value)."""
+    """Return whether `--logs` is None or the word "none", so that no log and no checkpoint is written."""
     return not logs or logs.lower() == "none"
 
 
 def trains(args: Any) -> bool:
-    """Whether the run has training data, by its flat namespace or DataConfig; else it only evaluates."""
+    """Return whether the run has training data; otherwise it only evaluates. args: DataConfig or flat namespace."""
     return bool(args.train_data) or args.dataset_type == "synthetic"
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Checks a complete flat namespace.
+    """Check a complete flat namespace.
 
     Raises:
-        ValueError: for a refused option, a value out of its range, or options that contradict each other.
+        ValueError: an option is not supported, a value is out of range, or options contradict each other.
     """
     for name, reason in _REFUSED.items():
         if getattr(args, name, None):
@@ -96,110 +98,113 @@ def _check_ranges(args: argparse.Namespace) -> None:
         for name in names:
             value = getattr(args, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{flag(name)} must be {wanted}, got {value}")
+                raise ValueError(f"{flag(name)} must be {wanted}, got {value}.")
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
         if value is not None and value not in choices:
-            raise ValueError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}")
+            raise ValueError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
 
 
 def _check_images(args: argparse.Namespace) -> None:
     for name in ("image_mean", "image_std"):
         values = getattr(args, name)
         if values is not None and len(values) not in (1, 3):
-            raise ValueError(f"{flag(name)} takes one number or three (R G B), got {len(values)}")
+            raise ValueError(f"{flag(name)} takes one number or three (R G B), got {len(values)}.")
     if args.image_std is not None and not all(x > 0 for x in args.image_std):
-        raise ValueError(f"--image-std must be more than 0, got {args.image_std}")
+        raise ValueError(f"--image-std must be more than 0, got {args.image_std}.")
     size = args.force_image_size
     if size is not None:
         sides = size if isinstance(size, (list, tuple)) else [size]
         if len(sides) not in (1, 2) or not all(side >= 1 for side in sides):
-            raise ValueError(f"--force-image-size takes one number of pixels, or height and width, got {size}")
+            raise ValueError(f"--force-image-size takes one number of pixels, or height and width, got {size}.")
 
 
 def _check_names(args: argparse.Namespace) -> None:
     name = args.name
     if name is not None and (not name.strip() or name in (".", "..") or any(c in name for c in "/\\\0")):
         raise ValueError(
-            f"--name {name!r} is not the name of one folder inside --logs: no '/', '\\', '.' or '..'; "
-            "choose another place by --output-dir"
+            f"--name {name!r} is not a folder name: it must not be '.' or '..' or contain '/' or '\\'. "
+            "Use --output-dir to choose another location."
         )
     unknown = [word for word in reporters(args.report_to) if word not in REPORTERS]
     if unknown:
-        raise ValueError(f"--report-to knows {', '.join(REPORTERS)}; got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"--report-to must be one of {', '.join(REPORTERS)}; got {', '.join(map(repr, unknown))}.")
     if args.profile_steps is not None:
         step_range(args.profile_steps)
     opt = args.opt.lower()
     if opt != "adamw" and not (opt.startswith("timm/") and len(opt) > len("timm/")):
         raise ValueError(
-            f"--opt {args.opt!r} is not known: adamw, or timm/NAME (for example timm/{args.opt.strip('/')})"
+            f"Unknown --opt {args.opt!r}. Use adamw or timm/NAME (for example timm/{args.opt.strip('/')})."
         )
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """'10:13' -> (10, 13), of --profile-steps: the steps 10, 11, 12."""
+    """Parse --profile-steps: '10:13' -> (10, 13), which means the steps 10, 11 and 12."""
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-        raise ValueError(f"--profile-steps takes A:B, for the steps A to B-1 counted from 0, as in 10:13; got {text!r}")
+        raise ValueError(f"--profile-steps takes A:B (steps A to B-1, counted from 0), such as 10:13; got {text!r}.")
     return int(first), int(end)
 
 
 def reporters(report_to: str) -> list[str]:
-    """'tensorboard, wandb' -> ['tensorboard', 'wandb']."""
+    """Parse --report-to: 'tensorboard, wandb' -> ['tensorboard', 'wandb']."""
     return [word.strip() for word in report_to.split(",") if word.strip()]
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
     if args.lr_scheduler == "const-cooldown" and not args.skip_scheduler and trains(args):
         if args.epochs_cooldown is None:
-            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N, the length of the descent")
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N, the length of the decay.")
         if args.epochs_cooldown > args.epochs:
-            raise ValueError(f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}")
+            raise ValueError(f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}.")
     if args.lr is None and args.opt.lower() != "adamw" and trains(args) and not args.skip_scheduler:
-        raise ValueError(f"--opt {args.opt} has no default learning rate here: give --lr")
+        raise ValueError(f"--opt {args.opt} has no default learning rate. Set --lr.")
     if (args.beta1 is None) != (args.beta2 is None):
-        raise ValueError(f"--opt {args.opt} takes its betas as a pair: give both --beta1 and --beta2, or neither")
+        raise ValueError(f"--opt {args.opt} takes its betas as a pair. Set both --beta1 and --beta2, or neither.")
     if (args.distill_model is None) != (args.distill_pretrained is None):
-        raise ValueError("distillation needs both --distill-model NAME and --distill-pretrained TAG|FILE")
+        raise ValueError("Distillation needs both --distill-model NAME and --distill-pretrained TAG|FILE.")
     if args.siglip and args.distill_model is not None:
         raise ValueError(
-            "--siglip and --distill-model exclude each other: distillation has a contrastive loss of its own"
+            "--siglip and --distill-model cannot be combined, because distillation uses the contrastive loss. "
+            "Leave out one of them."
         )
     if args.train_data_upsampling_factors is not None:
         _check_upsampling(args)
     if args.resume == "latest":
         if args.name is None:
-            raise ValueError("--resume latest needs the --name of the run that is to be continued")
+            raise ValueError("--resume latest needs --name, the name of the run to continue.")
         if writes_nothing(args.logs):
-            raise ValueError("--resume latest needs the folder of the run (--output-dir), but it is None")
+            raise ValueError("--resume latest needs the folder of the run, but --output-dir is None.")
     if args.remote_sync is not None and writes_nothing(args.logs):
-        raise ValueError("--remote-sync copies the run's folder, but --output-dir is None: there is none")
+        raise ValueError("--remote-sync copies the run's folder, but there is none: --output-dir is None.")
 
 
 def _check_upsampling(args: argparse.Namespace) -> None:
     given = args.train_data_upsampling_factors
     if not args.dataset_resampled:
         raise ValueError(
-            "--train-data-upsampling-factors needs --dataset-resampled: only sampling with replacement has weights"
+            "--train-data-upsampling-factors needs --dataset-resampled, because only sampling with replacement uses "
+            "weights."
         )
     try:
         factors = [float(word) for word in given.split("::")]
     except ValueError:
-        raise ValueError(f"--train-data-upsampling-factors wants numbers joined by '::', got {given!r}") from None
+        raise ValueError(f"--train-data-upsampling-factors takes numbers joined by '::', got {given!r}.") from None
     if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or not any(factors):
-        raise ValueError(f"--train-data-upsampling-factors must be 0 or more and not all 0, got {given!r}")
+        raise ValueError(f"--train-data-upsampling-factors must be 0 or more and not all 0, got {given!r}.")
     sources = (args.train_data or "").split("::")
     if len(factors) != len(sources):
         raise ValueError(
-            f"--train-data-upsampling-factors has {len(factors)} numbers, --train-data has {len(sources)} sources"
+            f"--train-data-upsampling-factors has {len(factors)} numbers and --train-data has {len(sources)} sources. "
+            "Give one number per source."
         )
 
 
 def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_size: int) -> list[str]:
-    """One sentence for each option that was given and has no effect (or a costly one) in this combination.
+    """Return one sentence for each option that was given and has no effect, or a harmful one, in this combination.
 
-    An option counts as given when its value is not that of `defaults`. Options whose use depends on the model's type
-    (CoCa's weights, BatchNorm's options) are for the code that has the model.
+    The sentences have no full stop. An option counts as given if its value differs from `defaults`. Options that depend
+    on the type of the model (CoCa's weights, options of BatchNorm) are checked where the model is known.
     """
 
     def given(*names: str) -> list[str]:
@@ -213,23 +218,23 @@ def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_siz
     if getattr(args, "torchscript", False):
         found.append(
             "--torchscript has no effect: the model trains in eager mode, with the same results. "
-            "--torchcompile compiles it"
+            "Use --torchcompile to compile it"
         )
     if world_size > 1 and args.local_loss and not args.gather_with_grad and not args.siglip:
         found.append(
-            "--local-loss without --gather-with-grad: a sample's gradient as another one's negative is lost; "
-            "add --gather-with-grad"
+            "--local-loss without --gather-with-grad loses the gradients of samples that serve as negatives. "
+            "Add --gather-with-grad"
         )
     return found
 
 
-# A rule: (these options have an effect, the options, why they have none otherwise)
+# A rule: (whether the options have an effect, the options, why they have no effect otherwise)
 Rules = Iterator[tuple[bool, tuple[str, ...], str]]
 
 
 def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     paths = [path for path in (args.train_data, args.val_data) if path]
-    # A name that says its type decides, whatever --dataset-type is (see training.data.dataset_types).
+    # A file name with a known extension overrides --dataset-type (see training.data.dataset_types).
     is_csv = [bool(CSV_NAME.search(path)) for path in paths]
     is_tar = [path.startswith("pipe:") or bool(SHARD_NAME.search(path)) for path in paths]
     reads_csv = any(is_csv) or (args.dataset_type == "csv" and not (paths and all(is_tar)))
@@ -240,9 +245,9 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     yield training, ("train_num_samples", "max_bad_fraction"), "there is no --train-data"
     if training:
         counted = reads_shards or args.dataset_type == "synthetic"
-        yield counted, ("train_num_samples",), "a CSV file says itself how many samples it has"
+        yield counted, ("train_num_samples",), "the samples of CSV files and image folders are counted"
     counts = args.dataset_type == "synthetic" or (validating and reads_shards)
-    yield counts, ("val_num_samples",), "it only serves --val-data in webdataset shards, and synthetic data"
+    yield counts, ("val_num_samples",), "it is only used for --val-data in webdataset shards and for synthetic data"
     yield validating, ("val_frequency",), "there is no --val-data"
     yield args.val_frequency > 0, ("val_data",), "--val-frequency is 0"
     classified = bool(args.imagenet_val or args.imagenet_v2 or args.zeroshot_data)
@@ -265,7 +270,7 @@ def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:
     alone = "there is one process"
     yield world_size > 1, ("local_loss", "gather_with_grad"), alone
     if world_size > 1:
-        yield not args.siglip, ("local_loss", "gather_with_grad"), "--siglip exchanges features in its own way"
+        yield not args.siglip, ("local_loss", "gather_with_grad"), "--siglip exchanges features by --loss-dist-impl"
     yield args.siglip, ("loss_dist_impl",), "it belongs to --siglip"
     if args.siglip:
         yield world_size > 1, ("loss_dist_impl",), alone
@@ -274,11 +279,11 @@ def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:
 
 def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
     adamw = args.opt.lower() == "adamw"
-    yield not adamw, ("momentum",), "adamw has beta1 and beta2 instead"
+    yield not adamw, ("momentum",), "adamw uses --beta1 and --beta2"
     yield adamw, ("fused_optimizer",), "it belongs to --opt adamw"
     if args.skip_scheduler:
         schedule = ("lr_scheduler", "warmup", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
-        yield False, schedule, "--skip-scheduler leaves the learning rate as it is"
+        yield False, schedule, "--skip-scheduler keeps the learning rate constant"
     else:
         cools = args.lr_scheduler == "const-cooldown"
         cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")

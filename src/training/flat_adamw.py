@@ -1,4 +1,4 @@
-"""AdamW on flat buffers: about twenty launches for all parameters, and a step that the device itself can skip."""
+"""AdamW on flat buffers. It needs about twenty launches for all parameters, and the device can skip a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     Attributes:
         found_inf: bool or float scalar on the device, None: 0. If it is not 0, the next `step` changes neither weights,
-            moments nor step counts, whatever the gradients hold. The host does not wait for it. `step` resets it.
+            moments nor step counts, for any gradients. The host does not wait for it. `step` resets it.
     """
 
     skips_on_device = True  # by `found_inf`; read by gradient scalers
@@ -40,9 +40,9 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        """params: tensors or groups of them, on the device and in the dtype in which they are trained."""
+        """Create the optimizer. `params` are tensors or groups of them, with their final device and dtype."""
         if not eps > 0:
-            raise ValueError(f"eps={eps} must be above 0: the update divides by it where the moments are still 0.")
+            raise ValueError(f"eps={eps} must be more than 0, because the update divides by it while moments are 0.")
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._buffers: list[_Buffer] = []
         self._gathered = False
@@ -53,12 +53,12 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @property
     def flats(self) -> list[FlatTensors]:
-        """The weights, one entry per device and dtype. Its views are in the order of `flat_parameters`."""
+        """Weights, one entry per device and dtype. The views are in the order of `flat_parameters`."""
         return [buffer.weights for buffer in self._buffers]
 
     @property
     def flat_parameters(self) -> list[list[Tensor]]:
-        """The parameters of each entry of `flats`."""
+        """Parameters of each entry of `flats`."""
         return [buffer.parameters for buffer in self._buffers]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """Global 2-norm of the gradients, including the factors of `scale_gradients`: a scalar on the device."""
+        """Compute the global 2-norm of the gradients times the factors of `scale_gradients`: a scalar on the device."""
         self.gather_gradients()
         if self._norm is None:
             norms = [torch.linalg.vector_norm(b.gradients.buffer, dtype=b.moment_dtype) for b in self._buffers]
@@ -114,7 +114,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 loss = closure()
         self.gather_gradients()
         for buffer in self._buffers:
-            buffer.check_places()
+            buffer.check_memory()
             for p in buffer.stepped_parameters():
                 if p not in self.state:
                     self.state[p] = buffer.state_of(p)
@@ -131,7 +131,7 @@ class FlatAdamW(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         for option in ("amsgrad", "maximize"):
             if any(group.get(option) for group in saved_groups):
-                raise ValueError(f"The saved optimizer has {option}=True, which only torch.optim.AdamW computes.")
+                raise ValueError(f"The saved optimizer has {option}=True, which only torch.optim.AdamW supports.")
         super().load_state_dict({**state_dict, "state": {}})  # checks and replaces the groups, runs the hooks
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -150,9 +150,13 @@ class FlatAdamW(torch.optim.Optimizer):
 
 @dataclass
 class _Segment:
-    """Neighbouring parameters of one group that have gradients and were updated in the same steps so far.
+    """Adjacent parameters of one group that have gradients and were updated in the same steps so far.
 
-    start, stop: elements of the buffers. first: index of the first parameter.
+    Attributes:
+        start, stop: range of elements in the buffers.
+        first: index of the first parameter.
+        group: index of the parameter group.
+        history: number of the history, see `_Buffer`.
     """
 
     start: int
@@ -166,7 +170,7 @@ class _Buffer:
     """Weights, moments, step counts and gradients of the parameters of one device and dtype."""
 
     def __init__(self, parameters: list[Tensor], groups: list[int]) -> None:
-        """groups: the index of each parameter's group."""
+        """Allocate the buffers. `groups` has the index of each parameter's group."""
         self.parameters = parameters
         self._groups = groups
         self._index = {p: index for index, p in enumerate(parameters)}
@@ -189,15 +193,15 @@ class _Buffer:
         self._counted: Tensor | None = None  # 1 for each parameter with a gradient; None: all have one
         self._segments: list[_Segment] = []
 
-    def check_places(self) -> None:
+    def check_memory(self) -> None:
         if any(p.data_ptr() != view.data_ptr() for p, view in zip(self.parameters, self.weights.views, strict=True)):
             raise RuntimeError(
-                "A parameter was moved, cast or replaced after FlatAdamW was made, which updates its former memory. "
-                "Move and cast the model first, and make the optimizer afterwards."
+                "A parameter was moved, cast or replaced after FlatAdamW was created, which updates its old memory. "
+                "Move and cast the model before you create the optimizer."
             )
 
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter as torch.optim.AdamW keeps it; its tensors are views of the buffers."""
+        """Return the state of a parameter in the form of torch.optim.AdamW. Its tensors are views of the buffers."""
         index = self._index[p]
         state = {
             "step": self._step_views[index],
@@ -207,7 +211,7 @@ class _Buffer:
         return state if self._master is None else {**state, _MASTER: self._master.views[index]}
 
     def load(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Take the states of the parameters; those without one start from zero."""
+        """Load the states of the parameters. Those without a saved state start from zero."""
         states = [saved.get(p, {}) for p in self.parameters]
         self._exp_avg.fill([state.get("exp_avg") for state in states])
         self._exp_avg_sq.fill([state.get("exp_avg_sq") for state in states])
@@ -218,7 +222,7 @@ class _Buffer:
                     view.copy_(state[_MASTER])
         steps = [float(state.get("step", 0)) for state in states]
         self._steps.copy_(torch.tensor(steps))
-        self._histories = _numbered(steps)
+        self._histories = _number_values(steps)
         self._has_gradient = []
 
     def gather_gradients(self) -> None:
@@ -226,18 +230,18 @@ class _Buffer:
         has_gradient = [gradient is not None for gradient in gradients]
         if has_gradient != self._has_gradient:
             self._has_gradient = has_gradient
-            self._divide()
+            self._find_segments()
         self.gradients.fill(gradients)
 
     def stepped_parameters(self) -> list[Tensor]:
         return [p for p, has in zip(self.parameters, self._has_gradient, strict=True) if has]
 
-    def _divide(self) -> None:
+    def _find_segments(self) -> None:
         """Find the segments of the parameters that have gradients now."""
         self._counted = None
         if not all(self._has_gradient):
             self._counted = torch.tensor(self._has_gradient, dtype=self._steps.dtype, device=self._steps.device)
-        self._histories = _numbered(list(zip(self._histories, self._has_gradient, strict=True)))
+        self._histories = _number_values(list(zip(self._histories, self._has_gradient, strict=True)))
         stops = [*self._starts[1:], self.weights.buffer.numel()]
         self._segments = []
         for index, has_gradient in enumerate(self._has_gradient):
@@ -251,10 +255,10 @@ class _Buffer:
                 self._segments.append(_Segment(start, stop, index, group, history))
 
     def update(self, groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None, factor: Tensor | None) -> None:
-        """One step of AdamW with the gathered gradients times `factor`; nothing changes if `found_inf` is not 0.
+        """Do one step of AdamW with the gathered gradients times `factor`. Nothing changes if `found_inf` is not 0.
 
-        Whether the step counts is a factor of 1 or 0 in each of its coefficients, and a bad gradient is replaced by 0.
-        So a skipped step reads and writes the same memory as any other and leaves the same values.
+        To skip a step, its coefficients are multiplied by 0 and its gradients are replaced by 0. A skipped step thus
+        does the same operations as any other step, and all values stay the same.
         """
         gradient = self.gradients.buffer.to(self.moment_dtype)
         if factor is not None:
@@ -265,13 +269,13 @@ class _Buffer:
             is_bad = found_inf.to(gradient.device, torch.bool)
             gradient.masked_fill_(is_bad, 0)
             counts = (~is_bad).to(self.moment_dtype)
-        self._follow_weights()
+        self._update_master()
         weights = self.weights.buffer if self._master is None else self._master.buffer
         for segment in self._segments:
             decay = groups[segment.group]["lr"] * groups[segment.group]["weight_decay"]
             if decay:
                 _part(weights, segment).mul_(1 - counts * decay)
-        for run in _runs(self._segments, groups):
+        for run in _join_segments(self._segments, groups):
             self._update_run(run, weights, gradient, counts, groups[run.group])
         self._steps.add_(counts if self._counted is None else counts * self._counted)
         if self._master is not None:
@@ -280,9 +284,9 @@ class _Buffer:
     def _update_run(
         self, run: _Segment, weights: Tensor, gradient: Tensor, counts: Tensor, options: Mapping[str, Any]
     ) -> None:
-        """Do torch.optim.AdamW's operations in their order, after the decay. Overwrites the gradient.
+        """Do the operations of torch.optim.AdamW in the same order, after the decay. Overwrites the gradient.
 
-        counts: scalar on the device, 1; 0 leaves weights and moments as they are.
+        counts: scalar on the device; 1, or 0 to keep weights and moments unchanged.
         """
         lr, (beta1, beta2) = options["lr"], options["betas"]
         weights, gradient = _part(weights, run), _part(gradient, run)
@@ -295,20 +299,20 @@ class _Buffer:
         torch.div(exp_avg, denominator, out=gradient)
         weights.addcmul_(gradient, counts * -lr / _bias_correction(beta1, step))
 
-    def _follow_weights(self) -> None:
-        """Where others have changed the weights since the last step (a clamp, a loaded model), the master follows."""
+    def _update_master(self) -> None:
+        """Copy weights that were changed since the last step (by a clamp or a loaded model) to the master copy."""
         if self._master is not None:
             weights, master = self.weights.buffer, self._master.buffer
             master.copy_(torch.where(weights == master.to(weights.dtype), master, weights.to(master.dtype)))
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
-    """1 - beta ** step, without the cancellation that it has in float32 for beta near 1."""
+    """Compute 1 - beta ** step without cancellation in float32 for beta near 1."""
     return torch.expm1(step * (math.log(beta) if beta else -math.inf)).neg_()
 
 
-def _runs(segments: Iterable[_Segment], groups: Sequence[Mapping[str, Any]]) -> list[_Segment]:
-    """The segments, those joined that lie next to each other and have the same step count and coefficients."""
+def _join_segments(segments: Iterable[_Segment], groups: Sequence[Mapping[str, Any]]) -> list[_Segment]:
+    """Join adjacent segments that have the same step count and coefficients."""
     runs: list[_Segment] = []
     for segment in segments:
         last = runs[-1] if runs else None
@@ -325,7 +329,7 @@ def _part(buffer: Tensor, segment: _Segment) -> Tensor:
     return buffer if segment.stop - segment.start == buffer.numel() else buffer[segment.start : segment.stop]
 
 
-def _numbered(values: Sequence[Any]) -> list[int]:
-    """A small number for each value, the same for equal ones."""
+def _number_values(values: Sequence[Any]) -> list[int]:
+    """Number the distinct values from 0; equal values get the same number."""
     numbers: dict[Any, int] = {}
     return [numbers.setdefault(value, len(numbers)) for value in values]

@@ -1,4 +1,4 @@
-"""Many tensors in one buffer, so that one operator works on all of them."""
+"""Many tensors in one buffer, so that one operator processes all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Each tensor starts at a multiple of this many elements: kernels read aligned memory, whatever the dtype.
+# Each tensor starts at a multiple of this number of elements, so that its memory is aligned for any dtype.
 _ALIGNMENT = 128
 
 
@@ -16,7 +16,7 @@ class FlatTensors:
 
     Attributes:
         buffer: 1-D; the gaps between tensors are zeros.
-        views: the tensors, in the order and the shapes of those it was made from.
+        views: the tensors, in the order and shapes of the tensors passed to the constructor.
     """
 
     def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
@@ -32,13 +32,13 @@ class FlatTensors:
         ]
 
     def fill(self, tensors: Iterable[Tensor | None]) -> None:
-        """Copy the values of as many tensors, in one launch where the device can; None is zeros."""
+        """Copy values into the views, in one launch if the device supports it. None fills a view with zeros."""
         pairs = [(view, tensor) for view, tensor in zip(self.views, tensors, strict=True) if tensor is not None]
         if len(pairs) < len(self.views):
             self.buffer.zero_()
         if pairs:
-            # Some versions of op-plugin's _foreach_copy_ wait for the NPU unless it is non_blocking. It makes no other
-            # difference within a device.
+            # Some versions of op-plugin's _foreach_copy_ wait for the NPU unless non_blocking is set. Within a device
+            # it makes no other difference.
             on_device = all(tensor.device == self.buffer.device for _, tensor in pairs)
             torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs], non_blocking=on_device)
 

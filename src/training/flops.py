@@ -1,7 +1,7 @@
-"""FLOPs of models, counted on any device, the meta device included; and what a chip could do at its peak.
+"""FLOPs of models, counted on any device including meta, and the throughput at the peak of a chip.
 
-A multiply-add is two FLOPs; norms, activations and other elementwise work are not counted, as in the published tables.
-Attention is counted as two full matrix products, whatever kernel would do it and whether or not half of it is masked.
+A multiply-add counts as two FLOPs. Norms, activations and other elementwise operations are not counted, as in the
+published tables. Attention counts as two full matrix products, for any kernel and with or without a mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training import precision as precisions
 
 logger = logging.getLogger(__name__)
 
-# The chips' table has no peaks of TF32 and HF32, in which fp32 products are computed then.
+# With "high", fp32 products are computed in TF32 or HF32, for which the table of chips has no peaks.
 _WITHOUT_PEAK = (torch.float32, "high")
 
 
@@ -33,16 +33,16 @@ def count_params(model: nn.Module) -> int:
 
 
 def _count_flops(run: Callable[[], Any]) -> int:
-    # A fused attention kernel is one operator, which the counter does not know on every device. Elementary operators,
-    # and the MATH backend for towers that call torch's function themselves, are matrix products, which it knows.
+    # The counter does not know the fused attention operators of every device. Elementary operators, and the MATH
+    # backend for towers that call torch's function, use matrix products, which it knows.
     with devices.elementary_ops(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def _count_forward(model: nn.Module, run: Callable[[], Any]) -> int:
-    # The counter looks for the gradient of each module's input that needs one, and under no_grad a view of a parameter
-    # (a query of attention pooling) seems to need one and has none: no parameter needs one here.
+    # The counter expects a gradient function for each module input that requires grad. Under no_grad a view of a
+    # parameter (a query of attention pooling) requires grad but has no such function. So no parameter requires grad.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad = False
@@ -57,7 +57,7 @@ def _count_forward(model: nn.Module, run: Callable[[], Any]) -> int:
 def profile_torch_image(
     model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1, force_cpu: bool = False
 ) -> float:
-    """FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
+    """Count the FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
     model = _moved(model, force_cpu)
     image = example_image(model, image_input_size, batch_size)
     counted = _count_forward(model, lambda: model.encode_image(image))  # type: ignore[operator]
@@ -67,7 +67,7 @@ def profile_torch_image(
 def profile_torch_text(
     model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1, force_cpu: bool = False
 ) -> float:
-    """FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
+    """Count the FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
     model = _moved(model, force_cpu)
     text = example_text(model, text_input_size, batch_size)
     return _count_forward(model, lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
@@ -80,9 +80,10 @@ def profile_torch(
     batch_size: int = 1,
     force_cpu: bool = False,
 ) -> float:
-    """FLOPs of the whole model, decoder included where there is one, for one image and one text.
+    """Count the FLOPs of the whole model for one image and one text, including a decoder if it has one.
 
-    force_cpu: move the model to the CPU first; the count is the same on every device.
+    Args:
+        force_cpu: move the model to the CPU first. The count is the same on every device.
     """
     model = _moved(model, force_cpu)
     image = example_image(model, image_input_size, batch_size)
@@ -91,16 +92,17 @@ def profile_torch(
 
 
 def _dropped_queries(model: nn.Module) -> int:
-    """FLOPs an image that the published tables have for the attention pool of ResNets, and this package does without.
+    """Count the FLOPs per image that the published tables include for the attention pool of ResNets.
 
-    Theirs computes an output for each place, and drops all but the first.
+    The published implementation computes an output for each position and drops all but the first. This package
+    computes only the first.
     """
     flops = 0
     for pool in model.modules():
         if isinstance(pool, AttentionPool2d):
             tokens, width = pool.positional_embedding.shape
-            a_query = 2 * width * width + 2 * (2 * tokens * width) + 2 * width * pool.c_proj.out_features
-            flops += (tokens - 1) * a_query
+            flops_per_query = 2 * width * width + 2 * (2 * tokens * width) + 2 * width * pool.c_proj.out_features
+            flops += (tokens - 1) * flops_per_query
     return flops
 
 
@@ -118,32 +120,32 @@ def example_text(model: nn.Module, size: Sequence[int], batch_size: int) -> torc
 
 
 def input_sizes(model: nn.Module) -> tuple[tuple[int, int, int], tuple[int]]:
-    """(3, height, width) in pixels, and (tokens,)."""
+    """Return the input sizes of a model: (3, height, width) in pixels, and (tokens,)."""
     size = model.visual.image_size  # type: ignore[union-attr]
     height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
     return (3, height, width), (int(model.context_length),)  # type: ignore[arg-type]
 
 
 def training_flops(model: nn.Module, teacher: nn.Module | None = None) -> float:
-    """FLOPs that one image-text pair needs in a training step: forward and backward pass, and the teacher's forward.
+    """Count the FLOPs per image-text pair of a training step: forward and backward pass, and the teacher's forward.
 
-    About 3 times the forward pass, less for what is locked; counted with the patch dropout of training, on the model's
-    own code with weights of the meta device, so that nothing is allocated or computed and no random number is drawn.
-    What --grad-checkpointing and --accum-freq compute a second time does not count: these are the model's FLOPs of
-    PaLM's MFU (arXiv:2204.02311, appendix B), whatever way they are got.
+    They are about 3 times those of the forward pass, less if parts are locked, and include the effect of patch dropout.
+    The model runs with weights on the meta device, so nothing is allocated or computed and no random number is drawn.
+    Computation that --grad-checkpointing and --accum-freq repeat is not counted, as in the definition of MFU in PaLM
+    (arXiv:2204.02311, appendix B).
     """
-    with _keeping_activations(model):
-        flops = _count_flops(lambda: _on_meta(model, backward=True))
+    with _no_grad_checkpointing(model):
+        flops = _count_flops(lambda: _run_on_meta(model, backward=True))
     if teacher is not None:
-        flops += _count_forward(teacher, lambda: _on_meta(teacher, backward=False))
+        flops += _count_forward(teacher, lambda: _run_on_meta(teacher, backward=False))
     return flops / _PAIRS
 
 
-_PAIRS = 2  # one is too few for BatchNorm in training
+_PAIRS = 2  # BatchNorm in training needs at least two
 
 
-def _on_meta(model: nn.Module, backward: bool) -> None:
-    """A pass with meta tensors in place of the parameters and buffers."""
+def _run_on_meta(model: nn.Module, backward: bool) -> None:
+    """Run the model with meta tensors instead of its parameters and buffers."""
     tensors = {
         name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
@@ -155,13 +157,13 @@ def _on_meta(model: nn.Module, backward: bool) -> None:
     outputs = functional_call(model, tensors, (image, text))
     if backward:
         values = outputs.values() if isinstance(outputs, Mapping) else outputs
-        reached = [value.float().sum() for value in values if torch.is_tensor(value) and value.requires_grad]
-        torch.stack(reached).sum().backward()
+        sums = [value.float().sum() for value in values if torch.is_tensor(value) and value.requires_grad]
+        torch.stack(sums).sum().backward()
 
 
 @contextlib.contextmanager
-def _keeping_activations(model: nn.Module) -> Iterator[None]:
-    """Without gradient checkpointing, which would compute them twice."""
+def _no_grad_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Disable gradient checkpointing, which would run the forward pass twice."""
     checkpointing: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
     for module in checkpointing:
         module.grad_checkpointing = False
@@ -175,7 +177,7 @@ def _keeping_activations(model: nn.Module) -> Iterator[None]:
 def pairs_at_peak(
     model: nn.Module, teacher: nn.Module | None, precision: str, fp32_matmul: str, device: torch.device
 ) -> float | None:
-    """Image-text pairs a second that the chip could train on at its peak FLOP/s; None where that is not known."""
+    """Return how many image-text pairs per second the chip could train on at its peak FLOP/s; None if unknown."""
     dtype = precisions.dtype_of(precision, device)
     kind = devices.get(device)
     peak = None if (dtype, fp32_matmul) == _WITHOUT_PEAK else kind.peak_flops(dtype, device.index)
@@ -183,11 +185,11 @@ def pairs_at_peak(
         return None
     try:
         flops = training_flops(model, teacher)
-    except (RuntimeError, NotImplementedError) as error:  # a tower whose code looks at values, which meta has not
+    except (RuntimeError, NotImplementedError) as error:  # a tower that reads values, which meta tensors do not have
         logger.info("The log has no MFU: the FLOPs of this model cannot be counted (%s).", error)
         return None
     logger.info(
-        "%.2f GFLOPs per pair in training. MFU refers to a peak of %.1f TFLOP/s, from %s.",
+        "Training needs %.2f GFLOPs per pair. MFU is relative to a peak of %.1f TFLOP/s, from %s.",
         flops / 1e9, peak / 1e12, kind.peak_source(device.index),
     )  # fmt: skip
     return peak / flops

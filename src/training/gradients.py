@@ -1,4 +1,4 @@
-"""Norm and clipping of the gradients: on the optimizer's flat buffers if it has them, else tensor by tensor."""
+"""Norm and clipping of gradients, on the flat buffers of the optimizer if it has any, else tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.flat_adamw import FlatAdamW
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Global 2-norm of the gradients of the optimizer's parameters: a scalar on the device."""
+    """Compute the global 2-norm of the gradients of the optimizer's parameters: a scalar on the device."""
     if isinstance(optimizer, FlatAdamW):
         return optimizer.gradient_norm()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -19,9 +19,9 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients of `parameters` down to a global 2-norm of at most `max_norm`; return the norm before that.
+    """Clip the gradients of `parameters` to a global 2-norm of at most `max_norm` and return the norm before clipping.
 
-    The formula is torch.nn.utils.clip_grad_norm_'s.
+    The formula is that of torch.nn.utils.clip_grad_norm_.
     """
     if not isinstance(optimizer, FlatAdamW):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=2.0)

@@ -1,13 +1,13 @@
 """Half precision copies of the weights, made once per step instead of by autocast at each use.
 
-Under autocast each layer casts its fp32 weights to half precision, and their gradients back: two casts per weight and
+Under autocast each layer casts its fp32 weights to half precision and their gradients back: two casts per weight and
 step. Here one copy of a buffer converts all weights at the start of a step. During the step each transformer block runs
-on its converted weights, and its gradients are converted together when its backward pass is done, so that DDP still
-reduces them while the other blocks' backward passes run. The numbers are those of autocast.
+on its converted weights. Its gradients are converted together at the end of its backward pass, so DDP still reduces
+them during the backward passes of the other blocks. The results equal those of autocast.
 
-It pays where launches cost more than memory traffic: the gradients of a block are copied into one tensor first. So the
-device decides (`Device.converts_weights_once`). The copies take 2 bytes per parameter during the whole run, which
-autocast takes during the forward and backward pass.
+This is faster only on devices where launches cost more than memory traffic, because the gradients of a block are first
+copied into one tensor. The device decides (`Device.converts_weights_once`). The copies need 2 bytes per parameter
+during the whole run; autocast needs them during the forward and backward pass.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def create(
 ) -> Callable[[], contextlib.AbstractContextManager]:
     """Return a function that makes a context for the forward and backward pass of a step.
 
-    Its context has no effect where autocast is off, on devices that do not gain by it, where the model is compiled (the
-    compiler merges casts itself), and for layers outside the transformer blocks of this package: there autocast casts.
+    The context has no effect if autocast is off, if the device does not benefit, or if the model is compiled (the
+    compiler merges casts). Layers outside the transformer blocks of this package are still cast by autocast.
 
     Args:
-        model: the bare module, its parameters where they will be trained.
-        flats: buffers that hold the parameters, of an optimizer that made them; a buffer is converted in one launch.
+        model: the bare module, already on its device.
+        flats: buffers of the optimizer that hold the parameters, if any. A buffer is converted in one launch.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     if not precision.startswith("amp") or compiled or not devices.get(device).converts_weights_once:
@@ -54,7 +54,7 @@ def create(
 
 
 class HalfWeights:
-    """The weights of a model's transformer blocks in half precision, which `lent` gives to the blocks."""
+    """Half precision copies of the weights of transformer blocks. The blocks use them in the context of `lent`."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, flats: Sequence[FlatTensors] = ()) -> None:
         """Allocate the copies. `flats`: as in `create`."""
@@ -72,7 +72,7 @@ class HalfWeights:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Convert the weights as they are now, and let the blocks run on them until the end of the context."""
+        """Convert the current weights, and let the blocks run on the copies until the end of the context."""
         for copy in self._copies:
             copy.refresh()
         for block, lender in zip(self._blocks, self._lenders, strict=True):
@@ -85,10 +85,10 @@ class HalfWeights:
 
 
 class _Copy:
-    """Half precision copies of some weights. `halves`: the copy of each, by the weight's id."""
+    """Half precision copies of some weights. `halves` maps the id of a weight to its copy."""
 
     def __init__(self, weights: Sequence[Tensor], halves: Sequence[Tensor], convert: Callable[[], Any]) -> None:
-        """`convert` writes the present values of `weights` to `halves`."""
+        """Create it. `convert` writes the current values of `weights` to `halves`."""
         self.halves = {id(weight): half for weight, half in zip(weights, halves, strict=True)}
         self._weights = weights
         self._convert = convert
@@ -96,7 +96,7 @@ class _Copy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Convert the weights, unless they are frozen and nothing has written to them since."""
+        """Convert the weights, unless they are frozen and have not changed since the last call."""
         if not any(weight.requires_grad for weight in self._weights):
             versions = [weight._version for weight in self._weights]
             if versions == self._versions:
@@ -106,7 +106,7 @@ class _Copy:
 
 
 def _copy_of_buffer(flat: FlatTensors, weights: Sequence[Tensor], dtype: torch.dtype) -> _Copy:
-    """A copy of a whole buffer, in one launch, for those of the weights that lie in it."""
+    """Create copies of the weights that are stored in a buffer. They are converted in one launch."""
     half = torch.empty_like(flat.buffer, dtype=dtype)
     storage = flat.buffer.untyped_storage().data_ptr()
     inside = [weight for weight in weights if weight.untyped_storage().data_ptr() == storage]
@@ -119,7 +119,7 @@ def _copy_of_each(weights: Sequence[Tensor], dtype: torch.dtype) -> _Copy:
     return _Copy(weights, store.views, functools.partial(store.fill, weights))
 
 
-Place = tuple[nn.Module, str]  # a parameter: its module and its name there
+Place = tuple[nn.Module, str]  # where a parameter is: its module and its name in the module
 
 
 def _parameter(place: Place) -> Tensor:
@@ -130,7 +130,7 @@ def _parameter(place: Place) -> Tensor:
 
 
 def _places(block: nn.Module) -> Iterator[Place]:
-    """The parameters of a block that autocast would cast; not those of layers whose class a program has changed."""
+    """Find the parameters of a block that autocast would cast, except those of subclassed layers."""
     for module in block.modules():
         for name in _LINEAR_PARAMETERS.get(type(module), ()):
             parameter = module._parameters.get(name)
@@ -139,7 +139,7 @@ def _places(block: nn.Module) -> Iterator[Place]:
 
 
 class _Lender:
-    """Puts half precision weights in the places of a block's own ones while the block runs."""
+    """Replaces the weights of a block by half precision copies while the block runs."""
 
     def __init__(self, places: Sequence[Place], halves: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._places = [(module._parameters, name) for module, name in places]
@@ -163,7 +163,7 @@ class _Lender:
                 parameters[name] = weight  # type: ignore[assignment]
 
     def _lent(self) -> Sequence[Tensor] | None:
-        """What the block runs on now; None for its own weights, where autocast would not cast them to this dtype."""
+        """Return the weights to use now; None if autocast would not cast to this dtype, so the block keeps its own."""
         kind = self._device_type
         if not kind or not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != self._dtype:
             return None
@@ -181,7 +181,7 @@ class _Lender:
 
 
 class _Converted(torch.autograd.Function):
-    """Half precision copies of weights, linked to them as if they were cast here."""
+    """Connects half precision copies to their weights in the graph, as if they were cast here."""
 
     @staticmethod
     def forward(ctx: Any, halves: Sequence[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Where a run's words and numbers go: the text log, TensorBoard, Weights & Biases, results.jsonl."""
+"""Logs and metrics of a run: the text log, TensorBoard, Weights & Biases, results.jsonl."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from training.flag_checks import reporters
 if TYPE_CHECKING:
     from training.params import LoggingConfig
 
-_handlers: list[logging.Handler] = []  # those that setup_logging gave to the root
+_handlers: list[logging.Handler] = []  # those that setup_logging added to the root logger
 
 
 def setup_logging(log_file: str | None, level: int, include_host: bool = False) -> None:
-    """Sends all loggers to stderr and, if given, to the end of `log_file`.
+    """Write the records of all loggers to stderr and append them to `log_file`.
 
-    Called again (a second run in the process) it replaces what it set before; handlers of others stay.
+    A second call replaces the handlers of the first one. Other handlers are kept.
 
     Args:
-        log_file: path, its folder existing; None for stderr only.
-        level: of the root, such as logging.INFO. Loggers that were given a level of their own keep it.
-        include_host: put the host's name into each line, for logs of many machines that are read together.
+        log_file: path in an existing folder; None: only stderr.
+        level: level of the root logger, such as logging.INFO. Loggers with another level keep it.
+        include_host: add the host name to each line, for combined logs of several machines.
     """
     host = f"{socket.gethostname()} | " if include_host else ""
     formatter = logging.Formatter(f"%(asctime)s | {host}%(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
@@ -48,10 +48,10 @@ def setup_logging(log_file: str | None, level: int, include_host: bool = False) 
 
 
 class MetricsWriter:
-    """Writes the numbers of a run; on processes that are not the master all its methods do nothing.
+    """Writes the metrics of a run. On processes other than the master its methods do nothing.
 
-    `report_to` says which of TensorBoard (`directory/tensorboard`) and W&B get every `write`; the results of
-    evaluations go to `directory/checkpoints/results.jsonl`, whatever it says. Usable as a context manager.
+    `write` reports to TensorBoard (`directory/tensorboard`) and W&B, as `report_to` says. `write_results` always writes
+    to `directory/checkpoints/results.jsonl`. The object is a context manager.
     """
 
     def __init__(
@@ -62,16 +62,17 @@ class MetricsWriter:
         run_config: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
-        """
+        """Open the reports.
+
         Args:
-            cfg: `report_to`, `name`, `wandb_*`.
-            directory: LOGS/NAME; None: nothing is written to files.
+            cfg: `report_to`, `name` and `wandb_*` are used.
+            directory: LOGS/NAME; None: write no files.
             is_master: whether this process writes.
-            run_config: options shown beside the run in W&B.
-            resume: continue the W&B run of this name.
+            run_config: options to show with the run in W&B.
+            resume: continue the W&B run with this name.
 
         Raises:
-            ModuleNotFoundError: where what `report_to` asks for is not installed.
+            ModuleNotFoundError: a package that `report_to` needs is not installed.
         """
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -83,13 +84,13 @@ class MetricsWriter:
             directory = Path(directory)
             self._results = directory / "checkpoints" / "results.jsonl"
             if wanted & {"tensorboard", "all"}:
-                self._tensorboard = _tensorboard_writer(directory / "tensorboard")
+                self._tensorboard = _open_tensorboard(directory / "tensorboard")
         if wanted & {"wandb", "all"}:
-            self._wandb = _wandb_run(cfg, directory, dict(run_config or {}), resume)
+            self._wandb = _open_wandb(cfg, directory, dict(run_config or {}), resume)
 
     def write(self, metrics: Mapping[str, Any], step: int, prefix: str = "") -> None:
-        """Reports each number of `metrics` at `step` as `prefix/name` ("train/loss"); what is no number is left out."""
-        named = {f"{prefix}/{name}" if prefix else name: value for name, value in _numbers(metrics).items()}
+        """Report the numbers in `metrics` at `step` as `prefix/name` ("train/loss"). Other values are ignored."""
+        named = {f"{prefix}/{name}" if prefix else name: value for name, value in _keep_numbers(metrics).items()}
         if self._tensorboard is not None:
             for name, value in named.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -97,12 +98,12 @@ class MetricsWriter:
             self._wandb.log({**named, "step": step}, step=step)
 
     def write_results(self, metrics: Mapping[str, Any], epoch: int) -> None:
-        """Appends one line of JSON, the metrics and `epoch`, to results.jsonl; on disk when it returns."""
+        """Append the metrics and `epoch` to results.jsonl as one line, which is on disk when this returns."""
         if self._results is None:
             return
         self._results.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**_numbers(metrics), "epoch": epoch})
-        # Opened each time: a crash loses nothing, and a file removed by hand is made anew.
+        line = json.dumps({**_keep_numbers(metrics), "epoch": epoch})
+        # Open the file each time: a crash loses nothing, and a file that was removed is created again.
         with self._results.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -111,7 +112,7 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Ends the reports; later calls do nothing."""
+        """Close the reports. Later calls of the methods do nothing."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -125,8 +126,8 @@ class MetricsWriter:
         self.close()
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
-    """The entries that are numbers, or hold a single one (a tensor, numpy's scalars), as Python's."""
+def _keep_numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
+    """Return the entries that are numbers, or tensors and arrays with one element, as Python numbers."""
     found: dict[str, float | int] = {}
     for name, value in metrics.items():
         if hasattr(value, "item") and math.prod(value.shape) == 1:
@@ -138,22 +139,22 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
     return found
 
 
-def _tensorboard_writer(directory: Path) -> Any:
+def _open_tensorboard(directory: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"--report-to tensorboard needs the package tensorboard ({error}): pip install tensorboard"
+            f"--report-to tensorboard needs the package tensorboard ({error}). Run: pip install tensorboard"
         ) from error
     return SummaryWriter(str(directory))
 
 
-def _wandb_run(cfg: LoggingConfig, directory: Path | None, run_config: dict[str, Any], resume: bool) -> Any:
+def _open_wandb(cfg: LoggingConfig, directory: Path | None, run_config: dict[str, Any], resume: bool) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"--report-to {cfg.report_to} needs the package wandb ({error}): pip install wandb, or use tensorboard"
+            f"--report-to {cfg.report_to} needs wandb ({error}). Run: pip install wandb, or use tensorboard."
         ) from error
     return wandb.init(
         project=cfg.wandb_project_name,

@@ -1,4 +1,4 @@
-"""Running averages, accuracy, and retrieval among all pairs without the matrix of all their similarities."""
+"""Running averages, accuracy, and retrieval metrics that do not need the whole similarity matrix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from open_clip import collectives
 
 logger = logging.getLogger(__name__)
 
-GALLERY_ROWS = 8192  # candidates that are compared at once,
-QUERY_ROWS = 512  # with this many queries: similarities of 16 MiB
+GALLERY_ROWS = 8192  # candidates per block
+QUERY_ROWS = 512  # queries per block; the similarities of a block take 16 MiB
 
 
 class AverageMeter:
-    """The last value, and the average of all, weighted."""
+    """The last value (`val`) and the weighted average of all values (`avg`)."""
 
     def __init__(self) -> None:
         self.reset()
@@ -31,7 +31,7 @@ class AverageMeter:
         self.count = 0.0
 
     def update(self, val: float, n: float = 1) -> None:
-        """val: an average over n things."""
+        """Add a value that is the average over `n` samples."""
         self.val = val
         self.sum += val * n
         self.count += n
@@ -39,9 +39,12 @@ class AverageMeter:
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """For each k the number of samples whose class is among the k best: counts, not shares.
+    """Count, for each k, the samples whose class is among the k highest scores. The results are not fractions.
 
-    output: scores [B, classes]; target: labels [B]. A k above the number of classes counts as that number.
+    Args:
+        output: scores [B, classes].
+        target: labels [B].
+        topk: values of k. Those above the number of classes are reduced to it.
     """
     best = output.topk(min(max(topk), output.shape[1]), dim=1).indices
     correct = best == target.unsqueeze(1)
@@ -51,7 +54,7 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
 def get_clip_metrics(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0
 ) -> dict[str, float]:
-    """`retrieval_metrics` by its name in open_clip. A positive logit_scale changes no rank."""
+    """Call `retrieval_metrics`. This is its name in open_clip. A positive logit_scale has no effect on the ranks."""
     return retrieval_metrics(image_features, text_features)
 
 
@@ -62,22 +65,21 @@ def retrieval_metrics(
     distributed: bool = False,
     image_ids: Tensor | None = None,
 ) -> dict[str, float]:
-    """Rank the right texts for each image and the right image for each text: means, medians, and R@1, R@5, R@10.
+    """Compute mean rank, median rank, R@1, R@5 and R@10 of image-to-text and text-to-image retrieval.
 
-    Pairs with equal `image_ids` are one image with several right captions, as in COCO's protocol: each image is ranked
-    once, by the best of its captions, and each caption is ranked among the images. The features of an image are those
-    of its first pair.
+    Pairs with equal `image_ids` are one image with several correct captions, as in the COCO protocol. Each image is a
+    query once, ranked by the best of its captions, and each caption is ranked among the images. The features of an
+    image are those of its first pair.
 
-    Ranks count from 1. Candidates as similar as the right one rank as in a stable sort of the pairs' order, so that
-    features which are all alike give the metrics of chance.
+    Ranks start at 1. Candidates that are as similar as the correct one are ranked in the order of the pairs, so if all
+    features are equal, the metrics are those of chance.
 
     Args:
-        image_features, text_features: [n, D], normalised, row i of each a pair; they may stay on the host.
-        device: where to compare them (default: where they are).
-        distributed: the pairs are spread over the ranks of the process group, unevenly or not, and every rank calls
-            this and gets the metrics of all pairs. Each ranks its own queries while blocks of every rank's candidates
-            are broadcast.
-        image_ids: int64 [n], which image a pair has. None: every pair has its own.
+        image_features, text_features: [n, D], normalized. Row i of both is a pair. They may be on the host.
+        device: where to compute the similarities. Default: where the features are.
+        distributed: the pairs are split over the ranks, evenly or not. Collective: every rank calls this and gets the
+            metrics of all pairs. Each rank has its own queries, and the candidates are broadcast in blocks.
+        image_ids: int64 [n], the image of each pair. None: all images are different.
 
     Raises:
         ValueError: there is no pair, or the numbers of images, texts and ids differ.
@@ -95,7 +97,7 @@ def retrieval_metrics(
     for name, ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
         column = (collectives.gather_rows(ranks.contiguous()) if distributed else ranks).cpu()
         if not len(column):
-            raise ValueError("There is no pair of an image and a text to rank.")
+            raise ValueError("There are no image-text pairs to rank.")
         ordered = column.sort().values
         middle = (ordered[(len(ordered) - 1) // 2].item() + ordered[len(ordered) // 2].item()) / 2
         metrics[f"{name}_mean_rank"] = column.double().mean().item() + 1
@@ -105,27 +107,27 @@ def retrieval_metrics(
     return metrics
 
 
-@functools.cache  # once for a data set, not in every epoch
+@functools.cache  # log once per dataset, not in every epoch
 def _log_captions(images: int, captions: int) -> None:
-    logger.info("Retrieval: %d images with %d captions. Each caption of an image counts as right.", images, captions)
+    logger.info("Retrieval: %d images with %d captions. Every caption of an image is correct.", images, captions)
 
 
 def _ranks(pairs: _Pairs) -> tuple[Tensor, Tensor]:
-    """int64 [n], from 0, for each pair here: the rank of its text for its image, and the other way round."""
+    """Rank the pairs of this rank: image-to-text and text-to-image ranks from 0, int64 [n]."""
     gallery_rows, query_rows = _block_sizes(max(pairs.counts))
     device = pairs.device
-    # A similarity must have the same bits wherever it is computed, or equal candidates would not be equal. So all
-    # products are of blocks of one size, and the right candidate's similarity is taken out of such a product, too.
+    # The bits of a similarity must not depend on the block, or equal candidates would not compare as equal. So all
+    # products have the same block size, including those that give the similarity of the correct candidate.
     starts = range(0, pairs.count, query_rows)
-    right = []
+    correct = []
     for start in starts:
-        home = start // gallery_rows * gallery_rows
-        similarities = _similarities(pairs.block(start, query_rows), pairs.block(home, gallery_rows))
-        right.append(similarities.diagonal(start - home, 1, 2).unsqueeze(2).clone())
+        aligned = start // gallery_rows * gallery_rows
+        similarities = _similarities(pairs.block(start, query_rows), pairs.block(aligned, gallery_rows))
+        correct.append(similarities.diagonal(start - aligned, 1, 2).unsqueeze(2).clone())
     better = torch.zeros(2, len(starts) * query_rows, dtype=torch.int64, device=device)
     for gallery, first, count in pairs.galleries(gallery_rows):
         candidates = torch.arange(first, first + count, device=device)
-        for own_similarity, start in zip(right, starts, strict=True):
+        for own_similarity, start in zip(correct, starts, strict=True):
             similarities = _similarities(pairs.block(start, query_rows), gallery)[:, :, :count]
             own = torch.arange(start, start + query_rows, device=device).unsqueeze(1) + pairs.first
             before = (similarities == own_similarity) & (candidates < own)
@@ -135,10 +137,13 @@ def _ranks(pairs: _Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _ranks_of_images(pairs: _Pairs, images: _Images) -> tuple[Tensor, Tensor]:
-    """int64, from 0: for each image that is first here, the rank of its best text; for each text here, of its image.
+    """Rank images with several captions: for each image the rank of its best text, for each text that of its image.
 
-    A first pass over the candidates finds the similarity and the place of the right one, a second counts what is
-    before it.
+    The first pass over the candidates finds the similarity and position of the correct one. The second pass counts the
+    candidates before it. Each image is ranked where its first pair is.
+
+    Returns:
+        int64 [images whose first pair is on this rank] and int64 [texts on this rank], from 0.
     """
     gallery_rows, query_rows = _block_sizes(max(pairs.counts))
     starts = range(0, pairs.count, query_rows)
@@ -149,10 +154,10 @@ def _ranks_of_images(pairs: _Pairs, images: _Images) -> tuple[Tensor, Tensor]:
         for start in starts:
             rows = slice(start, start + query_rows)
             similarities = _similarities(pairs.block(start, query_rows), gallery)[:, :, :count]
-            is_right = images.right(start, query_rows, first, count)
-            similarities = similarities.masked_fill(~is_right, -math.inf)
+            is_correct = images.find_correct(start, query_rows, first, count)
+            similarities = similarities.masked_fill(~is_correct, -math.inf)
             found, index = similarities.max(2)
-            # max does not say which of equal ones it returns: take the first
+            # max may return any of several equal candidates: take the first
             index = torch.where(similarities == found.unsqueeze(2), torch.arange(count, device=pairs.device), count)
             is_better = found > best[:, rows]
             best[:, rows] = torch.where(is_better, found, best[:, rows])
@@ -173,30 +178,33 @@ def _ranks_of_images(pairs: _Pairs, images: _Images) -> tuple[Tensor, Tensor]:
 
 
 def _block_sizes(rows: int) -> tuple[int, int]:
-    """Sizes of the blocks of candidates and of queries, for at most `rows` pairs a rank; one divides the other."""
+    """Choose block sizes of candidates and queries for up to `rows` pairs per rank. The second divides the first."""
     blocks = max(1, math.ceil(rows / GALLERY_ROWS))
     size = max(1, math.ceil(rows / blocks))
-    unit = min(QUERY_ROWS, math.ceil(size / 64) * 64)  # whole tiles of a matrix product, whatever its kernel
+    unit = min(QUERY_ROWS, math.ceil(size / 64) * 64)  # whole tiles of a matrix product, for any kernel
     size = math.ceil(size / unit) * unit
     return size, unit
 
 
 def _similarities(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Images with texts, and texts with images: [2, size of queries, size of gallery]."""
+    """Compute image-text and text-image similarities [2, size of queries, size of gallery]."""
     return queries @ gallery.flip(0).transpose(1, 2)
 
 
 class _Images:
-    """Which of all ranks' pairs have the same image.
+    """The images of the pairs of all ranks, some of which may be equal.
 
-    count: of different images. number: int64 [pairs of all ranks], equal where the image is. first: the first pair with
-    the image of each. is_first: whether a pair is that one.
+    Attributes:
+        count: number of different images.
+        number: int64 [pairs of all ranks], number of the image of each pair.
+        first: int64 [pairs of all ranks], first pair with the same image.
+        is_first: bool [pairs of all ranks], whether the pair is the first with its image.
     """
 
     def __init__(self, pairs: _Pairs, ids: Tensor | None) -> None:
         total = sum(pairs.counts)
         if ids is not None and ids.shape != (pairs.count,):
-            raise ValueError(f"Image ids {list(ids.shape)} must be one for each of {pairs.count} pairs.")
+            raise ValueError(f"image_ids has the shape {list(ids.shape)}. It needs one id per pair, {pairs.count}.")
         self.count = total
         self.pairs = pairs
         if not pairs.have_ids(ids is not None):
@@ -211,8 +219,12 @@ class _Images:
         self.number, self.first = number.to(pairs.device), first.to(pairs.device)
         self.is_first = (first == places).to(pairs.device)
 
-    def right(self, start: int, size: int, first: int, count: int) -> Tensor:
-        """bool [2, size, count]: the right texts for this rank's images from row `start`, and the right images."""
+    def find_correct(self, start: int, size: int, first: int, count: int) -> Tensor:
+        """Mark the correct texts and the correct images for the queries of this rank from `start`.
+
+        Returns:
+            bool [2, size, count], for the `count` candidates from `first`.
+        """
         last = len(self.number) - 1
         rows = (torch.arange(start, start + size, device=self.number.device) + self.pairs.first).clamp(max=last)
         candidates = torch.arange(first, first + count, device=self.number.device)
@@ -221,13 +233,13 @@ class _Images:
 
 
 class _Pairs:
-    """This rank's pairs among those of all ranks, in blocks on the device."""
+    """The pairs of this rank among those of all ranks, in blocks on the device."""
 
     def __init__(self, image_features: Tensor, text_features: Tensor, device: torch.device, distributed: bool):
         if image_features.shape != text_features.shape or image_features.ndim != 2:
             raise ValueError(
-                f"Image features {list(image_features.shape)} and text features {list(text_features.shape)} must both "
-                "be [pairs, embedding] of one size."
+                f"Image features {list(image_features.shape)} and text features {list(text_features.shape)} must have "
+                "the same shape [pairs, embedding]."
             )
         self.features = (image_features, text_features)
         self.device = device
@@ -236,18 +248,18 @@ class _Pairs:
         shape = torch.tensor([list(image_features.shape)], device=device)
         shapes = (collectives.all_gather(shape) if distributed else shape).tolist()
         self.counts = [count for count, _ in shapes]
-        self.width = max(width for _, width in shapes)  # a rank without pairs does not know it
+        self.width = max(width for _, width in shapes)  # a rank without pairs has 0
         self.count = self.counts[self.rank]
         self.first = sum(self.counts[: self.rank])
 
     def have_ids(self, here: bool) -> bool:
-        """Whether every rank that has pairs knows their images' ids."""
+        """Return whether every rank with pairs has image ids. `here`: whether this rank has them."""
         known = torch.tensor([int(here or not self.count)], device=self.device)
         known = collectives.all_gather(known) if self.distributed else known
         return bool(known.all()) and (self.distributed or here)
 
     def block(self, start: int, size: int) -> Tensor:
-        """fp32 [2, size, width]: images and texts from row `start` of this rank's, zeros beyond the last."""
+        """Return images and texts of this rank from row `start`, float32 [2, size, width], padded with zeros."""
         padded = torch.zeros(2, size, self.width, device=self.device)
         for number, features in enumerate(self.features):
             part = features[start : start + size]
@@ -255,7 +267,7 @@ class _Pairs:
         return padded
 
     def galleries(self, size: int) -> Iterator[tuple[Tensor, int, int]]:
-        """All ranks' pairs, on every rank at the same time: (block, number of its first pair, how many are in it)."""
+        """Iterate over the pairs of all ranks: (block, number of its first pair, number of pairs). Collective."""
         first = 0
         for source, count in enumerate(self.counts):
             for start in range(0, count, size):

@@ -1,9 +1,10 @@
-"""What a model is trained for: objects that take a model and a batch and return named losses.
+"""Training objectives: objects that take a model and a batch and return named losses.
 
-`features` asks the model, `targets` whoever else knows something about the batch (a teacher), `losses` compares. They
-are apart because accumulation needs them so: features of many small batches, one loss over all of them.
+`features` runs the model, `targets` runs a teacher, if any, and `losses` computes the losses. These are separate for
+gradient accumulation, which computes the features of many micro-batches and one loss over all of them.
 
-An output of the model belongs either to samples (its first dimension is the batch's) or to the whole model (`SHARED`).
+An output of the model either has a row per sample (its first dimension is the batch) or belongs to the whole model
+(`SHARED`).
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from training.params import ObjectiveConfig
 
 Outputs = dict[str, Tensor]
 
-# Outputs that are the same for every sample: scalars of the model.
+# Scalar outputs, which do not depend on the samples.
 SHARED = frozenset({"logit_scale", "logit_bias", "dist_logit_scale"})
 _TUPLE_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 def is_captioner(model: nn.Module) -> bool:
-    """Whether the model has a decoder that writes captions (CoCa, arXiv:2205.01917) beside its two towers."""
+    """Return whether the model has a caption decoder in addition to its two towers (CoCa, arXiv:2205.01917)."""
     return isinstance(getattr(model, "text_decoder", None), nn.Module)
 
 
 def as_outputs(model_out: Mapping[str, Tensor] | Sequence[Tensor]) -> Outputs:
-    """A model's answer by name: it is a dict already, or (image_features, text_features, logit_scale[, logit_bias])."""
+    """Return the outputs by name, from a dict or from (image_features, text_features, logit_scale[, logit_bias])."""
     if isinstance(model_out, Mapping):
         return dict(model_out)
     return dict(zip(_TUPLE_NAMES, model_out, strict=False))
 
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:
-    """The outputs for one large batch from those for its parts, in order."""
+    """Concatenate the outputs of micro-batches, in order, to those of the whole batch."""
     return {
         name: value if name in SHARED else torch.cat([part[name] for part in parts])
         for name, value in parts[-1].items()
@@ -50,29 +51,29 @@ class Objective(ABC):
     """Named losses of a model on a batch."""
 
     def features(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-        """The model's outputs for a batch {"image": [B, 3, H, W], "text": int64 [B, L]}.
+        """Run the model on a batch {"image": [B, 3, H, W], "text": int64 [B, L]}.
 
-        `model` may be wrapped (DDP, compiled): it is only called.
+        `model` may be wrapped by DDP or compiled.
         """
         return as_outputs(model(image=batch["image"], text=batch["text"]))
 
     def targets(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """What the outputs are compared with beyond each other, without gradient; it joins the outputs."""
+        """Return further tensors that the losses need, such as a teacher's outputs. They are added to the outputs."""
         return {}
 
     def losses(self, outputs: Outputs) -> Outputs:
-        """The losses by name, scalars, and their sum as "loss"."""
+        """Return scalar losses by name, and their sum as "loss"."""
         named = self.parts(outputs)
         losses = list(named.values())
         return {**named, "loss": losses[0] if len(losses) == 1 else torch.stack(losses).sum()}
 
     @abstractmethod
     def parts(self, outputs: Outputs) -> Outputs:
-        """The losses by name, each with its weight, without their sum."""
+        """Return the weighted losses by name, without their sum."""
 
 
 class ContrastiveObjective(Objective):
-    """Each image's caption against all others of the global batch, and the reverse (CLIP, arXiv:2103.00020)."""
+    """The symmetric softmax loss over all image-text pairs of the global batch (CLIP, arXiv:2103.00020)."""
 
     def __init__(self, local_loss: bool = False, gather_with_grad: bool = False) -> None:
         here = world()
@@ -89,7 +90,7 @@ class ContrastiveObjective(Objective):
 
 
 class SigmoidObjective(Objective):
-    """Each pair of the global batch is judged by itself: own caption or not (SigLIP, arXiv:2303.15343)."""
+    """The pairwise sigmoid loss over the global batch (SigLIP, arXiv:2303.15343)."""
 
     def __init__(self, dist_impl: str | None = None) -> None:
         here = world()
@@ -102,10 +103,10 @@ class SigmoidObjective(Objective):
 
 
 class CaptioningObjective(Objective):
-    """The contrastive loss, and the next token of the caption given the image (CoCa, arXiv:2205.01917).
+    """The contrastive loss, and the next-token loss of the caption given the image (CoCa, arXiv:2205.01917).
 
-    The same numbers as open_clip.CoCaLoss. What the captions lose is summed for each sample at once, since accumulation
-    would keep the logits of all batches otherwise: a vocabulary a token.
+    The results equal those of open_clip.CoCaLoss. The caption losses are summed per sample in `features`, because
+    gradient accumulation would otherwise keep logits [B, L, vocabulary] of all micro-batches.
     """
 
     def __init__(self, cfg: ObjectiveConfig, pad_id: int = 0) -> None:
@@ -117,14 +118,14 @@ class CaptioningObjective(Objective):
     def features(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         outputs = super().features(model, batch)
         logits, labels = outputs.pop("logits"), outputs.pop("labels")
-        lost = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.pad_id, reduction="none")
-        written = labels != self.pad_id
-        return {**outputs, "caption_losses": lost.float().sum(dim=1), "caption_tokens": written.sum(dim=1)}
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=self.pad_id, reduction="none")
+        is_token = labels != self.pad_id
+        return {**outputs, "caption_losses": losses.float().sum(dim=1), "caption_tokens": is_token.sum(dim=1)}
 
     def parts(self, outputs: Outputs) -> Outputs:
         if self.contrastive_weight:
             contrastive = self.contrastive_weight * self.contrastive.parts(outputs)["contrastive_loss"]
-        else:  # in the graph all the same: DDP waits for every parameter's gradient
+        else:  # keep them in the graph, because DDP waits for the gradient of every parameter
             unused = _pick(outputs, *_TUPLE_NAMES).values()
             contrastive = 0 * torch.stack([value.float().sum() for value in unused]).sum()
         caption = outputs["caption_losses"].sum() / outputs["caption_tokens"].sum().clamp(min=1)
@@ -132,7 +133,7 @@ class CaptioningObjective(Objective):
 
 
 class DistillationObjective(Objective):
-    """The contrastive loss, and the similarities that a frozen teacher sees (distillation, arXiv:1503.02531)."""
+    """The contrastive loss, and a loss to a frozen teacher's similarities (distillation, arXiv:1503.02531)."""
 
     def __init__(self, cfg: ObjectiveConfig, teacher: nn.Module) -> None:
         here = world()
@@ -146,7 +147,7 @@ class DistillationObjective(Objective):
         )
 
     def targets(self, batch: Mapping[str, Tensor]) -> Outputs:
-        return _ask_teacher(self.teacher, batch)
+        return _run_teacher(self.teacher, batch)
 
     def parts(self, outputs: Outputs) -> Outputs:
         student = _pick(outputs, *_TUPLE_NAMES[:3])
@@ -154,60 +155,62 @@ class DistillationObjective(Objective):
         named = self.loss(**student, **teacher, output_dict=True)
         bias = outputs.get("logit_bias")
         if bias is not None:
-            # No softmax depends on it. It stays in the graph all the same: DDP waits for every parameter's gradient.
+            # Softmax does not depend on it. Keep it in the graph: DDP waits for the gradient of every parameter.
             named["contrastive_loss"] = named["contrastive_loss"] + 0 * bias.sum()
         return named
 
 
 class LossModule(Objective):
-    """Any loss module with open_clip's signature (`open_clip.create_loss`), with a teacher if it wants one."""
+    """A loss module with open_clip's signature (`open_clip.create_loss`), with a teacher if it needs one."""
 
     def __init__(self, loss: nn.Module, teacher: nn.Module | None = None) -> None:
         self.loss = loss
         self.teacher = teacher
 
     def targets(self, batch: Mapping[str, Tensor]) -> Outputs:
-        return {} if self.teacher is None else _ask_teacher(self.teacher, batch)
+        return {} if self.teacher is None else _run_teacher(self.teacher, batch)
 
     def parts(self, outputs: Outputs) -> Outputs:
         return self.loss(**outputs, output_dict=True)
 
 
 def create_objective(cfg: ObjectiveConfig, model: nn.Module, teacher: nn.Module | None = None) -> Objective:
-    """The objective that follows from the model's type and the options.
+    """Create the objective for the type of the model and the options.
 
     Args:
-        cfg: the loss's options.
-        model: the bare model (not wrapped by DDP).
-        teacher: frozen, in evaluation mode, with outputs like the model's.
+        model: not wrapped by DDP.
+        teacher: frozen, in evaluation mode, with the same outputs as the model.
 
     Raises:
-        ValueError: for options that this model cannot serve.
+        ValueError: the model does not support the options.
     """
     if is_captioner(model):
         if teacher is not None or cfg.siglip:
             raise ValueError(
-                f"{type(model).__name__} is trained with captions: --distill-model and --siglip are for models of two "
-                "towers. Leave them out, or choose another --model."
+                f"{type(model).__name__} is trained with a captioning loss, which --distill-model and --siglip do not "
+                "support. Leave them out, or choose another --model."
             )
         return CaptioningObjective(cfg, pad_id=getattr(model, "pad_id", 0))
     if teacher is not None:
         if cfg.siglip:
-            raise ValueError("--siglip and --distill-model exclude each other: distillation has a softmax of its own.")
+            raise ValueError(
+                "--siglip and --distill-model cannot be combined, because distillation uses the contrastive loss. "
+                "Leave out one of them."
+            )
         return DistillationObjective(cfg, teacher)
     if cfg.siglip:
         if getattr(model, "logit_bias", None) is None:
             raise ValueError(
-                "--siglip needs a model with a logit_bias: create it with init_logit_bias=-10, init_logit_scale=ln(10)."
+                "--siglip needs a model with a logit_bias. Create it with init_logit_bias=-10, init_logit_scale=ln(10)."
             )
         return SigmoidObjective(cfg.loss_dist_impl)
     return ContrastiveObjective(cfg.local_loss, cfg.gather_with_grad)
 
 
 @torch.no_grad()
-def _ask_teacher(teacher: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-    answer = as_outputs(teacher(image=batch["image"], text=batch["text"]))
-    return {f"dist_{name}": value for name, value in _pick(answer, *_TUPLE_NAMES[:3]).items()}
+def _run_teacher(teacher: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+    outputs = as_outputs(teacher(image=batch["image"], text=batch["text"]))
+    return {f"dist_{name}": value for name, value in _pick(outputs, *_TUPLE_NAMES[:3]).items()}
 
 
 def _pick(outputs: Outputs, *names: str) -> Outputs:

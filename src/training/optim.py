@@ -15,29 +15,29 @@ from training.params import OptimConfig
 
 logger = logging.getLogger(__name__)
 
-# How a group is computed, not what: a checkpoint must not carry it from one device to another.
+# Options for the implementation. They depend on the device, so they are not taken from a checkpoint.
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 _BFLOAT16_FORMS = ("auto", "torch", "off")
 
 
 def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | str) -> torch.optim.Optimizer:
-    """Makes the optimizer of the trainable parameters.
+    """Create the optimizer for the trainable parameters.
 
-    Its states interchange with open_clip's: same groups, same order within them. They also interchange between fused
-    and unfused: `load_state_dict` keeps this optimizer's own implementation.
+    Its state dict is compatible with open_clip's: same groups, same order of parameters. It is also compatible between
+    fused and unfused implementations: `load_state_dict` keeps the implementation of this optimizer.
 
     Args:
-        model: the bare module (not wrapped by DDP, whose prefix hides the names that timm excludes from decay), its
-            parameters where they will be trained.
-        cfg: `opt`, `lr` and its companions. None: AdamW's or timm's default.
-        device: where the model is. It decides on `fused_optimizer="auto"`, together with the weights' dtype.
+        model: the bare module, already on its device. It must not be wrapped by DDP, whose prefix hides the names that
+            timm excludes from weight decay.
+        cfg: options that are None get the default of AdamW or timm.
+        device: device of the model. Together with the dtype of the weights it decides what `fused_optimizer="auto"` is.
 
     Raises:
-        ValueError: for an unknown optimizer, one that the device or the parameters' dtype cannot have, or a model
-            without trainable parameters.
+        ValueError: the optimizer is unknown, does not support the device or the dtype of the weights, or the model has
+            no trainable parameters.
     """
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("The model has no trainable parameter: unlock a part of it (see --lock-image, --lock-text).")
+        raise ValueError("The model has no trainable parameters. Unlock a part of it (see --lock-image, --lock-text).")
     check_name(cfg.opt)
     opt = cfg.opt.lower()
     if opt == "adamw":
@@ -49,22 +49,22 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
 
 
 def check_name(opt: str) -> None:
-    """Raises ValueError unless `opt` is "adamw" or "timm/NAME" with the name of one of timm's optimizers."""
+    """Raise ValueError unless `opt` is "adamw" or "timm/NAME" with the name of an optimizer of timm."""
     name = opt.lower()
     if name == "adamw":
         return
     if not name.startswith("timm/"):
-        raise ValueError(f"--opt {opt!r} is not known: adamw, or timm/NAME.")
+        raise ValueError(f"Unknown --opt {opt!r}. Use adamw or timm/NAME.")
     import timm.optim
 
     name, known = name.removeprefix("timm/"), timm.optim.list_optimizers()
     if name not in known:
         near = ", ".join(f"timm/{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5))
-        raise ValueError(f"--opt {opt!r}: timm has no such optimizer{near and f'; near it are {near}'}.")
+        raise ValueError(f"--opt {opt!r}: timm has no such optimizer.{near and f' Similar names: {near}.'}")
 
 
 def check_form(form: str, dtype: torch.dtype) -> None:
-    """Raise ValueError if AdamW in this form (`fused_optimizer`) does not train weights of this dtype."""
+    """Raise ValueError if the form of AdamW (`fused_optimizer`) does not support weights of this dtype."""
     if dtype == torch.float16 and form != "auto":
         raise ValueError(
             f"--fused-optimizer {form} keeps AdamW's second moment in the weights' float16, where it underflows to 0. "
@@ -72,14 +72,16 @@ def check_form(form: str, dtype: torch.dtype) -> None:
         )
     if dtype == torch.bfloat16 and form not in _BFLOAT16_FORMS:
         raise ValueError(
-            f"--fused-optimizer {form} takes no bfloat16 weights. Use --fused-optimizer auto, or --precision amp_bf16, "
-            "which keeps the weights in float32."
+            f"--fused-optimizer {form} does not support bfloat16 weights. Use --fused-optimizer auto, or "
+            "--precision amp_bf16, which keeps the weights in float32."
         )
 
 
 def has_no_decay(name: str, parameter: torch.Tensor) -> bool:
-    """Gains, biases and scalars: everything below 2 dimensions, and what is so by name ("bn", "ln", "bias",
-    "logit_scale" anywhere in it)."""
+    """Return whether the parameter has no weight decay.
+
+    These are parameters with less than 2 dimensions, or with "bn", "ln", "bias" or "logit_scale" in the name.
+    """
     return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
@@ -93,7 +95,8 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
     dtypes = {p.dtype for _, p in named}
     for dtype in dtypes:
         check_form(cfg.fused_optimizer, dtype)
-    # torch's fused kernel is the fastest, but keeps the moments in the weights' dtype, and skips steps on some devices.
+    # torch's fused kernel is the fastest, but its moments have the dtype of the weights, and it can skip a step only on
+    # some devices.
     kind = devices.get(device)
     if cfg.fused_optimizer == "auto" and (torch.float16 in dtypes or not kind.fused_adamw_skips):
         return FlatAdamW(groups, **options)
@@ -110,7 +113,7 @@ def _timm(model: nn.Module, cfg: OptimConfig, name: str) -> torch.optim.Optimize
 def _betas(cfg: OptimConfig) -> tuple[float, float] | None:
     if cfg.beta1 is None or cfg.beta2 is None:
         if cfg.beta1 is not cfg.beta2:
-            raise ValueError("Give both --beta1 and --beta2, or neither: the optimizer takes them as a pair.")
+            raise ValueError("The optimizer takes its betas as a pair. Set both --beta1 and --beta2, or neither.")
         return None
     return cfg.beta1, cfg.beta2
 
@@ -120,9 +123,9 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook before `load_state_dict`: the saved groups with this optimizer's `fused`, `foreach`... put in."""
+    """Replace `fused`, `foreach` and so on in the saved groups by those of the optimizer (a pre-hook of loading)."""
     own = [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
     saved = state_dict["param_groups"]
     if len(saved) != len(own):
-        return state_dict  # torch's own error says what differs
+        return state_dict  # torch raises an error that says what differs
     return state_dict | {"param_groups": [group | kept for group, kept in zip(saved, own, strict=True)]}

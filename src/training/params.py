@@ -1,8 +1,8 @@
-"""The training command's options: parsed once, checked, and handed on in sections.
+"""Parsing of the training command's options.
 
-`parse_args` returns the flat namespace that scripts written for open_clip know, `sections` turns it into a
-`TrainConfig`: frozen dataclasses, one a component, whose fields are named like the flags and hold their defaults.
-What the flags mean is in `training.flags` (and `--help`).
+`parse_args` returns a flat namespace, the form that scripts written for open_clip expect. `sections` converts it to a
+`TrainConfig`: frozen dataclasses, one per component, whose fields are named like the flags and hold their defaults.
+The help texts are in `training.flags`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """lr, beta1, beta2, eps: None is adamw's default for the model (`get_default_params`), or the timm optimizer's."""
+    """lr, beta1, beta2 and eps: None means the default of adamw (`get_default_params`) or of the timm optimizer."""
 
     opt: str = "adamw"
     lr: float | None = None
@@ -184,21 +184,21 @@ class TrainConfig:
 
 
 def default_values() -> dict[str, Any]:
-    """Every field of every section by its flag's name, with the default."""
+    """Return the default of every option, by name."""
     return {name: value for section in asdict(TrainConfig()).values() for name, value in section.items()}
 
 
 def get_default_params(model_name: str) -> dict[str, float]:
-    """AdamW's lr, beta1, beta2, eps for a model: those of the CLIP paper (arXiv:2103.00020, table 18)."""
+    """Return AdamW's lr, beta1, beta2 and eps for a model, from the CLIP paper (arXiv:2103.00020, table 18)."""
     is_vit = "vit" in model_name.lower()
     return {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98 if is_vit else 0.999, "eps": 1e-6 if is_vit else 1e-8}
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line (`sys.argv[1:]` where None) to a flat namespace, checked by `validate`.
+    """Parse the command line (None: `sys.argv[1:]`) into a flat namespace and check it with `validate`.
 
     Raises:
-        SystemExit: after `--help`, and (status 2, the reason on stderr) for what cannot be.
+        SystemExit: with status 0 after `--help`; with status 2 and a message on stderr if an option is invalid.
     """
     parser = build_parser()
     parser.set_defaults(**default_values())
@@ -223,9 +223,10 @@ def _section(cls: type[_Section], values: dict[str, Any]) -> _Section:
 
 
 def sections(args: argparse.Namespace) -> TrainConfig:
-    """Splits a flat namespace (that of `parse_args`, or any with some of its names) into the components' sections.
+    """Split a flat namespace into the sections of the components.
 
-    Lists become tuples, a single image size an int, `--logs none` None. What a namespace lacks has the flag's default.
+    Lists become tuples, a single image size becomes an int, and `--logs none` becomes None. Options that the namespace
+    does not have get their defaults.
 
     Raises:
         ValueError: see `validate`.
@@ -255,8 +256,8 @@ def sections(args: argparse.Namespace) -> TrainConfig:
 
 
 def warnings_for(args: argparse.Namespace, world_size: int = 1) -> list[str]:
-    """What to log, a line each, on options that were given and do nothing here (or cost more than they seem to).
+    """Return warnings about options that were given and have no effect, or a harmful one.
 
-    `parse_args` does not log it: neither the log nor the number of processes is there yet.
+    `parse_args` does not log them because neither the log nor the number of processes exists yet.
     """
     return without_effect(argparse.Namespace(**(default_values() | vars(args))), default_values(), world_size)

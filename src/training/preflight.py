@@ -1,7 +1,7 @@
-"""What is tried before the first step, so that a run does not fail hours later for a reason known at its start.
+"""Checks before the first step, so that a run does not fail hours later for a reason that is known at its start.
 
-In the order of their cost: options, files and packages before anything is built; then what needs the model, and one
-batch of each evaluation set.
+Options, files and packages are checked before anything is built. Then come checks that need the model, and one batch
+of each evaluation set.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _LABELLED = ("imagenet_val", "imagenet_v2", "zeroshot_data")
 
 
 def check_options(cfg: TrainConfig) -> None:
-    """Checks everything that needs neither a model nor other processes.
+    """Check options, files and packages, without a model or other processes.
 
     Raises:
-        ValueError: there is nothing to do, or an option names something that does not exist.
-        FileNotFoundError: a file or folder that an option names does not exist.
-        ModuleNotFoundError: a package that an option needs is missing.
+        ValueError: there are no data, or an option names something unknown.
+        FileNotFoundError: a file or folder does not exist.
+        ModuleNotFoundError: a package that an option needs is not installed.
     """
     data = cfg.data
     if not (trains(data) or data.val_data or any(getattr(data, name) for name in _LABELLED)):
         raise ValueError(
-            "There are no data: give --train-data (or --dataset-type synthetic) to train, or --val-data, "
+            "There are no data. Use --train-data (or --dataset-type synthetic) to train, or --val-data, "
             "--imagenet-val, --imagenet-v2 or --zeroshot-data to evaluate."
         )
     _check_packages(cfg)
@@ -63,17 +63,17 @@ def check_options(cfg: TrainConfig) -> None:
     resume = cfg.checkpoint.resume
     if resume not in (None, "latest") and not distributed.restarts() and not file_utils.check_exists(str(resume)):
         raise FileNotFoundError(
-            f"--resume {resume!r}: there is no such file. (--resume latest finds the newest one of a run.)"
+            f"--resume {resume!r}: there is no such file. Use --resume latest to find the newest one of a run."
         )
     if cfg.objective.distill_model is not None and trains(data):
         read_recipe(cfg.objective.distill_model, cfg.objective.distill_pretrained, cfg.model.cache_dir)
 
 
 def check_device(cfg: TrainConfig) -> None:
-    """Checks the environment of the device that the run will use, before anything is done on it.
+    """Check the device that the run will use, before its first use.
 
     Raises:
-        RuntimeError: the device is not there, or an environment variable would end the run on it.
+        RuntimeError: the device is missing, or an environment variable would make the run fail.
         ModuleNotFoundError: --torchcompile needs something that is not installed.
     """
     kind = devices.get(devices.resolve(cfg.distributed.device))
@@ -85,7 +85,7 @@ def check_device(cfg: TrainConfig) -> None:
 
 
 def _pairs(data: DataConfig) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Image-text data: (path, function that opens it)."""
+    """List the image-text data: (path, function that opens it)."""
     for path in (data.train_data, data.val_data):
         if path:
             yield path, get_dataset_fn(path, data.dataset_type)
@@ -100,18 +100,18 @@ def _check_pairs(data: DataConfig) -> None:
             if urls and all(is_local(url) for url in urls) and not any(os.path.exists(url) for url in urls):
                 first = os.path.abspath(urls[0])
                 raise FileNotFoundError(
-                    f"None of the {len(urls)} shards of {path} is there; the first should be {first}."
+                    f"None of the {len(urls)} shards of {path} exists. The first one should be {first}."
                 )
 
 
 def _check_packages(cfg: TrainConfig) -> None:
     for package, reason in _packages(cfg):
         if not _is_installed(package):
-            raise ModuleNotFoundError(f"{reason} needs the package {package}: pip install {package}")
+            raise ModuleNotFoundError(f"{reason} needs the package {package}. Run: pip install {package}")
     sync = cfg.checkpoint
     if sync.remote_sync is not None and sync.remote_sync_protocol == "s3" and shutil.which("aws") is None:
         raise FileNotFoundError(
-            f"--remote-sync {sync.remote_sync} needs the command `aws`, which is not there: install the AWS CLI, or "
+            f"--remote-sync {sync.remote_sync} needs the command `aws`, which was not found. Install the AWS CLI, or "
             "use --remote-sync-protocol fsspec."
         )
     for flag, url in _urls(sync):
@@ -119,7 +119,7 @@ def _check_packages(cfg: TrainConfig) -> None:
 
 
 def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
-    """(package, what needs it)."""
+    """List the packages that the options need: (package, option or path that needs it)."""
     wanted = set(reporters(cfg.logging.report_to))
     if wanted & {"tensorboard", "all"} and cfg.logging.logs is not None:
         yield "tensorboard", f"--report-to {cfg.logging.report_to}"
@@ -138,7 +138,7 @@ def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _urls(cfg: CheckpointConfig) -> Iterator[tuple[str, str]]:
-    """What fsspec opens: (flag, URL)."""
+    """List the URLs that fsspec opens: (flag, URL)."""
     if cfg.remote_sync is not None and cfg.remote_sync_protocol == "fsspec":
         yield "--remote-sync", cfg.remote_sync
     if cfg.resume is not None and "://" in cfg.resume:
@@ -159,14 +159,14 @@ def _check_protocol(flag: str, url: str) -> None:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         package = re.search(r"nstall (\w+)", str(error))  # "Install s3fs to access S3"
-        advice = f": pip install {package[1]}" if package else ""
-        raise ModuleNotFoundError(f"{flag} {url}: {error}{advice}") from error
+        advice = f" Run: pip install {package[1]}" if package else ""
+        raise ModuleNotFoundError(f"{flag} {url}: {error}.{advice}") from error
     except ValueError as error:
         raise ValueError(f"{flag} {url}: {error}.") from error
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
-    """Raises ValueError where the tokenizer gives ids that the model's token embedding does not have."""
+    """Raise ValueError if the tokenizer gives ids outside of the model's token embedding."""
     vocab_size = getattr(model, "vocab_size", None)
     if vocab_size is not None:
         _check_ids(tokenizer([_SAMPLE_CAPTION]), vocab_size)
@@ -176,19 +176,19 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
     highest = int(ids.max())
     if highest >= vocab_size:
         raise ValueError(
-            f"The tokenizer gives token ids up to {highest} and the model's vocab_size is {vocab_size}: they do not "
-            "belong together. Set vocab_size, or hf_tokenizer_name, in the model's text_cfg."
+            f"The tokenizer gives token ids up to {highest}, but the vocab_size of the model is {vocab_size}. Set "
+            "vocab_size or hf_tokenizer_name in the text_cfg of the model."
         )
 
 
 def check_teacher(model: Any, teacher: Any) -> None:
-    """Raises ValueError where student and teacher cannot take the same batches."""
+    """Raise ValueError if student and teacher cannot process the same batches."""
     for name, of in (("image size", lambda m: getattr(m.visual, "image_size", None)), ("vocab_size", _vocab_size)):
         ours, theirs = of(model), of(teacher)
         if ours is not None and theirs is not None and ours != theirs:
             raise ValueError(
-                f"--distill-model: the teacher's {name} is {theirs} and the model's is {ours}, and both take the same "
-                "batches. Choose a teacher with the same one (--force-image-size changes the model's image size)."
+                f"--distill-model: the teacher's {name} is {theirs} and the model's is {ours}, but both process the "
+                "same batches. Choose another teacher, or change the model's image size with --force-image-size."
             )
 
 
@@ -199,31 +199,31 @@ def _vocab_size(model: Any) -> int | None:
 def check_evaluation_data(
     model: nn.Module, data: Mapping[str, Any], cfg: EvalConfig, device: torch.device
 ) -> None:
-    """Reads class names, templates and a few samples of each evaluation set.
+    """Check class names, templates and a few samples of each evaluation set.
 
-    Collective: every rank reads of its own part, and all raise the same error.
+    Collective: every rank reads from its part of the data, and all ranks raise the same error.
 
     Raises:
-        ValueError: not one of the first samples of a set can be used, on any rank; or names, templates or token ids do
-            not fit.
-        FileNotFoundError: a file of class names or templates does not exist.
+        ValueError: no rank has a usable sample among the first ones of a set, or names, templates or token ids do not
+            fit.
+        FileNotFoundError: the file of class names or templates does not exist.
     """
-    zero_shot.check(data, cfg)
+    zero_shot.check_data(data, cfg)
     for key, info in data.items():
         frequency = cfg.val_frequency if key == "val" else cfg.zeroshot_frequency
         if key == "train" or frequency == 0:
             continue
         with rng.untouched(device):
-            usable, problem, is_fatal = _try_loader(info.dataloader, getattr(model, "vocab_size", None))
-        found = distributed.all_gather_object(None, (usable, problem, is_fatal))
-        problems = [problem for _, problem, _ in found if problem]
-        fatal = [problem for _, problem, is_fatal in found if is_fatal]
-        if fatal or not any(usable for usable, _, _ in found):
+            is_usable, problem, is_fatal = _try_loader(info.dataloader, getattr(model, "vocab_size", None))
+        results = distributed.all_gather_object(None, (is_usable, problem, is_fatal))
+        problems = [problem for _, problem, _ in results if problem]
+        fatal = [problem for _, problem, is_fatal in results if is_fatal]
+        if fatal or not any(is_usable for is_usable, _, _ in results):
             raise ValueError((fatal or problems)[0])
 
 
 def _try_loader(loader: Any, vocab_size: int | None) -> tuple[bool, str, bool]:
-    """(whether there is a usable sample, what is wrong, whether that ends the run whatever the other ranks have)."""
+    """Return (whether there is a usable sample, the problem, whether it ends the run even if other ranks have none)."""
     try:
         batch = read_first_batch(loader)
         if batch is None:

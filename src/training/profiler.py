@@ -1,9 +1,7 @@
-"""`python -m training.profiler`: parameters and FLOPs of models, and with --measure how fast this device runs them.
+"""`python -m training.profiler`: parameters and FLOPs of models, and with --measure their speed on this device.
 
-Counting is done on the meta device: nothing is allocated or computed, no weights are needed, and the numbers are the
-same on every host. A multiply-add is two FLOPs; norms, activations and other elementwise work are not counted, as in
-the published tables. Attention is counted as two full matrix products, whatever kernel would do it and whether or not
-half of it is masked.
+FLOPs are counted on the meta device, without weights, memory or computation, and are the same on every host. What is
+counted is described in `training.flops`.
 """
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # the FLOP counter would import it inside the first count, which it does not belong to
+import torch._dynamo  # here, because the FLOP counter would import it during the first count
 from torch import nn
 
 from open_clip import config, factory, progress
@@ -57,17 +55,18 @@ MEASURED_RUNS = 5
 def profile_model(
     model_name: str, batch_size: int = 1, profiler: str = "torch", device: str | torch.device = "meta"
 ) -> dict[str, Any]:
-    """The row of the published table for one architecture.
+    """Compute the table row of one architecture.
 
     Args:
-        device: where the model is built; the numbers are the same everywhere and "meta" needs neither memory nor time.
+        device: where to build the model. The numbers do not depend on it, and "meta" needs no memory.
 
     Returns:
-        COLUMNS: image size in pixels, widths in channels, millions of parameters and GFLOPs a sample (2 decimals).
+        The values of COLUMNS: image size in pixels, widths in channels, millions of parameters, and GFLOPs per sample
+        (2 decimals).
 
     Raises:
-        ValueError: the name or the profiler is unknown.
-        NotImplementedError: one of the model's towers cannot be built yet.
+        ValueError: the model or the profiler is unknown.
+        NotImplementedError: a tower of the model is not supported.
     """
     _check_profiler(profiler)
     cfg = _config(model_name)
@@ -77,7 +76,7 @@ def profile_model(
     text_flops = profile_torch_text(model, text_size, batch_size)
     if {name for name, _ in model.named_children()} == {"visual", "text"}:
         flops = image_flops + text_flops
-    else:  # a decoder, too
+    else:  # the model also has a decoder
         flops = profile_torch(model, text_size, image_size, batch_size)
     return {
         "model": model_name,
@@ -96,13 +95,13 @@ def profile_model(
 
 def _check_profiler(profiler: str) -> None:
     if profiler == "fvcore":
-        raise _fvcore_refused()
+        raise _fvcore_error()
     if profiler != "torch":
-        raise ValueError(f"Unknown profiler {profiler!r}: use torch.")
+        raise ValueError(f"Unknown profiler {profiler!r}. Use torch.")
 
 
-def _fvcore_refused() -> ValueError:
-    return ValueError("The profiler fvcore is not served, since it misses attention: use torch.")
+def _fvcore_error() -> ValueError:
+    return ValueError("The profiler fvcore is not supported, because it does not count attention. Use torch.")
 
 
 def profile_fvcore(
@@ -113,8 +112,8 @@ def profile_fvcore(
     detailed: bool = False,
     force_cpu: bool = False,
 ) -> Any:
-    """Refused: `profile_torch` counts attention, too."""
-    raise _fvcore_refused()
+    """Raise ValueError: use `profile_torch`, which also counts attention."""
+    raise _fvcore_error()
 
 
 def profile_fvcore_text(
@@ -124,8 +123,8 @@ def profile_fvcore_text(
     detailed: bool = False,
     force_cpu: bool = False,
 ) -> Any:
-    """Refused: use `profile_torch_text`."""
-    raise _fvcore_refused()
+    """Raise ValueError: use `profile_torch_text`."""
+    raise _fvcore_error()
 
 
 def profile_fvcore_image(
@@ -135,21 +134,21 @@ def profile_fvcore_image(
     detailed: bool = False,
     force_cpu: bool = False,
 ) -> Any:
-    """Refused: use `profile_torch_image`."""
-    raise _fvcore_refused()
+    """Raise ValueError: use `profile_torch_image`."""
+    raise _fvcore_error()
 
 
 def _config(model_name: str) -> dict[str, Any]:
     cfg = config.get_model_config(model_name)
     if cfg is None:
         near = config.closest(model_name, config.list_models())
-        hint = f"the nearest are {', '.join(near)}" if near else "open_clip.list_models() has them all"
-        raise ValueError(f"Unknown model {model_name!r}: {hint}.")
+        hint = f"Similar names: {', '.join(near)}" if near else "See open_clip.list_models()"
+        raise ValueError(f"Unknown model {model_name!r}. {hint}.")
     return cfg
 
 
 def _build(model_name: str, device: str | torch.device, precision: str = "fp32") -> nn.Module:
-    """The model with its text tower under `text`, in evaluation mode, without pretrained weights."""
+    """Build the model with random weights, in evaluation mode, with its text tower as `text`."""
     model = factory.create_model(
         model_name,
         device=device,
@@ -167,14 +166,14 @@ def _build(model_name: str, device: str | torch.device, precision: str = "fp32")
 def measure_model(
     model_name: str, gflops: float, batch_size: int, device: torch.device, precision: str | None = None
 ) -> dict[str, Any]:
-    """How fast `device` runs forward passes on image-text pairs, without gradients.
+    """Measure forward passes on image-text pairs, without gradients.
 
     Args:
-        gflops: of one pair, from `profile_model`.
+        gflops: GFLOPs of one pair, from `profile_model`.
 
     Returns:
-        MEASURED_COLUMNS: pairs a second and milliseconds a batch (median), GiB at the peak, and the share of the chip's
-        peak FLOP/s in the precision used (0 to 1; None where the chip's peak is not known).
+        The values of MEASURED_COLUMNS: pairs per second and milliseconds per batch (median), peak memory in GiB, and
+        the fraction of the chip's peak FLOP/s in this precision (0 to 1; None if the peak is unknown).
     """
     kind = devices.get(device)
     precision = precisions.resolve(precision, device)
@@ -209,7 +208,7 @@ def measure_model(
 
 
 def render_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """The columns of rows as aligned text, the first to the left and the others to the right."""
+    """Format columns of the rows as a text table. The first column is left-aligned, the others right-aligned."""
     cells = [columns, *(["-" if row[column] is None else str(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = []
@@ -223,7 +222,7 @@ def render_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def _write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]], mode: str) -> None:
-    """Appends ("a") or replaces ("w", with the header)."""
+    """Append rows to the file (mode "a"), or replace it and write the header (mode "w")."""
     with open(path, mode, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         if mode == "w":
@@ -234,17 +233,17 @@ def _write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.profiler", description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="NAMES", default="all", help="architectures, comma-separated, or all")
-    parser.add_argument("--results-file", metavar="FILE", default="", help="CSV to write; its folder is made")
-    parser.add_argument("--profiler", default="torch", choices=["torch", "fvcore"], help="torch; fvcore is refused")
-    parser.add_argument("--batch-size", type=int, default=1, help="samples in a pass; FLOPs are given a sample")
-    parser.add_argument("--device", default="auto", help="where --measure runs; counting needs none")
+    parser.add_argument("--results-file", metavar="FILE", default="", help="CSV file to write; its folder is created")
+    parser.add_argument("--profiler", default="torch", choices=["torch", "fvcore"], help="fvcore is not supported")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples per pass of --measure")
+    parser.add_argument("--device", default="auto", help="device of --measure; counting needs none")
     parser.add_argument("--measure", action="store_true", help="also run forward passes on the device and time them")
-    parser.add_argument("--precision", default=None, choices=precisions.PRECISIONS, help="of --measure")
+    parser.add_argument("--precision", default=None, choices=precisions.PRECISIONS, help="precision of --measure")
     options = parser.parse_args(argv)
     if not options.measure and (options.batch_size, options.device, options.precision) != (1, "auto", None):
-        logger.warning("--batch-size, --device and --precision change nothing without --measure: FLOPs are per sample.")
+        logger.warning("--batch-size, --device and --precision have no effect without --measure. FLOPs are per sample.")
     if options.batch_size < 1:
-        parser.error(f"--batch-size {options.batch_size}: at least 1 is needed")
+        parser.error(f"--batch-size must be 1 or more, got {options.batch_size}.")
     try:
         _check_profiler(options.profiler)
         options.names = config.list_models() if options.model == "all" else _names(options.model)
@@ -281,10 +280,10 @@ def _profile(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status is 1 if a model that was named cannot be built yet; among `all` it is only left out."""
+    """Run the command. Return 1 if a model given by name is not supported; with `all` such models are skipped."""
     options = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[progress.LogHandler()])
-    logging.getLogger("open_clip.factory").setLevel(logging.ERROR)  # that weights are random does not matter here
+    logging.getLogger("open_clip.factory").setLevel(logging.ERROR)  # hide the warnings about random weights
     columns = COLUMNS + MEASURED_COLUMNS if options.measure else COLUMNS
     path = Path(options.results_file) if options.results_file else None
     if path:
@@ -313,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _finish(rows: list[dict[str, Any]], columns: Sequence[str], path: Path | None) -> None:
-    """Prints the table from small to large models and leaves the file in that order, as published tables are."""
+    """Print the table and sort the file from small to large models, like the published tables."""
     rows.sort(key=lambda row: (row["gflops"], row["mparams"], row["model"]))
     print(render_table(rows, COLUMNS))
     if len(columns) > len(COLUMNS):

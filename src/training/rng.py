@@ -1,4 +1,4 @@
-"""Random numbers of a process: seeding all generators, keeping and restoring their states."""
+"""Random generators of a process: seeding them, and saving and restoring their states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from open_clip import device as devices
 
 
 def random_seed(seed: int = 42, rank: int = 0) -> None:
-    """Seeds Python's, NumPy's and torch's generators, those of all devices included, with seed + rank."""
+    """Seed the generators of Python, NumPy and torch, including those of all devices, with seed + rank."""
     torch.manual_seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     random.seed(seed + rank)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """States of the generators of Python, NumPy, torch's CPU and `device`: tensors and plain values, which a checkpoint
-    can hold and `torch.load(weights_only=True)` reads."""
+    """Return the states of the generators of Python, NumPy, torch on the CPU, and torch on `device`.
+
+    They are tensors and plain values, which `torch.load(weights_only=True)` can read from a checkpoint.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = cast(
         "tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True)
@@ -42,7 +44,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restores what `rng_state` gave. A state of another kind of device is left alone: it means nothing on this one."""
+    """Restore the states from `rng_state`. The state of another type of device is ignored."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(_unpack(python["words"]).tolist()), python["gauss"]))
     words = _unpack(numpy["words"])
@@ -61,22 +63,22 @@ def _unpack(words: torch.Tensor) -> np.ndarray:
 
 
 def torch_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """States of torch's generators alone, on the CPU and on `device`: what a model draws from. Waits for nothing."""
+    """Return the states of torch's generators on the CPU and on `device`, which models use. Does not synchronize."""
     return torch.get_rng_state(), devices.get(device).rng_state()
 
 
 def set_torch_state(state: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> None:
-    """Restores what `torch_state` gave."""
+    """Restore the states from `torch_state`."""
     torch.set_rng_state(state[0])
     devices.get(device).set_rng_state(state[1])
 
 
 @contextlib.contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """Whatever draws random numbers inside leaves every generator as it was.
+    """Restore the states of all generators at the end of the context.
 
-    So an evaluation between two epochs changes nothing of the training, and a run resumed after it goes on like the
-    unbroken one.
+    So an evaluation between two epochs does not affect training, and a run that is resumed after it continues like one
+    without interruption.
     """
     state = rng_state(device)
     try:

@@ -1,6 +1,7 @@
-"""Warnings about a run that will not do what its options suggest. Each is a sentence with the numbers.
+"""Warnings about runs that will not do what their options suggest.
 
-What options alone tell is in `training.flag_checks`; here the model, the number of steps or the checkpoint is known.
+These warnings need the model, the number of steps or the checkpoint. Those that need only options are in
+`training.flag_checks`.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from training import scheduler
 from training.flag_checks import step_range
 from training.params import ScheduleConfig
 
-_SAME_RATE = 0.01  # relative difference of two learning rates that count as equal
-_USUAL_WARMUP = 10  # of the steps, one in so many
+_SAME_RATE = 0.01  # relative difference up to which two learning rates count as equal
+_USUAL_WARMUP = 10  # the usual warmup is the number of steps divided by this
 _HIGHEST_ADVISED_WARMUP = 10000
 
 
 def frozen(model: nn.Module) -> Iterator[str]:
-    """Says that no weight matrix is trained, but only scalars, biases and the gains of norms."""
+    """Warn if no weight matrix is trained, only scalars, biases and gains of norms."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trained and all(p.ndim < 2 for p in trained.values()):
         count, total = (sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters()))
         yield (
             f"Only {join_some(trained, limit=3)} {'is' if len(trained) == 1 else 'are'} trained, {count:,} of "
-            f"{total:,} parameters: --lock-image and --lock-text freeze both towers. Leave one of them out, or add "
+            f"{total:,} parameters, because --lock-image and --lock-text freeze both towers. Leave out one, or add "
             "--lock-image-unlocked-groups or --lock-text-unlocked-layers."
         )
 
 
 def schedule(cfg: ScheduleConfig, lr: float, steps_per_epoch: int) -> Iterator[str]:
-    """Says that the warmup is too long for the run, or reaches into the cooldown.
+    """Warn if the warmup is too long for the run, or overlaps with the cooldown.
 
     Args:
         lr: peak learning rate.
@@ -51,15 +52,15 @@ def schedule(cfg: ScheduleConfig, lr: float, steps_per_epoch: int) -> Iterator[s
     run = f"the run's {steps} step{'s' if steps > 1 else ''}"
     if cfg.warmup > steps:
         yield (
-            f"--warmup {cfg.warmup} is more than {run}: the learning rate reaches {100 * steps / cfg.warmup:.3g}% of "
-            f"--lr {lr:g}. {advice}"
+            f"--warmup {cfg.warmup} is more than {run}, so the learning rate only reaches "
+            f"{100 * steps / cfg.warmup:.3g}% of --lr {lr:g}. {advice}"
         )
         return
     cooldown = steps_per_epoch * (cfg.epochs_cooldown or 0) if cfg.lr_scheduler == "const-cooldown" else 0
     if cooldown and cfg.warmup > steps - cooldown:
         yield (
-            f"--warmup {cfg.warmup} reaches into the cooldown, which starts at step {steps - cooldown} of {steps}: the "
-            f"learning rate jumps down from --lr {lr:g} when the warmup ends. Use a --warmup of at most "
+            f"--warmup {cfg.warmup} overlaps with the cooldown, which starts at step {steps - cooldown} of {steps}, so "
+            f"the learning rate drops from --lr {lr:g} when the warmup ends. Use a --warmup of at most "
             f"{steps - cooldown}, or fewer --epochs-cooldown."
         )
     elif 2 * cfg.warmup > steps and cfg.warmup > usual:
@@ -69,13 +70,13 @@ def schedule(cfg: ScheduleConfig, lr: float, steps_per_epoch: int) -> Iterator[s
 def jump_of_learning_rate(
     optimizer: torch.optim.Optimizer, own: scheduler.Scheduler | None, checkpoint: Mapping[str, Any], step: int
 ) -> Iterator[str]:
-    """Says that the schedule of a resumed run is another one than the checkpoint's.
+    """Warn if the schedule of a resumed run differs from that of the checkpoint.
 
-    The checkpoint has the learning rate of its last step, which is compared with this run's for the same step.
+    The learning rate of the checkpoint's last step is compared with that of this run for the same step.
 
     Args:
-        own: this run's schedule.
-        step: of the checkpoint, the number of steps that are done.
+        own: schedule of this run.
+        step: completed steps of the checkpoint.
     """
     groups = checkpoint.get("optimizer", {}).get("param_groups", [])
     if own is None or not groups or step == 0:
@@ -85,17 +86,18 @@ def jump_of_learning_rate(
     if math.isfinite(before) and not math.isclose(before, now, rel_tol=_SAME_RATE, abs_tol=1e-12):
         following = scheduler.rate_at(own, optimizer, step)
         yield (
-            f"The learning rate goes from {before:.3g} to {following:.3g} at step {step}, where the run is resumed: "
-            "the schedule is not the checkpoint's. It follows from --epochs, --lr, --lr-scheduler, --warmup and the "
-            "steps per epoch (--batch-size, --accum-freq, processes, samples): keep them unless the jump is intended."
+            f"The learning rate changes from {before:.3g} to {following:.3g} at step {step}, where the run is resumed, "
+            "because the schedule has changed. It depends on --epochs, --lr, --lr-scheduler, --warmup and the steps "
+            "per epoch (--batch-size, --accum-freq, processes, samples). Keep them unless the change is intended."
         )
 
 
 def profiled_steps(profile_steps: str | None, first: int, steps: int) -> Iterator[str]:
-    """Says that not one, or not every, step of --profile-steps is made.
+    """Warn if the run does not make all steps of --profile-steps.
 
     Args:
-        first: step that this run begins with. steps: of the whole run.
+        first: first step of this run, after resuming.
+        steps: number of steps of the whole run.
     """
     if profile_steps is None:
         return
@@ -103,28 +105,28 @@ def profiled_steps(profile_steps: str | None, first: int, steps: int) -> Iterato
     if end <= first or start >= steps:
         yield (
             f"--profile-steps {profile_steps} traces nothing: this run makes the steps {first} to {steps - 1}. "
-            "Choose steps among them."
+            "Choose some of these."
         )
     elif start < first or end > steps:
         yield (
-            f"--profile-steps {profile_steps} is traced in part: this run makes the steps {first} to {steps - 1}."
+            f"--profile-steps {profile_steps} is traced only in part: this run makes the steps {first} to {steps - 1}."
         )
 
 
 def disk_space(folder: Path, needed: int) -> Iterator[str]:
-    """Says that the disk has no room for a checkpoint of `needed` bytes."""
+    """Warn if the disk does not have the space for a checkpoint of `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         yield (
-            f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes about {needed / 1e9:.1f} GB: saving will "
-            "fail. Free some space, or choose another --output-dir."
+            f"{folder} has {free / 1e9:.1f} GB of free space, but a checkpoint needs about {needed / 1e9:.1f} GB, so "
+            "saving will fail. Free some space, or choose another --output-dir."
         )
 
 
 def checkpoint_bytes(model: nn.Module, averaged: bool) -> int:
-    """Size of a checkpoint with AdamW's state per trained parameter, in bytes; at most that for half precision."""
+    """Estimate the size of a checkpoint with the state of AdamW, in bytes; an upper bound for half precision."""
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    # Of half precision training.flat_adamw keeps both moments and the weights in float32.
+    # For half precision weights, training.flat_adamw saves both moments and master weights in float32.
     trained = [p for p in model.parameters() if p.requires_grad]
     state = sum(p.numel() * (3 * 4 if p.element_size() == 2 else 2 * p.element_size()) for p in trained)
     average = 4 * sum(p.numel() for p in model.parameters()) if averaged else 0

@@ -1,8 +1,8 @@
-"""Learning-rate schedules: functions of the step alone, so that a resumed run continues exactly.
+"""Learning rate schedules. They depend only on the step, so that a resumed run continues exactly.
 
-Each maker returns a function that takes the step (0 for the first update), sets the optimizer's learning rate for it
-and returns it. During warmup the rate is base_lr * (step + 1) / warmup_length: the first step already moves, the last
-one of the warmup has base_lr. Beyond the last step the rate stays what it was there.
+Each of the functions below returns a schedule: a function that takes the step (0 for the first update), sets the
+learning rate of the optimizer, and returns it. During warmup the rate is base_lr * (step + 1) / warmup_length, which
+is above 0 in the first step and base_lr in the last one. After the last step of the run the rate is constant.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Scheduler = Callable[[int], float]
 
 
 def assign_learning_rate(optimizer: torch.optim.Optimizer, new_lr: float) -> None:
-    """Sets the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = new_lr
 
@@ -33,7 +33,7 @@ def _after_warmup(
 
 
 def const_lr(optimizer: torch.optim.Optimizer, base_lr: float, warmup_length: int, steps: int) -> Scheduler:
-    """Warmup, then base_lr. `steps` has no influence; it is there so that all schedules are made alike."""
+    """Create a schedule: warmup, then base_lr. `steps` is not used; all schedules have the same first parameters."""
     return _after_warmup(optimizer, base_lr, warmup_length, lambda step: base_lr)
 
 
@@ -46,8 +46,11 @@ def const_lr_cooldown(
     cooldown_power: float = 1.0,
     cooldown_end_lr: float = 0.0,
 ) -> Scheduler:
-    """Warmup, base_lr, then over the last `cooldown_steps` of `steps` a polynomial of `cooldown_power` down to
-    `cooldown_end_lr` ("Scaling Vision Transformers", arXiv:2106.04560, section 3.5)."""
+    """Create a schedule: warmup, base_lr, then a polynomial decay ("Scaling Vision Transformers", arXiv:2106.04560).
+
+    The decay takes the last `cooldown_steps` of `steps`, has the power `cooldown_power` and ends at `cooldown_end_lr`.
+    See section 3.5 of the paper.
+    """
     start = steps - cooldown_steps
 
     def rate_at(step: int) -> float:
@@ -60,7 +63,7 @@ def const_lr_cooldown(
 
 
 def cosine_lr(optimizer: torch.optim.Optimizer, base_lr: float, warmup_length: int, steps: int) -> Scheduler:
-    """Warmup, then half a cosine from base_lr to 0 at `steps` (SGDR, arXiv:1608.03983, without restarts)."""
+    """Create a schedule: warmup, then half a cosine from base_lr to 0 (SGDR without restarts, arXiv:1608.03983)."""
 
     def rate_at(step: int) -> float:
         done = (step - warmup_length) / (steps - warmup_length) if step < steps else 1.0
@@ -70,7 +73,7 @@ def cosine_lr(optimizer: torch.optim.Optimizer, base_lr: float, warmup_length: i
 
 
 def rate_at(schedule: Scheduler, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """The learning rate that the schedule sets for a step; the optimizer keeps the one that it has."""
+    """Return the learning rate of the schedule at a step, without changing that of the optimizer."""
     before = [group["lr"] for group in optimizer.param_groups]
     rate = schedule(step)
     for group, lr in zip(optimizer.param_groups, before, strict=True):

@@ -1,4 +1,4 @@
-"""A trace of some steps of a run, by the device's profiler."""
+"""Tracing of some steps of a run with the profiler of the device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """Traces the steps `first` to `end` - 1 of a run into `folder`; the run is done inside it as a context.
+    """Traces the steps `first` to `end` - 1 of a run into `folder`. The run takes place in its context.
 
-    level: how much is traced, see `Device.profiler`.
+    Args:
+        level: how much is traced, see `Device.profiler`.
     """
 
     def __init__(self, device: torch.device, folder: Path, first: int, end: int, level: int = 0) -> None:
@@ -29,7 +30,7 @@ class StepTrace(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`. The profiler warms up in the step before the first, if the run has it."""
+        """Trace step `number` if it is due. The profiler warms up in the step before the first traced one."""
         if self._profiler is None and self._first - 1 <= number < self._end:
             warmup = max(self._first - number, 0)
             active = self._end - number - warmup
@@ -40,17 +41,17 @@ class StepTrace(contextlib.AbstractContextManager):
         yield
         if self._profiler is not None:
             self._traced += self._first <= number
-            self._profiler.step()  # after the last one this writes
+            self._profiler.step()  # writes the trace after the last step
             if number + 1 >= self._end:
                 self._stop()
 
     def _stop(self) -> None:
         self._profiler.stop()
         self._profiler = None
-        logger.info("Traced %d step(s) into %s", self._traced, self._folder)
+        logger.info("Traced %d step(s) into %s.", self._traced, self._folder)
 
     def __exit__(self, *exception: Any) -> None:
         if self._profiler is not None:
             self._stop()
         if not self._traced:
-            logger.warning("--profile-steps %d:%d: the run had none of these steps.", self._first, self._end)
+            logger.warning("--profile-steps %d:%d: the run did not make any of these steps.", self._first, self._end)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: ImageNet, ImageNet-V2, and any folder of classes, spread over the ranks."""
+"""Zero-shot classification of ImageNet, ImageNet-V2 and any folder of classes, split over the ranks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 TOP_K = 5
 CLASSES_PER_BATCH = 10
-FEWEST_CLASSES_TO_SPLIT = 4  # a rank; with fewer, each rank builds the whole classifier
+FEWEST_CLASSES_TO_SPLIT = 4  # per rank; with fewer classes each rank builds the whole classifier
 
 
 def is_due(frequency: int, epoch: int, args: Any) -> bool:
-    """Whether something that is done every `frequency` epochs (0: never), and after the last one, is to be done now."""
+    """Return whether to do now what is done every `frequency` epochs (0: never) and after the last one."""
     return bool(frequency) and (epoch % frequency == 0 or epoch == args.epochs)
 
 
@@ -42,48 +42,53 @@ def zero_shot_eval(
     args: Any,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy on `data`'s "imagenet-val", "imagenet-v2" and "zeroshot", where there; {} when not due.
+    """Compute top-1 and top-5 accuracy. Collective: every rank calls this.
 
-    args: params.EvalConfig or a flat namespace (epochs, precision, zeroshot_frequency, zeroshot_classnames,
-    zeroshot_templates; `model`, a name, if there is no tokenizer). Every rank calls this and gets the accuracies over
-    all.
+    Args:
+        data: any of "imagenet-val", "imagenet-v2" and "zeroshot", each with a `.dataloader`.
+        epoch: number of completed epochs.
+        args: params.EvalConfig, or a flat namespace with epochs, precision, zeroshot_frequency, zeroshot_classnames,
+            zeroshot_templates, and the name `model` if no tokenizer is given.
+
+    Returns:
+        Accuracies over all ranks. {} if nothing is due.
     """
     if not any(name in data for name in ("imagenet-val", "imagenet-v2", "zeroshot")):
         return {}
     if not is_due(args.zeroshot_frequency, epoch, args):
         return {}
-    check(data, args)
+    check_data(data, args)
     model = model.module if isinstance(model, DistributedDataParallel) else model
     tokenizer = tokenizer or open_clip.get_tokenizer(args.model)
     metrics: dict[str, float] = {}
     imagenet = [(key, prefix) for key, prefix in _IMAGENET.items() if key in data]
     if imagenet:
-        classifier = _classifier(model, tokenizer, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, args)
+        classifier = _build_classifier(model, tokenizer, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, args)
         for key, prefix in imagenet:
-            metrics |= _named(prefix, run(model, classifier, data[key].dataloader, args, key), classifier)
+            metrics |= _name_metrics(prefix, run(model, classifier, data[key].dataloader, args, key), classifier)
     if "zeroshot" in data:
         classnames = read_classnames(args.zeroshot_classnames, data["zeroshot"].dataloader.classes)
-        classifier = _classifier(model, tokenizer, classnames, read_templates(args.zeroshot_templates), args)
-        metrics |= _named("zeroshot", run(model, classifier, data["zeroshot"].dataloader, args), classifier)
+        classifier = _build_classifier(model, tokenizer, classnames, read_templates(args.zeroshot_templates), args)
+        metrics |= _name_metrics("zeroshot", run(model, classifier, data["zeroshot"].dataloader, args), classifier)
     return metrics
 
 
 _IMAGENET = {"imagenet-val": "imagenet-zeroshot-val", "imagenet-v2": "imagenetv2-zeroshot-val"}
 
 
-def _named(prefix: str, accuracies: tuple[float, float], classifier: Tensor) -> dict[str, float]:
+def _name_metrics(prefix: str, accuracies: tuple[float, float], classifier: Tensor) -> dict[str, float]:
     top1, top5 = accuracies
     return {f"{prefix}-top1": top1} | ({f"{prefix}-top5": top5} if classifier.shape[1] >= TOP_K else {})
 
 
-def check(data: Mapping[str, Any], args: Any) -> None:
-    """Reads the class names and templates, so that what is wrong with them is found before an epoch of training.
+def check_data(data: Mapping[str, Any], args: Any) -> None:
+    """Check class folders, class names and templates, so that errors are found before training.
 
-    Warns once for each data loader, on the first rank.
+    Warns once per data loader, on the first rank.
 
     Raises:
         ValueError: names or templates do not fit the data.
-        FileNotFoundError: a file of them does not exist.
+        FileNotFoundError: the file of names or templates does not exist.
     """
     for key in _IMAGENET:
         if key in data:
@@ -99,12 +104,12 @@ def _check_imagenet(key: str, dataloader: Any) -> None:
         return
     advice = "For other classes use --zeroshot-data with --zeroshot-classnames."
     if len(classes) > expected:
-        raise ValueError(f"--{key} has {len(classes)} class folders, and ImageNet {expected} classes. {advice}")
+        raise ValueError(f"--{key} has {len(classes)} class folders, but ImageNet has {expected} classes. {advice}")
     if world().is_master and not getattr(dataloader, "has_warned", False):
         dataloader.has_warned = True
         logger.warning(
-            "--%s has %d class folders, and ImageNet %d classes: labels go by position, so the folders count as its "
-            "first %d, in sorted order, and each evaluation takes the time to build a classifier of all %d. %s",
+            "--%s has %d class folders, but ImageNet has %d classes. Labels are positions, so the sorted folders are "
+            "taken for its first %d classes, and each evaluation builds a classifier of all %d. %s",
             key, len(classes), expected, len(classes), expected, advice,
         )  # fmt: skip
 
@@ -112,15 +117,17 @@ def _check_imagenet(key: str, dataloader: Any) -> None:
 def run(
     model: nn.Module, classifier: Tensor, dataloader: Any, args: Any, name: str = "zero-shot data"
 ) -> tuple[float, float]:
-    """(top-1, top-5) accuracy over all ranks of images in batches {"image": [B, 3, H, W], "label": [B]}, or pairs.
+    """Compute (top-1, top-5) accuracy over the images of all ranks.
 
-    model: `model(image=...)` gives a dict with "image_features", or a tuple that begins with them.
-    classifier: [embed_dim, classes]; with fewer than 5 classes, the top 5 are all.
-    name: of the data, in messages.
+    Args:
+        model: `model(image=...)` returns a dict with "image_features", or a tuple that starts with them.
+        classifier: [embed_dim, classes]. With fewer than 5 classes, the top-5 accuracy is 1.
+        dataloader: gives batches {"image": [B, 3, H, W], "label": [B]}, or pairs of these.
+        name: name of the data, for messages.
     """
     device, classifier = classifier.device, classifier.float()
     autocast, input_dtype = _precision(args, device)
-    counts = torch.zeros(3, dtype=torch.int64)  # correct at the top, among the top 5, all
+    counts = torch.zeros(3, dtype=torch.int64)  # top-1 correct, top-5 correct, all images
     total, ranks = getattr(dataloader, "num_samples", None), world().world_size
     normalization = getattr(dataloader, "normalization", None)
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
@@ -134,7 +141,7 @@ def run(
             counts += torch.tensor([*map(int, correct), len(labels)])
             task.advance(len(labels) * ranks)
     if world().distributed:
-        barrier()  # however long the others have to do
+        barrier()  # wait for slower ranks without a time limit
         counts = collectives.all_reduce(counts.to(device)).cpu()
     top1, top5, total = counts.tolist()
     if not total:
@@ -143,19 +150,19 @@ def run(
 
 
 def _precision(args: Any, device: torch.device) -> tuple[Callable, torch.dtype | None]:
-    """(autocast, dtype of images or None to leave theirs)."""
+    """Return (autocast, dtype of images or None to keep theirs)."""
     precision = args.precision or precisions.resolve(None, device)
     return precisions.get_autocast(precision, device.type), open_clip.get_input_dtype(precision)
 
 
-def _classifier(
+def _build_classifier(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
     classnames: Sequence[str],
     templates: Sequence[Template],
     args: Any,
 ) -> Tensor:
-    """[embed_dim, classes] on the model's device; each rank makes a part of the classes, and all get the whole."""
+    """Build the classifier, [embed_dim, classes] on the model's device. The classes are split over the ranks."""
     start = time.monotonic()
     here, device = world(), next(model.parameters()).device
     split = here.distributed and len(classnames) >= FEWEST_CLASSES_TO_SPLIT * here.world_size
@@ -170,16 +177,23 @@ def _classifier(
         classifier = collectives.gather_rows(classifier.T.contiguous()).T
     if here.is_master:
         logger.info(
-            "Built the zero-shot classifier of %d classes in %.1f s", classifier.shape[1], time.monotonic() - start
+            "Built the zero-shot classifier of %d classes in %.1f s.", classifier.shape[1], time.monotonic() - start
         )
     return classifier
 
 
 def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
-    """The names of the classes whose folders, sorted, are `folders`.
+    """Read the class names of --zeroshot-data.
 
-    path: a text file with one name a line in the folders' order, or .json with a list of names, or with an object
-    {folder: name} that may have more folders than there are. None: the folders' names, with blanks for underscores.
+    Args:
+        path: a text file with one name per line in the order of the folders, or a .json file with a list of names or
+            an object {folder: name}, which may have more folders. None: use the folder names, with spaces for
+            underscores.
+        folders: sorted names of the class folders.
+
+    Raises:
+        ValueError: the file is invalid, or names are missing or empty.
+        FileNotFoundError: the file does not exist.
     """
     if path is None:
         return [folder.replace("_", " ") for folder in folders]
@@ -196,12 +210,12 @@ def read_classnames(path: str | None, folders: Sequence[str]) -> list[str]:
         names = read_text(path, "--zeroshot-classnames").rstrip().split("\n")
     if len(names) != len(folders):
         raise ValueError(
-            f"{path} has {len(names)} class names and --zeroshot-data {len(folders)} class folders. "
-            f"It must have one name a line for each folder, in sorted order: {', '.join(folders[:3])}..."
+            f"{path} has {len(names)} class names and --zeroshot-data has {len(folders)} class folders. "
+            f"It needs one name per folder, in sorted order: {', '.join(folders[:3])}..."
         )
     unusable = [number for number, name in enumerate(names, start=1) if not isinstance(name, str) or not name.strip()]
     if unusable:
-        raise ValueError(f"{path}: class name {unusable[0]} of {len(names)} is empty, or no text.")
+        raise ValueError(f"{path}: class name {unusable[0]} of {len(names)} is empty or not a string.")
     return [name.strip() for name in names]
 
 
@@ -209,14 +223,22 @@ def _read_json(path: str) -> list | dict:
     try:
         names = json.loads(read_text(path, "--zeroshot-classnames"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(names, (list, dict)):
         raise ValueError(f"{path} must be a JSON list of class names, or an object {{folder: name}}.")
     return names
 
 
 def read_templates(name: str | None) -> Sequence[Template]:
-    """Captions of a class's name: "openai" (as None), "simple", or those of a file, one a line with {} for the name."""
+    """Read caption templates.
+
+    Args:
+        name: "openai" (or None), "simple", or a file with one template per line and {} for the class name.
+
+    Raises:
+        ValueError: the file has no template, or a line has no {}.
+        FileNotFoundError: the file does not exist.
+    """
     if name in (None, "openai"):
         return OPENAI_IMAGENET_TEMPLATES
     if name == "simple":
@@ -225,10 +247,10 @@ def read_templates(name: str | None) -> Sequence[Template]:
     lines = [line.strip() for line in read_text(name, "--zeroshot-templates").splitlines()]
     for number, line in enumerate(lines, start=1):
         if line and "{}" not in line:
-            raise ValueError(f"{name}, line {number}: no {{}} for the class's name in {line!r}.")
+            raise ValueError(f"{name}, line {number}: the template {line!r} has no {{}} for the class name.")
     if not any(lines):
-        raise ValueError(f"{name} has no template. It needs one a line, such as: a photo of a {{}}.")
-    # Only {} is special, so that a template may have other braces.
+        raise ValueError(f"{name} has no template. It needs one per line, such as: a photo of a {{}}.")
+    # Not str.format, so that a template may contain other braces.
     return [functools.partial(line.replace, "{}") for line in lines if line]
 
 
@@ -238,4 +260,4 @@ def read_text(path: str, flag: str) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(f"{flag} {path}: there is no such file.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path} is not UTF-8 text: {error}") from None
+        raise ValueError(f"{flag} {path} is not UTF-8 text: {error}.") from None

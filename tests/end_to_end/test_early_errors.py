@@ -36,5 +36,5 @@ def test_warnings_are_the_first_rank_s(options):
     assert printed.count("--warmup 10000 is more than the run's 3 steps") == 1
     assert printed.count("--lock-image and --lock-text freeze both towers") == 1
     assert printed.count("has no pretrained weights") == 1
-    assert printed.count("waiting for the others") == 1
+    assert printed.count("Waiting for all of them") == 1
     assert printed.count("Eval Epoch: 1 ") == 1

@@ -54,8 +54,8 @@ def test_storage_stalls_and_the_run_is_told_to_stop(runs):
 def test_storage_stalls_on_one_of_two_ranks(runs):
     """torchrun gets the signal, or only the rank whose data are there."""
     assert runs.run("unbroken-2", ranks=2).status == 0
-    for told in (None, 0):
-        figures = terminate.stop_stalled(runs, f"stalled-{told}", signal.SIGTERM, ranks=2, told=told)
+    for signaled in (None, 0):
+        figures = terminate.stop_stalled(runs, f"stalled-{signaled}", signal.SIGTERM, ranks=2, signaled=signaled)
         assert NOTHING_LOST.items() <= figures.items()
 
 

@@ -1,4 +1,4 @@
-"""open_clip_train, another name of training."""
+"""Tests of open_clip_train, the alias of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = Path(training.__file__).parents[1]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs an interpreter of its own: what was imported here must not help."""
+    """Run code in a new interpreter, without the modules that are imported here."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.run(
         [sys.executable, *arguments],
@@ -97,7 +97,7 @@ def test_modules_run_as_commands():
 
 
 def test_worker_processes_find_what_they_are_to_run():
-    """A spawned process imports it by the name of its module."""
+    """A function that a spawned process imports by its module name."""
     assert (
         script("""
         import multiprocessing

@@ -1,4 +1,4 @@
-"""Images as uint8 from the loaders' workers, and normalized on the device (training.batches)."""
+"""Tests of training.batches: uint8 images from the workers, normalized on the device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TRANSFORMS: dict[str, Callable[[], Any]] = {
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that ran."""
+    """Records the names of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_normalization_is_torchvisions_to_the_last_bit(mean, std):
 
 def test_normalization_is_three_operators():
     normalize, pixels = Normalization(*STATISTICS[0]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    normalize(pixels)  # makes the constants
+    normalize(pixels)  # creates the constants
     with Operators() as ran:
         normalize(pixels)
     assert ran.names == ["aten::_to_copy", "aten::addcdiv", "aten::div_"]
@@ -232,7 +232,7 @@ def test_the_command_trains_and_evaluates_on_pixels(tmp_path, monkeypatch):
 
 
 def test_what_to_device_does_is_all_that_happens_to_the_images(monkeypatch):
-    """The normalized images are written once: nothing is copied where the dtype is right already."""
+    """The normalized images are not copied if their dtype is already correct."""
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     normalize = Normalization(*STATISTICS[0])
     normalize(pixels)

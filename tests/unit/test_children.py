@@ -1,4 +1,4 @@
-"""Child processes end with their parent, and with what they have started."""
+"""Tests of training.children: child processes end with their parent and with their own children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands look at where their result goes before they build a model, count or export."""
+"""Commands check the path of their result before they build a model, count FLOPs or export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training import profiler
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """A file, inside which nothing can be written."""
+    """A file, which cannot be used as a folder."""
     path = tmp_path / "file"
     path.write_text("mine")
     return path

@@ -1,4 +1,4 @@
-"""Ranks from launchers' variables, devices by rank, and collectives between two real processes."""
+"""Tests of training.distributed: launchers' variables, devices by rank, collectives between two processes."""
 from __future__ import annotations
 
 import json
@@ -44,7 +44,7 @@ def config(device="cpu", **options):
     return DistributedConfig(device=device, **options)
 
 
-# Who this process is
+# Rank and world size
 
 
 @pytest.mark.parametrize("launcher", list(distributed.LAUNCHERS))
@@ -72,13 +72,13 @@ def test_mpirun_inside_slurm_counts(monkeypatch):
 
 
 def test_a_salloc_shell_is_one_process(monkeypatch):
-    set_env(monkeypatch, SLURM_NTASKS=8)  # no SLURM_PROCID: nobody started eight
+    set_env(monkeypatch, SLURM_NTASKS=8)  # no SLURM_PROCID: srun did not start this process
     assert distributed.world_info_from_env() == (0, 0, 1)
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not a whole number"),
-    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 is not below WORLD_SIZE=2"),
+    ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not an integer"),
+    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 must be at least 0 and less than WORLD_SIZE=2"),
 ])
 def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
     set_env(monkeypatch, **variables)
@@ -94,7 +94,7 @@ def test_first_host_of_a_slurm_list(nodelist, host):
     assert distributed._first_host(nodelist) == host
 
 
-# init, alone
+# init with one process
 
 
 def test_single_process():
@@ -123,7 +123,7 @@ def test_a_device_that_is_missing_is_an_error(monkeypatch):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """This process is the second of two; joining is recorded instead of done."""
+    """Make this process the second of two. Joining is recorded, not done."""
     set_env(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
     joined = {}
     monkeypatch.setattr(
@@ -161,7 +161,7 @@ def test_no_set_device_rank_leaves_the_index_to_the_launcher(monkeypatch, two_ra
 def test_a_device_with_an_index_for_every_rank_is_warned_about(monkeypatch, two_ranks, caplog):
     fake_cuda(monkeypatch, [])
     assert distributed.init(config(device="cuda:0")).device == torch.device("cuda:0")
-    assert "each rank gets a device of its own" in caplog.text
+    assert "each rank gets another device" in caplog.text
 
 
 def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
@@ -183,10 +183,10 @@ def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypa
 
 
 @pytest.mark.parametrize(("backend", "message"), [
-    ("hccl", "'hccl' cannot move tensors of cpu.*torch_npu.*Leave --dist-backend out"),
-    ("nccl", "'nccl' cannot move tensors of cpu"),
-    ("smoke", "'smoke' cannot move tensors of cpu"),
-    ("npu:hccl", "names no backend for this run's device, cpu"),
+    ("hccl", "'hccl' cannot transfer tensors of cpu.*torch_npu.*Leave out --dist-backend"),
+    ("nccl", "'nccl' cannot transfer tensors of cpu"),
+    ("smoke", "'smoke' cannot transfer tensors of cpu"),
+    ("npu:hccl", "names no backend for the device of this run, cpu"),
 ])
 def test_a_backend_that_cannot_serve_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
     with pytest.raises(ValueError, match=message):
@@ -225,14 +225,13 @@ def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
         [sys.executable, "-c", WAITS.format(timeout=1)], env=processes.environment(**variables), text=True,
         capture_output=True, timeout=100, check=False,
     )  # fmt: skip
-    advice = f"For one process unset {size}, or start all of them with {start}."
+    advice = f"If you want one process, unset {size}; otherwise start all of them with {start}."
     assert done.returncode == 1
-    assert (
-        f"{size} says 2 processes: waiting for the others at localhost:{port}, at most 1 s. {advice}" in done.stderr
-    )
+    waiting = f"{size} asks for 2 processes. Waiting for all of them at localhost:{port}, at most 1 s. {advice}"
+    assert waiting in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        f"RuntimeError: {size} says 2 processes: they did not all come to localhost:{port} within 1 s"
+        f"RuntimeError: {size} asks for 2 processes: not all of them joined at localhost:{port} within 1 s"
     )
     assert last.endswith(advice)
 
@@ -247,7 +246,7 @@ def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, cap
         caplog.clear()
         with caplog.at_level("INFO"), pytest.raises(RuntimeError):
             distributed.init(config())
-        assert caplog.text.count("waiting for the others") == expected
+        assert caplog.text.count("Waiting for all of them") == expected
 
 
 def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
@@ -260,7 +259,7 @@ def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
     assert len(str(raised.value)) < 500
 
 
-# The original's names
+# Functions of open_clip_train
 
 
 def test_flat_namespace(monkeypatch):
@@ -294,11 +293,11 @@ import open_clip.device
 from training import distributed as d
 from training.params import DistributedConfig
 world = d.init(DistributedConfig(device="cpu", dist_backend="gloo"))
-told = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
+broadcast = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
 gathered = d.all_gather_object(None, "x" * (1 + 999 * world.rank))
 d.barrier()
 import os
-result = [world.rank, world.local_rank, world.world_size, world.backend, told, [len(x) for x in gathered],
+result = [world.rank, world.local_rank, world.world_size, world.backend, broadcast, [len(x) for x in gathered],
           d.is_master(world), os.environ["WORLD_SIZE"]]
 d.shutdown()
 print(json.dumps(result))
@@ -306,7 +305,7 @@ print(json.dumps(result))
 
 
 def free_port() -> int:
-    """A port that the rule for SLURM can give (20000 + job id), not even lingering from an earlier use."""
+    """Find a free port from 20000 to 29999, as for SLURM, that no earlier use keeps in TIME_WAIT."""
     for port in random.SystemRandom().sample(range(20000, 30000), 100):
         with socket.socket() as probe:
             try:
@@ -325,7 +324,7 @@ def leave_during_a_collective(rank, world_size):
 
 
 def test_leaving_frees_the_tensors_of_a_collective_that_still_runs(tmp_path):
-    """Before torch 2.8 freeing the group waits, with the GIL held, for a thread of gloo that needs the GIL."""
+    """Before torch 2.8 the destructor of the group waits, holding the GIL, for a thread of gloo that needs it."""
     run_ranks(__file__, "leave_during_a_collective", (2,), tmp_path)
 
 

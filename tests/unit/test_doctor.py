@@ -1,4 +1,4 @@
-"""What the doctor finds and says, and its exit status."""
+"""Tests of training.doctor: the report and the exit status."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -133,7 +133,7 @@ def test_a_step_that_fails_stands_in_the_way(monkeypatch, break_it):
 
 
 def run_doctor(tmp_path, *flags: str, torch_npu: str | None = None) -> str:
-    """What the command prints on stdout, optionally with a package torch_npu of this source."""
+    """Return the stdout of the command, optionally with a fake torch_npu that has this source."""
     if torch_npu is not None:
         (tmp_path / "torch_npu.py").write_text(torch_npu)
         write_metadata(tmp_path, "torch_npu", "2.9.0.post2")
@@ -160,7 +160,7 @@ def test_constraints_are_the_installed_versions(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--constraints", "--json"])
 def test_what_torch_npu_prints_does_not_get_between(tmp_path, flag):
-    """torch_npu prints a warning while it is imported without CANN's variables, whether it can load or not."""
+    """Without the variables of CANN, torch_npu prints a warning during its import."""
     printed = "print('Warning: ASCEND_HOME_PATH environment variable is not set.')\nraise ImportError('libhccl.so')\n"
     text = run_doctor(tmp_path, flag, torch_npu=printed)
     if flag == "--json":

@@ -1,4 +1,4 @@
-"""Evaluation in one process and over ranks with uneven parts: values, names, and when it is due."""
+"""Tests of training.evaluate in one process and over uneven ranks: values, names, and when it is due."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.metrics import retrieval_metrics
 
 CLASSES = [f"class {letter}" for letter in "abcdefghi"]
 WIDTH = len(CLASSES)
-# Sizes of the batches of each rank.
+# Batch sizes of each rank.
 PARTS = {1: [[5, 3, 4]], 2: [[5, 3], [4]], 3: [[5], [3, 4], []]}
 
 
@@ -56,7 +56,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def data_of(rank: int, world_size: int) -> dict:
-    """This rank's consecutive batches of the same three, as validation and as zero-shot data."""
+    """Return the batches of this rank, taken from the same three, as validation and zero-shot data."""
     parts = PARTS[world_size]
     first = sum(len(part) for part in parts[:rank])
     loader = Loader(batches()[first : first + len(parts[rank])])
@@ -78,7 +78,7 @@ def args(**changes) -> SimpleNamespace:
 
 
 def cases(rank: int, world_size: int) -> dict:
-    """Everything, with a classifier that is split over the ranks and with one that is not."""
+    """Run all evaluations, with a classifier that is split over the ranks and with one that is not."""
     results = {}
     for fewest in (1, 100):
         zero_shot.FEWEST_CLASSES_TO_SPLIT = fewest

@@ -1,4 +1,4 @@
-"""training.file_utils: saves that cannot tear, and copies of a folder."""
+"""Tests of training.file_utils: atomic saves, and copies of a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run's folder with a log, a checkpoint, and what is not to be copied."""
+    """Create the folder of a run with a log, a checkpoint, and files that must not be copied."""
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "out.log").write_text("line\n")
@@ -31,7 +31,7 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def aws(tmp_path, monkeypatch):
-    """A stand-in for the command `aws`, whose arguments, a line each, land in the file that is returned."""
+    """Install a fake command `aws`. Return the file to which it writes its arguments, one per line."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "aws").write_text(
@@ -93,7 +93,7 @@ def test_the_file_is_replaced_only_when_it_is_whole_and_on_disk(tmp_path, monkey
 
 @posix
 def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path):
-    """A real failing write, as on a full disk: the process may write no file above 100 kB."""
+    """Make writes fail as on a full disk: the process may not write files larger than 100 kB."""
     path = tmp_path / "epoch_latest.pt"
     pt_save({"epoch": 1}, path)
     script = """
@@ -150,7 +150,7 @@ def test_check_exists(tmp_path):
     assert check_exists(str(tmp_path / "x.pt"))
     assert check_exists(f"file://{tmp_path}/x.pt")
     assert not check_exists(str(tmp_path / "y.pt"))
-    assert not check_exists(str(tmp_path)), "a folder is no file"
+    assert not check_exists(str(tmp_path)), "a folder is not a file"
     assert not check_exists("memory://nothing/here.pt")
 
 
@@ -189,7 +189,7 @@ def test_fsspec_copies_what_is_new(run_folder, tmp_path):
     assert remote_sync(str(run_folder), f"file://{there}", "fsspec") is True
     expected = {"out.log": b"line\n", "checkpoints/epoch_1.pt": b"one"}
     assert files(there) == expected
-    # Marked, to see what the second copy touches.
+    # Changed, to see which files the second copy writes.
     os.utime(there / "checkpoints" / "epoch_1.pt", (4e9, 4e9))
     os.utime(there / "out.log", (4e9, 4e9))
     (run_folder / "out.log").write_text("line\nanother\n")

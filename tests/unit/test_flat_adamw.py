@@ -1,4 +1,4 @@
-"""training.flat_adamw: torch's AdamW to the last digits, steps skipped on the device, states that move both ways."""
+"""Tests of training.flat_adamw: agreement with torch's AdamW, skipped steps, compatible state dicts."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_groups_with_other_coefficients_have_their_own():
 
 
 def test_parameters_without_a_gradient_are_left_alone():
-    """In any order: later ones have a smaller step count, and one that never has a gradient has no state."""
+    """Parameters that are used later have a smaller step count; those without a gradient have no state."""
     model, other = Late(), Late()
     ours, theirs = flat(model), plain(other)
     for use_late, steps in ((False, range(2)), (True, range(2, 5)), (False, range(5, 6)), (True, range(6, 8))):
@@ -159,7 +159,7 @@ def test_norm_and_scale_are_those_of_torch_s_clipping():
     assert_same(everything(model, ours), everything(other, theirs), 1e-5)
 
 
-# What it costs
+# Number of launches
 
 
 class Calls(TorchDispatchMode):
@@ -233,7 +233,7 @@ def test_a_finite_step_with_the_flag_is_the_step_without():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_are_the_rounded_fp32_ones(dtype):
-    """Small gradients, whose squares float16 does not have, and updates below the rounding of the weights."""
+    """Small gradients, whose squares underflow in float16, and updates below the precision of the weights."""
     model = Late().to(dtype)
     other = copy.deepcopy(model).float()
     ours, theirs = flat(model), plain(other)
@@ -253,7 +253,7 @@ def test_half_weights_are_the_rounded_fp32_ones(dtype):
 
 
 def test_weights_that_others_set_are_followed():
-    """As the clamp of logit_scale does, or a model that is loaded after the optimizer was made."""
+    """The clamp of logit_scale does this, and loading a model after the optimizer was created."""
     model = Late().bfloat16()
     optimizer = flat(model)
     train(model, optimizer, range(2))
@@ -317,7 +317,7 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(dtype):
     weights, state = copy.deepcopy(model.state_dict()), stored(before.state_dict())
     resumed = Late().to(dtype)
     after = flat(resumed)
-    train(resumed, after, range(20, 22))  # what it has done before is forgotten
+    train(resumed, after, range(20, 22))  # loading replaces the earlier state
     resumed.load_state_dict(weights)
     after.load_state_dict(state)
     train(resumed, after, range(3, 6))
@@ -339,7 +339,7 @@ def test_states_that_do_not_fit_are_errors():
         flat(wider).load_state_dict(state)
 
 
-# What it cannot do
+# Errors
 
 
 @pytest.mark.parametrize("change", [
@@ -350,7 +350,7 @@ def test_parameters_that_moved_are_an_error(change):
     model = Late()
     optimizer = flat(model)
     change(model)
-    with pytest.raises(RuntimeError, match="make the optimizer afterwards"):
+    with pytest.raises(RuntimeError, match="before you create the optimizer"):
         train(model, optimizer, range(1))
 
 

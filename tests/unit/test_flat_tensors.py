@@ -1,4 +1,4 @@
-"""training.flat_tensors: views of one buffer."""
+"""Tests of training.flat_tensors: views of one buffer."""
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,4 @@
-"""training.flops: what a training step is counted as, against hand-made sums."""
+"""Tests of training.flops: the FLOPs of a training step against sums computed by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_clip import device as devices
 from training import flops
 
 CPU = torch.device("cpu")
-PATCHES, WIDTH = 16, 32  # tiny_clip's: 32 / 8 squared
+PATCHES, WIDTH = 16, 32  # of tiny_clip: 32 / 8 squared
 PATCH_EMBEDDING = 2 * 3 * 8 * 8 * WIDTH * PATCHES
 
 

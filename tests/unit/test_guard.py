@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped whole, on all ranks, counted, and in the end a reason to stop. And the average."""
+"""Tests of skipped steps (training.guard) and of the average of the weights (training.ema)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trainer_of(model: nn.Module, form: str = "fused", folder=None, limit: int = 
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, buffers, moments, step counts, averages, cloned."""
+    """Clone weights, buffers, moments, step counts and averages."""
     bare = trainer.model.module if isinstance(trainer.model, DistributedDataParallel) else trainer.model
     found = {name: value.clone() for name, value in bare.state_dict().items()}
     for number, state in enumerate(trainer.optimizer.state.values()):
@@ -82,7 +82,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(fo
 
 @pytest.fixture
 def blind_fused_adamw(monkeypatch):
-    """A device whose fused AdamW ignores `found_inf`, as op-plugin's does on an NPU, and says so."""
+    """A device whose fused AdamW ignores `found_inf`, like op-plugin's on an NPU."""
     kernel = torch._fused_adamw_
 
     def ignore_flags(*args, grad_scale=None, found_inf=None, **options):
@@ -152,7 +152,7 @@ def test_too_many_in_a_row_stop_the_run_where_it_was_and_name_the_samples(tmp_pa
     model, data = Towers(), data_of(8)
     for number, batch in enumerate(data.dataloader):
         batch["key"] = [f"{number}-{i}" for i in range(SIZE)]
-    data.dataloader[2:6] = [bad(batch) for batch in data.dataloader[2:6]]  # the last two good ones come too late
+    data.dataloader[2:6] = [bad(batch) for batch in data.dataloader[2:6]]  # the last two good steps come too late
     trainer = trainer_of(model, folder=tmp_path, limit=3)
     after_two = trainer_of(copy.deepcopy(model))
     for number in range(2):
@@ -166,7 +166,7 @@ def test_too_many_in_a_row_stop_the_run_where_it_was_and_name_the_samples(tmp_pa
 
 def test_a_run_of_skipped_steps_alone_is_an_error():
     trainer = trainer_of(Towers(), limit=0)
-    trainer.guard.check_run()  # no step is no error: a resumed run that has all its epochs
+    trainer.guard.check_run()  # no error without steps: a resumed run may have completed all epochs
     batches = [bad(batch) for batch in batches_of(3)]
     for number, batch in enumerate(batches):
         trainer.step([batch], number)
@@ -201,7 +201,7 @@ def test_without_a_limit_it_goes_on(tmp_path):
 
 
 class Scaler:
-    """torch's protocol: a factor, and a step that is left out where a gradient is not finite."""
+    """The protocol of torch: a scale, and no step if a gradient is not finite."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -231,7 +231,7 @@ def test_a_scaler_s_overflow_is_its_own_affair_and_counted_apart():
         trainer.scaler.factor = factor
         hurt = batch if factor > 2 else bad(batch)
         if factor > 2:
-            trainer.scaler.scale = lambda value: value * 1e308 * 10  # more than there is
+            trainer.scaler.scale = lambda value: value * 1e308 * 10  # more than there are
         else:
             trainer.scaler.scale = lambda value, factor=factor: value * factor
         trainer.step([hurt], 1)
@@ -241,7 +241,7 @@ def test_a_scaler_s_overflow_is_its_own_affair_and_counted_apart():
 
 
 def test_a_skip_that_only_the_scaler_sees_is_an_overflow():
-    """As on chips that saturate: the gradients stay finite, and the scaler reads a status flag."""
+    """Saturating chips: the gradients stay finite, and the scaler reads a status flag."""
 
     class FlagScaler(Scaler):
         overflowed = True
@@ -262,7 +262,7 @@ def test_a_skip_that_only_the_scaler_sees_is_an_overflow():
 
 
 def ranks_skip(rank: int, world_size: int) -> dict:
-    """A NaN on rank 1 alone, then a good step: what each rank has after each, for two forms of AdamW."""
+    """Make a step with NaN on rank 1 only and a good one, and return the state of each rank after each step."""
     return {form: steps_of_a_rank(rank, world_size, form) for form in ("fused", "flat")}
 
 
@@ -345,7 +345,7 @@ def test_averaged_weights_are_saved_and_resumed_and_begin_where_there_are_none()
 
 
 def test_the_epoch_goes_on_in_its_midst_with_the_same_log():
-    """What `after_step` saves at step 3 of 7 is enough for the other four, and for what they log."""
+    """A checkpoint of step 3 of 7 is enough to make the other four steps and to log the same values."""
     whole, writer, saved = Towers(), Writer(), {}
     trainer, state = trainer_of(whole), state_of(whole, 7)
     state.optimizer, state.guard, state.average = trainer.optimizer, trainer.guard, trainer.average
@@ -376,7 +376,7 @@ def test_the_epoch_goes_on_in_its_midst_with_the_same_log():
 
 @pytest.mark.parametrize(("per_step", "steps", "expected"), [(8, 6, 3), (4, 12, 5), (16, 3, 2), (40, 1, 1)])
 def test_another_number_of_processes_goes_on_after_the_samples_that_are_done(per_step, steps, expected):
-    """5 steps of 4 samples are done: no more steps are left than there are samples for."""
+    """After 5 steps of 4 samples, only as many steps are left as there are samples."""
     model = Towers()
     state = state_of(model, 12)
     state.samples_per_step, state.epoch, state.step, state.epoch_step, state.epoch_samples = 4, 1, 17, 5, 20

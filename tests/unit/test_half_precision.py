@@ -1,4 +1,4 @@
-"""Every precision trains like float32 on the CPU, with every supported form of AdamW."""
+"""Every precision trains like float32 on the CPU with every supported form of AdamW."""
 
 from __future__ import annotations
 

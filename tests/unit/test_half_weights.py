@@ -1,4 +1,4 @@
-"""Weights that are converted to half precision once per step: the numbers of autocast, with fewer casts."""
+"""Tests of training.half_weights: the results of autocast, with fewer casts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def trainer_of(model: Any, converts: bool, flats: tuple[FlatTensors, ...] = ()) 
 
 
 def gradients(trainer: Trainer, batches: list[dict[str, torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
-    """The gradient of one step's loss, and the loss."""
+    """Compute the gradients and the loss of one step."""
     trainer.optimizer.zero_grad()
     loss = trainer.backward(batches or make_batches())["loss"]
     return {"loss": loss} | {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
@@ -76,7 +76,7 @@ def gradients(trainer: Trainer, batches: list[dict[str, torch.Tensor]] | None = 
 def assert_same_gradients(
     model: Any, batches: list[dict[str, torch.Tensor]] | None = None, flat: bool = False
 ) -> None:
-    """Bit-equal to those of autocast, in two steps, the second with other weights."""
+    """Gradients are bit-identical to those of autocast in two steps, the second with other weights."""
     other = copy.deepcopy(model)
     flats = (flatten_parameters([p for p in model.parameters() if p.requires_grad]),) if flat else ()
     converting, plain = trainer_of(model, True, flats), trainer_of(other, False)
@@ -111,7 +111,7 @@ def test_activation_checkpointing():
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_accumulation(count):
-    """With forward passes that keep no activations."""
+    """Compare gradients with gradient checkpointing."""
     assert_same_gradients(make_model(), make_batches(count))
 
 
@@ -125,7 +125,7 @@ def test_frozen_weights(flat):
 
 
 def gradients_of_ranks(rank: int, world_size: int) -> list[bool]:
-    """Whether each gradient that DDP averaged is that of autocast."""
+    """Return whether the gradients that DDP averaged equal those of autocast."""
     found = []
     for converts in (True, False):
         model = make_model()
@@ -143,7 +143,7 @@ def test_ranks_with_ddp(tmp_path):
 
 
 class Operators(TorchDispatchMode):
-    """Counts what computes something, so no views."""
+    """Counts operators, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_without_autocast_blocks_keep_their_weights():
 
 
 def test_layers_that_a_program_has_changed_are_left_to_autocast():
-    """An adapter around a layer counts, and so does a parametrised weight."""
+    """This includes adapters around layers and parametrized weights."""
 
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -253,7 +253,7 @@ def test_layers_that_a_program_has_changed_are_left_to_autocast():
 
 @pytest.fixture
 def gaining_cpu(monkeypatch):
-    """The CPU, as a device that gains by it."""
+    """The CPU as a device that converts weights once per step."""
     monkeypatch.setattr(type(devices.get(CPU)), "converts_weights_once", True)
 
 

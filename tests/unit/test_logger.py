@@ -1,4 +1,4 @@
-"""training.logger: the text log, and where a run's numbers go."""
+"""Tests of training.logger: the text log and the reports of metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.params import LoggingConfig
 
 @pytest.fixture
 def root():
-    """The root logger, given back as it was."""
+    """Yield the root logger and restore it afterwards."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     yield root
@@ -33,7 +33,7 @@ def root():
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package wandb that notes what it is called with."""
+    """A fake of the package wandb that records its calls."""
     calls: list[tuple] = []
     run = types.SimpleNamespace(
         log=lambda metrics, step: calls.append(("log", metrics, step)), finish=lambda: calls.append(("finish",))
@@ -120,7 +120,7 @@ def test_results_are_a_line_an_evaluation_and_appended(tmp_path):
 def test_numbers_of_every_kind_and_nothing_else():
     metrics = {"f": 1.5, "i": 2, "b": True, "t": torch.tensor([2.5]), "n": np.float64(3.5), "a": np.array([[4.5]]),
                "vector": torch.ones(2), "empty": np.array([]), "none": None, "text": "x"}  # fmt: skip
-    found = run_logger._numbers(metrics)
+    found = run_logger._keep_numbers(metrics)
     assert found == {"f": 1.5, "i": 2, "b": 1, "t": 2.5, "n": 3.5, "a": 4.5}
     assert {type(value) for value in found.values()} == {int, float}
 

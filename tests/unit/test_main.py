@@ -491,7 +491,7 @@ REFUSED = {
         lambda i, t: ["--train-data", i.csv, "--resume", other_checkpoint(t)], ValueError, "another model",
     ),
     "a pickle with code": (
-        lambda i, t: ["--train-data", i.csv, "--resume", pickle_with_code(t)], ValueError, "no weights",
+        lambda i, t: ["--train-data", i.csv, "--resume", pickle_with_code(t)], ValueError, "no model weights",
     ),
     "classes without names": (
         lambda i, t: ["--train-data", i.csv, "--zeroshot-data", t], (ValueError, FileNotFoundError), "class",

@@ -1,4 +1,4 @@
-"""Averages, accuracy, and retrieval against a stable sort of all similarities."""
+"""Tests of training.metrics: averages, accuracy, and retrieval against a stable sort of all similarities."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from gloo_ranks import run_ranks
 from training import metrics
 
-# Pairs on each rank: uneven, and none at all. The blocks below are smaller than what some ranks have.
+# Pairs on each rank: uneven, or none. The blocks below are smaller than the number of pairs of some ranks.
 COUNTS = {2: (150, 7), 3: (70, 0, 133)}
 
 
 def by_definition(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
-    """Metrics from all similarities, sorted, with ties in the order of the pairs."""
+    """Compute metrics by sorting all similarities, with ties in the order of the pairs."""
     found = {}
     similarities = (image.double() @ text.double().T).numpy()
     for name, matrix in (("image_to_text", similarities), ("text_to_image", similarities.T)):
@@ -28,7 +28,7 @@ def by_definition(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
 
 
 def by_coco(image: torch.Tensor, text: torch.Tensor, ids: list[int]) -> dict[str, float]:
-    """Metrics of different images with their captions, from sorted lists of similarities, in NumPy."""
+    """Compute metrics of images with several captions from sorted lists of similarities, in NumPy."""
     firsts = [ids.index(value) for value in dict.fromkeys(ids)]
     similarities = image.double().numpy()[firsts] @ text.double().numpy().T
     right = [[caption for caption, value in enumerate(ids) if value == ids[first]] for first in firsts]
@@ -50,14 +50,14 @@ def by_coco(image: torch.Tensor, text: torch.Tensor, ids: list[int]) -> dict[str
 
 
 def image_ids(count: int) -> list[int]:
-    """About three pairs for an image, spread over the pairs, with large numbers."""
+    """Make large image ids, each for about three pairs that are not adjacent."""
     chosen = np.random.RandomState(count).randint(0, max(1, count // 3), count)
     return [int(number) * 0x3243F6A8885A30 + 5 for number in chosen]
 
 
 def features(count: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    if kind == "ties":  # small whole numbers: similarities are exact, and many are equal
+    if kind == "ties":  # small integers: similarities are exact, and many are equal
         image, text = torch.randint(-2, 3, (2, count, 4), generator=generator).float()
     else:
         image, text = torch.nn.functional.normalize(torch.randn(2, count, 16, generator=generator), dim=-1)
@@ -73,7 +73,7 @@ def cases(rank: int, world_size: int) -> dict:
     for kind in ("ties", "noise"):
         image, text = (part[first : first + counts[rank]] for part in features(sum(counts), kind))
         if not counts[rank]:
-            image = text = torch.zeros(0, 0)  # what a rank has that saw no batch
+            image = text = torch.zeros(0, 0)  # a rank without batches has this
         results[kind] = metrics.retrieval_metrics(image, text, distributed=True)
         ids = torch.tensor(image_ids(sum(counts))[first : first + counts[rank]], dtype=torch.int64)
         known = None if not counts[rank] else ids
@@ -129,7 +129,7 @@ def test_a_perfect_model_on_five_captions_for_each_image(caplog):
     assert {found[f"{name}_R@1"] for name in ("image_to_text", "text_to_image")} == {1.0}
     assert {found[f"{name}_mean_rank"] for name in ("image_to_text", "text_to_image")} == {1.0}
     assert caplog.text.count("40 images with 200 captions") == 1
-    with pytest.raises(ValueError, match=r"ids \[40\] must be one for each of 200 pairs"):
+    with pytest.raises(ValueError, match=r"image_ids has the shape \[40\]. It needs one id per pair, 200"):
         metrics.retrieval_metrics(image, text, image_ids=torch.arange(40))
 
 
@@ -144,13 +144,13 @@ def test_retrieval_metrics(kind, count, rows, monkeypatch):
 
 
 def test_equal_candidates_rank_by_position_wherever_they_are(monkeypatch):
-    """Ten texts, repeated: their similarities are equal to the bit in every block, so the ranks are exact."""
+    """Ten repeated texts have bit-identical similarities in every block, so the ranks are exact."""
     monkeypatch.setattr(metrics, "GALLERY_ROWS", 128)
     monkeypatch.setattr(metrics, "QUERY_ROWS", 64)
     texts = torch.nn.functional.normalize(torch.randn(10, 48, generator=torch.Generator().manual_seed(0)), dim=-1)
     text = texts.repeat(35, 1)
     found = metrics.retrieval_metrics(text, text)
-    # The right one is behind its equals that come before it: 0, 1, ... 34 of them.
+    # The correct candidate is ranked after the equal ones before it: 0, 1, ... 34 of them.
     assert found["image_to_text_mean_rank"] == pytest.approx(18)
     assert found["image_to_text_median_rank"] == 18
     assert found["text_to_image_R@1"] == pytest.approx(1 / 35)
@@ -167,7 +167,7 @@ def test_half_precision_features_are_compared_in_fp32():
 
 
 def test_no_pairs_and_unequal_numbers_are_errors():
-    with pytest.raises(ValueError, match="no pair"):
+    with pytest.raises(ValueError, match="no image-text pairs"):
         metrics.retrieval_metrics(torch.zeros(0, 3), torch.zeros(0, 3))
     with pytest.raises(ValueError, match=r"\[2, 3\].*\[4, 3\]"):
         metrics.retrieval_metrics(torch.zeros(2, 3), torch.zeros(4, 3))

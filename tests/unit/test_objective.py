@@ -1,4 +1,4 @@
-"""Objectives: which one a model gets, and that its losses are the formulas of their papers."""
+"""Tests of training.objective: the choice of the objective, and losses against the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_teacher_makes_it_distillation_and_learns_nothing_itself():
     torch.testing.assert_close(losses["loss"], losses["distill_loss"] + losses["contrastive_loss"])
     losses["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    # DDP waits for the gradient of every parameter, also of the bias, which no softmax depends on.
+    # DDP waits for the gradient of every parameter, even of the bias, which softmax does not depend on.
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.logit_bias.grad == 0
 
@@ -144,12 +144,12 @@ def test_a_loss_module_of_ones_own_is_an_objective():
     ("model", "cfg", "teacher", "words"),
     [
         (TwoTowers(), ObjectiveConfig(siglip=True), None, "init_logit_bias"),
-        (TwoTowers(bias=True), ObjectiveConfig(siglip=True), TwoTowers(), "exclude each other"),
-        (Captioner(), ObjectiveConfig(siglip=True), None, "two towers"),
-        (Captioner(), ObjectiveConfig(), TwoTowers(), "two towers"),
+        (TwoTowers(bias=True), ObjectiveConfig(siglip=True), TwoTowers(), "cannot be combined"),
+        (Captioner(), ObjectiveConfig(siglip=True), None, "captioning loss"),
+        (Captioner(), ObjectiveConfig(), TwoTowers(), "captioning loss"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_mend(model, cfg, teacher, words):
+def test_what_cannot_be_is_refused_with_a_fix(model, cfg, teacher, words):
     with pytest.raises(ValueError, match=words):
         create_objective(cfg, model, teacher)
 

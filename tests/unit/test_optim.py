@@ -1,4 +1,4 @@
-"""training.optim: groups, fused and unfused states, timm's optimizers."""
+"""Tests of training.optim: groups, fused and unfused states, timm's optimizers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from training.params import OptimConfig, parse_args, sections
 
 
 class Towers(nn.Module):
-    """The kinds of parameters that there are in CLIP, by name and shape."""
+    """A model with the kinds of parameters of CLIP, by name and shape."""
 
     def __init__(self) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.logit_bias = nn.Parameter(torch.ones([]))
         self.positional_embedding = nn.Parameter(torch.randn(3, 4))
-        self.ln_wide = nn.Parameter(torch.randn(2, 2))  # by its name alone
+        self.ln_wide = nn.Parameter(torch.randn(2, 2))  # no decay because of its name
         self.relative_bias_table = nn.Parameter(torch.randn(2, 2))
         self.linear = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
@@ -84,7 +84,7 @@ def test_a_learning_rate_of_zero_is_kept(model):
 
 
 def test_a_group_may_be_empty():
-    """So that states interchange whatever is locked."""
+    """States are compatible for any locked parameters."""
     optimizer = create_optimizer(nn.Linear(2, 2, bias=False), config(), "cpu")
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
 
@@ -119,7 +119,7 @@ def test_forms_that_do_not_train_a_dtype_are_refused(model, form, dtype):
 
 @pytest.mark.parametrize(("first", "second"), [("torch", "off"), ("off", "torch")])
 def test_states_move_between_fused_and_unfused(model, first, second):
-    """A run that changes the implementation half-way gives the weights of one that does not."""
+    """A run that changes the implementation after half of the steps gives the same weights."""
     unbroken = copy.deepcopy(model)
     straight = create_optimizer(unbroken, config("--fused-optimizer", "off"), "cpu")
     before = create_optimizer(model, config("--fused-optimizer", first), "cpu")
@@ -182,7 +182,7 @@ def test_timm_optimizers_keep_their_own_defaults(model):
 def test_unknown_optimizers_are_errors_with_the_nearest(model):
     with pytest.raises(ValueError, match="timm/lamb"):
         create_optimizer(model, OptimConfig(opt="timm/lambb", lr=0.1), "cpu")
-    with pytest.raises(ValueError, match="'sgd' is not known"):
+    with pytest.raises(ValueError, match="Unknown --opt 'sgd'"):
         create_optimizer(model, OptimConfig(opt="sgd", lr=0.1), "cpu")
     with pytest.raises(ValueError, match="both --beta1 and --beta2"):
         create_optimizer(model, OptimConfig(beta1=0.9), "cpu")

@@ -1,4 +1,4 @@
-"""training.params: parsing, sections, what is refused, what is warned about."""
+"""Tests of training.params: parsing, sections, errors and warnings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_option_is_in_a_section_or_refused():
 def test_sections_of_no_options_are_the_dataclasses_defaults():
     parsed, default = sections(parse_args([])), params.TrainConfig()
     for section in dataclasses.fields(parsed):
-        if section.name != "optim":  # its defaults depend on the model
+        if section.name != "optim":  # the defaults of this section depend on the model
             assert getattr(parsed, section.name) == getattr(default, section.name)
     assert sections(argparse.Namespace(batch_size=3)).data == params.DataConfig(batch_size=3)
 
@@ -141,7 +141,7 @@ def test_refused_options_say_what_to_use(capsys, argv, instead):
         (["--name", ""], "--name"),
         (["--lr-scheduler", "const-cooldown", *DATA], "--epochs-cooldown"),
         (["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "3", "--epochs", "2", *DATA], "than --epochs 2"),
-        (["--opt", "timm/lamb", *DATA], "give --lr"),
+        (["--opt", "timm/lamb", *DATA], "Set --lr"),
         (["--opt", "timm/lamb", "--lr", "1", "--beta1", "0.9"], "both --beta1 and --beta2"),
         (["--distill-model", "RN50"], "--distill-pretrained"),
         (["--distill-pretrained", "openai"], "--distill-model"),
@@ -178,7 +178,7 @@ def test_validate_raises_value_error_on_a_namespace_made_by_hand():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--opt", "timm/lamb", "--skip-scheduler", *DATA],  # timm's own rate at every step
+        ["--opt", "timm/lamb", "--skip-scheduler", *DATA],  # the default learning rate of timm at every step
         ["--opt", "timm/lamb", "--val-data", "b.csv"],  # nothing is trained
         ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "32", *DATA],
         ["--train-data", "a.tar::b.tar", "--dataset-resampled", "--train-data-upsampling-factors", "1::0.5"],
@@ -276,7 +276,8 @@ def test_with_several_processes():
     args = parse_args(["--local-loss", *DATA])
     assert ["--gather-with-grad" in line for line in warnings_for(args, 2)] == [True]
     args = parse_args(["--siglip", "--gather-with-grad", *DATA])
-    assert warnings_for(args, 2) == ["--gather-with-grad has no effect: --siglip exchanges features in its own way"]
+    expected = "--gather-with-grad has no effect: --siglip exchanges features by --loss-dist-impl"
+    assert warnings_for(args, 2) == [expected]
     args = parse_args(["--siglip", "--loss-dist-impl", "shift", *DATA])
     assert warnings_for(args, 1) == ["--loss-dist-impl has no effect: there is one process"]
 
@@ -288,8 +289,8 @@ def test_help_has_every_option_with_words_and_the_facts_that_surprise(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name in vars(parse_args([])):
         assert "--" + name.replace("_", "-") in text
-    assert "the towers get 1/W of the gradient" in text
-    assert "on the CPU: bf16 without one" in text
+    assert "the gradients of the towers are 1/W" in text
+    assert "on the CPU: bf16 without a scaler" in text
     assert "[0.0005]" not in text
     for default in ("[64]", "[0.2]", "[10000]", "[0.0]", "[auto]"):
         assert default in text

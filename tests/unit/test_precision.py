@@ -1,4 +1,4 @@
-"""Precisions by device."""
+"""Tests of training.precision: precisions by device."""
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +27,7 @@ def test_asked_for_is_kept():
 def test_a_precision_the_device_lacks_names_those_it_has(monkeypatch):
     without_bf16(monkeypatch)
     for name in ("amp_bf16", "amp_bfloat16", "bf16", "pure_bf16"):
-        with pytest.raises(ValueError, match=rf"'{name}' needs torch.bfloat16.*has: amp, fp16, pure_fp16, fp32"):
+        with pytest.raises(ValueError, match=rf"'{name}' needs torch.bfloat16.*Use one of amp, fp16, pure_fp16, fp32"):
             precision.resolve(name, "cuda:0")
     assert precision.resolve("amp", "cuda:0") == "amp"
 

@@ -1,4 +1,4 @@
-"""What a run tries before its first step: each failure is found there, with a sentence, and what is right passes."""
+"""Tests of training.preflight: errors are found before the first step, and correct runs pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(autouse=True)
 def quiet_afterwards():
-    """The command sets up the process's logging; others here want it as it was."""
+    """Restore the logging of the process, which the command sets up."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     yield
@@ -86,13 +86,13 @@ def training_options(inputs: Inputs, logs: Path, *more: object) -> list[str]:
 
 @pytest.fixture
 def no_step(monkeypatch):
-    """A run that gets as far as a step fails the test."""
+    """Fail the test if a run makes a step."""
     monkeypatch.setattr(loop, "run_epoch", lambda *_, **__: pytest.fail("a step was made"))
 
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """A run that gets as far as a model fails the test."""
+    """Fail the test if a run builds a model."""
     monkeypatch.setattr(loop, "build_model", lambda *_, **__: pytest.fail("a model was built"))
 
 
@@ -103,7 +103,7 @@ def text_file(folder: Path, name: str, content: str) -> Path:
 
 
 BEFORE_A_MODEL = {
-    "nothing to do": (None, ValueError, "There are no data: give --train-data"),
+    "nothing to do": (None, ValueError, "There are no data. Use --train-data"),
     "a missing --val-data": (lambda i, t: ["--val-data", "no.csv"], FileNotFoundError, "no.csv: no such CSV file"),
     "missing shards": (lambda i, t: ["--val-data", "no/{0..3}.tar"], FileNotFoundError, "None of the 4 shards"),
     "data of no known form": (lambda i, t: ["--val-data", "nothing"], ValueError, "--dataset-type"),
@@ -123,11 +123,11 @@ BEFORE_A_MODEL = {
     ),
     "a template without a place for the name": (
         lambda i, t: ["--zeroshot-data", i.classes, "--zeroshot-templates", text_file(t, "t.txt", "a {}\na photo\n")],
-        ValueError, "line 2: no {}",
+        ValueError, "line 2: the template 'a photo' has no {}",
     ),
     "no such checkpoint": (lambda i, t: ["--resume", "no.pt"], FileNotFoundError, "--resume 'no.pt'"),
     "an unknown optimizer": (
-        lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer; near it are timm/lion",
+        lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer. Similar names: timm/lion",
     ),
     "moments that float16 does not hold": (
         lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Use",
@@ -180,7 +180,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 ):
     monkeypatch.setitem(sys.modules, package, None)
     more = [inputs.shards if word == "SHARDS" else word for word in more]
-    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}: pip install {package}"):
+    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}. Run: pip install {package}"):
         main.main(training_options(inputs, tmp_path, *more))
 
 
@@ -222,7 +222,7 @@ BEFORE_A_STEP = {
     "shards without captions": (lambda i, t: ["--val-data", i.shards_without_captions], "bare.*no_caption"),
     "classes without images": (lambda i, t: ["--zeroshot-data", i.bad_classes], "bad_classes: not one usable sample"),
     "ImageNet without images": (lambda i, t: ["--imagenet-val", i.bad_classes], "bad_classes: not one usable sample"),
-    "too few names": (without_class_names, "has 2 class names and --zeroshot-data 4 class folders"),
+    "too few names": (without_class_names, "has 2 class names and --zeroshot-data has 4 class folders"),
     "a wrong column": (lambda i, t: ["--val-data", text_file(t, "c.csv", "a\tb\nx\ty\n")], "no column 'filepath'"),
 }  # fmt: skip
 
@@ -254,7 +254,7 @@ def test_a_tokenizer_of_another_vocabulary(inputs, tmp_path, no_step):
         tmp_path / "small",
         text_cfg={"context_length": 16, "vocab_size": 1000, "width": 16, "heads": 2, "layers": 1},
     )
-    with pytest.raises(ValueError, match="token ids up to 49407 and the model's vocab_size is 1000"):
+    with pytest.raises(ValueError, match="token ids up to 49407, but the vocab_size of the model is 1000"):
         main.main(training_options(inputs, tmp_path, "--model", changed))
 
 
@@ -272,7 +272,7 @@ def test_a_teacher_that_takes_other_batches(ours, theirs, words):
         preflight.check_teacher(model(ours), model(theirs))
 
 
-# --- trying changes nothing
+# No side effects
 
 
 def loaders(inputs: Inputs, workers: int = 0, tokenizer=lambda texts: torch.ones(len(texts), 4, dtype=torch.int64)):
@@ -327,7 +327,7 @@ def test_the_probe_is_small_and_starts_no_worker(inputs):
 def test_ids_of_the_data_are_compared_with_the_vocabulary(inputs):
     model = SimpleNamespace(vocab_size=10)
     large = loaders(inputs, tokenizer=lambda texts: torch.full((len(texts), 4), 10))
-    with pytest.raises(ValueError, match="token ids up to 10 and the model's vocab_size is 10"):
+    with pytest.raises(ValueError, match="token ids up to 10, but the vocab_size of the model is 10"):
         preflight.check_evaluation_data(model, {"val": large["csv val"]}, parse_eval(), torch.device("cpu"))
 
 
@@ -335,14 +335,14 @@ def test_the_warning_about_classes_comes_once(inputs, caplog):
     made = {"imagenet-val": loaders(inputs)["csv imagenet-val"]}
     for _ in range(3):
         preflight.check_evaluation_data(torch.nn.Identity(), made, parse_eval(), torch.device("cpu"))
-    assert caplog.text.count("has 4 class folders, and ImageNet 1000") == 1
+    assert caplog.text.count("has 4 class folders, but ImageNet has 1000") == 1
 
 
-# --- several ranks
+# Several ranks
 
 
 def rank_cases(rank: int, world_size: int) -> dict:
-    """What the check says of bad rows on one rank, on both, of a single row, and of a rank that fails."""
+    """Return the errors for bad rows on one rank, on both, for a single row, and for a rank that fails."""
     folder = Path(os.environ["PREFLIGHT_INPUTS"])
     found = {}
     for name in ("half.csv", "bad.csv", "one.csv", "fails.csv"):
@@ -365,7 +365,7 @@ def fail():
 def test_ranks_find_the_same_and_none_waits_for_ever(inputs, tmp_path, monkeypatch):
     good = inputs.csv.read_text().splitlines()
     rows = [f"no{number}.png\tx" if number % 2 == 0 else good[1 + number] for number in range(12)]
-    text_file(tmp_path, "half.csv", "\n".join([good[0], *rows]))  # rank 0 of 2 has the even rows
+    text_file(tmp_path, "half.csv", "\n".join([good[0], *rows]))  # rank 0 of 2 reads the even rows
     text_file(tmp_path, "bad.csv", inputs.bad_csv.read_text())
     text_file(tmp_path, "one.csv", "\n".join(good[:2]))
     text_file(tmp_path, "fails.csv", "\n".join(good))
@@ -377,7 +377,7 @@ def test_ranks_find_the_same_and_none_waits_for_ever(inputs, tmp_path, monkeypat
     assert "no room for the batch" in both[0]["fails.csv"]
 
 
-# --- the warnings of a run
+# Warnings
 
 
 def log_of(inputs: Inputs, logs: Path, *more: object) -> str:
@@ -391,7 +391,7 @@ def test_a_run_warns_of_what_will_not_work_once(inputs, tmp_path):
         "--profile-steps", "30:40",
     )  # fmt: skip
     for words in (
-        "WARNING | --warmup 1000 is more than the run's 3 steps: the learning rate reaches 0.3% of --lr 0.0005.",
+        "WARNING | --warmup 1000 is more than the run's 3 steps, so the learning rate only reaches 0.3% of --lr",
         "WARNING | Only logit_scale is trained",
         "WARNING | --profile-steps 30:40 traces nothing",
     ):
@@ -406,9 +406,9 @@ def test_a_run_without_fault_has_no_such_warning(inputs, tmp_path):
 
 
 def test_a_resumed_run_with_more_epochs_says_that_the_rate_jumps(inputs, tmp_path):
-    assert "learning rate goes" not in log_of(inputs, tmp_path, "--epochs", 2)
+    assert "learning rate changes" not in log_of(inputs, tmp_path, "--epochs", 2)
     log = log_of(inputs, tmp_path, "--epochs", 4, "--resume", "latest")
-    assert log.count("WARNING | The learning rate goes from") == 1
+    assert log.count("WARNING | The learning rate changes from") == 1
     assert "at step 6, where the run is resumed" in log
 
 
@@ -437,7 +437,7 @@ def test_siglip_starts_from_weights_without_a_bias_at_its_own(inputs, tmp_path, 
     assert "no logit_bias" not in log_of(inputs, tmp_path / "random", "--siglip")
 
 
-# --- progress
+# Progress
 
 
 def test_what_takes_long_says_how_far_it_is(inputs, tmp_path, monkeypatch):

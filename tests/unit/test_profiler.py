@@ -1,4 +1,4 @@
-"""Counting, measuring and the command, on a tiny architecture."""
+"""Tests of training.profiler: counting, measuring and the command, on a tiny architecture."""
 from __future__ import annotations
 
 import csv
@@ -22,7 +22,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
-    """Registers tiny (not square), tiny-square and tiny-resnet, and takes them out again."""
+    """Register tiny (not square), tiny-square and tiny-resnet, and remove them afterwards."""
     monkeypatch.setattr(config, "_registry", dict(config._models()))
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     square = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "image_size": 32}}
@@ -97,7 +97,7 @@ def test_an_unknown_name_brings_the_nearest():
         profiler.profile_model("ViT-B-23")
 
 
-@pytest.mark.parametrize(("name", "says"), [("fvcore", "use torch"), ("perf", "Unknown profiler 'perf'")])
+@pytest.mark.parametrize(("name", "says"), [("fvcore", "Use torch"), ("perf", "Unknown profiler 'perf'")])
 def test_other_profilers_are_refused(name, says):
     with pytest.raises(ValueError, match=says):
         profiler.profile_model("tiny", profiler=name)
@@ -109,12 +109,12 @@ def test_other_profilers_are_refused(name, says):
 def test_measuring_runs_on_the_device_and_takes_its_share_of_the_peak(monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index=None: {torch.float32: 1e6}[dtype])
     ticks = iter(range(1000))
-    monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(ticks) / 2)  # half a second a run
+    monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(ticks) / 2)  # half a second per run
     row = profiler.measure_model("tiny", gflops=1e-3, batch_size=4, device=torch.device("cpu"))
     assert list(row) == list(profiler.MEASURED_COLUMNS)
     assert (row["precision"], row["batch_size"]) == ("fp32", 4)
     assert (row["images_per_s"], row["ms_per_batch"]) == (8.0, 500.0)
-    assert row["peak_flops_share"] == 8.0  # 8 MFLOP/s of 1
+    assert row["peak_flops_share"] == 8.0  # 8 MFLOP/s, with a peak of 1
     assert row["device"] == devices.get("cpu").name()
 
 
@@ -192,10 +192,10 @@ def test_measured_columns_follow(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--model", "ViT-B-23"], "Unknown model 'ViT-B-23': the nearest are"),
+    (["--model", "ViT-B-23"], "Unknown model 'ViT-B-23'. Similar names:"),
     (["--model", ","], "--model names no architecture"),
-    (["--model", "tiny", "--profiler", "fvcore"], "use torch"),
-    (["--model", "tiny", "--batch-size", "0"], "at least 1"),
+    (["--model", "tiny", "--profiler", "fvcore"], "Use torch"),
+    (["--model", "tiny", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
     (["--model", "tiny", "--measure", "--device", "abacus"], "Unknown device 'abacus'"),
 ])
 def test_what_cannot_be_done_is_said_before_any_work(arguments, message, tmp_path, capsys):
@@ -208,7 +208,7 @@ def test_what_cannot_be_done_is_said_before_any_work(arguments, message, tmp_pat
 
 
 def test_quick_start(tmp_path):
-    """As users type it, in a process of its own."""
+    """Run the command in a new process."""
     command = [sys.executable, "-m", "training.profiler", "--model", "ViT-L-14", "--results-file", "./logs/results.csv"]
     environment = {"PYTHONPATH": str(profiler.Path(profiler.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=200)

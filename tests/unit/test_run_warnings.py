@@ -1,4 +1,4 @@
-"""training.run_warnings: each warning with its numbers, and none where the run does what its options say."""
+"""Tests of training.run_warnings: each warning with its numbers, and no warning without a reason."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def schedule(steps_per_epoch: int = 10, lr: float = 5e-4, **options) -> list[str
     [
         (
             {"epochs": 2, "warmup": 10000},
-            "--warmup 10000 is more than the run's 20 steps: the learning rate reaches 0.2% of --lr 0.0005. Use a "
-            "shorter --warmup (a tenth of the run is 2) or more --epochs.",
+            "--warmup 10000 is more than the run's 20 steps, so the learning rate only reaches 0.2% of --lr 0.0005. "
+            "Use a shorter --warmup (a tenth of the run is 2) or more --epochs.",
         ),
         ({"epochs": 2, "warmup": 21}, "reaches 95.2% of"),
         ({"epochs": 2, "warmup": 20}, "--warmup 20 is more than half of the run's 20 steps."),
@@ -59,7 +59,7 @@ def test_a_warmup_that_fits(options):
 
 
 def test_the_rate_does_jump_where_the_warmup_reaches_into_the_cooldown():
-    """What the warning says is so, and is not so without it."""
+    """The warning is true, and without it the opposite is true."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for warmup, jumps in ((15, True), (10, False)):
         rate = scheduler.const_lr_cooldown(optimizer, 1.0, warmup, 20, 10)
@@ -100,7 +100,7 @@ def optimizer_at(lr: float) -> torch.optim.Optimizer:
 
 
 def checkpoint_of(epochs: int, step: int, **changes) -> dict:
-    """What a run of 10 steps an epoch has in its checkpoint after so many steps."""
+    """Return the checkpoint of a run of 10 steps per epoch after the given number of steps."""
     optimizer = optimizer_at(1.0)
     schedule = scheduler.cosine_lr(optimizer, changes.get("lr", 5e-4), changes.get("warmup", 3), 10 * epochs)
     schedule(step - 1)
@@ -111,7 +111,7 @@ def test_a_rate_that_jumps_as_the_run_is_resumed():
     optimizer = optimizer_at(0.125)
     own = scheduler.cosine_lr(optimizer, 5e-4, 3, 40)
     (sentence,) = run_warnings.jump_of_learning_rate(optimizer, own, checkpoint_of(2, 20), 20)
-    assert sentence.startswith("The learning rate goes from 4.26e-06 to 0.000282 at step 20, where the run is resumed")
+    assert sentence.startswith("The learning rate changes from 4.26e-06 to 0.000282 at step 20, where the run is")
     assert "--epochs" in sentence
     assert optimizer.param_groups[0]["lr"] == 0.125, "asking changes nothing"
     for changes in ({"lr": 1e-4}, {"warmup": 30}):
@@ -150,7 +150,7 @@ def test_room_for_a_checkpoint(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
     (sentence,) = run_warnings.disk_space(tmp_path, size)
-    assert "has 1.0 GB free and a checkpoint takes about 1.2 GB" in sentence
+    assert "has 1.0 GB of free space, but a checkpoint needs about 1.2 GB" in sentence
     assert list(run_warnings.disk_space(tmp_path, 10**9)) == []
 
 

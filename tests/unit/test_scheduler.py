@@ -1,4 +1,4 @@
-"""training.scheduler: curves against closed forms, limits, and independence of what came before."""
+"""Tests of training.scheduler: curves against closed forms, limits, independence of earlier steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals: noted while steps are made, an exception elsewhere; and ranks that agree when to stop."""
+"""Tests of training.signals: recorded signals, exceptions, and ranks that agree when to stop."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_while_steps_are_made_it_is_noted_and_said(number, capfd):
     with StopSignals() as stop, stop.deferred():
         send(number)
         assert stop.received == number
-        send(signal.SIGTERM)  # the launcher's, afterwards
-        send(signal.SIGINT)  # the same Ctrl-C, from the terminal and from the launcher
+        send(signal.SIGTERM)  # sent by the launcher afterwards
+        send(signal.SIGINT)  # one Ctrl-C, delivered by the terminal and by the launcher
         assert stop.received == number
     key = "Another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
     assert capfd.readouterr().err == f"{number.name}: saving after this step, then stopping. {key} stops at once.\n"
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
-    monkeypatch.setattr(signals, "_ANOTHER_CTRL_C", -1.0)
+    monkeypatch.setattr(signals, "_MIN_BETWEEN_CTRL_C", -1.0)
     with StopSignals() as stop, stop.deferred():
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -78,7 +78,7 @@ def test_handlers_are_put_back_unless_the_process_is_about_to_end():
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(Stopped), StopSignals():
         send(signal.SIGTERM)
-    send(signal.SIGTERM)  # torchrun ends the others when it sees one ended: this is no death
+    send(signal.SIGTERM)  # torchrun ends the other processes when one ends: not a failure
 
 
 def test_another_thread_listens_to_nothing():
@@ -89,13 +89,13 @@ def test_another_thread_listens_to_nothing():
     assert seen == [{}]
 
 
-# The thread that receives signals where Python's handlers do not run
+# The thread that receives signals while Python's handlers cannot run
 
 DEAF = """
 import os, sys, threading, time, datetime
 import torch.distributed as dist
 from training import signals
-signals._IN_CPP = 1.0
+signals._HANDLER_GRACE = 1.0
 def wait():  # in C++, where Python's signal handlers do not run
     print("waits", flush=True)
     dist.TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=datetime.timedelta(seconds=200))
@@ -135,7 +135,7 @@ import sys, threading, time, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 from training import signals
 from training.data.loader import _init_worker
-signals._EXIT = 1.0
+signals._EXIT_GRACE = 1.0
 class Blocked(Dataset):
     __len__ = lambda self: 4
     __getitem__ = lambda self, index: time.sleep(200 * index)
@@ -181,15 +181,15 @@ def test_a_signal_to_another_process_breaks_off_a_wait_for_data():
             time.sleep(60)
 
     with StopSignals() as stop:
-        stop.told_elsewhere = lambda: signal.SIGINT
+        stop.signal_elsewhere = lambda: signal.SIGINT
         with pytest.raises(Stopped) as stopped:
             wait(stop)
     assert stopped.value.code == 130
 
 
 def test_a_long_wait_for_data_is_logged(monkeypatch, caplog):
-    monkeypatch.setattr(signals, "_DATA_MAY_COME", 0.0)
-    monkeypatch.setattr(signals, "_WARN_OF_WAIT", 0.1)
+    monkeypatch.setattr(signals, "_DATA_GRACE", 0.0)
+    monkeypatch.setattr(signals, "_WARN_AFTER_WAIT", 0.1)
     with StopSignals() as stop, stop.waiting_for_data():
         deadline = time.monotonic() + 30
         while not caplog.records and time.monotonic() < deadline:
@@ -222,7 +222,7 @@ def test_without_signals_nothing_is_exchanged(monkeypatch):
 
 
 def ranks_agree(rank: int, world_size: int) -> list:
-    """What each rank gets: of batches that may have to be waited for, that are all there, and at an epoch's end."""
+    """Return what each rank gets: if batches may be late, if all are loaded, and at the end of an epoch."""
     found: list = []
     for is_ready in (False, True):
         with StopSignals() as stop, stop.deferred():
@@ -244,7 +244,7 @@ def ranks_agree(rank: int, world_size: int) -> list:
 
 
 def test_ranks_stop_before_the_same_batch(tmp_path):
-    """With all batches there, it is the one after that at which a rank got the signal."""
+    """If all batches are loaded, the run stops one batch after a rank received the signal."""
     for rank in run_ranks(__file__, "ranks_agree", (3,), tmp_path)[3]:
         assert rank[0] == [0, 1, "SIGTERM", "SIGTERM"]
         assert rank[1] == [0, 1, 2, "SIGTERM"]
@@ -253,7 +253,7 @@ def test_ranks_stop_before_the_same_batch(tmp_path):
 
 
 def a_rank_waits(rank: int, world_size: int) -> list:
-    """Rank 1 comes later than a wait's limit."""
+    """Rank 1 arrives after the time limit of a wait."""
     distributed._timeout = 1.0
     if rank == 1:
         time.sleep(3)
@@ -271,7 +271,7 @@ def test_the_wait_for_another_rank_s_batch_has_a_limit(tmp_path):
 
 
 def a_rank_is_interrupted(rank: int, world_size: int) -> list:
-    """Rank 0 gets a signal in a barrier that the other enters later."""
+    """Rank 0 receives a signal in a barrier that rank 1 enters later."""
     found = []
     if rank == 1:
         time.sleep(3)

@@ -1,4 +1,4 @@
-"""training.trace: which steps the profiler sees, and a real trace on the CPU."""
+"""Tests of training.trace: which steps are traced, and a real trace on the CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Profiler(list):
         (0, 2, range(10), 0, 2, 2),
         (1, 2, range(10), 1, 1, 2),
         (3, 9, range(6, 12), 0, 3, 3),  # a resumed run
-        (8, 20, range(10), 1, 12, 3),  # that ends early
+        (8, 20, range(10), 1, 12, 3),  # a run that ends early
     ],
 )
 def test_the_profiler_sees_the_steps_asked_for_and_one_before(monkeypatch, tmp_path, first, end, run, warmup, active,
@@ -54,7 +54,7 @@ def test_a_run_without_these_steps_says_so(tmp_path, caplog):
 
 @pytest.mark.parametrize("last", [5, 3])
 def test_a_trace_has_the_steps(tmp_path, last):
-    """Also where the run ends by an error in the middle of them."""
+    """The trace is also written if the run fails in one of these steps."""
     def run() -> None:
         with StepTrace(CPU, tmp_path, 2, 4) as trace:
             for number in range(last):

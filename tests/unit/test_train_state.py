@@ -1,4 +1,4 @@
-"""The state of a run: saved whole, restored whole, also from and for open_clip_torch, and torn never."""
+"""Tests of the state of a run: saving, loading, compatibility with open_clip_torch, damaged files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def state_of(seed: int = 0, scaler: Scaler | None = None, **values) -> TrainStat
 
 
 def train(state: TrainState, steps: int) -> list[float]:
-    """Steps that use every random generator; their losses."""
+    """Make steps that use every random generator and return their losses."""
     losses = []
     assert state.optimizer is not None
     for _ in range(steps):
@@ -83,7 +83,7 @@ def test_the_file_has_the_keys_of_open_clip_and_one_of_ours():
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_a_checkpoint_of_open_clip_resumes(prefix):  # (a real one: tests/parity/test_training_checkpoint.py)
+def test_a_checkpoint_of_open_clip_resumes(prefix):  # tests/parity/test_training_checkpoint.py has a real one
     theirs = state_of()
     train(theirs, 4)
     saved = theirs.state_dict()
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_model_says_what_differs_and_changes_nothing():
     other = {"weight": torch.zeros(4, 5), "extra": torch.zeros(1)}
     with pytest.raises(ValueError, match="another model") as error:
         load_weights(model, other)
-    for words in ("lacks bias", "unknown to the model, extra", "weight [4, 5] instead of [4, 3]", "--pretrained"):
+    for words in ("lacks bias", "has the unexpected extra", "weight [4, 5] instead of [4, 3]", "--pretrained"):
         assert words in str(error.value)
     assert torch.equal(model.weight, before)
 
@@ -128,7 +128,7 @@ def test_another_optimizers_state_says_so():
 
 
 def test_a_scaler_of_another_kind_keeps_what_is_its_own():
-    """torch_npu's has an entry more than torch's, and insists on it."""
+    """The scaler of torch_npu has one more entry than torch's, and requires it."""
     class Other(Scaler):
         dynamic = True
 
@@ -214,7 +214,7 @@ def test_the_latest_is_the_one_of_most_epochs(tmp_path):
     touch(tmp_path, epoch_9=9, epoch_10=10, tmp=99)
     (tmp_path / ".epoch_11.pt.1234.tmp").write_bytes(b"half")
     assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_10.pt")
-    touch(tmp_path, epoch_latest=4)  # left behind by an earlier run
+    touch(tmp_path, epoch_latest=4)  # from an earlier run
     assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_10.pt")
     touch(tmp_path, epoch_latest=11)
     assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_latest.pt")
@@ -240,7 +240,7 @@ def test_natural_order():
 
 
 def ranks_save(rank: int, world_size: int) -> dict:
-    """Each rank draws from its own generators, saves, goes on, and restores; rank 0's file serves all."""
+    """Each rank uses its generators, saves, continues, and loads the file of rank 0."""
     state = state_of(seed=100 + rank)
     state.seed, state.step = 3, 5
     saved = state.state_dict()
@@ -248,7 +248,7 @@ def ranks_save(rank: int, world_size: int) -> dict:
     torch.manual_seed(0)
     state.load_state_dict(saved)
     again = torch.rand(2)
-    saved["train_state"]["rng"] = saved["train_state"]["rng"][:1]  # as if from a run of another number of ranks
+    saved["train_state"]["rng"] = saved["train_state"]["rng"][:1]  # as if saved with another number of ranks
     state.load_state_dict(saved)
     return {"expected": expected, "again": again, "other": torch.rand(2), "names": list(saved["state_dict"])}
 

@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: what is classified when, with which names and templates, and what is wrong with a file."""
+"""Tests of training.zero_shot: when it is due, class names, templates, and errors in their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = ["blue", "green_one", "red"]
 
 
 class Model(nn.Module):
-    """Images and texts are embedded by what they hold: a label's one-hot vector."""
+    """A model that embeds images and texts as the one-hot vector of their label."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Model(nn.Module):
 
 class Loader(list):
     def __init__(self, labels: list[int], guesses: list[int], width: int, classes: list[str] | None = None) -> None:
-        """Batches of 2, whose images look like `guesses`."""
+        """Batches of 2 whose images are classified as `guesses`."""
         images = nn.functional.one_hot(torch.tensor(guesses), width).float().view(len(guesses), 1, 1, width)
         pairs = zip(images.split(2), torch.tensor(labels).split(2), strict=True)
         super().__init__({"image": image, "label": label} for image, label in pairs)
@@ -68,7 +68,7 @@ def test_any_folder_of_classes():
     found = zero_shot.zero_shot_eval(
         Model(3), data(Loader([0, 1, 2, 2], [0, 1, 2, 1], 3, CLASSES)), 1, args(), tokenizer
     )
-    assert found == {"zeroshot-top1": 0.75}  # of three classes, the five best say nothing
+    assert found == {"zeroshot-top1": 0.75}  # top 5 of three classes has no meaning
     assert len(captions) == 3 * len(OPENAI_IMAGENET_TEMPLATES)
     assert "a photo of a green one." in captions
 
@@ -127,11 +127,11 @@ def test_frequency_and_the_last_epoch(frequency, epoch, due):
 def test_a_part_of_imagenets_folders_is_a_warning_and_more_than_all_an_error(caplog):
     few = data(Loader([0], [0], 3, CLASSES), "imagenet-val")
     with caplog.at_level(logging.WARNING):
-        zero_shot.check(few, args())
+        zero_shot.check_data(few, args())
     assert "3 class folders" in caplog.text
     assert "position" in caplog.text
     with pytest.raises(ValueError, match=r"1001 class folders.*1000"):
-        zero_shot.check(data(Loader([0], [0], 3, [str(n) for n in range(1001)]), "imagenet-v2"), args())
+        zero_shot.check_data(data(Loader([0], [0], 3, [str(n) for n in range(1001)]), "imagenet-v2"), args())
 
 
 def test_names_from_json(tmp_path):
@@ -145,11 +145,11 @@ def test_names_from_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "one\ntwo\n", "has 2 class names and --zeroshot-data 3 class folders"),
+        ("a.txt", "one\ntwo\n", "has 2 class names and --zeroshot-data has 3 class folders"),
         ("a.txt", "one\n\nthree\n", "class name 2 of 3 is empty"),
         ("a.json", '["one"]', "has 1 class names"),
         ("a.json", '{"red": "r"}', r"no name for 2 of 3 class folders: \['blue', 'green_one'\]"),
-        ("a.json", "[one]", "is not JSON"),
+        ("a.json", "[one]", "is not valid JSON"),
         ("a.json", "3", "must be a JSON list"),
         ("a.json", "[1, 2, 3]", "class name 1 of 3"),
     ],
