@@ -113,7 +113,7 @@ def test_other_encodings_are_refused(tmp_path):
 
 
 def test_fewer_samples_than_a_step_takes(tmp_path):
-    with pytest.raises(ValueError, match=r"has 5 samples, fewer than one step takes, 8\. Lower --batch-size"):
+    with pytest.raises(ValueError, match=r"has 5 samples, and one step needs 8\. Use a smaller --batch-size"):
         train_data(write_csv(tmp_path, 5), batch_size=8)
 
 
@@ -234,7 +234,7 @@ def test_counter_of_this_process():
     skipped = SkipCounter(workers=2)
     assert (skipped.total(), skipped.counts()) == (0, {})
     for _ in range(2):
-        skipped.add(BadSample("no_caption", "a.tar/1", "it has none"))
+        skipped.add_bad(BadSample("no_caption", "a.tar/1", "it has none"))
     assert skipped.counts() == {"no_caption": 2}
 
 

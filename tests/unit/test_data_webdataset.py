@@ -395,10 +395,10 @@ def test_sizes_beside_the_shards(tmp_path):
 
 def test_too_few_samples(tmp_path):
     shards = write_shards(tmp_path, 2, 3)
-    with pytest.raises(ValueError, match=r"has 6 samples, fewer than one step takes, 8"):
+    with pytest.raises(ValueError, match=r"has 6 samples, and one step needs 8"):
         train_data(shards, train_num_samples=6, batch_size=8)
     args = data_args(train_data=shards, train_num_samples=6, workers=2)
-    with pytest.raises(ValueError, match="1 batches an epoch for 2 workers: lower --workers"):
+    with pytest.raises(ValueError, match=r"has 1 batches per epoch, and --workers is 2\. Use fewer"):
         get_wds_dataset(args, plain, True, floor=True)
 
 

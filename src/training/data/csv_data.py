@@ -22,8 +22,7 @@ from training.data.loader import DataInfo, map_loader, tokenizes_randomly
 from training.data.messages import join, quote, shorten
 from training.data.namespace import CSV, takes_namespace
 from training.data.sampling import stable_hash
-from training.data.shards import CAPTION_LIMIT
-from training.data.skips import BadSample
+from training.data.skips import CAPTION_LIMIT, BadSample
 from training.data.strings import StringTable
 
 logger = logging.getLogger(__name__)
