@@ -73,7 +73,7 @@ def test_expand_urls():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [("1", "has 1 numbers .* for 2"), ("1::a", "should be numbers"), ("1::0", "above 0")]
+    ("weights", "message"), [("1", "has 1 numbers .* for 2"), ("1::a", "must be numbers"), ("1::0", "above 0")]
 )
 def test_wrong_weights(weights, message):
     with pytest.raises(ValueError, match=message):
@@ -595,7 +595,7 @@ def test_wildcards_and_folders(tmp_path, monkeypatch):
     assert expand_urls(str(tmp_path))[0] == [*names, f"{tmp_path}/[1].tar"]
     assert expand_urls("https://host/a.tar?part=1")[0] == ["https://host/a.tar?part=1"]
     assert expand_urls([f"{tmp_path}/*.tar"])[0] == [f"{tmp_path}/*.tar"]
-    with pytest.raises(FileNotFoundError, match=r"No file fits '.*/x\*\.tar'"):
+    with pytest.raises(FileNotFoundError, match=r"No file matches '.*/x\*\.tar'"):
         expand_urls(f"{tmp_path}/x*.tar")
     with pytest.raises(ValueError, match=r"wildcards in URLs are not expanded. Use braces"):
         expand_urls("s3://bucket/*.tar")
