@@ -93,7 +93,7 @@ def test_missing_file(tmp_path):
         ("filepath,title\na,b\n", "\t", r"one column only, 'filepath,title'.*not '\\t'\. Try --csv-separator ','"),
         ("filepath\ttitle\na\tb\n", ",", r"Try --csv-separator '\\t'"),
         ("path;text\na;b\n", "\t", "Try --csv-separator ';'"),
-        ("filepath\na\n", "\t", "no column 'title': it has one column only.*see --csv-separator"),
+        ("filepath\na\n", "\t", "no column 'title': it has one column only.*Set it with --csv-separator"),
         ("filepath,title\na.jpg,one\nb.jpg,two, three\n", ",", "line 3: 3 fields, and the header has 2: .*quoted"),
         ("filepath,title\na.jpg,one, more\n", ",", "line 2: 3 fields, and the header has 2"),
     ],
@@ -196,7 +196,7 @@ def test_nothing_usable_is_an_error_that_names_the_first_cause(tmp_path, workers
     path = write_csv(tmp_path, 6)
     for number in range(6):
         (tmp_path / f"{number}.jpg").unlink()
-    with pytest.raises(ValueError, match=f"not one usable sample, and {BAD_IN_A_ROW} that are not.*missing_image"):
+    with pytest.raises(ValueError, match=f"not one usable sample, and {BAD_IN_A_ROW} bad ones.*missing_image"):
         next(iter(train_data(path, workers=workers).dataloader))
     with pytest.raises(ValueError, match=r"not one usable sample.*'missing_image': 6"):
         list(val_data(path, workers=workers).dataloader)
@@ -206,7 +206,7 @@ def test_a_long_useless_validation_set_stops_early(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("filepath\ttitle\n" + "gone.jpg\ta caption 1\n" * (BAD_IN_A_ROW + 50))
     val = val_data(path)
-    with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} that are not"):
+    with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} bad ones"):
         list(val.dataloader)
     assert val.skipped.counts() == {"missing_image": BAD_IN_A_ROW}
 

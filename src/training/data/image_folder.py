@@ -143,7 +143,7 @@ def _list_images(folder: Path) -> list[str]:
 def get_imagefolder_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """Return the loader of a folder of classes, `args.train_data` or `args.val_data`. Captions are "a photo of a CLASS."."""
+    """Return the loader of `args.train_data` or `args.val_data`, a folder of classes. Captions follow CAPTION."""
     root = args.train_data if is_train else args.val_data
     if not root:
         raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")

@@ -97,7 +97,7 @@ class TrainSampler(Sampler[list[SampleRef]]):
 
 
 class EvalSampler(Sampler[list[SampleRef]]):
-    """The batches of this rank, in order. All ranks together read every sample once; lengths may differ by one sample."""
+    """The batches of this rank, in order. All ranks together read every sample once; lengths may differ by one."""
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
         self.rows = range(rank, num_samples, world_size)
