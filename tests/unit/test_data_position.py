@@ -375,7 +375,7 @@ def test_shard_plans_are_stored_as_tensors():
 def test_a_shard_position_has_the_names_of_existing_checkpoints(tmp_path, monkeypatch):
     """The names and layout of the saved state must not change, because old checkpoints have to resume."""
     data = loader(monkeypatch, source("shards", tmp_path), workers=2)
-    before, after = take(data, 3), data.state_dict()
+    before, after = take(data, 0, 3), data.state_dict()
     assert len(before) == 3
     assert {key: after[key] for key in ("form", "seed", "size", "resampled", "epoch", "layout")} == {
         "form": "shards", "seed": 3, "size": 7, "resampled": False, "epoch": 0,
