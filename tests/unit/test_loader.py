@@ -92,6 +92,7 @@ def test_rows_do_not_import_the_code_of_shards(module):
         name = pending.pop()
         if name not in seen:
             seen.add(name)
-            pending += re.findall(r"^from training\.data\.(\w+) import", (folder / f"{name}.py").read_text(), re.MULTILINE)
+            source = (folder / f"{name}.py").read_text(encoding="utf-8")
+            pending += re.findall(r"^from training\.data\.(\w+) import", source, re.MULTILINE)
     assert "loader" in seen
     assert not seen & {"archives", "shards", "reading", "shard_position", "webdataset_data"}
