@@ -90,10 +90,10 @@ def test_missing_file(tmp_path):
         ("", "\t", "is empty: it needs a header with 'filepath' and 'title'"),
         ("filepath\ttitle\n", "\t", "a header and no rows"),
         ("filepath\tcaption\na\tb\n", "\t", "no column 'title'. Its columns: 'filepath', 'caption'"),
-        ("filepath,title\na,b\n", "\t", r"one column only, 'filepath,title'.*not '\\t'; ',' looks right"),
-        ("filepath\ttitle\na\tb\n", ",", r"'\\t' looks right: give --csv-separator"),
-        ("path;text\na;b\n", "\t", "';' looks right"),
-        ("filepath\na\n", "\t", "no column 'title': it has one column only.*see --csv-separator"),
+        ("filepath,title\na,b\n", "\t", r"one column only, 'filepath,title'.*not '\\t'\. Try --csv-separator ','"),
+        ("filepath\ttitle\na\tb\n", ",", r"Try --csv-separator '\\t'"),
+        ("path;text\na;b\n", "\t", "Try --csv-separator ';'"),
+        ("filepath\na\n", "\t", "no column 'title': it has one column only.*Set it with --csv-separator"),
         ("filepath,title\na.jpg,one\nb.jpg,two, three\n", ",", "line 3: 3 fields, and the header has 2: .*quoted"),
         ("filepath,title\na.jpg,one, more\n", ",", "line 2: 3 fields, and the header has 2"),
     ],
@@ -113,7 +113,7 @@ def test_other_encodings_are_refused(tmp_path):
 
 
 def test_fewer_samples_than_a_step_takes(tmp_path):
-    with pytest.raises(ValueError, match=r"has 5 samples, fewer than one step takes, 8\. Lower --batch-size"):
+    with pytest.raises(ValueError, match=r"has 5 samples, and one step needs 8\. Use a smaller --batch-size"):
         train_data(write_csv(tmp_path, 5), batch_size=8)
 
 
@@ -196,7 +196,7 @@ def test_nothing_usable_is_an_error_that_names_the_first_cause(tmp_path, workers
     path = write_csv(tmp_path, 6)
     for number in range(6):
         (tmp_path / f"{number}.jpg").unlink()
-    with pytest.raises(ValueError, match=f"not one usable sample, and {BAD_IN_A_ROW} that are not.*missing_image"):
+    with pytest.raises(ValueError, match=f"not one usable sample, and {BAD_IN_A_ROW} bad ones.*missing_image"):
         next(iter(train_data(path, workers=workers).dataloader))
     with pytest.raises(ValueError, match=r"not one usable sample.*'missing_image': 6"):
         list(val_data(path, workers=workers).dataloader)
@@ -206,7 +206,7 @@ def test_a_long_useless_validation_set_stops_early(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("filepath\ttitle\n" + "gone.jpg\ta caption 1\n" * (BAD_IN_A_ROW + 50))
     val = val_data(path)
-    with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} that are not"):
+    with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} bad ones"):
         list(val.dataloader)
     assert val.skipped.counts() == {"missing_image": BAD_IN_A_ROW}
 
@@ -234,7 +234,7 @@ def test_counter_of_this_process():
     skipped = SkipCounter(workers=2)
     assert (skipped.total(), skipped.counts()) == (0, {})
     for _ in range(2):
-        skipped.add(BadSample("no_caption", "a.tar/1", "it has none"))
+        skipped.add_bad(BadSample("no_caption", "a.tar/1", "it has none"))
     assert skipped.counts() == {"no_caption": 2}
 
 
@@ -391,7 +391,7 @@ def test_rows_that_do_not_fit_the_header_name_the_line_and_the_reason(tmp_path, 
 def test_blanks_after_separators_are_not_part_of_names_and_fields(tmp_path):
     path = write(tmp_path, 'title, filepath\none, a.jpg\n"two, x",  "b.jpg"\n')
     assert rows(read(path, sep=",")) == [("a.jpg", "one"), ("b.jpg", "two, x")]
-    with pytest.raises(ValueError, match=r"one column only.*',' looks right"):
+    with pytest.raises(ValueError, match=r"one column only.*Try --csv-separator ','"):
         read(path, sep="\t")
 
 

@@ -16,7 +16,7 @@ import pytest
 from data_files import data_args, jpeg, pairs, plain, tokenize, write_csv, write_tar
 from training.data import BadSample, CsvDataset, expand_urls, get_data, get_dataset_size
 from training.data.images import load_image
-from training.data.shards import read_shard, unusable
+from training.data.shards import read_shard, why_unusable
 
 SEEDS = 15  # for each kind of file
 
@@ -78,7 +78,7 @@ def test_shards(tmp_path, packed):
         error = error_of(functools.partial(take, samples))
         check_error(error, str(path))
         for sample in samples:
-            bad = unusable(sample)
+            bad = why_unusable(sample)
             assert bad is None or len(str(bad)) <= 500
         assert error is not None or samples
 

@@ -29,7 +29,7 @@ from training.data import DataInfo, SkipCounter, TooManyBadSamples, expand_urls,
 from training.data import shards as shards_module
 from training.data.archives import TarStream
 from training.data.shards import read_shard
-from training.data.skips import BadSample, NoUsableSamples, Streak
+from training.data.skips import BadSample, BadStreak, NoUsableSamples
 
 
 def val_data(source, **options):
@@ -184,7 +184,7 @@ def test_names_of_any_length(tmp_path, form):
     assert batch["key"] == [f"{path}/{folder}/0000", f"{path}/{folder}/0001"]
     # each begins where its first header is: from there on it can be read again
     second = list(read_shard(str(path)))[1]
-    assert [s["__key__"] for s in read_shard(str(path), offset=second["__offset__"], is_begin=False)] == [
+    assert [s["__key__"] for s in read_shard(str(path), offset=second["__offset__"], is_first=False)] == [
         second["__key__"]
     ]
 
@@ -493,11 +493,11 @@ def test_sizes_name_nothing_that_is_opened(tmp_path):
 def counter(good=0, opened=0, limit=0.5, shards=(), **causes):
     skipped = SkipCounter(shards=list(shards), max_bad_fraction=limit)
     for _ in range(good):
-        skipped.good()
+        skipped.add_good()
     for _ in range(opened):
-        skipped.opened()
+        skipped.add_shard()
     for cause, times in causes.items():
-        skipped.add(BadSample(cause, "name", "reason"), 0 if shards else None, times)
+        skipped.add_bad(BadSample(cause, "name", "reason"), 0 if shards else None, times)
     return DataInfo(dataloader=[], skipped=skipped)
 
 
@@ -530,23 +530,23 @@ def test_data_that_end_while_a_run_goes_on_are_an_error_and_no_hang(tmp_path):
     next(batches)
     for shard in range(3):
         (tmp_path / f"{shard}.tar").unlink()
-    with pytest.raises(NoUsableSamples, match=r"only bad samples follow the good ones.*storage.*missing_shard"):
+    with pytest.raises(NoUsableSamples, match=r"thousands in a row are bad.*storage.*missing_shard"):
         list(batches)
 
 
 def test_single_bad_shards_do_not_end_a_run():
-    streak = Streak("data", endless=True)
-    streak.good()
+    streak = BadStreak("data", endless=True)
+    streak.add_good()
     for _ in range(50_000):
-        streak.add(BadSample("corrupt_image", "x", "y"))
-    streak.good()
+        streak.add_bad(BadSample("corrupt_image", "x", "y"))
+    streak.add_good()
     for _ in range(99):
-        streak.add(BadSample("missing_shard", "x", "y"))
+        streak.add_bad(BadSample("missing_shard", "x", "y"))
     with pytest.raises(NoUsableSamples):
-        streak.add(BadSample("missing_shard", "x", "y"))
+        streak.add_bad(BadSample("missing_shard", "x", "y"))
 
 
-def test_a_reader_that_begins_with_a_bad_shard_does_not_end_the_run(tmp_path):
+def test_a_reader_that_starts_with_a_bad_shard_does_not_end_the_run(tmp_path):
     bad = [(f"{n}.{kind}", b"picture 1") for n in range(150) for kind in ("jpg", "txt")]
     write_tar(tmp_path / "0.tar", bad)
     for shard in range(1, 6):
@@ -554,5 +554,5 @@ def test_a_reader_that_begins_with_a_bad_shard_does_not_end_the_run(tmp_path):
     assert len(used(val_data(f"{tmp_path}/{{0..5}}.tar"))) == 100
     for shard in range(1, 6):
         write_tar(tmp_path / f"{shard}.tar", bad)
-    with pytest.raises(NoUsableSamples, match=r"601 that are not"):
+    with pytest.raises(NoUsableSamples, match=r"601 bad ones"):
         used(val_data(f"{tmp_path}/{{0..5}}.tar"))

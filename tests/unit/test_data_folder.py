@@ -122,7 +122,7 @@ def test_imagenet_v2_labels_are_the_folders_names(tmp_path):
         data = get_imagenet(data_args(imagenet_v2=str(location)), (None, plain), "v2")
         assert labels(data) == [0, 2, 10]
     (root / "eleven").mkdir()
-    with pytest.raises(ValueError, match=r"named 0, 1, 2, \.\.\., there is 'eleven'"):
+    with pytest.raises(ValueError, match=r"named 0, 1, 2, \.\.\., and one is 'eleven'"):
         get_imagenet(data_args(imagenet_v2=str(root)), (None, plain), "v2")
 
 

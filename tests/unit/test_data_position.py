@@ -1,4 +1,4 @@
-"""A place in the data: what comes after a resume is what would have come, on any number of workers, from any batch."""
+"""The read position: a resumed epoch continues with the same batches, from any batch on, with any number of workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from data_files import data_args, fake_world, jpeg, noisy, pairs, tokenize, write_csv, write_tar
 from training.data import get_data
-from training.data.reading import Collection, Cursor, Pass, Visit
+from training.data.reading import ReadPosition, ShardPlan, ShardRead, ShardSet
 
 
 @pytest.fixture
@@ -84,17 +84,17 @@ def test_what_comes_after_a_resume_is_what_would_have_come(tmp_path, monkeypatch
     whole = [take(unbroken, epoch) for epoch in (4, 5)]
     unbroken.dataloader.close()
     end = len(whole[0])
-    for place in {0: (0, 1, 4, 6, end - 1, end), 2: (1, 4, end), 3: (5, end - 1)}[workers]:
+    for position in {0: (0, 1, 4, 6, end - 1, end), 2: (1, 4, end), 3: (5, end - 1)}[workers]:
         broken = loader(monkeypatch, options)
-        assert take(broken, 4, place) == whole[0][:place]
+        assert take(broken, 4, position) == whole[0][:position]
         state = stored(broken.state_dict())
         broken.dataloader.close()
         resumed = loader(monkeypatch, options)
         resumed.load_state_dict([state])
         assert stored(resumed.state_dict()).keys() == state.keys()
-        assert take(resumed, 4) == whole[0][place:]
+        assert take(resumed, 4) == whole[0][position:]
         assert take(resumed, 5) == whole[1]
-        assert take(resumed, 4) == whole[0]  # a place is gone on from once
+        assert take(resumed, 4) == whole[0]  # a loaded position is used once
         resumed.dataloader.close()
 
 
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_resumed_again(tmp_path, monkeypatch, small_blocks, kin
 
 
 @pytest.mark.parametrize("kind", ["csv", "shards"])
-def test_a_place_survives_until_it_is_used_and_ends_with_its_epoch(tmp_path, monkeypatch, kind):
+def test_a_loaded_position_is_kept_until_it_is_used_or_the_epoch_ends(tmp_path, monkeypatch, kind):
     options = source(kind, tmp_path)
     data = loader(monkeypatch, options)
     whole = take(data, 1)
@@ -128,7 +128,7 @@ def test_a_place_survives_until_it_is_used_and_ends_with_its_epoch(tmp_path, mon
     assert str(resumed.state_dict()) == str(state)  # a checkpoint before the first batch
     assert [content(batch) for batch in resumed.dataloader] == whole[3:]
     resumed.load_state_dict([state])
-    assert take(resumed, 2) == take(data, 2)  # another epoch begins at its begin
+    assert take(resumed, 2) == take(data, 2)  # another epoch starts from the beginning
     assert take(resumed, 1) == whole
     resumed.set_epoch(7)
     begin = resumed.state_dict()
@@ -137,7 +137,7 @@ def test_a_place_survives_until_it_is_used_and_ends_with_its_epoch(tmp_path, mon
 
 
 @pytest.mark.parametrize("kind", ["csv", "shards"])
-def test_the_place_is_the_loop_s_and_not_the_workers(tmp_path, monkeypatch, kind):
+def test_the_position_is_that_of_the_training_loop_and_not_of_the_workers(tmp_path, monkeypatch, kind):
     options = source(kind, tmp_path)
     data = loader(monkeypatch, options, workers=2)
     data.set_epoch(0)
@@ -171,7 +171,7 @@ def test_all_ranks_go_on(tmp_path, monkeypatch, small_blocks):
 
 
 def test_a_resume_does_not_read_the_epoch(tmp_path, monkeypatch):
-    """From the tar's place on, and a block at most."""
+    """Reading starts at the offset in the tar and reads at most one block before the first sample."""
     from training.data import archives
 
     monkeypatch.setattr("training.data.reading.BLOCK_SAMPLES", 8)
@@ -346,7 +346,7 @@ def test_a_finished_epoch_has_no_rest(tmp_path, monkeypatch):
         other.dataloader.close()
 
 
-def test_other_data_begin_the_epoch_anew(tmp_path, monkeypatch, caplog):
+def test_other_data_start_the_epoch_from_the_beginning(tmp_path, monkeypatch, caplog):
     options = source("csv", tmp_path)
     data = loader(monkeypatch, options)
     take(data, 2, 3)
@@ -355,29 +355,46 @@ def test_other_data_begin_the_epoch_anew(tmp_path, monkeypatch, caplog):
         caplog.clear()
         other = loader(monkeypatch, options | change)
         other.load_state_dict([state])
-        assert "epoch 2 begins anew" in caplog.text
+        assert "epoch 2 starts from the beginning" in caplog.text
         assert take(other, 2) == take(loader(monkeypatch, options | change), 2)
 
 
-def test_evaluation_data_have_no_place(tmp_path):
+def test_evaluation_data_have_no_position(tmp_path):
     args = data_args(val_data=str(write_csv(tmp_path, 4)))
     val = get_data(args, (noisy, noisy), tokenizer=tokenize)["val"]
-    with pytest.raises(TypeError, match="Only training data"):
+    with pytest.raises(TypeError, match="Only the training data"):
         val.state_dict()
 
 
-def test_visits_and_cursors_are_stored_as_tensors():
-    part = Pass([Visit(3, 1, 2, 0), Visit(4)], Cursor(0, 0, 5, 1024, 2, 1))
-    assert Pass.from_state(part.to_state()) == part
-    assert Pass.from_state(Pass([]).to_state()) == Pass([])
+def test_shard_plans_are_stored_as_tensors():
+    plan = ShardPlan([ShardRead(3, 1, 2, 0), ShardRead(4)], ReadPosition(0, 0, 5, 1024, 2, 1))
+    assert ShardPlan.from_state(plan.to_state()) == plan
+    assert ShardPlan.from_state(ShardPlan([]).to_state()) == ShardPlan([])
 
 
-def test_shares_of_a_pass_are_a_partition():
-    for shards, readers in ((10, 3), (2, 5)):
-        collection = Collection([f"{n}.tar" for n in range(shards)], seed=0, endless=True)
-        for turn in range(readers + 1):
-            visits = [v for r in range(readers) for v in collection.regular_pass(1, turn, r, readers).visits]
-            parts = Counter((visit.shard, visit.share) for visit in visits)
+def test_a_shard_position_has_the_names_of_existing_checkpoints(tmp_path, monkeypatch):
+    """The names and layout of the saved state must not change, because old checkpoints have to resume."""
+    data = loader(monkeypatch, source("shards", tmp_path), workers=2)
+    before, after = take(data, 0, 3), data.state_dict()
+    assert len(before) == 3
+    assert {key: after[key] for key in ("form", "seed", "size", "resampled", "epoch", "layout")} == {
+        "form": "shards", "seed": 3, "size": 7, "resampled": False, "epoch": 0,
+        "layout": {"world_size": 1, "workers": 2, "batch_size": 4, "batches": 12},
+    }  # fmt: skip
+    assert after["cursors"].shape == (2, 6)
+    assert {key: after[key] for key in ("before", "next_worker", "batches", "passes", "salt")} == {
+        "before": 0, "next_worker": 1, "batches": 12, "passes": None, "salt": 0,
+    }  # fmt: skip
+    assert after["done"].tolist() == [2, 1]
+    assert len(after) == 13
+
+
+def test_the_plans_of_all_readers_are_a_partition():
+    for num_shards, readers in ((10, 3), (2, 5)):
+        shards = ShardSet([f"{n}.tar" for n in range(num_shards)], seed=0, endless=True)
+        for number in range(readers + 1):
+            reads = [read for r in range(readers) for read in shards.plan(1, number, r, readers).reads]
+            parts = Counter((read.shard, read.part) for read in reads)
             assert set(parts.values()) == {1}
-            assert {shard for shard, _ in parts} == set(range(shards))
-            assert len(parts) == (shards if shards >= readers else shards * readers)
+            assert {shard for shard, _ in parts} == set(range(num_shards))
+            assert len(parts) == (num_shards if num_shards >= readers else num_shards * readers)

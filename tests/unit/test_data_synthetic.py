@@ -45,5 +45,5 @@ def test_validation_too():
 
 def test_fewer_than_a_batch():
     args = data_args(dataset_type="synthetic", train_num_samples=3)
-    with pytest.raises(ValueError, match=r"--train-num-samples 3.* has 3 samples, fewer than one step takes, 4"):
+    with pytest.raises(ValueError, match=r"--train-num-samples 3.* has 3 samples, and one step needs 4"):
         get_data(args, (plain, plain))

@@ -217,7 +217,7 @@ def other_checkpoint(folder: Path) -> Path:
 BEFORE_A_STEP = {
     "pairs without images": (
         lambda i, t: ["--val-data", i.bad_csv],
-        "bad.csv: not one usable sample, and 12 that are not. The first: no0.png",
+        "bad.csv: not one usable sample, and 12 bad ones. The first: no0.png",
     ),
     "shards without captions": (lambda i, t: ["--val-data", i.shards_without_captions], "bare.*no_caption"),
     "classes without images": (lambda i, t: ["--zeroshot-data", i.bad_classes], "bad_classes: not one usable sample"),
@@ -373,7 +373,7 @@ def test_ranks_find_the_same_and_none_waits_for_ever(inputs, tmp_path, monkeypat
     (both,) = [run_ranks(__file__, "rank_cases", (2,), tmp_path)[2]]
     assert both[0] == both[1]
     assert both[0]["half.csv"] == both[0]["one.csv"] == "right"
-    assert "bad.csv: not one usable sample, and 6 that are not. The first: no0.png" in both[0]["bad.csv"]
+    assert "bad.csv: not one usable sample, and 6 bad ones. The first: no0.png" in both[0]["bad.csv"]
     assert "no room for the batch" in both[0]["fails.csv"]
 
 

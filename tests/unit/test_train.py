@@ -258,7 +258,7 @@ def test_skipped_samples_are_in_the_line(caplog):
     model, data = Towers(), data_of(1)
     data.skipped = SkipCounter(0)
     for number in range(3):
-        data.skipped.add(BadSample("corrupt_image", f"{number}.png", "truncated"))
+        data.skipped.add_bad(BadSample("corrupt_image", f"{number}.png", "truncated"))
     with caplog.at_level(logging.INFO):
         run_epoch(trainer_of(model), data, state_of(model, 1))
     assert "Skipped: corrupt_image 3" in caplog.messages[-1]

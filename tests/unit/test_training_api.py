@@ -57,9 +57,9 @@ def test_batches_of_scripts_are_tuples(names):
 def test_weights_of_a_list_of_shards_are_a_list():
     from training.data import expand_urls
 
-    with pytest.raises(ValueError, match="as one string"):
+    with pytest.raises(ValueError, match="need shards as text"):
         expand_urls(["a.tar"], "1")
-    with pytest.raises(ValueError, match="join them by '::'"):
+    with pytest.raises(ValueError, match="Join the weights by '::'"):
         expand_urls("a.tar::b.tar", [1, 2])
 
 

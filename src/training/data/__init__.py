@@ -1,9 +1,10 @@
-"""Training and evaluation data: `get_data` gives the loaders that the options ask for.
+"""Training and evaluation data: `get_data` makes the loaders that the options ask for.
 
-Batches are dicts: {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L]} of pairs, {"image", "label": int64 [B]}
-of classified images, and in both "key", B strings that name the samples (an image's path, SHARD/KEY). Scripts that pass
-a flat namespace get `[images, texts]` instead: see `training.data.namespace`. Order and augmentation are functions of
-(seed, epoch, sample): see `training.data.sampling`. A place in the order can be saved: see `training.data.position`.
+Batches are dicts: {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L]} for image-text pairs, and {"image",
+"label": int64 [B]} for labeled images. Both have "key", B strings that name the samples (an image's path, SHARD/KEY).
+Scripts that pass a flat namespace get `[images, texts]` instead, see `training.data.namespace`. Order and augmentation
+are functions of (seed, epoch, sample), see `training.data.sampling`. The read position is saved in checkpoints, see
+`training.data.position`.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ _DATASETS: dict[str, Callable[..., DataInfo]] = {
 
 
 def get_dataset_fn(data_path: str | None, dataset_type: str) -> Callable[..., DataInfo]:
-    """Return the function that makes a loader of `dataset_type`; "auto" goes by the path, see `dataset_type_of`.
+    """Return the function that makes a loader of `dataset_type`; "auto" infers it from the path, see `dataset_type_of`.
 
     Raises:
-        ValueError: an unknown type, or "auto" and a path that tells nothing.
+        ValueError: the type is unknown, or is "auto" and cannot be inferred from the path.
     """
     return _DATASETS[dataset_type if dataset_type in _DATASETS else dataset_type_of(data_path, dataset_type)]
 
@@ -93,15 +94,15 @@ def get_data(
     epoch: int = 0,
     tokenizer: Callable[[list[str]], Any] | None = None,
 ) -> dict[str, DataInfo]:
-    """The loaders that are configured, under "train", "val", "imagenet-val", "imagenet-v2", "zeroshot".
+    """Return the configured loaders, under "train", "val", "imagenet-val", "imagenet-v2" and "zeroshot".
 
     Args:
         args: params.DataConfig, or the flat namespace of a script written for open_clip_train. With a namespace,
-            batches and the calls of `tokenizer` are open_clip_train's: see `training.data.namespace`.
-        preprocess_fns: (train, val), PIL image -> tensor. With those of `training.batches.to_pixels` images are uint8,
-            and `dataloader.normalization` is what `training.batches.to_device` does to them on the device.
-        epoch: the first epoch; that of a resumed run is its next.
-        tokenizer: list of captions -> int64 [B, L]; with None the captions stay strings.
+            batches and the calls of `tokenizer` are those of open_clip_train, see `training.data.namespace`.
+        preprocess_fns: (train, val), PIL image -> tensor. With those of `training.batches.to_pixels`, images are uint8,
+            and `training.batches.to_device` applies `dataloader.normalization` on the device.
+        epoch: the first epoch.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
     """
     preprocess_train, preprocess_val = preprocess_fns
     options = args if isinstance(args, DataConfig) else from_namespace(args)

@@ -1,8 +1,8 @@
-"""Tar archives as a stream of members, of files and pipes, compressed or not, whole or damaged.
+"""Reads tar archives as a stream of members, from files and pipes, compressed or not, also if they are damaged.
 
-Python's tarfile reads the headers of a member (long names, pax records) into memory whatever size they claim, inflates
-bz2 and xz without bound, and passes over damage in silence. This reader holds one member at a time and only if it is
-asked for, says where each begins, and goes on behind what is damaged at the next whole header.
+Python's tarfile reads long names and pax records into memory whatever size they claim, decompresses bz2 and xz without
+a limit, and skips damage silently. This reader reads the contents of a member only on request, gives its offset, and
+continues after damage at the next valid header.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from training import children
 from training.data.remote import is_local, open_stream
 
 _BLOCK = 512
-_CHUNK = 1 << 20  # what is skipped in a stream is read in such pieces
+_CHUNK = 1 << 20  # of bytes that are skipped in a stream
 _BUFFER = 1 << 17
-_HEADER_LIMIT = 1 << 20  # of a long name or of pax records
-_NOTES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-# Formats by their first bytes. These readers inflate as much as is asked for, and hold no more.
+_HEADER_LIMIT = 1 << 20  # bytes of a long name or of pax records
+_EXTENDED_HEADERS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+# Compression formats by their first bytes. These readers decompress only as many bytes as are read.
 _FORMATS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     b"BZh": bz2.BZ2File,
@@ -46,13 +49,13 @@ def opened(url: str) -> Iterator[TarStream]:
     try:
         yield TarStream(stream)
     except tarfile.TarError:
-        stream.close()  # where the command of a pipe failed, that is the error
+        stream.close()  # raises if the command of a pipe failed, which is then the cause
         raise
     except BaseException:
-        # An epoch may end inside a shard: a pipe's command is not waited for, and that it complains is to be expected.
+        # An epoch may end within a shard. Do not wait for the command of a pipe, and ignore its errors.
         command = getattr(stream, "proc", None)
         if command is not None:
-            children.kill_tree(command.pid)  # the shell, and what it started
+            children.kill_tree(command.pid)  # the shell and its children
         with contextlib.suppress(OSError):
             stream.close()
         raise
@@ -62,9 +65,14 @@ def opened(url: str) -> Iterator[TarStream]:
 
 @dataclass(frozen=True)
 class Member:
-    """name: as text without control characters. offset: of its first header, in the uncompressed archive.
+    """A member of an archive.
 
-    after_damage: between the member before and this one there is something that is no member: damage, or an end mark.
+    Attributes:
+        name: without control characters.
+        size: of the contents in bytes.
+        offset: of its first header, in the uncompressed archive.
+        is_file: whether it is a regular file.
+        after_damage: whether damage or an end mark is between the previous member and this one.
     """
 
     name: str
@@ -75,40 +83,42 @@ class Member:
 
 
 class TarStream:
-    """Members in order: `for member in stream`, and `contents()` of the latest one if it is wanted.
+    """An iterator over the members of an archive. `contents()` reads the contents of the latest one.
 
-    damaged_blocks: how many blocks of 512 bytes were no header where one should be. has_end_mark: whether the archive
-    says that it is complete. is_empty: not a byte was read.
+    Attributes:
+        damaged_blocks: how many blocks of 512 bytes are not headers where a header should be.
+        has_end_mark: whether the archive has the end mark of a complete one.
+        is_empty: whether no byte was read.
     """
 
     def __init__(self, file: Any, seekable: bool = False) -> None:
         first = file.read(6)
-        self._size: int | None = None  # where it is known, skipping is a seek
-        inflating = next((reader for magic, reader in _FORMATS.items() if first.startswith(magic)), None)
-        if seekable and inflating is None:
+        self._size: int | None = None  # if known, skipping is a seek
+        decompressor = next((reader for magic, reader in _FORMATS.items() if first.startswith(magic)), None)
+        if seekable and decompressor is None:
             self._size = os.fstat(file.fileno()).st_size
         if seekable:
             file.seek(0)
         else:
-            file = _Rejoined(first, file)
-        self._file = file if inflating is None else inflating(file)
+            file = _PrefixedStream(first, file)
+        self._file = file if decompressor is None else decompressor(file)
         self._position = 0
-        self._end = 0  # of the latest member, with its padding
+        self._end = 0  # of the latest member, including its padding
         self._member: Member | None = None
         self.damaged_blocks = 0
         self.has_end_mark = False
 
     def start_at(self, offset: int) -> None:
-        """Goes to a member's offset; before the first member is asked for.
+        """Go to the offset of a member. Call this before the iteration.
 
         Raises:
-            tarfile.ReadError: the archive is not as long.
+            tarfile.ReadError: the archive is shorter.
         """
         self._end = offset
         self._go_to_end()
 
     def __iter__(self) -> Iterator[Member]:
-        damage, notes = True, _Notes()
+        damage, extended = True, _ExtendedHeader()
         while True:
             self._go_to_end()
             offset = self._position
@@ -117,35 +127,35 @@ class TarStream:
                 return
             self._end = self._position
             if block.count(0) == _BLOCK:
-                self.has_end_mark, damage, notes = True, True, _Notes()
+                self.has_end_mark, damage, extended = True, True, _ExtendedHeader()
                 continue
             try:
                 header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-                if header.type in _NOTES:
-                    self._take_notes(header, offset, notes)
+                if header.type in _EXTENDED_HEADERS:
+                    self._read_extended_header(header, offset, extended)
                     continue
-                size = header.size if notes.size is None else notes.size
+                size = header.size if extended.size is None else extended.size
                 if size < 0:
                     raise tarfile.ReadError(f"{header.name} has a size of {size}")
             except (tarfile.TarError, ValueError):
                 self.damaged_blocks += 1
-                damage, notes = True, _Notes()
+                damage, extended = True, _ExtendedHeader()
                 continue
-            self._pass_over_sparse_map(header, block)
+            self._skip_sparse_map(header, block)
             has_contents = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
-            name = header.name if notes.name is None else notes.name
+            name = header.name if extended.name is None else extended.name
             self._end = self._position + (_padded(size) if has_contents else 0)
-            is_file = header.isreg() and header.type != tarfile.GNUTYPE_SPARSE and not notes.sparse
-            begin = offset if notes.offset is None else notes.offset
-            self._member = Member(_printable(name), size, begin, is_file, damage)
+            is_file = header.isreg() and header.type != tarfile.GNUTYPE_SPARSE and not extended.sparse
+            start = offset if extended.offset is None else extended.offset
+            self._member = Member(_escape(name), size, start, is_file, damage)
             yield self._member
-            damage, notes = False, _Notes()
+            damage, extended = False, _ExtendedHeader()
 
     def contents(self) -> bytes:
-        """Of the latest member.
+        """Read the contents of the latest member.
 
         Raises:
-            tarfile.ReadError: the archive breaks off in it.
+            tarfile.ReadError: the archive ends within it.
         """
         assert self._member is not None
         data = self._read(self._member.size)
@@ -157,27 +167,27 @@ class TarStream:
     def is_empty(self) -> bool:
         return self._position == 0
 
-    def _take_notes(self, header: tarfile.TarInfo, offset: int, notes: _Notes) -> None:
+    def _read_extended_header(self, header: tarfile.TarInfo, offset: int, extended: _ExtendedHeader) -> None:
         if not 0 <= header.size <= _HEADER_LIMIT:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         data = self._read(_padded(header.size))[: header.size]
         self._end = self._position
         if len(data) != header.size:
             raise tarfile.ReadError("unexpected end of data in a header")
-        notes.offset = offset if notes.offset is None else notes.offset
+        extended.offset = offset if extended.offset is None else extended.offset
         if header.type == tarfile.GNUTYPE_LONGNAME:
-            notes.name = data.rstrip(b"\0").decode("utf-8", "backslashreplace")
+            extended.name = data.rstrip(b"\0").decode("utf-8", "backslashreplace")
         elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            notes.take_pax(data)
+            extended.parse_pax(data)
 
-    def _pass_over_sparse_map(self, header: tarfile.TarInfo, block: bytes) -> None:
+    def _skip_sparse_map(self, header: tarfile.TarInfo, block: bytes) -> None:
         more = header.type == tarfile.GNUTYPE_SPARSE and block[482] != 0
         while more:
             block = self._read(_BLOCK)
             more = len(block) == _BLOCK and block[504] != 0
 
     def _read(self, size: int) -> bytes:
-        """`size` bytes, fewer at the end."""
+        """Read `size` bytes, or fewer at the end of the file."""
         data = self._file.read(size)
         while len(data) < size and (more := self._file.read(size - len(data))):
             data += more
@@ -185,7 +195,7 @@ class TarStream:
         return data
 
     def _go_to_end(self) -> None:
-        """To where the next header should be. That padding is missing at the very end is no damage to a member."""
+        """Go to the next header. Missing padding at the end of the file is not an error."""
         missing = self._end - self._position
         if self._size is not None:
             if self._end > self._size + _BLOCK:
@@ -202,8 +212,8 @@ class TarStream:
                 return
 
 
-class _Notes:
-    """What headers before a member's own say of it."""
+class _ExtendedHeader:
+    """What the headers before the main header of a member say about it."""
 
     def __init__(self) -> None:
         self.offset: int | None = None
@@ -211,8 +221,8 @@ class _Notes:
         self.size: int | None = None
         self.sparse = False
 
-    def take_pax(self, data: bytes) -> None:
-        """Records "LENGTH KEY=VALUE\\n". ValueError for what is none."""
+    def parse_pax(self, data: bytes) -> None:
+        """Parse records "LENGTH KEY=VALUE\\n". Raises ValueError for anything else."""
         while data.strip(b"\0"):
             digits, _, _ = data.partition(b" ")
             length = int(digits)
@@ -228,8 +238,8 @@ class _Notes:
             data = data[length:]
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream of which the first bytes were read, as if they were not."""
+class _PrefixedStream(io.RawIOBase):
+    """A stream whose first bytes have been read already, and are read again."""
 
     def __init__(self, first: bytes, stream: Any) -> None:
         self._first, self._stream = first, stream
@@ -245,6 +255,6 @@ def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _printable(name: str) -> str:
-    """Names go into logs: without line ends and control characters."""
+def _escape(name: str) -> str:
+    """Escape line ends and control characters, because names are logged."""
     return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")

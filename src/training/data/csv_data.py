@@ -22,34 +22,34 @@ from training.data.loader import DataInfo, map_loader, tokenizes_randomly
 from training.data.messages import join, quote, shorten
 from training.data.namespace import CSV, takes_namespace
 from training.data.sampling import stable_hash
-from training.data.shards import CAPTION_LIMIT
-from training.data.skips import BadSample
+from training.data.skips import CAPTION_LIMIT, BadSample
 from training.data.strings import StringTable
 
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 200_000
-# With more rows than this part in another encoding, the whole file is in it, and not single rows damaged.
+# If more than this fraction of the rows is not UTF-8, the file has another encoding. Fewer are damaged rows.
 _MOST_NOT_UTF8 = 0.05
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what bytes become that are not UTF-8
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # the surrogates of bytes that are not UTF-8
 _SEPARATORS = (",", "\t", ";", "|", " ")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ROWS_TO_FIND_FOLDER = 100
 
 
 class CsvDataset(Dataset):
-    """Rows of a CSV file (or of anything `pandas.read_csv` opens) as samples.
+    """The rows of a CSV file (or of anything that `pandas.read_csv` opens) as samples.
 
-    `dataset[i]` is a dict: "image", what `transforms` makes of the PIL image, and "text", token ids int64 [L] where a
-    tokenizer is given, otherwise the caption. With `image_ids` also "image_id", an int that is equal for rows of one
-    path. Relative image paths are relative to the working directory or else to the CSV file's folder.
-    A caption that is empty, blank or "nan" is missing; "NA", "None" and "null" are captions. Images are files: nothing
-    else that a row names (a URL, a pipe, a device) is opened.
+    `dataset[i]` is a dict with "image", the result of `transforms` for the PIL image, and "text", token ids int64 [L]
+    if there is a tokenizer, otherwise the caption. With `image_ids` it also has "image_id", an int that is equal for
+    rows with the same path. Relative image paths are looked up in the working directory and in the CSV file's folder. A
+    caption that is empty, blank or "nan" is missing; "NA", "None" and "null" are captions. Images must be files: URLs,
+    pipes and devices are not opened.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a column is missing, the file has no rows, rows do not fit the header, its text is not UTF-8, or the
-            file is damaged. And from `dataset[i]`: training.data.skips.BadSample for a row that cannot be used.
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing, the file has no rows, rows do not fit the header, the text is not UTF-8, or the
+            file is damaged.
+        BadSample: from `dataset[i]`, the row cannot be used.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CsvDataset(Dataset):
         self.transforms = transforms
         self.tokenizer = tokenizer
         self.image_ids = image_ids
-        self.images, self.captions = _Table(self.filename, img_key, caption_key, sep).read()
+        self.images, self.captions = _TableReader(self.filename, img_key, caption_key, sep).read()
         self.folders = _image_folders(self.filename, self.images)
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class CsvDataset(Dataset):
             raise BadSample("no_caption", name, "the caption is empty")
         if len(caption) > CAPTION_LIMIT:
             raise BadSample("huge_caption", name, f"{len(caption)} characters, the limit is {CAPTION_LIMIT}")
-        if _is_torn(caption):
+        if _has_invalid_utf8(caption):
             raise BadSample("corrupt_caption", name, "the caption is not UTF-8")
         if not path:
             raise BadSample("no_image", name, "the image's path is empty")
@@ -112,9 +112,9 @@ class CsvDataset(Dataset):
 
 
 def _image_folders(filename: str, images: StringTable) -> tuple[str, ...]:
-    """Return the folders that relative paths are looked up in: the working directory ("") and the CSV file's folder.
+    """Return the folders for relative image paths: the working directory ("") and the CSV file's folder.
 
-    The first is the one that has an image of the first rows, so that a load needs one look-up.
+    The one that has an image of the first rows comes first, so most images are found at the first attempt.
     """
     folder = os.path.dirname(filename)
     if not folder or "://" in filename or os.path.abspath(folder) == os.getcwd():
@@ -131,16 +131,16 @@ def _image_folders(filename: str, images: StringTable) -> tuple[str, ...]:
     return "", folder
 
 
-def _is_torn(text: str) -> bool:
+def _has_invalid_utf8(text: str) -> bool:
     return not text.isascii() and _NOT_UTF8.search(text) is not None
 
 
-class _Swallowed(Exception):
-    """A quoted field has other rows in it."""
+class _SwallowedRows(Exception):
+    """A quoted field contains other rows."""
 
 
-class _Table:
-    """The two columns of a CSV file."""
+class _TableReader:
+    """Reads the columns of paths and captions of a CSV file."""
 
     def __init__(self, filename: str, img_key: str, caption_key: str, sep: str) -> None:
         self.filename = filename
@@ -157,7 +157,7 @@ class _Table:
             try:
                 self.header = self._read_header()
                 columns, not_utf8 = self._read_rows(csv.QUOTE_MINIMAL)
-            except (pd.errors.ParserError, pd.errors.ParserWarning, _Swallowed) as error:
+            except (pd.errors.ParserError, pd.errors.ParserWarning, _SwallowedRows) as error:
                 self._check_literal(error)
                 columns, not_utf8 = self._read_rows(csv.QUOTE_NONE)
         except FileNotFoundError:
@@ -178,20 +178,20 @@ class _Table:
 
     def _options(self, quoting: int) -> dict[str, Any]:
         options: dict[str, Any] = {"sep": self.sep, "dtype": object, "keep_default_na": False, "encoding": "utf-8"}
-        options["encoding_errors"] = "surrogateescape"  # a row that is not UTF-8 is one bad row
+        options["encoding_errors"] = "surrogateescape"  # a row that is not UTF-8 is a bad row, not an error
         options["skipinitialspace"] = True
         options["quoting"] = quoting
         if len(self.sep) > 1:
-            options["engine"] = "python"  # the C parser knows one character only
+            options["engine"] = "python"  # the C parser supports separators of one character only
         return options
 
     def _read_header(self) -> list[str]:
         import pandas as pd
 
-        with _damage_is_an_error(self.filename):
+        with _raise_for_damage(self.filename):
             try:
                 rows = pd.read_csv(self.filename, nrows=0, **self._options(csv.QUOTE_MINIMAL))
-            except pd.errors.ParserError:  # of the rows: pandas reads ahead
+            except pd.errors.ParserError:  # in the rows, because pandas reads ahead
                 rows = pd.read_csv(self.filename, nrows=0, **self._options(csv.QUOTE_NONE))
         header = [str(name).strip(' "') for name in rows.columns]
         _check_header(self.shown, header, self.keys, self.sep)
@@ -201,7 +201,7 @@ class _Table:
         """Read both columns in parts, and count the captions that are not UTF-8.
 
         Raises:
-            _Swallowed: a field has rows of the file in it.
+            _SwallowedRows: a field contains rows of the file.
             pandas.errors.ParserError, pandas.errors.ParserWarning: rows do not fit the header.
         """
         import pandas as pd
@@ -209,17 +209,17 @@ class _Table:
         columns: tuple[list[StringTable], list[StringTable]] = ([], [])
         not_utf8 = 0
         task = progress.Task(f"Reading {self.shown}", unit="rows")
-        with _damage_is_an_error(self.filename), warnings.catch_warnings(), task:
-            # rows longer than the header would lose their end (or shift a caption under the images' heading)
+        with _raise_for_damage(self.filename), warnings.catch_warnings(), task:
+            # otherwise rows that are longer than the header lose their end, or their columns are shifted
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            # index_col=False: a longer row's first field is never taken for an index
+            # index_col=False: never use the first field of a longer row as an index
             for rows in pd.read_csv(self.filename, index_col=False, chunksize=_ROWS_AT_ONCE, **self._options(quoting)):
                 rows.columns = self.header
                 rows = rows.fillna("")
                 self._check_line_ends(rows)
                 for column, key in zip(columns, self.keys, strict=True):
                     column.append(StringTable(rows[key].tolist()))
-                not_utf8 += sum(map(_is_torn, rows[self.keys[1]].tolist()))
+                not_utf8 += sum(map(_has_invalid_utf8, rows[self.keys[1]].tolist()))
                 task.advance(len(rows))
         return columns, not_utf8
 
@@ -227,7 +227,7 @@ class _Table:
         return csv_lines.Layout(self.sep, len(self.header), self.header.index(self.keys[0]))
 
     def _check_line_ends(self, rows: Any) -> None:
-        """Raise _Swallowed where a field with line ends looks like rows of the file."""
+        """Raise _SwallowedRows if a field with line ends looks like rows of the file."""
         if len(self.sep) > 1:
             return
         for number, name in enumerate(self.header):
@@ -237,24 +237,24 @@ class _Table:
                 if not self.paths.is_known:
                     self.paths = csv_lines.PathForm(rows[self.keys[0]].tolist(), self._folders())
                 if csv_lines.has_swallowed_rows(field, number, self._layout(), self.paths):
-                    raise _Swallowed
+                    raise _SwallowedRows
 
     def _folders(self) -> tuple[str, str]:
         return "", os.path.dirname(self.filename)
 
     def _check_literal(self, error: Exception) -> None:
-        """Return if the quotation marks of the file can only be text. Otherwise say which row does not fit, and why.
+        """Return if all quotation marks of the file must be text, and raise an error otherwise.
 
         Raises:
-            ValueError: with the number of the line.
+            ValueError: names the first row that does not fit, and the reason.
         """
         wrong, is_literal = None, False
         if len(self.sep) == 1 and self.header:
             layout = self._layout()
-            with _damage_is_an_error(self.filename):
+            with _raise_for_damage(self.filename):
                 if not self.paths.is_known:
                     self.paths = csv_lines.PathForm(csv_lines.raw_paths(self.filename, layout), self._folders())
-                wrong = csv_lines.misfit(self.filename, layout, self.paths)
+                wrong = csv_lines.find_misfit(self.filename, layout, self.paths)
                 is_literal = wrong is not None and csv_lines.reads_literally(self.filename, layout, self.paths)
         if wrong is not None and is_literal:
             logger.warning(
@@ -265,22 +265,22 @@ class _Table:
         if wrong is not None:
             raise ValueError(f"{self.shown}, {wrong}") from error
         raise ValueError(
-            f"{self.shown}: rows do not fit the header ({shorten(error)}). A field that has the separator {self.sep!r} "
-            'in it must be quoted with ".'
+            f"{self.shown}: rows do not fit the header ({shorten(error)}). A field that contains the separator "
+            f'{self.sep!r} must be quoted with ".'
         ) from error
 
 
 @contextlib.contextmanager
-def _damage_is_an_error(filename: str) -> Iterator[None]:
-    """Raise ValueError for what pandas and the decompressors raise on a damaged file."""
+def _raise_for_damage(filename: str) -> Iterator[None]:
+    """Convert the exceptions of pandas and decompressors for a damaged file to ValueError."""
     import pandas as pd
 
     try:
         yield
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, _Swallowed, ImportError):
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, _SwallowedRows, ImportError):
         raise
     except OSError as error:
-        if error.filename is not None:  # it is missing or may not be read
+        if error.filename is not None:  # the file is missing or not readable
             raise
         raise ValueError(_damaged(filename, error)) from error
     except Exception as error:  # zlib.error, EOFError, BadZipFile, TarError, KeyError, TypeError ...
@@ -295,7 +295,7 @@ def _check_header(filename: str, header: list[str], keys: tuple[str, str], sep: 
     missing = [key for key in keys if key not in header]
     if not missing:
         return
-    if any(map(_is_torn, header)):
+    if any(map(_has_invalid_utf8, header)):
         raise ValueError(f"{filename} is not UTF-8: its header is not. Convert it, e.g. with iconv.")
     wrong = f"{filename} has no column {' nor '.join(quote(key, 40) for key in missing)}"
     if len(header) > 1:
@@ -304,16 +304,24 @@ def _check_header(filename: str, header: list[str], keys: tuple[str, str], sep: 
     others = [other for other in _SEPARATORS if other != sep]
     fits = [other for other in others if set(keys) <= {name.strip() for name in header[0].split(other)}]
     fits = fits or [other for other in others[:-1] if other in header[0]]
-    fix = f"{fits[0]!r} looks right: give --csv-separator {fits[0]!r}" if fits else "see --csv-separator"
+    fix = f"Try --csv-separator {fits[0]!r}" if fits else "Set it with --csv-separator"
     column = quote(header[0], 60)
-    raise ValueError(f"{wrong}: it has one column only, {column}. The separator is probably not {sep!r}; {fix}.")
+    raise ValueError(f"{wrong}: it has one column only, {column}. The separator is probably not {sep!r}. {fix}.")
 
 
 @takes_namespace(CSV)
 def get_csv_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """The loader of `args.train_data` or `args.val_data`, a CSV file. args: params.DataConfig, or a flat namespace."""
+    """Return the loader of a CSV file, `args.train_data` or `args.val_data`.
+
+    Args:
+        args: params.DataConfig, or a flat namespace.
+        preprocess_fn: PIL image -> tensor.
+        is_train: whether the loader is for training.
+        epoch: the first epoch.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
+    """
     filename = args.train_data if is_train else args.val_data
     if not filename:
         raise ValueError(f"No CSV file: {'--train-data' if is_train else '--val-data'} is not given.")

@@ -1,7 +1,7 @@
-"""Which line of a CSV file is wrong, and why.
+"""Finds the line of a CSV file that is wrong, and the reason.
 
-pandas reads the file. This module reads it again, line by line, only where something is suspicious: a field with a line
-end in it, or rows that do not fit the header.
+pandas reads the file. Only if a field contains a line end, or rows do not fit the header, this module reads the file
+again, line by line.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import IO, Any, cast
 from training.data.messages import quote
 
 _OPENERS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_REST_OF_QUOTED = re.compile(r'(?:[^"]|"")*"(?!")')  # up to the mark that closes the field
+_REST_OF_QUOTED = re.compile(r'(?:[^"]|"")*"(?!")')  # up to the closing quotation mark
 _EXTENSION = re.compile(r"\.\w{1,5}$")
-_LINES_OF_A_FIELD = 200  # are looked at
-_KNOWN_PATHS = 1000
+_MAX_FIELD_LINES = 200  # that are examined
+_MAX_KNOWN_PATHS = 1000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows look: the separator (one character), how many columns, and which of them has the image's path."""
+    """The separator (one character), the number of columns, and the index of the column of image paths."""
 
     sep: str
     columns: int
@@ -37,11 +37,15 @@ class Layout:
 
 @dataclass
 class Row:
-    """A row, with the numbers of its first and last line, counted from 1, and the text of the first.
+    """A row of the file.
 
     Args:
-        long_fields: (column, text) of the quoted fields with line ends in them.
-        closes: False where the file ends inside a quoted field.
+        first: number of its first line, from 1.
+        last: number of its last line.
+        text: of the first line.
+        fields: how many fields it has.
+        long_fields: (column, text) of the quoted fields that contain line ends.
+        closes: False if the file ends within a quoted field.
     """
 
     first: int
@@ -53,10 +57,10 @@ class Row:
 
 
 class PathForm:
-    """What the image paths of a file look like, to tell a row from a line of a caption."""
+    """The common form of a file's image paths, to distinguish a row from a line of a caption."""
 
     def __init__(self, paths: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
-        known = list(itertools.islice(paths, _KNOWN_PATHS))
+        known = list(itertools.islice(paths, _MAX_KNOWN_PATHS))
         found = [_EXTENSION.search(path.strip().lower()) for path in known]
         self.is_known = bool(known)
         self.extensions = {match.group() for match in found if match is not None}
@@ -73,8 +77,8 @@ class PathForm:
 
 
 def has_swallowed_rows(text: str, column: int, layout: Layout, paths: PathForm) -> bool:
-    """Whether a field that has line ends in it looks like rows of the file, because a quotation mark opened it."""
-    lines = re.split(r"\r\n|\r|\n", text)[:_LINES_OF_A_FIELD]
+    """Whether a field with line ends looks like rows of the file that a quotation mark joined."""
+    lines = re.split(r"\r\n|\r|\n", text)[:_MAX_FIELD_LINES]
     for number, line in enumerate(lines):
         parts = line.split(layout.sep)
         if number == 0:
@@ -89,7 +93,7 @@ def has_swallowed_rows(text: str, column: int, layout: Layout, paths: PathForm) 
 
 
 def lines_of(filename: str) -> Iterator[str] | None:
-    """Yield the file's lines without their ends; None for what only pandas can open (URLs, .zip, .zst)."""
+    """Yield the lines without line ends. Return None for files that only pandas opens (URLs, .zip, .zst)."""
     ending = os.path.splitext(filename)[1].lower()
     ending = ending if ending in (".gz", ".bz2", ".xz", ".zip", ".zst", ".tar") else ""
     if "://" in filename or ending not in _OPENERS:
@@ -104,29 +108,29 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
 
 
 def raw_paths(filename: str, layout: Layout) -> Iterator[str]:
-    """Yield what is in the paths' column of each line but the first, whatever is quoted."""
-    for line in itertools.islice(lines_of(filename) or (), 1, _KNOWN_PATHS):
+    """Yield the path column of each line after the first, ignoring quotation marks."""
+    for line in itertools.islice(lines_of(filename) or (), 1, _MAX_KNOWN_PATHS):
         parts = line.split(layout.sep)
         if len(parts) > layout.path_column:
             yield parts[layout.path_column]
 
 
 def rows_of(lines: Iterable[str], sep: str) -> Iterator[Row]:
-    """Split lines into rows as pandas does. Blank lines are left out."""
+    """Split lines into rows as pandas does. Blank lines are skipped."""
     numbered = enumerate(lines, start=1)
     for number, line in numbered:
         if not line.strip():
             continue
         row = Row(number, number, line)
         if '"' in line:
-            _split(row, line, numbered, sep)
+            _parse_quoted(row, line, numbered, sep)
         else:
             row.fields = line.count(sep) + 1
         yield row
 
 
-def _split(row: Row, line: str, following: Iterator[tuple[int, str]], sep: str) -> None:
-    """Count the fields of a row that starts with `line`, and take the lines that its quoted fields continue on."""
+def _parse_quoted(row: Row, line: str, following: Iterator[tuple[int, str]], sep: str) -> None:
+    """Count the fields of a row that starts with `line`, and consume the lines on which its quoted fields continue."""
     start = 0
     while True:
         while start < len(line) and line[start] in " \t" and line[start] != sep:
@@ -134,7 +138,7 @@ def _split(row: Row, line: str, following: Iterator[tuple[int, str]], sep: str) 
         if line.startswith('"', start):
             start, text = start + 1, cast("list[str]", [])
             while (closing := _REST_OF_QUOTED.match(line, start)) is None:
-                text += [line[start:]] if len(text) < _LINES_OF_A_FIELD else []
+                text += [line[start:]] if len(text) < _MAX_FIELD_LINES else []
                 continuation = next(following, None)
                 if continuation is None:
                     row.closes = False
@@ -150,19 +154,19 @@ def _split(row: Row, line: str, following: Iterator[tuple[int, str]], sep: str) 
             return
 
 
-def misfit(filename: str, layout: Layout, paths: PathForm) -> str | None:
+def find_misfit(filename: str, layout: Layout, paths: PathForm) -> str | None:
     """Describe the first row that does not fit the header or swallows others: "line 5: ...". None if all rows fit."""
     for allows_trailing in (True, False):
         for row in rows_of(lines_of(filename) or (), layout.sep):
-            problem = _problem(row, layout, paths, allows_trailing)
+            problem = _describe_problem(row, layout, paths, allows_trailing)
             if problem is not None:
                 return f"line {row.first}: {problem}"
     return None
 
 
-def _problem(row: Row, layout: Layout, paths: PathForm, allows_trailing: bool) -> str | None:
-    """allows_trailing: whether a row may end in separators without anything after them."""
-    line, twice = quote(row.text, 80), 'To have quotation marks in a field, quote it and write them twice ("").'
+def _describe_problem(row: Row, layout: Layout, paths: PathForm, allows_trailing: bool) -> str | None:
+    """Describe what is wrong with a row. `allows_trailing`: accept additional empty fields at its end."""
+    line, twice = quote(row.text, 80), 'To use quotation marks in a field, quote it and write them twice ("").'
     if not row.closes:
         return f"a quotation mark opens a field that never closes, {line}. {twice}"
     extra = row.fields - layout.columns
@@ -181,11 +185,11 @@ def _problem(row: Row, layout: Layout, paths: PathForm, allows_trailing: bool) -
     parts = [part.strip() for part in row.text.split(layout.sep)]
     if any(part.startswith("'") for part in parts) and any(part.endswith("'") for part in parts):
         return f"{counts} Single quotes do not quote a field, double quotes do."
-    return f'{counts} A field that has the separator {layout.sep!r} in it must be quoted with ".'
+    return f'{counts} A field that contains the separator {layout.sep!r} must be quoted with ".'
 
 
 def reads_literally(filename: str, layout: Layout, paths: PathForm) -> bool:
-    """Whether quotation marks in the file are only text: every line alone is a row, and no field is quoted."""
+    """Whether all quotation marks in the file are text: every line is a row, and no field is quoted."""
     lines = lines_of(filename)
     if lines is None:
         return False

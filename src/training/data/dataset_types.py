@@ -1,4 +1,4 @@
-"""The type of each source of data, from its name."""
+"""Infers the type of a data source from its name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TYPES = ("webdataset", "csv", "imagefolder", "synthetic")
 
 
 def dataset_type_of(path: str | None, dataset_type: str) -> str:
-    """Return the type of one source: that of its name, or `dataset_type` where the name tells nothing.
+    """Return the type of a source: the one that its name implies, or `dataset_type` if the name implies none.
 
-    The training and the validation data may have different types. A name that ends in .tar, or starts with `pipe:`, is
-    webdataset, .csv and .tsv are csv. A folder is imagefolder if it has folders with files in them, webdataset if it
-    has .tar files. Braces, `::`, .txt and .list are webdataset where `dataset_type` is "auto".
+    So training and validation data may have different types. Names that end in .tar or start with `pipe:` are
+    webdataset; .csv and .tsv are csv. A folder is imagefolder if it has folders with files in them, and webdataset if
+    it has .tar files. With "auto", braces, `::`, .txt and .list are webdataset.
 
     Raises:
-        ValueError: an unknown type, or "auto" and a name that tells nothing.
+        ValueError: the type is unknown, or is "auto" and the name implies none.
     """
     choices = ", ".join([*TYPES, "auto"])
     if dataset_type not in (*TYPES, "auto"):
@@ -31,7 +31,7 @@ def dataset_type_of(path: str | None, dataset_type: str) -> str:
     types = _types_of_name(source)
     if types and dataset_type not in types:
         if dataset_type != "auto":
-            logger.info("%s is %s data, by its name, and not %s.", shorten(source), types[0], dataset_type)
+            logger.info("%s: the name says that this is %s data, not %s.", shorten(source), types[0], dataset_type)
         return types[0]
     if dataset_type != "auto":
         return dataset_type
@@ -40,14 +40,14 @@ def dataset_type_of(path: str | None, dataset_type: str) -> str:
     if source and os.path.isdir(source):
         return "imagefolder"
     raise ValueError(
-        f"The form of the data does not follow from {path if path is None else quote(path)} (webdataset: .tar, braces "
-        "or a .txt list; csv: .csv, .tsv; imagefolder: an existing folder). Give --dataset-type, one of "
+        f"The type of the data cannot be inferred from {path if path is None else quote(path)} (webdataset: .tar, "
+        "braces or a .txt list; csv: .csv, .tsv; imagefolder: an existing folder). Set --dataset-type to one of "
         f"{choices}."
     )
 
 
 def _types_of_name(source: str) -> tuple[str, ...]:
-    """The types that a name says clearly, the likeliest first; none where it may be anything."""
+    """Return the types that a name clearly implies, the likeliest first."""
     if source.startswith("pipe:") or SHARD_NAME.search(source):
         return ("webdataset",)
     if "::" in source or "{" in source:

@@ -1,4 +1,4 @@
-"""Folders of classes (ROOT/CLASS/.../IMAGE): for zero-shot evaluation with labels, and for training with captions."""
+"""Folders with one folder per class (ROOT/CLASS/.../IMAGE), for zero-shot evaluation and for training with captions."""
 
 from __future__ import annotations
 
@@ -24,23 +24,30 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 CAPTION = "a photo of a {}."
 
-_IMAGENET_TRAIN_IMAGES = 50  # of each class
-_MOST_DIGITS = 6  # of a class folder's number: the list of classes has as many entries as the largest
-# The folder inside which the archives of ImageNet-V2 (https://imagenetv2.org) unpack.
+_IMAGENET_TRAIN_IMAGES = 50  # per class
+_MAX_DIGITS = 6  # of a class folder's number, because the list of classes is as long as the largest number
+# The folders that the archives of ImageNet-V2 (https://imagenetv2.org) contain.
 _IMAGENET_V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
 
 class ImageFolder(Dataset):
-    """Images in one folder a class; labels are the ranks of the class folders' names in sorted order.
+    """Images in one folder per class. The labels are the positions of the class folders in sorted order.
 
-    The same classes, order and labels as torchvision's ImageFolder, but an empty class folder keeps its label (with a
-    warning) and paths are stored compactly. `numbered`: class folders are named by their labels (as in ImageNet-V2).
-    `dataset[i]` is {"image": transform's result, "label": int, "key": its path}; with `caption` (a template for the
-    class name) {"image", "text": str, "key"} instead, text being int64 [L] where there is a tokenizer.
+    Classes, order and labels are those of torchvision's ImageFolder, but an empty class folder keeps its label (with a
+    warning), and paths are stored compactly. `dataset[i]` is {"image": transformed, "label": int, "key": path}, or with
+    `caption` {"image", "text", "key"}. "text" is int64 [L] if there is a tokenizer, otherwise str.
+
+    Args:
+        root: the folder.
+        transform: PIL image -> tensor.
+        caption: template for the class name, such as "a photo of a {}.".
+        tokenizer: list of captions -> int64 [B, L].
+        numbered: whether class folders are named by their labels, as in ImageNet-V2.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no class folders, no images, or `numbered` and a name that is no
-            number. And from `dataset[i]`: training.data.skips.BadSample.
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no class folders or no images, or with `numbered` a name is not a number.
+        BadSample: from `dataset[i]`, the image cannot be used.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class ImageFolder(Dataset):
         per_class = []
         with progress.Task(f"Listing the images in {self.root}", len(self.classes), "classes") as task:
             for name in self.classes:
-                per_class.append(_images(self.root / name))
+                per_class.append(_list_images(self.root / name))
                 task.advance()
         self.paths = StringTable(path for paths in per_class for path in paths)
         counts = torch.tensor([len(paths) for paths in per_class])
@@ -111,19 +118,19 @@ def _class_names(root: Path, numbered: bool) -> list[str]:
     if not numbered:
         if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
             logger.warning(
-                "%s: class folders are sorted as text, so labels 0, 1, 2, ... are %s, ...",
+                "%s: class folders are sorted as text, so the labels 0, 1, 2, ... are the folders %s, ...",
                 shorten(root), ", ".join(map(shorten, names[:3])),
             )  # fmt: skip
         return names
     if not all(name.isdecimal() for name in names):
-        raise ValueError(f"{shorten(root)}: class folders should be named 0, 1, 2, ..., there is {quote(names[-1])}.")
-    if max(map(len, names)) > _MOST_DIGITS:
+        raise ValueError(f"{shorten(root)}: class folders must be named 0, 1, 2, ..., and one is {quote(names[-1])}.")
+    if max(map(len, names)) > _MAX_DIGITS:
         raise ValueError(f"{shorten(root)}: {quote(max(names, key=len))} is too large for the number of a class.")
     by_label = {int(name): name for name in names}
     return [by_label.get(label, str(label)) for label in range(max(by_label) + 1)]
 
 
-def _images(folder: Path) -> list[str]:
+def _list_images(folder: Path) -> list[str]:
     return [
         os.path.join(parent, name)
         for parent, _, names in sorted(os.walk(folder, followlinks=True))
@@ -136,7 +143,7 @@ def _images(folder: Path) -> list[str]:
 def get_imagefolder_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """The loader of `args.train_data` or `args.val_data`, a folder of classes, captioned "a photo of a CLASS."."""
+    """Return the loader of `args.train_data` or `args.val_data`, a folder of classes. Captions follow CAPTION."""
     root = args.train_data if is_train else args.val_data
     if not root:
         raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")
@@ -152,18 +159,18 @@ def get_imagefolder_dataset(
 def get_labelled_folder(
     args: Any, preprocess_fn: Callable[[Any], Any], root: str | os.PathLike[str], numbered: bool = False
 ) -> DataInfo:
-    """An evaluation loader of {"image", "label"} over a folder of classes; `dataloader.classes` are their names."""
+    """Return an evaluation loader of {"image", "label"} for a folder of classes, named in `dataloader.classes`."""
     dataset = ImageFolder(root, preprocess_fn, numbered=numbered)
     return map_loader(dataset, args, is_train=False, source=shorten(root), classes=dataset.classes)
 
 
 @takes_namespace(LABELLED)
 def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], split: str) -> DataInfo:
-    """The loader of a labelled split of ImageNet, for evaluation. args: params.DataConfig, or a flat namespace.
+    """Return the loader of a labeled split of ImageNet, for evaluation.
 
     Args:
-        args: has the folder as imagenet_train, imagenet_val or imagenet_v2. The first two have one folder per class.
-            The third is what ImageNet-V2's archive unpacks to, or the folder that has it.
+        args: params.DataConfig, or a flat namespace, with the folder as imagenet_train, imagenet_val or imagenet_v2.
+            The first two have one folder per class. The third is the folder in ImageNet-V2's archive, or its parent.
         preprocess_fns: (train, val), PIL image -> tensor.
         split: "val" and "v2" give all images in order, "train" at most 50 random images of each class, shuffled.
     """
@@ -171,19 +178,19 @@ def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], spli
         raise ValueError(f"No ImageNet split {split!r}: there are 'train', 'val' and 'v2'.")
     root = getattr(args, f"imagenet_{split}", None)
     if not root:
-        raise ValueError(f"The folder of ImageNet's {split} split is not given (imagenet_{split}).")
+        raise ValueError(f"The folder of ImageNet's {split} split is not given. Set imagenet_{split}.")
     if split == "v2":
         inside = [Path(root, name) for name in _IMAGENET_V2_FOLDERS if Path(root, name).is_dir()]
         root = inside[0] if inside else root
     if split == "train":
         folder = ImageFolder(root, preprocess_fns[0])
-        some = Subset(folder, _images_of_each_class(folder.labels, _IMAGENET_TRAIN_IMAGES, getattr(args, "seed", 0)))
-        return map_loader(some, args, is_train=False, source=shorten(root), classes=folder.classes)
+        chosen = _choose_per_class(folder.labels, _IMAGENET_TRAIN_IMAGES, getattr(args, "seed", 0))
+        return map_loader(Subset(folder, chosen), args, is_train=False, source=shorten(root), classes=folder.classes)
     return get_labelled_folder(args, preprocess_fns[1], root, numbered=split == "v2")
 
 
-def _images_of_each_class(labels: torch.Tensor, count: int, seed: int) -> list[int]:
-    """Indices of at most `count` images of each class, in random order."""
+def _choose_per_class(labels: torch.Tensor, count: int, seed: int) -> list[int]:
+    """Return the indices of at most `count` images of each class, in random order."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     seen: Counter[int] = Counter()
     chosen = []

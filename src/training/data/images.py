@@ -1,4 +1,4 @@
-"""Images from files and bytes, undecodable ones as `BadSample`."""
+"""Loads images from files and bytes. An image that cannot be decoded raises `BadSample`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 from training.data.skips import BadSample
 
-# Formats that Pillow hands to another program (EPS: to Ghostscript) or to the system: data are not to start any.
-_RUN_PROGRAMS = ("EPS", "WMF")
+# Formats for which Pillow runs another program (Ghostscript for EPS) or calls the system. Data must not run programs.
+_FORMATS_OF_PROGRAMS = ("EPS", "WMF")
 
 
 def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], Any] | None, name: str) -> Any:
-    """Opens an image (a path, or an encoded image in memory) and applies `transform` to it.
+    """Open an image (a path, or an encoded image in memory) and apply `transform` to it.
 
-    Of an animated image the first frame. PIL decodes when the pixels are asked for, that is inside `transform`: its
-    exceptions are the image's. A transform that fails on every image is told from bad images by `Streak`, which ends
-    the run with the first exception's text.
+    An animated image gives its first frame. Pillow decodes an image when its pixels are read, which is in `transform`,
+    so an exception of `transform` makes a bad sample. If `transform` fails on every image, `BadStreak` ends the run
+    with the first exception's text.
 
     Raises:
         BadSample: missing_image, empty_image, huge_image or corrupt_image.
@@ -35,18 +35,18 @@ def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], A
         _check_file(fspath(source), name)
     try:
         with warnings.catch_warnings():
-            # between one and two times its limit Pillow only warns
+            # between one and two times its limit, Pillow only warns
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else fspath(source))
         with opened as image:
-            if image.format in _RUN_PROGRAMS:
+            if image.format in _FORMATS_OF_PROGRAMS:
                 raise Image.UnidentifiedImageError(f"{image.format} images are not opened")
             if transform is None:
                 image.load()
                 return image.copy()
             transformed = transform(image)
             if transformed is image:
-                image.load()  # its file is about to be closed
+                image.load()  # before the file is closed
             return transformed
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("huge_image", name, str(error)) from error
@@ -61,7 +61,7 @@ def _check_file(path: str, name: str) -> None:
         raise BadSample("missing_image", name, "there is no such file") from error
     except (OSError, ValueError) as error:  # no permission, a name that is too long, a NUL in it
         raise BadSample("missing_image", name, f"cannot be opened ({error})") from error
-    if not stat.S_ISREG(status.st_mode):  # a pipe or a device could be read for ever
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
         raise BadSample("missing_image", name, "it is not a file")
     if not status.st_size:
         raise BadSample("empty_image", name, "it has 0 bytes")

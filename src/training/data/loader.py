@@ -1,4 +1,4 @@
-"""From a dataset to batches: collating, workers, and samples that cannot be used."""
+"""Data loaders: collation, workers, and the replacement of bad samples."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from training import children, distributed
 from training.batches import Normalization
 from training.data.position import Position, RowPosition
 from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
-from training.data.skips import BAD_IN_A_ROW, BadSample, SkipCounter, Streak
+from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
 from training.signals import Agreement, Stopped
 
 logger = logging.getLogger(__name__)
 
 _PREFETCHED_BATCHES = 2  # per worker
-_END_WORKERS_WITHIN = 2.0  # seconds, before they are killed
-CURSOR = "__cursor__"  # in a batch on its way here: the place behind it
-KEY = "key"  # in a batch: list of str, what names each sample
+_WORKER_EXIT_TIMEOUT = 2.0  # seconds, before they are killed
+AFTER = "__after__"  # in a batch from a data set of shards: the read position after it
+KEY = "key"  # in a batch: list of str, the name of each sample
 
 
 @dataclass
 class DataInfo:
-    """A loader and what steers it. `skipped` counts bad samples by cause, in this process and the loader's workers."""
+    """A data loader and its state. `skipped` counts bad samples in this process and the loader's workers."""
 
     dataloader: DataLoader
     sampler: Sampler | None = None
@@ -39,41 +39,48 @@ class DataInfo:
     skipped: SkipCounter | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Order and augmentation of the next pass over the loader follow from the epoch."""
+        """Set the epoch, which determines order and augmentation of the next iteration."""
         if self.shared_epoch is not None:
             self.shared_epoch.set_value(epoch)
         if self.sampler is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's place behind the batch that the loop received last: a few numbers and tensors; of training data.
+        """Return this rank's read position after the last batch that the training loop received: numbers and tensors.
 
-        What workers have prefetched does not count. See `training.data.position` for what a place is good for.
+        Prefetched batches do not count. See `training.data.position`.
+
+        Raises:
+            TypeError: this is not training data.
         """
         return self._position().state_dict()
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """The next pass begins at a place that was saved. states: of all ranks of that run, in their order.
+        """Make the next iteration start at a saved position. A later `set_epoch` with another epoch discards it.
 
-        `set_epoch` with the same epoch keeps the place; another epoch begins at its begin.
+        Args:
+            states: the state dicts of all ranks of the run that saved them, in the order of the ranks.
         """
         self._position().load_state_dict(states)
-        self.dataloader.close()  # type: ignore[attr-defined]  # workers learn of it when they start
+        self.dataloader.close()  # type: ignore[attr-defined]  # workers get the position when they start
 
     def _position(self) -> Position:
         position = getattr(self.dataloader, "position", None)
         if position is None:
-            raise TypeError("Only training data of training.data have a place to save.")
+            raise TypeError("Only the training data of training.data have a read position to save.")
         return position
 
 
 class Loader(DataLoader):
-    """A DataLoader of dict batches with `num_samples` (of an epoch, over all ranks) and `num_batches` (this rank's).
+    """A DataLoader of batches that are dicts. Its workers live until `close` or the end of the process.
 
-    Workers live until `close` or the end of the process. `classes` are the class names of a folder of classes.
-    With `members`, names of a batch's members, it gives a list of these instead of each dict.
-    `normalization`: what `training.batches.to_device` is to do to the images; None if nothing.
-    `agreement`: how the ranks stop before the same batch of training data; by default no signal stops them.
+    Attributes:
+        num_samples: of an epoch, over all ranks.
+        num_batches: of an epoch, on this rank.
+        classes: class names, if the data are a folder of classes.
+        members: if set, a batch is the list of these entries of the dict.
+        normalization: what `training.batches.to_device` does to the images; None for nothing.
+        agreement: makes the ranks stop before the same batch of training data. By default no signal stops them.
     """
 
     members: tuple[str, ...] | None = None
@@ -97,18 +104,18 @@ class Loader(DataLoader):
         world = distributed.world()
         options: dict[str, Any] = {"pin_memory": device.get(world.device).pin_memory}
         if options["pin_memory"] and _torch_version() < (2, 9):
-            options["pin_memory_device"] = world.device.type  # later, that of the current accelerator
+            options["pin_memory_device"] = world.device.type  # from 2.9 on, torch takes the current accelerator
         if workers > 0:
             options |= {"persistent_workers": True, "prefetch_factor": _PREFETCHED_BATCHES}
         if batch_sampler is None:
-            options["batch_size"] = None  # the dataset itself yields batches
+            options["batch_size"] = None  # the data set yields batches
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=_init_worker,
-            # of its own, as DataLoader draws its workers' base seed from the global one otherwise
+            # without it, DataLoader draws the workers' base seed from the global generator
             generator=torch.Generator().manual_seed(stable_hash("loader", seed)),
             **options,
         )
@@ -119,32 +126,32 @@ class Loader(DataLoader):
         self.classes = classes
         self.position = position
         self.agreement = Agreement()
-        self._alone = not world.distributed
+        self._is_single_rank = not world.distributed
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.members is None:
-            return self._whole_batches()
-        return ([batch[name] for name in self.members or ()] for batch in self._whole_batches())
+            return self._epoch_batches()
+        return ([batch[name] for name in self.members or ()] for batch in self._epoch_batches())
 
-    def _whole_batches(self) -> Iterator[dict[str, Any]]:
+    def _epoch_batches(self) -> Iterator[dict[str, Any]]:
         if self.position is not None:
             yield from self._training_batches(self.position)
             return
         skipped_before = self.skipped.total()
-        empty = True
+        is_empty = True
         for batch in self._batches():
-            if batch is not None:  # None: every sample of it was bad
-                batch.pop(CURSOR, None)
-                empty = False
+            if batch is not None:  # None: all its samples were bad
+                batch.pop(AFTER, None)
+                is_empty = False
                 yield batch
-        if empty and self.skipped.total() > skipped_before:
+        if is_empty and self.skipped.total() > skipped_before:
             message = f"{self.source}: not one usable sample. Skipped, by cause: {self.skipped.counts()}."
-            if self._alone:
-                raise ValueError(f"{message} The log has the first names.")
-            logger.error("%s This is this rank's part; the others may have more.", message)
+            if self._is_single_rank:
+                raise ValueError(f"{message} The log names the first ones.")
+            logger.error("%s Other ranks may have usable samples.", message)
 
     def _training_batches(self, position: Position) -> Iterator[dict[str, Any]]:
         position.begin()
@@ -154,44 +161,44 @@ class Loader(DataLoader):
             if batch is None:
                 batches.close()  # type: ignore[attr-defined]  # a generator
                 return
-            position.received(batch.pop(CURSOR, None))
+            position.received(batch.pop(AFTER, None))
             yield batch
 
     def _batches(self) -> Iterator[dict[str, Any] | None]:
         try:
             yield from super().__iter__()
-        except (GeneratorExit, Stopped):  # the epoch is left early, or saved first: the workers stay
+        except (GeneratorExit, Stopped):  # the epoch ends early, or the run saves first: keep the workers
             raise
         except BaseException:
             self.close()
             raise
 
     def _is_next_ready(self) -> bool:
-        """Whether workers have made the next batch already; False where that cannot be told."""
+        """Whether workers have finished the next batch; False if that is unknown."""
         iterator: Any = self._iterator
         try:
             task = iterator._task_info[iterator._rcvd_idx]
-            if len(task) == 2:  # it came before its turn
+            if len(task) == 2:  # it arrived early, and torch has stored it
                 return True
-            # A worker gives its batches in order: unless all that it owes are missing, the next one is there.
-            owed = sum(other == task for other in iterator._task_info.values())
-            return iterator._tasks_outstanding - iterator._data_queue.qsize() < owed
-        except (AttributeError, KeyError, NotImplementedError):  # no workers, the end, a queue that cannot be counted
+            # A worker returns its batches in order: if any of its pending batches is in the queue, the next one is.
+            pending = sum(other == task for other in iterator._task_info.values())
+            return iterator._tasks_outstanding - iterator._data_queue.qsize() < pending
+        except (AttributeError, KeyError, NotImplementedError):  # no workers, the end, or qsize is not implemented
             return False
 
     def close(self) -> None:
-        """Ends the workers, by SIGKILL those that are blocked. The next pass would start new ones.
+        """End the workers, blocked ones with SIGKILL. The next iteration starts new ones.
 
-        Left to the garbage collector, their queues may go before them, and each is waited for in vain for 5 seconds.
+        If the garbage collector did this, their queues might be gone first, and torch would wait 5 seconds for each.
         """
         iterator: Any = self._iterator
         self._iterator = None
         if iterator is None:
             return
-        # torch waits 5 s for each worker, and reports one that was killed as a failure.
+        # Otherwise torch reports a killed worker as a failure.
         signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
-        killer = threading.Timer(_END_WORKERS_WITHIN, children.kill, [iterator._workers])
+        killer = threading.Timer(_WORKER_EXIT_TIMEOUT, children.kill, [iterator._workers])
         killer.daemon = True
         killer.start()
         try:
@@ -206,39 +213,38 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _init_worker(worker_id: int) -> None:
-    # Signals that stop a run may go to every process: the main one alone answers them, and ends the workers.
-    # (That torch computes with one thread in a worker is DataLoader's own doing.)
+    # A signal that stops a run may go to every process. Only the main process handles it, and ends the workers.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # a forked worker has the main process's
+    signal.set_wakeup_fd(-1)  # a forked worker inherits that of the main process
     children.lead_group()
 
 
 def tokenizes_randomly(tokenizer: Any) -> bool:
-    """Whether the tokenizer draws random numbers (reduces long captions at random).
+    """Whether the tokenizer draws random numbers, to shorten long captions.
 
-    Such a one is called sample by sample inside `sample_rng`; any other is called once a batch, which is faster.
+    Such a tokenizer is called for each sample inside `sample_rng`. Others are called once per batch, which is faster.
     """
     return getattr(tokenizer, "reduction_fn", None) is not None
 
 
 class Collate:
-    """Samples (dicts, None for a dropped one) to a batch: tensors stacked, captions tokenised in one call.
+    """Joins samples to a batch: stacks tensors, and tokenizes captions in one call.
 
-    Returns a dict such as {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L], "key": B strings}, or None if no
-    sample is left.
+    Samples are dicts; None is a dropped sample. The result is a dict such as {"image": float or uint8 [B, 3, H, W],
+    "text": int64 [B, L], "key": B strings}, or None if all samples were dropped.
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
         self.tokenizer = tokenizer
-        self.column: Callable[..., Any] = default_collate  # in a worker: straight into shared memory
+        self.column: Callable[..., Any] = default_collate  # in a worker, it stacks into shared memory
 
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-        whole = [sample for sample in samples if sample is not None]
-        if not whole:
+        kept = [sample for sample in samples if sample is not None]
+        if not kept:
             return None
-        return {key: self._join(key, [sample[key] for sample in whole]) for key in whole[0]}
+        return {key: self._join(key, [sample[key] for sample in kept]) for key in kept[0]}
 
     def _join(self, key: str, values: list[Any]) -> Any:
         if key == KEY:
@@ -248,11 +254,11 @@ class Collate:
         return self.column(tuple(values))
 
 
-class WholeSamples(Dataset):
-    """Samples of a map-style dataset with random numbers of their own and bad ones dealt with.
+class SkipBadSamples(Dataset):
+    """A map-style data set without bad samples, whose random transforms depend on (seed, epoch, row) only.
 
-    In training a bad sample is replaced by another, drawn from (seed, epoch, row): the same on any number of workers
-    and ranks. In evaluation it becomes None, which `Collate` drops.
+    In training a bad sample is replaced by another one, drawn from (seed, epoch, row), so the result does not depend on
+    the number of workers and ranks. In evaluation it becomes None, which `Collate` drops.
     """
 
     def __init__(self, dataset: Dataset, *, source: str, seed: int, is_train: bool, skipped: SkipCounter) -> None:
@@ -262,11 +268,10 @@ class WholeSamples(Dataset):
         self.seed = seed
         self.is_train = is_train
         self.skipped = skipped
-        # (of this worker's copy)
-        self.streak = Streak(source, None if distributed.world().distributed else BAD_IN_A_ROW)
+        self.streak = BadStreak(source, None if distributed.world().distributed else BAD_IN_A_ROW)  # one per worker
 
     def __getattr__(self, name: str) -> Any:
-        """The attributes of the data set that is read, such as `classes` and `captions`."""
+        """Return an attribute of the wrapped data set, such as `classes` and `captions`."""
         if name.startswith("__") or "dataset" not in vars(self):  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.dataset, name)
@@ -276,22 +281,22 @@ class WholeSamples(Dataset):
 
     def __getitem__(self, ref: SampleRef) -> dict[str, Any] | None:
         row, epoch = ref
-        streak = Streak(self.source) if self.is_train else self.streak
+        streak = BadStreak(self.source) if self.is_train else self.streak
         for attempt in range(BAD_IN_A_ROW):
             try:
                 with sample_rng(self.seed, epoch, row):
                     sample = self.dataset[row]
             except BadSample as bad:
-                self.skipped.add(bad)
-                streak.add(bad)
+                self.skipped.add_bad(bad)
+                streak.add_bad(bad)
             else:
-                streak.good()
-                self.skipped.good()
+                streak.add_good()
+                self.skipped.add_good()
                 return sample
             if not self.is_train:
                 return None
             row = stable_hash("replacement", self.seed, epoch, ref.row, attempt) % self.length
-        raise AssertionError("Streak.add raises before")
+        raise AssertionError("BadStreak.add_bad raises first.")
 
 
 def map_loader(
@@ -304,12 +309,21 @@ def map_loader(
     tokenizer: Any = None,
     classes: list[str] | None = None,
 ) -> DataInfo:
-    """The loader of a map-style dataset: shuffled and of equal length on all ranks in training, in order otherwise.
+    """Return the loader of a map-style data set.
 
-    args: batch_size, workers, seed (params.DataConfig).
+    In training it is shuffled and has the same length on all ranks. In evaluation the samples come in order.
+
+    Args:
+        dataset: samples by index; may raise BadSample.
+        args: batch_size, workers, seed (params.DataConfig).
+        is_train: whether the loader is for training.
+        source: name of the data for messages.
+        epoch: the first epoch.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
+        classes: class names, for `Loader.classes`.
 
     Raises:
-        ValueError: training data of fewer samples than one batch on every rank.
+        ValueError: the training data have fewer samples than one batch on every rank.
     """
     world = distributed.world()
     seed = getattr(args, "seed", 0)
@@ -324,7 +338,7 @@ def map_loader(
     else:
         sampler = EvalSampler(size, args.batch_size, world.rank, world.world_size)
     loader = Loader(
-        WholeSamples(dataset, source=source, seed=seed, is_train=is_train, skipped=skipped),
+        SkipBadSamples(dataset, source=source, seed=seed, is_train=is_train, skipped=skipped),
         source=source,
         workers=args.workers,
         seed=seed,
@@ -340,11 +354,11 @@ def map_loader(
 
 
 def check_one_batch(num_samples: int, batch_size: int, world_size: int, source: str) -> None:
-    """Raises ValueError where the data do not fill one batch on every rank."""
+    """Raise ValueError if the data do not fill one batch on every rank."""
     if num_samples < batch_size * world_size:
         step = f"{batch_size * world_size}"
         if world_size > 1:
             step += f" ({batch_size} on each of {world_size} processes)"
         raise ValueError(
-            f"{source} has {num_samples} samples, fewer than one step takes, {step}. Lower --batch-size, or add data."
+            f"{source} has {num_samples} samples, and one step needs {step}. Use a smaller --batch-size, or more data."
         )

@@ -8,7 +8,7 @@ _GAP = " ... "
 
 
 def shorten(text: object, limit: int = NAME_LIMIT) -> str:
-    """Return `text` on one line and with at most `limit` characters: the start and the end of what is longer."""
+    """Return `text` on one line with at most `limit` characters. Longer text keeps its start and its end."""
     shown = str(text)
     if len(shown) > limit:
         start = (limit - len(_GAP)) // 2
@@ -25,7 +25,7 @@ def quote(text: object, limit: int = NAME_LIMIT) -> str:
 
 
 def join(values: list[str], count: int, limit: int = 40) -> str:
-    """Return the first `count` values, shortened, and how many there are more."""
+    """Return the first `count` values, shortened, and the number of the others."""
     shown = ", ".join(shorten(value, limit) for value in values[:count])
     return shown if len(values) <= count else f"{shown} and {len(values) - count} more"
 

@@ -1,9 +1,10 @@
 """Loaders for scripts written for open_clip_train.
 
-Such scripts call `get_data` and the `get_*_dataset` functions with a flat namespace, and expect what open_clip_train
-gives: batches `[images, texts]` (or `[images, labels]`), a tokenizer that is called with one caption at a time, and RGB
-images where it converts them. `takes_namespace` makes functions of a `DataConfig` accept a namespace as well. No other
-module knows the difference. Bad samples are skipped and positions can be saved for both kinds of callers.
+Such scripts call `get_data` and the `get_*_dataset` functions with a flat namespace, and expect the behavior of
+open_clip_train: batches `[images, texts]` (or `[images, labels]`), a tokenizer that is called with one caption at a
+time, and RGB images where open_clip_train converts them. `takes_namespace` makes functions of a `DataConfig` accept a
+namespace as well. No other module handles namespaces. For both kinds of callers, bad samples are skipped and positions
+can be saved.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ PREPROCESS_PARAMETERS = ("preprocess_fn", "preprocess_img", "preprocess_fns")
 
 @dataclass(frozen=True)
 class NamespaceConfig(DataConfig):
-    """The data options of a flat namespace, with those that only scripts set."""
+    """The data options of a flat namespace, including those that only scripts set."""
 
     imagenet_train: str | None = None
 
 
 def from_namespace(args: Any) -> NamespaceConfig:
-    """Read the data options from an object's attributes. An option that it lacks has the flag's default."""
+    """Read the data options from the attributes of an object. A missing option has the default of its flag."""
     values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(NamespaceConfig)}
     return NamespaceConfig(**values)
 
 
 @dataclass(frozen=True)
 class BatchForm:
-    """What open_clip_train's loader of one type of data gives.
+    """The form of the batches that open_clip_train's loader of one type of data makes.
 
     Args:
-        members: names of the batch's members, in order.
-        rgb: whether images are RGB before they are preprocessed.
+        members: names of the entries of a batch, in order.
+        rgb: whether images are converted to RGB before preprocessing.
         captions_in_lists: whether the tokenizer is called with `[caption]`; otherwise with `caption`.
-        column: joins the images, or the rows of token ids, of a batch.
+        column: joins the images, or the token ids, of a batch.
     """
 
     members: tuple[str, str] = ("image", "text")
@@ -55,7 +56,7 @@ class BatchForm:
 
 
 def stack_or_list(values: Sequence[Any]) -> Any:
-    """Join tensors, arrays and numbers to one tensor. Anything else stays a list."""
+    """Join tensors, arrays or numbers to one tensor. Other values stay a list."""
     if isinstance(values[0], (torch.Tensor, np.ndarray, np.number, int, float)):
         return default_collate(list(values))
     return list(values)
@@ -70,7 +71,7 @@ LABELLED = BatchForm(members=("image", "label"), rgb=True)
 
 @dataclass(frozen=True)
 class EachCaption:
-    """A tokenizer of a batch that calls `tokenizer` for each caption and takes the first row of each answer."""
+    """A tokenizer for batches that calls `tokenizer` for each caption and takes the first row of the result."""
 
     tokenizer: Callable[[Any], Any]
     form: BatchForm
@@ -86,7 +87,7 @@ class EachCaption:
 
 @dataclass(frozen=True)
 class InRGB:
-    """`preprocess` of the image's RGB form, a plain `PIL.Image.Image` that needs no open file."""
+    """Converts an image to RGB, which also loads it from its file, and calls `preprocess`."""
 
     preprocess: Callable[[Any], Any]
 
@@ -95,9 +96,9 @@ class InRGB:
 
 
 def takes_namespace(form: BatchForm) -> Callable[[Callable[..., DataInfo]], Callable[..., DataInfo]]:
-    """Decorate a function of a DataConfig that makes a loader: it accepts a flat namespace too.
+    """Return a decorator that makes a loader function of a DataConfig accept a flat namespace, too.
 
-    With a DataConfig the function is called unchanged. With any other object the loader's batches have `form`.
+    With a DataConfig the function is called unchanged. With any other object, the batches of the loader have `form`.
     """
 
     def decorate(make: Callable[..., DataInfo]) -> Callable[..., DataInfo]:
@@ -130,5 +131,5 @@ def _in_form(info: DataInfo, form: BatchForm, batch_size: int) -> DataInfo:
     loader = cast(Loader, info.dataloader)
     loader.members = form.members
     cast(Collate, loader.collate_fn).column = form.column
-    vars(loader)["batch_size"] = batch_size  # torch's loader has None where batches come from a sampler or the dataset
+    vars(loader)["batch_size"] = batch_size  # torch sets None if batches come from a sampler or the data set
     return info

@@ -1,7 +1,7 @@
-"""Shards that are not local files: which URLs can be opened, and by what.
+"""Opens shards that are not local files, and checks that their URLs can be opened.
 
-`webdataset.gopen` opens its own schemes (`pipe:`, https, gs...). fsspec opens those that it has a filesystem for, such
-as s3 with s3fs installed. Any other scheme is an error before the first step.
+`webdataset.gopen` opens some schemes (`pipe:`, https, gs, ...). fsspec opens those for which a filesystem is installed,
+such as s3 with s3fs. Any other scheme is an error before the first step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMMANDS = {
 
 
 def is_local(url: str) -> bool:
-    """Whether it is a path, and not `pipe:COMMAND` or `scheme://...`."""
+    """Whether `url` is a path, and not `pipe:COMMAND` or `scheme://...`."""
     return not url.startswith("pipe:") and "://" not in url and not url.startswith("file:")
 
 
@@ -38,22 +38,22 @@ def scheme_of(url: str) -> str | None:
 
 
 def is_fsspec(url: str) -> bool:
-    """Whether fsspec opens the URL, because webdataset does not and fsspec has a filesystem for it here."""
+    """Whether fsspec opens the URL, because webdataset does not and a filesystem for fsspec is installed."""
     scheme = scheme_of(url)
     if scheme is None or _webdataset_opens(scheme):
         return False
     try:
         importlib.import_module("fsspec").get_filesystem_class(scheme)
-    except (ImportError, ValueError):  # fsspec, or its package for the scheme, is not installed; an unknown scheme
+    except (ImportError, ValueError):  # not installed, or an unknown scheme
         return False
     return True
 
 
 def check_schemes(urls: list[str], source: str) -> None:
-    """Check that something opens each URL.
+    """Check that each URL can be opened.
 
     Raises:
-        ValueError: a scheme that nothing opens here, with the `pipe:` form to type.
+        ValueError: no installed package opens a scheme. The message shows the `pipe:` command to use.
     """
     for url in {scheme_of(url): url for url in reversed(urls)}.values():
         scheme = scheme_of(url)
@@ -63,19 +63,19 @@ def check_schemes(urls: list[str], source: str) -> None:
         command = _COMMANDS.get(scheme, "COMMAND {url}").format(url=shorten(typed))
         needs = "" if scheme in _COMMANDS else " with a COMMAND that writes the shard to its standard output"
         raise ValueError(
-            f"{quote(url)} cannot be opened: neither webdataset nor fsspec opens {scheme}:// here. Give "
+            f"{quote(url)} cannot be opened: neither webdataset nor fsspec opens {scheme}:// here. Write "
             f"--train-data or --val-data as 'pipe:{command}'{needs}, or install fsspec's package for "
             f"{scheme}{' (s3fs)' if scheme == 's3' else ''}."
         )
 
 
 def openable(schemes: list[str]) -> list[str]:
-    """Return the schemes that something opens here."""
+    """Return those of the schemes that can be opened."""
     return [scheme for scheme in schemes if _webdataset_opens(scheme) or is_fsspec(f"{scheme}://")]
 
 
 def open_stream(url: str) -> Any:
-    """Open what is not a local path, as a binary stream."""
+    """Open a URL as a binary stream."""
     if is_fsspec(url):
         return _FsspecStream(url)
     from webdataset.gopen import gopen
@@ -84,26 +84,26 @@ def open_stream(url: str) -> Any:
 
 
 class _FsspecStream:
-    """A file of an fsspec filesystem, all of whose errors are OSError: each store raises its own.
+    """A file of an fsspec filesystem. The exceptions of all filesystems are converted to OSError.
 
     The URL is never parsed as a chain of filesystems (`a::b`), so a list of shards cannot reach local files.
     """
 
     def __init__(self, url: str) -> None:
-        with _store_errors():
+        with _raise_os_errors():
             self._file = importlib.import_module("fsspec").filesystem(scheme_of(url)).open(url, "rb")
 
     def read(self, size: int = -1) -> bytes:
-        with _store_errors():
+        with _raise_os_errors():
             return self._file.read(size)
 
     def close(self) -> None:
-        with _store_errors():
+        with _raise_os_errors():
             self._file.close()
 
 
 @contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
+def _raise_os_errors() -> Iterator[None]:
     try:
         yield
     except OSError:
@@ -115,7 +115,7 @@ def _store_errors() -> Iterator[None]:
 def _webdataset_opens(scheme: str) -> bool:
     if scheme in ("pipe", "file"):
         return True
-    # `webdataset.gopen` is also the name of a function, hence not an import statement.
+    # not an import statement, because `webdataset.gopen` is also the name of a function
     try:
         return scheme in importlib.import_module("webdataset.gopen").gopen_schemes
     except ImportError:

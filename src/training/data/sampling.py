@@ -1,7 +1,7 @@
-"""Which sample comes when, and with which random numbers: functions of (seed, epoch, position), of nothing else.
+"""The order of the samples and their random numbers, which depend on (seed, epoch, sample) only.
 
-The order of an epoch is one permutation for all ranks; rank r of W takes every W-th element of it. Step t of B x W
-samples is therefore the same set on any number of ranks of equal global batch, and a position in the data is a number.
+The order of an epoch is one permutation for all ranks, of which rank r of W takes every W-th element. With the same
+global batch size, a step therefore has the same samples on any number of ranks, and the read position is one number.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from torch.utils.data import Sampler
 
 
 def stable_hash(*parts: object) -> int:
-    """63 bits that depend on the parts' text alone: the same in every process, on every host."""
+    """Return a 63-bit hash of the text of the parts, which is the same in every process and on every host."""
     text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager
 def sample_rng(*key: object) -> Iterator[None]:
-    """Seeds the CPU generators of python, numpy and torch from `key` and puts them back afterwards (about 60 us).
+    """Seed the CPU generators of Python, NumPy and torch from `key`, and restore them afterwards (about 60 us).
 
-    What a random transform draws inside depends on the sample, not on which worker or rank handles it, nor on how many
-    samples came before.
+    The random numbers of a transform then depend on the sample, and not on the worker, the rank or earlier samples.
     """
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     seed = stable_hash(*key)
@@ -45,7 +44,7 @@ def sample_rng(*key: object) -> Iterator[None]:
 
 
 class SharedEpoch:
-    """The epoch, in memory shared with the workers: persistent workers learn of the next one without a restart."""
+    """The epoch in shared memory, so persistent workers see a new epoch without a restart."""
 
     def __init__(self, epoch: int = 0) -> None:
         self.shared_epoch = torch.tensor(epoch, dtype=torch.int64).share_memory_()
@@ -58,16 +57,16 @@ class SharedEpoch:
 
 
 class SampleRef(NamedTuple):
-    """What a sampler hands to a worker. The epoch travels beside the row: no worker learns of it a batch late."""
+    """What a sampler sends to a worker. It includes the epoch, because workers prefetch and may see a new one late."""
 
     row: int
     epoch: int
 
 
 class TrainSampler(Sampler[list[SampleRef]]):
-    """Batches of this rank: `num_samples` shuffled by (seed, epoch), the last incomplete global batch dropped.
+    """The batches of this rank from `num_samples` samples, shuffled by (seed, epoch).
 
-    The first `start` of the shuffled samples (over all ranks) are passed over, once they have been seen.
+    The last incomplete global batch is dropped. A resumed run skips the first `start` samples of the order.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class TrainSampler(Sampler[list[SampleRef]]):
 
 
 class EvalSampler(Sampler[list[SampleRef]]):
-    """Batches of this rank, in order: every sample exactly once over all ranks, which may differ by one in length."""
+    """The batches of this rank, in order. All ranks together read every sample once; lengths may differ by one."""
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
         self.rows = range(rank, num_samples, world_size)

@@ -1,7 +1,7 @@
-"""Which shards there are, and how many samples they have: braces, wildcards, folders, lists in files, sizes in JSON.
+"""Lists the shards of a source (braces, wildcards, folders, lists in files) and the number of their samples.
 
-What the user types is trusted: `pipe:COMMAND` runs. What files contain is not: a list of shards in a file names paths
-and plain URLs, and sizes are numbers.
+Input of the user is trusted: `pipe:COMMAND` is run. The contents of files are not: a list of shards in a file may only
+contain paths and plain URLs, and sizes must be numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 _LIST = re.compile(r"\.(txt|list)$")
 _WILDCARD = re.compile(r"[*?\[]")
-# Schemes that a list may name. Nothing of such a URL can be an option or part of a command for a program that fetches
-# it, nor a chain of fsspec's filesystems.
+# Schemes that a list may contain. The pattern excludes URLs that a downloading program could read as an option or a
+# command, and chains of fsspec filesystems.
 _PLAIN_SCHEMES = ("http", "https", "gs", "s3", "hf", "ais")
 _PLAIN_URL = re.compile(rf"({'|'.join(_PLAIN_SCHEMES)})://\w((?!::)[\w./:@%+=,~?&-])*")
 _TEXT_LIMIT = 1 << 26  # bytes of a list or of sizes.json
@@ -33,43 +33,42 @@ _TEXT_LIMIT = 1 << 26  # bytes of a list or of sizes.json
 def expand_urls(
     urls: str | Sequence[str], weights: str | Sequence[float] | None = None
 ) -> tuple[list[str], list[float] | None]:
-    """Expand braces, `::`, wildcards and folders to a list of shards, with each source's weight for each of its shards.
+    """Expand braces, `::`, wildcards and folders to a list of shards. Each shard gets the weight of its source.
 
     A source that ends in .txt or .list is a file with one shard per line (see `read_list`). A local path with `*`, `?`
     or `[` is a pattern, and a folder stands for its .tar files; both give shards in sorted order.
 
     Args:
         urls: the sources joined by `::`, or a list of shards, which is returned unchanged.
-        weights: as many numbers as sources, joined by `::`, or for a list of shards a list; None gives None.
+        weights: one number per source, joined by `::`; a list if `urls` is a list. None gives None.
 
     Raises:
-        ValueError: not one weight for each source, numbers that are not above 0, or a list with a line that only a user
-            may type.
-        FileNotFoundError: no such list, or no shard that fits a pattern or lies in a folder.
+        ValueError: there is not one weight per source, a weight is not above 0, or a line of a list is refused.
+        FileNotFoundError: a list does not exist, or a pattern or folder gives no shard.
     """
     if not isinstance(urls, str):
         if isinstance(weights, str):
-            raise ValueError("Weights (--train-data-upsampling-factors) need the shards as one string, joined by '::'.")
+            raise ValueError("Weights as text (--train-data-upsampling-factors) need shards as text, joined by '::'.")
         return list(urls), None if weights is None else list(weights)
     sources = [_expand_source(source) for source in urls.split("::")]
     shards = [shard for source in sources for shard in source]
     if weights is None:
         return shards, None
     if not isinstance(weights, str):
-        raise ValueError(f"Weights as a list ({shorten(weights)}) are for shards as a list: join them by '::'.")
+        raise ValueError(f"Weights as a list ({shorten(weights)}) need shards as a list. Join the weights by '::'.")
     try:
         factors = [float(weight) for weight in weights.split("::")]
     except ValueError as error:
         raise ValueError(
-            f"--train-data-upsampling-factors: {quote(weights)} should be numbers joined by '::'."
+            f"--train-data-upsampling-factors: {quote(weights)} must be numbers joined by '::'."
         ) from error
     if len(factors) != len(sources):
         raise ValueError(
             f"--train-data-upsampling-factors has {len(factors)} numbers ({shorten(weights)}) for {len(sources)} "
-            f"sources ({shorten(urls)}): give one number for each source, joined by '::'."
+            f"sources ({shorten(urls)}). Write one number per source, joined by '::'."
         )
     if not all(factor > 0 for factor in factors):
-        raise ValueError(f"--train-data-upsampling-factors: {quote(weights)} should be numbers above 0.")
+        raise ValueError(f"--train-data-upsampling-factors: {quote(weights)} must be numbers above 0.")
     return shards, [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
 
 
@@ -86,7 +85,7 @@ def _expand_source(source: str) -> list[str]:
 
 
 def _expand_path(path: str) -> list[str]:
-    """Return the shards of a folder, or those that fit a pattern; any other path or URL alone."""
+    """Return the shards in a folder or those that match a pattern. Any other path or URL is returned unchanged."""
     if not is_local(path):
         if "*" in path and not path.startswith("pipe:"):
             raise ValueError(f"{quote(path)}: wildcards in URLs are not expanded. Use braces, as {{00000..00099}}.tar.")
@@ -100,7 +99,7 @@ def _expand_path(path: str) -> list[str]:
         return [path]
     found = sorted(glob.glob(path))
     if not found:
-        raise FileNotFoundError(f"No file fits {quote(path)} (looked for {shorten(os.path.abspath(path))}).")
+        raise FileNotFoundError(f"No file matches {quote(path)} (looked for {shorten(os.path.abspath(path))}).")
     return found
 
 
@@ -110,12 +109,11 @@ def is_list(source: str) -> bool:
 
 
 def read_list(path: str) -> list[str]:
-    """Read the shards that a file names, one per line: paths (unchanged, braces too) and URLs. `#` starts a comment.
+    """Read a list of shards, one path or URL per line. `#` starts a comment. Braces are not expanded.
 
     Raises:
-        ValueError: a line that would run a command (`pipe:`) or is not a plain URL; it has to be typed, in
-            --train-data. Or the file is not UTF-8 text.
-        FileNotFoundError: no such file.
+        ValueError: a line would run a command (`pipe:`) or is not a plain URL, or the file is not UTF-8 text.
+        FileNotFoundError: there is no such file.
     """
     try:
         lines = _read_text(path).splitlines()
@@ -133,8 +131,8 @@ def read_list(path: str) -> list[str]:
         if line.lower().startswith(("pipe:", "file:")) or ("://" in line and not _PLAIN_URL.fullmatch(line)):
             raise ValueError(
                 f"{shorten(path, 80)}, line {number}: {quote(line, 100)} is refused. A list of shards may name paths "
-                f"and plain URLs ({', '.join(openable(list(_PLAIN_SCHEMES)))}), not commands: whoever writes the list "
-                "would run them here. Type such a source in --train-data or --val-data itself."
+                f"and plain URLs ({', '.join(openable(list(_PLAIN_SCHEMES)))}), not commands, because others may write "
+                "the list. Type such a source in --train-data or --val-data itself."
             )
         shards.append(line)
     return shards
@@ -144,7 +142,7 @@ def _read_text(path: str) -> str:
     """Read a small text file next to the data.
 
     Raises:
-        ValueError: it is large, or not UTF-8.
+        ValueError: the file is too large, or not UTF-8.
     """
     with contextlib.closing(open_stream(path) if is_fsspec(path) else open(path, "rb")) as file:
         data = file.read(_TEXT_LIMIT + 1)
@@ -157,13 +155,14 @@ def _read_text(path: str) -> str:
 
 
 def get_dataset_size(shards: str | Sequence[str]) -> tuple[int | None, int]:
-    """Return (samples, shards): the number of samples from files next to the shards, None where unknown.
+    """Return (number of samples or None if unknown, number of shards).
 
-    These are, in each folder, `sizes.json`: {"00000.tar": samples, ...}, or `__len__`: one number for all shards of the
-    folder, or what img2dataset writes for each shard, `00000_stats.json`: {"successes": samples, ...}.
+    The number of samples is read from files next to the shards: `sizes.json` with {"00000.tar": samples, ...},
+    `__len__` with one number for all shards of the folder, or img2dataset's `00000_stats.json` per shard with
+    {"successes": samples, ...}.
 
     Raises:
-        ValueError: one of these files cannot be read as such.
+        ValueError: one of these files is not valid.
     """
     names, _ = expand_urls(shards)
     sizes, total = shard_sizes(names), 0
@@ -179,10 +178,10 @@ def get_dataset_size(shards: str | Sequence[str]) -> tuple[int | None, int]:
 
 
 def shard_sizes(urls: Sequence[str]) -> dict[str, int]:
-    """Return the samples of each shard that the `sizes.json` in its folder names.
+    """Return the number of samples of each shard that is in the `sizes.json` of its folder.
 
     Raises:
-        ValueError: such a file is not a table of numbers.
+        ValueError: a `sizes.json` is not a table of numbers.
     """
     found: dict[str, int] = {}
     for folder, inside in _by_folder(urls).items():
@@ -203,7 +202,7 @@ def shard_sizes(urls: Sequence[str]) -> dict[str, int]:
 
 
 def _size_by_stats(folder: str, urls: Sequence[str]) -> int | None:
-    """Sum the successes in img2dataset's files; None where a shard has no such file."""
+    """Sum the successes in img2dataset's files. Return None if a shard has no such file."""
     total, missing = 0, []
     for url in urls:
         stem, ending = os.path.splitext(url)
@@ -233,10 +232,10 @@ def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _text_or_none(path: str) -> str | None:
-    """The text of a local file or of one that fsspec opens; None where it does not exist.
+    """Return the text of a local file or of one that fsspec opens, None if it does not exist.
 
     Raises:
-        ValueError: it is large, or not UTF-8.
+        ValueError: the file cannot be read, is too large, or is not UTF-8.
     """
     if not is_local(path) and not is_fsspec(path):
         return None

@@ -1,10 +1,10 @@
 """Samples of tar shards in webdataset's format.
 
-A shard is a tar file whose consecutive members with one name up to the first dot are one sample: `0001.jpg`,
-`0001.txt`. The format is webdataset's (https://github.com/webdataset/webdataset), and `webdataset.gopen` opens what is
-not a local file. Reading is ours (`training.data.archives`): a torn shard gives what is whole in it and never an image
-with another one's caption, the empty samples that webdataset 1.x puts at a shard's end are no crash, members are only
-ever read into memory, within limits, and never unpickled or written anywhere.
+A shard is a tar file in which consecutive members with the same name up to the first dot form a sample: `0001.jpg`,
+`0001.txt`. The format is webdataset's (https://github.com/webdataset/webdataset), and `webdataset.gopen` opens shards
+that are not local files. The tar files are read by `training.data.archives`. A damaged shard gives its intact samples,
+and never an image with the caption of another one. Members are read into memory, up to a limit, and never unpickled or
+written to disk.
 """
 
 from __future__ import annotations
@@ -23,23 +23,21 @@ from typing import Any
 from training.data.archives import Member, TarStream, opened
 from training.data.messages import join, quote, shorten
 from training.data.remote import is_local
-from training.data.skips import BadSample
+from training.data.skips import CAPTION_LIMIT, IMAGE_LIMIT, BadSample
 
 logger = logging.getLogger(__name__)
 
-IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "tif", "tiff")  # the first that a sample has is its image
+IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "tif", "tiff")  # the image of a sample is the first of these that it has
 CAPTION_KEY = "txt"
-CAPTION_LIMIT = 1 << 20  # bytes; what is larger is not read
-IMAGE_LIMIT = 1 << 28
 
 _EXIT_STATUS = re.compile(r"\bexit (\d+) \(read\)")  # in webdataset's error of a `pipe:` command
-_META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a shard
+_META_MEMBER = re.compile(r"__[^/]*__($|/)")  # metadata that webdataset writes into a shard
 
 Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
 
 
 def log_and_continue(exn: Exception) -> bool:
-    """webdataset handler: logs the exception and returns True, "go on"."""
+    """Log the exception and return True, which tells webdataset to continue."""
     logger.warning("Handling webdataset error (%s). Ignoring.", shorten(repr(exn), 400))
     return True
 
@@ -50,7 +48,7 @@ def filter_no_caption_or_no_image(sample: Sample) -> bool:
 
 
 def _base_plus_ext(path: str) -> tuple[str | None, str | None]:
-    """`a/b.c.d` -> (`a/b`, `c.d`): the sample and its extension. (None, None) where the name has no dot, or no name."""
+    """Split `a/b.c.d` into (`a/b`, `c.d`). Return (None, None) if the file name has no dot or starts with it."""
     folder, slash, base = path.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (folder + slash + stem, extension) if dot and stem else (None, None)
@@ -63,18 +61,22 @@ def group_by_keys_nothrow(
     suffixes: Iterable[str] | None = None,
     handler: Callable[[Exception], bool] | None = None,
 ) -> Iterator[Sample]:
-    """Groups members {"fname", "data", "__url__"} into samples {"__key__", "__url__", extension: data}.
+    """Group members {"fname", "data", "__url__"} into samples {"__key__", "__url__", extension: data}.
 
-    A new sample begins with a new key, another shard, an extension that the sample has already (names may repeat in
-    neighbouring shards), and at an entry without "fname" (webdataset's end-of-shard marker). Never raises for what the
-    data are; `handler` is unused and there because webdataset hands one over.
+    A new sample starts at a new key, at another shard, at an extension that the sample already has (neighboring shards
+    may repeat names), and at an entry without "fname" (webdataset's end-of-shard marker). The data never cause an
+    exception.
 
-    A member with a true "__after_damage__" adds nothing to the sample before, though it has its key: what was lost
-    between may have been the end of one sample and the begin of another. The sample then has "__torn__". A sample has
-    the "__offset__" of its first member where members have one.
+    A member with a true "__after_damage__" is not added to the sample before it, even if it has the same key, because
+    the damage may have destroyed the end of one sample and the start of another. The sample then has "__torn__". If
+    members have an "__offset__", the sample has that of its first member.
 
-    keys: name -> (key, extension), key None to leave the member out. lcase: lower-case extensions. suffixes: which to
-    keep.
+    Args:
+        data: the members.
+        keys: name -> (key, extension); key None drops the member.
+        lcase: whether to convert extensions to lower case.
+        suffixes: extensions to keep; None keeps all.
+        handler: not used; webdataset passes one.
     """
     wanted = None if suffixes is None else set(suffixes)
     current: Sample = {}
@@ -110,45 +112,49 @@ def group_by_keys_nothrow(
 
 @dataclass(frozen=True)
 class TooLarge:
-    """Stands for a member's contents that are above the limit and were not read."""
+    """Replaces the contents of a member that are above the limit and were not read."""
 
     size: int
 
 
 def read_shard(
-    url: str, wanted: Collection[str] | None = None, offset: int = 0, is_begin: bool = True
+    url: str, wanted: Collection[str] | None = None, offset: int = 0, is_first: bool = True
 ) -> Iterator[Sample]:
-    """The samples of one shard, each with its "__offset__".
+    """Yield the samples of one shard, each with its "__offset__".
 
-    A sample whose image and caption are not adjacent comes in two parts. The second part has "__apart__".
+    A sample whose image and caption are not adjacent is yielded in two parts, and the second part has "__apart__".
+    Contents above the limits are `TooLarge`.
 
-    wanted: extensions whose contents are read, the others are b""; None reads all. offset: of the sample to begin with,
-    as an earlier reading gave it; one seek in a local tar, reading up to it in a compressed one or a pipe. `is_begin`:
-    whether that is the first sample. Contents above the limits are `TooLarge`.
+    Args:
+        url: the shard.
+        wanted: extensions whose contents are read; others are b"". None reads all.
+        offset: "__offset__" of the sample to start with. This is a seek in a local tar; a compressed tar or a pipe is
+            read up to there.
+        is_first: whether that is the first sample of the shard.
 
     Raises:
-        BadSample: missing_shard, empty_shard or corrupt_shard, after everything that is whole.
+        BadSample: missing_shard, empty_shard or corrupt_shard, after all intact samples.
     """
-    reading, parts = _Reading(url, wanted, offset, is_begin), _Parts()
-    for sample in group_by_keys_nothrow(reading.members()):
-        # what a shard breaks off in is counted with the shard
-        if reading.error is None or filter_no_caption_or_no_image(sample):
-            if parts.completes_earlier(sample):
+    reader, incomplete = _MemberReader(url, wanted, offset, is_first), _IncompleteSamples()
+    for sample in group_by_keys_nothrow(reader.members()):
+        # an incomplete sample at the end of a truncated shard is not counted in addition to the shard
+        if reader.error is None or filter_no_caption_or_no_image(sample):
+            if incomplete.is_second_part(sample):
                 sample["__apart__"] = True
             yield sample
-    reading.check()
+    reader.raise_if_bad()
 
 
-class _Parts:
-    """Which keys of a shard had an image without a caption, or a caption without an image."""
+class _IncompleteSamples:
+    """The keys of a shard that had an image without a caption, or a caption without an image."""
 
-    _LIMIT = 1 << 18  # keys that are remembered: about 20 MB
+    _LIMIT = 1 << 18  # of stored keys: about 20 MB
 
     def __init__(self) -> None:
         self._has_image: dict[int, bool] = {}  # by the key's hash
 
-    def completes_earlier(self, sample: Sample) -> bool:
-        """Whether it is the other part of a sample that came earlier, so that the two are not adjacent."""
+    def is_second_part(self, sample: Sample) -> bool:
+        """Whether the sample is the missing part of an earlier one, so the two parts are not adjacent."""
         has_image, has_caption = any(key in sample for key in IMAGE_KEYS), CAPTION_KEY in sample
         if has_image == has_caption or "__torn__" in sample:
             return False
@@ -160,13 +166,13 @@ class _Parts:
 
 
 def unsorted_shard(sample: Sample) -> BadSample:
-    """The error of a shard, from a sample of it that is "__apart__"."""
+    """Return the error of a shard, from a sample of it that has "__apart__"."""
     reason = f"the members of {shorten(sample['__key__'], 60)!r} are not adjacent; write it with `tar --sort=name`"
     return BadSample("unsorted_shard", sample["__url__"], reason)
 
 
 def find_unsorted(url: str) -> BadSample | None:
-    """Read the names in a local shard; the error where members of a sample are not adjacent, else None."""
+    """Read the names in a local shard. Return an error if the members of a sample are not adjacent, otherwise None."""
     if not is_local(url):
         return None
     with contextlib.suppress(BadSample):
@@ -176,22 +182,22 @@ def find_unsorted(url: str) -> BadSample | None:
     return None
 
 
-class _Reading:
-    """One pass over a shard, from `offset` to the end, and what went wrong on the way."""
+class _MemberReader:
+    """Reads a shard once, from `offset` to the end, and keeps the error that occurred."""
 
-    def __init__(self, url: str, wanted: Collection[str] | None, offset: int, is_begin: bool) -> None:
+    def __init__(self, url: str, wanted: Collection[str] | None, offset: int, is_first: bool) -> None:
         self.url = url
         self.wanted = wanted
         self.offset = offset
-        self.is_begin = is_begin
+        self.is_first = is_first
         self.count = 0
         self.stream: TarStream | None = None
         self.error: Exception | None = None
 
     def members(self) -> Iterator[Sample]:
-        """The regular files of the tar: {"fname", "data", "__url__", "__offset__", "__after_damage__"}.
+        """Yield the regular files up to the first error.
 
-        Ends at an error.
+        Each is a dict {"fname", "data", "__url__", "__offset__", "__after_damage__"}.
         """
         damage = False
         try:
@@ -221,41 +227,41 @@ class _Reading:
         limit = CAPTION_LIMIT if extension == CAPTION_KEY else IMAGE_LIMIT
         return TooLarge(member.size) if member.size > limit else stream.contents()
 
-    def check(self) -> None:
-        """Raises BadSample unless all of the shard was read."""
+    def raise_if_bad(self) -> None:
+        """Raise BadSample unless the whole shard was read."""
         if self.error is not None:
-            raise self._bad(self.error) from self.error
+            raise self._to_bad_sample(self.error) from self.error
         assert self.stream is not None
         if self.stream.is_empty:
             raise BadSample("empty_shard", self.url, "it has 0 bytes")
         if self.stream.damaged_blocks:
             blocks = self.stream.damaged_blocks
-            reason = f"{blocks} blocks of 512 bytes are no tar; {self.count} files around them are read"
+            reason = f"{blocks} blocks of 512 bytes are not tar headers; {self.count} files around them are read"
             raise BadSample("corrupt_shard", self.url, reason)
         if not self.stream.has_end_mark:
             raise BadSample("corrupt_shard", self.url, f"truncated after {self.count} files: it has no end mark")
-        if not self.count and self.is_begin:
+        if not self.count and self.is_first:
             raise BadSample("empty_shard", self.url, "there are no files in it")
 
-    def _bad(self, error: Exception) -> BadSample:
+    def _to_bad_sample(self, error: Exception) -> BadSample:
         if isinstance(error, FileNotFoundError):
             return BadSample("missing_shard", self.url, "there is no such file")
         status = _EXIT_STATUS.search(str(error))
         if status is None:
             reason = f"{type(error).__name__}: {error}"
-        else:  # webdataset's words are the arguments of Popen
+        else:  # webdataset's message has the arguments of Popen
             reason = f"the command ended with exit status {status.group(1)}"
             reason += ": there is no such command" if status.group(1) == "127" else ""
         is_reading_error = isinstance(error, (tarfile.TarError, gzip.BadGzipFile))
         if self.count == 0 and isinstance(error, OSError) and not is_reading_error:
             return BadSample("missing_shard", self.url, f"cannot be opened ({reason})")
-        return BadSample("corrupt_shard", self.url, f"breaks off after {self.count} files ({reason})")
+        return BadSample("corrupt_shard", self.url, f"it cannot be read after {self.count} files ({reason})")
 
 
 def tarfile_to_samples_nothrow(
     src: Iterable[Sample], handler: Callable[[Exception], bool] = log_and_continue
 ) -> Iterator[Sample]:
-    """Pipeline stage: shards {"url"} to the samples in them. After an exception, `handler(exception)` False ends it."""
+    """Yield the samples of shards {"url": ...}. If `handler(exception)` returns False, the iteration ends."""
     for shard in src:
         try:
             for sample in read_shard(shard["url"]):
@@ -269,8 +275,8 @@ def tarfile_to_samples_nothrow(
                 break
 
 
-def unusable(sample: Sample) -> BadSample | None:
-    """Why a sample of `read_shard` is no pair of an image and a caption; None if it is one."""
+def why_unusable(sample: Sample) -> BadSample | None:
+    """Return why a sample of `read_shard` is not a pair of an image and a caption; None if it is."""
     name = f"{sample['__url__']}/{sample['__key__']}"
     caption = sample.get(CAPTION_KEY, b"")
     image = next((key for key in IMAGE_KEYS if key in sample), None)
@@ -279,18 +285,19 @@ def unusable(sample: Sample) -> BadSample | None:
     if image is not None and isinstance(sample[image], TooLarge):
         return too_large(sample, image)
     if "__torn__" in sample and (image is None or not caption.strip()):
-        return BadSample("torn_sample", name, f"the shard is damaged inside it; whole before that: {_members(sample)}")
+        reason = f"the shard is damaged inside it; intact before that: {_describe_members(sample)}"
+        return BadSample("torn_sample", name, reason)
     if not caption.strip():
-        reason = f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {_members(sample)}"
+        reason = f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {_describe_members(sample)}"
         return BadSample("no_caption", name, reason)
     if image is None:
-        reason = f"no image ({', '.join(IMAGE_KEYS)}); the sample has: {_members(sample)}"
+        reason = f"no image ({', '.join(IMAGE_KEYS)}); the sample has: {_describe_members(sample)}"
         return BadSample("no_image", name, reason)
     return None
 
 
-def _members(sample: Sample) -> str:
-    """What the sample has, for a message: a few of its extensions."""
+def _describe_members(sample: Sample) -> str:
+    """Return a few extensions of the sample, for a message."""
     extensions = [key for key in sample if not key.startswith("__")]
     if not extensions:
         return "nothing"
@@ -303,7 +310,7 @@ def _members(sample: Sample) -> str:
 
 
 def too_large(sample: Sample, key: str) -> BadSample:
-    """Of a member of the sample that is `TooLarge`."""
+    """Return the error for a member of the sample that is `TooLarge`."""
     is_caption = key == CAPTION_KEY
     cause, limit = ("huge_caption", CAPTION_LIMIT) if is_caption else ("huge_image", IMAGE_LIMIT)
     name = f"{sample['__url__']}/{sample['__key__']}.{key}"

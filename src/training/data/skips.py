@@ -1,4 +1,4 @@
-"""Samples that cannot be used: why, how many of each kind, in which shards, and when to stop."""
+"""Bad samples: their causes, counts by cause and shard, and when there are too many of them."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ from training.data.messages import MESSAGE_LIMIT, shorten
 
 logger = logging.getLogger(__name__)
 
-# What is counted. The order is the layout of the shared table.
+# Causes that are counted. Their order is that of the columns of the shared table.
 SAMPLE_CAUSES = (
-    "missing_image",  # the file is not there
+    "missing_image",  # there is no such file
     "empty_image",  # it has 0 bytes
     "corrupt_image",  # cannot be decoded: truncated, not an image
-    "huge_image",  # more pixels than PIL's limit (a decompression bomb), or more bytes than ours
-    "no_image",  # the row or sample names or has none
-    "no_caption",  # none, or an empty one
+    "huge_image",  # more pixels than Pillow's limit (a decompression bomb), or more bytes than IMAGE_LIMIT
+    "no_image",  # the row names no image, or the sample has none
+    "no_caption",  # there is none, or it is empty
     "corrupt_caption",  # not UTF-8
-    "huge_caption",  # more bytes than the limit
-    "torn_sample",  # its shard is damaged between its members: they may not belong together
-    "lost_sample",  # by sizes.json it should be in its shard, and is not
+    "huge_caption",  # more bytes than CAPTION_LIMIT
+    "torn_sample",  # its shard is damaged between its members, which may not belong together
+    "lost_sample",  # sizes.json counts it, and it is not in the shard
 )
 SHARD_CAUSES = (
     "missing_shard",  # cannot be opened
-    "corrupt_shard",  # breaks off or is no tar: what is whole in it is used
+    "corrupt_shard",  # truncated or not a tar; its intact samples are used
     "empty_shard",  # has no samples
-    "unsorted_shard",  # members of one sample are apart in it, so that neither part is usable
+    "unsorted_shard",  # the members of a sample are not adjacent, so neither part can be used
 )
 CAUSES = SAMPLE_CAUSES + SHARD_CAUSES
 
-BAD_IN_A_ROW = 100  # a run whose first samples are all bad stops after so many
-BAD_SHARDS = 5  # ... from so many shards, where there are as many
-# ... and a run that had good ones after so many, where a shard that cannot be used counts as _SHARD_WEIGHT samples: one
-# bad shard must not end a run of days, but where the storage has gone, no batch would ever come.
+CAPTION_LIMIT = 1 << 20  # bytes; larger captions and images are not read
+IMAGE_LIMIT = 1 << 28
+
+# If the first samples are all bad, a run stops after BAD_IN_A_ROW of them from at least BAD_SHARDS shards.
+BAD_IN_A_ROW = 100
+BAD_SHARDS = 5
+# After a good sample it stops after _LATER_IN_A_ROW bad ones, and a bad shard counts as _SHARD_WEIGHT samples. One bad
+# shard must not end a run of days, but if the storage is gone, there will never be another batch.
 _LATER_IN_A_ROW = 100_000
 _SHARD_WEIGHT = 1000
 _LOGGED_PER_CAUSE = 3
-_REPORTED_SHARDS = 5  # the worst ones
-_GATHERED_SHARDS = 50  # of each rank
-# Characters of a bad sample's name and reason: data may contain anything, and log lines stay short.
+_REPORTED_SHARDS = 5  # those with the most bad samples
+_GATHERED_SHARDS = 50  # from each rank
+# Limits of a bad sample's name and reason in characters, because data may contain anything.
 _NAME_LIMIT = 200
 _REASON_LIMIT = 180
-# Below so many samples (or shards) a fraction says little.
+# With fewer samples (or shards) than these, the fraction of bad ones is not compared with its limit.
 _LEAST_SAMPLES = 200
 _LEAST_SHARDS = 20
 
@@ -57,7 +61,10 @@ _LEAST_SHARDS = 20
 class BadSample(Exception):
     """A sample (or a shard) that is skipped and counted.
 
-    cause: one of CAUSES; name: the file, row or shard; reason: one sentence for the log. Long ones are shortened.
+    Args:
+        cause: one of CAUSES.
+        name: the file, row or shard; shortened if long.
+        reason: for the log; shortened if long.
     """
 
     def __init__(self, cause: str, name: str, reason: str) -> None:
@@ -71,13 +78,18 @@ class BadSample(Exception):
 
 
 class SkipCounter:
-    """How often each cause occurred in this process and its data loader's workers, and in which of the `shards`.
+    """Counts of bad samples by cause and by shard, in this process and its data loader's workers.
 
-    Tables in shared memory with a row for this process and each worker, so that everybody writes to a row of his own:
-    no lock that a killed worker could keep, and it is inherited by fork and handed over by spawn alike.
+    The counts are tables in shared memory with one row per process. So no lock is needed, which a killed worker could
+    keep, and the tables reach forked and spawned workers alike.
 
-    Counts are of what was read, which is what the loop received and what lies prefetched. They begin at 0 in every
-    process; a resumed run counts anew what it reads again.
+    All samples that were read are counted, including prefetched ones. A new process starts at 0, so a resumed run
+    counts samples again that it reads again.
+
+    Args:
+        workers: of the data loader.
+        shards: names, for the counts by shard.
+        max_bad_fraction: limit for `report`.
     """
 
     def __init__(self, workers: int = 0, shards: Sequence[str] = (), max_bad_fraction: float = 1.0) -> None:
@@ -88,8 +100,8 @@ class SkipCounter:
         self._read = torch.zeros(rows, 2, dtype=torch.int64).share_memory_()  # good samples, shards
         self._by_shard = torch.zeros(rows, len(shards), dtype=torch.int32).share_memory_()
 
-    def add(self, bad: BadSample, shard: int | None = None, times: int = 1) -> None:
-        """Counts it, in its shard too; the first few of each cause are logged with their name."""
+    def add_bad(self, bad: BadSample, shard: int | None = None, times: int = 1) -> None:
+        """Count a bad sample or shard. The first few of each cause are logged with their name."""
         column, row = CAUSES.index(bad.cause), self._row()
         seen = int(self._table[:, column].sum())
         self._table[row, column] += times
@@ -99,12 +111,12 @@ class SkipCounter:
             last = " (further ones are only counted)" if seen + times >= _LOGGED_PER_CAUSE else ""
             logger.warning("Skipped, %s: %s: %s%s", bad.cause, bad.name, bad.reason, last)
 
-    def good(self) -> None:
-        """Counts a sample that can be used."""
+    def add_good(self) -> None:
+        """Count a usable sample."""
         self._read[self._row(), 0] += 1
 
-    def opened(self) -> None:
-        """Counts a shard that is about to be read, whatever comes of it."""
+    def add_shard(self) -> None:
+        """Count a shard that is about to be read, good or bad."""
         self._read[self._row(), 1] += 1
 
     def _row(self) -> int:
@@ -113,19 +125,19 @@ class SkipCounter:
         return min(row, len(self._table) - 1)
 
     def counts(self) -> dict[str, int]:
-        """Count by cause; causes that did not occur are left out."""
+        """Return the counts by cause, without causes that did not occur."""
         return {cause: n for cause, n in zip(CAUSES, self._table.sum(0).tolist(), strict=True) if n}
 
     def total(self) -> int:
         return int(self._table.sum())
 
     def read(self) -> tuple[int, int]:
-        """(samples that can be used, shards)."""
+        """Return (usable samples, shards)."""
         good, shards = self._read.sum(0).tolist()
         return good, shards
 
     def worst(self, count: int) -> dict[str, int]:
-        """The shards with the most bad samples (one that cannot be read at all counts as one), and how many."""
+        """Return the `count` shards with the most bad samples, with their counts. An unreadable shard counts as one."""
         by_shard = self._by_shard.sum(0)
         top = torch.topk(by_shard, min(count, len(by_shard)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -133,12 +145,12 @@ class SkipCounter:
 
 
 class TooManyBadSamples(ValueError):
-    """More of the data is bad than --max-bad-fraction allows."""
+    """More of the data are bad than --max-bad-fraction allows."""
 
 
 @dataclass(frozen=True)
 class SkipReport:
-    """What was skipped on all ranks. samples: good and bad ones; fraction: how much of the data is bad."""
+    """Counts of all ranks. `samples` are good and bad ones, and `worst` are the shards with the most bad samples."""
 
     counts: dict[str, int] = field(default_factory=dict)
     samples: int = 0
@@ -151,9 +163,9 @@ class SkipReport:
 
     @property
     def fraction(self) -> float:
-        """The larger of bad samples among the samples, and shards without any among the shards.
+        """The share of bad samples, or of missing and empty shards if that is larger. 0 if too few have been read.
 
-        0 where too few were read to tell. What a missing shard would have had is known only from a sizes.json.
+        Shards are considered because, without a sizes.json, the number of samples in a missing shard is unknown.
         """
         unread = self.counts.get("missing_shard", 0) + self.counts.get("empty_shard", 0)
         by_sample = self.bad / self.samples if self.samples >= _LEAST_SAMPLES else 0.0
@@ -161,7 +173,7 @@ class SkipReport:
         return max(by_sample, min(by_shard, 1.0))
 
     def __str__(self) -> str:
-        """For a line of log; empty where nothing was skipped."""
+        """Return a log line, empty if nothing was skipped."""
         if not self.counts:
             return ""
         causes = ", ".join(f"{cause} {n}" for cause, n in self.counts.items())
@@ -171,10 +183,10 @@ class SkipReport:
 
 
 def report(data: Any) -> SkipReport:
-    """What was skipped of `data` (a DataInfo) on all ranks so far. Collective: every rank calls it at the same time.
+    """Return the counts of `data` (a DataInfo) over all ranks. This is a collective call.
 
     Raises:
-        TooManyBadSamples: on all ranks alike, where the bad fraction is above --max-bad-fraction.
+        TooManyBadSamples: on all ranks, if the bad fraction is above --max-bad-fraction.
     """
     skipped: SkipCounter | None = data.skipped
     if skipped is None:
@@ -198,27 +210,32 @@ def report(data: Any) -> SkipReport:
         raise TooManyBadSamples(
             f"{found.fraction:.1%} of the data cannot be used, more than --max-bad-fraction "
             f"{skipped.max_bad_fraction:g} allows. {shorten(found, 300)}. The log has the first names of each cause. "
-            "Fix the data, or give a higher --max-bad-fraction (1: never stop)."
+            "Fix the data, or set a higher --max-bad-fraction (1: never stop)."
         )
     return found
 
 
 class NoUsableSamples(ValueError):
-    """Nothing but bad samples came.
+    """All samples are bad.
 
-    DataLoader builds a worker's exception anew from the text of its traceback: only the sentence is kept of that.
+    DataLoader makes a worker's exception again from the text of its traceback, of which only the message is kept.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition(f"{NoUsableSamples.__name__}: ")[2].strip())
 
 
-class Streak:
-    """Raises where nothing but bad samples comes, so that useless data is an error and not a hang.
+class BadStreak:
+    """Raises an error after too many bad samples in a row, so that useless data do not look like a hang.
 
-    From the start, after `limit` of them from `least_shards` shards: with hundreds of readers, one of them may well
-    begin with a bad shard. (None: never. The bad samples may be one rank's, whom the others wait for in the end.) After
-    a good one, only with `endless` (the data go round), and late: single bad shards are the counters' business.
+    After a good sample, the limit is high and applies to endless data only, because single bad shards are skipped.
+
+    Args:
+        source: name of the data for messages.
+        limit: of bad samples before the first good one. None for no limit: if only one rank's data are bad, the other
+            ranks would wait for it.
+        least_shards: the number of shards that these samples must be from, because a reader may start with a bad shard.
+        endless: whether the data repeat, so that an iteration over bad data would never end.
     """
 
     def __init__(
@@ -230,22 +247,22 @@ class Streak:
         self.endless = endless
         self.any_good = False
         self.bad = 0
-        self.first: BadSample | None = None  # of those in a row
-        self.shards: set[int | None] = set()  # that they are from, as far as that matters
+        self.first: BadSample | None = None  # of the current streak
+        self.shards: set[int | None] = set()  # of the bad samples, up to `least_shards`
 
-    def good(self) -> None:
+    def add_good(self) -> None:
         self.any_good = True
         self.bad = 0
         self.first = None
 
-    def add(self, bad: BadSample, shard: int | None = None) -> None:
-        """Raises NoUsableSamples when the limit is reached without a good sample."""
+    def add_bad(self, bad: BadSample, shard: int | None = None) -> None:
+        """Count a bad sample. Raises NoUsableSamples when the limit is reached."""
         if self.any_good and not self.endless:
             return
         if len(self.shards) < self.least_shards:
             self.shards.add(shard)
         self.bad += _SHARD_WEIGHT if self.any_good and bad.cause in SHARD_CAUSES else 1
-        # (that a shard is unsorted explains why its samples have no captions)
+        # an unsorted shard explains why its samples have no captions
         self.first = bad if self.first is None or bad.cause == "unsorted_shard" else self.first
         limit = _LATER_IN_A_ROW if self.any_good else self.limit
         if limit is not None and self.bad >= limit and (self.any_good or len(self.shards) >= self.least_shards):
@@ -258,6 +275,6 @@ class Streak:
         first = f"The first: {shorten(self.first.name)}: {self.first.reason} ({self.first.cause})."
         if self.any_good:
             return NoUsableSamples(
-                f"{source}: only bad samples follow the good ones, thousands in a row. Is the storage there? {first}"
+                f"{source}: after the good samples, thousands in a row are bad. Is the storage available? {first}"
             )
-        return NoUsableSamples(f"{source}: not one usable sample, and {self.bad} that are not. {first}")
+        return NoUsableSamples(f"{source}: not one usable sample, and {self.bad} bad ones. {first}")

@@ -1,6 +1,6 @@
-"""Names of open_clip_train.data for scripts: stages for streams of shards and samples, and data sets of pairs.
+"""Classes and functions of open_clip_train.data for scripts: pipeline stages, and data sets of pairs.
 
-The stages also work inside a `webdataset.DataPipeline`. Nothing in this project uses these names.
+The stages also work in a `webdataset.DataPipeline`. This project does not use them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.data.shards import Sample
 
 
 def pytorch_worker_seed(increment: int = 0) -> int:
-    """A seed that differs between workers and ranks: the DataLoader worker's own, or the rank's where there is none."""
+    """Return a seed that differs between workers and ranks."""
     worker = get_worker_info()
     rank = distributed.world().rank
     if worker is not None:
@@ -33,10 +33,13 @@ def _epoch_value(epoch: int | SharedEpoch) -> int:
 
 
 class detshuffle2:
-    """Pipeline stage: shuffles a stream through a buffer, the same way for the same seed and epoch.
+    """Pipeline stage that shuffles a stream with a buffer. The order depends on the seed and the epoch.
 
-    Holds up to `bufsize` items and starts to give them out at `initial`. epoch: a SharedEpoch, or an int that grows
-    with each run (so -1 is "0 first"). A negative seed takes the worker's own.
+    Args:
+        bufsize: maximum number of items in the buffer.
+        initial: number of items in the buffer before the first one is yielded.
+        seed: a negative seed stands for `pytorch_worker_seed()`.
+        epoch: a SharedEpoch, or an int that grows by 1 with each run; so -1 makes the first epoch 0.
     """
 
     def __init__(self, bufsize: int = 1000, initial: int = 100, seed: int = 0, epoch: int | SharedEpoch = -1) -> None:
@@ -61,7 +64,7 @@ class detshuffle2:
             if len(buffer) < self.initial:
                 continue
             if len(buffer) < self.bufsize:
-                buffer.extend(itertools.islice(src, 1))  # two in, one out, until it is full
+                buffer.extend(itertools.islice(src, 1))  # add two for each one that is taken, until the buffer is full
             yield self._take(buffer, rng)
         while buffer:
             yield self._take(buffer, rng)
@@ -74,11 +77,15 @@ class detshuffle2:
 
 
 class ResampledShards2(IterableDataset):
-    """Draws shards with replacement: `nshards` times {"url": shard}, with probabilities proportional to `weights`.
+    """Draws shards with replacement: yields {"url": shard}.
 
-    urls: as for `expand_urls`, or a list, whose weights are then a list. deterministic: the draws follow from
-    `worker_seed(epoch)` and are the same for the same epoch; otherwise they differ from run to run. worker_seed: a
-    function of the epoch, `pytorch_worker_seed` where None. epoch: a SharedEpoch, or an int that grows with each pass.
+    Args:
+        urls: as for `expand_urls`, or a list.
+        weights: proportional to the probabilities; a list if `urls` is a list.
+        nshards: number of draws.
+        worker_seed: function of the epoch; `pytorch_worker_seed` by default.
+        deterministic: whether the draws depend on `worker_seed(epoch)` and the epoch only. Otherwise they are random.
+        epoch: a SharedEpoch, or an int that grows by 1 with each iteration.
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class ResampledShards2(IterableDataset):
         else:
             self.urls, self.weights = list(urls), None if weights is None else [float(weight) for weight in weights]
         if self.weights is not None and len(self.weights) != len(self.urls):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.urls)} shards: give one a shard.")
+            raise ValueError(f"{len(self.weights)} weights for {len(self.urls)} shards. Give one per shard.")
         self.nshards = nshards
         self.worker_seed = pytorch_worker_seed if worker_seed is None else worker_seed
         self.deterministic = deterministic
@@ -115,7 +122,7 @@ class ResampledShards2(IterableDataset):
 
 
 def count_samples(dataloader: Iterable[Any]) -> tuple[int, int]:
-    """Count the samples and batches of one pass over a loader of dicts, or of sequences that begin with the images."""
+    """Count the samples and batches of a loader whose batches are dicts, or sequences with the images first."""
     samples = batches = 0
     for batch in dataloader:
         batches += 1
@@ -124,7 +131,7 @@ def count_samples(dataloader: Iterable[Any]) -> tuple[int, int]:
 
 
 class CsvDataset(csv_data.CsvDataset):
-    """A CSV file's rows as pairs `(image, text)`: `transforms(PIL image)` and `tokenizer([caption])[0]`."""
+    """The rows of a CSV file as pairs `(transforms(PIL image), tokenizer([caption])[0])`."""
 
     def __init__(
         self,
@@ -144,7 +151,7 @@ class CsvDataset(csv_data.CsvDataset):
 
 
 class SyntheticDataset(synthetic.SyntheticDataset):
-    """The same pair `(image, text)` for every index: `transform(PIL image)` and `tokenizer(caption)[0]`."""
+    """The same pair `(transform(PIL image), tokenizer(caption)[0])` for every index."""
 
     tokenizer: Any
 

@@ -1,4 +1,4 @@
-"""Millions of strings without millions of Python objects."""
+"""A compact list of strings that data loader workers can share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class StringTable:
     """An immutable list of strings: one block of UTF-8 bytes and the offsets into it.
 
-    A list of Python strings is copied page by page into every forked worker, as reading an object writes its reference
-    count. These are two tensors: forked workers read the same pages, spawned ones get them through shared memory.
+    Reading an object writes its reference count, so every forked worker would copy a list of Python strings page by
+    page. These two tensors are not copied: forked workers read the same pages, and spawned ones use shared memory.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
@@ -22,7 +22,7 @@ class StringTable:
 
     @classmethod
     def concatenate(cls, tables: list[StringTable]) -> StringTable:
-        """One table of all; the parts may be thrown away."""
+        """Return one table with the strings of all."""
         whole = cls()
         if tables:
             lengths = torch.cat([torch.diff(table._offsets) for table in tables])
@@ -46,5 +46,5 @@ class StringTable:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} strings")
-        begin, end = self._offsets[index : index + 2].tolist()
-        return self._bytes[begin:end].numpy().tobytes().decode("utf-8", "surrogatepass")
+        start, end = self._offsets[index : index + 2].tolist()
+        return self._bytes[start:end].numpy().tobytes().decode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""One image and one caption, over and over: what the rest of training costs without any files."""
+"""One image and one caption, repeated: measures the speed of training without data loading."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from training.data.namespace import SYNTHETIC, takes_namespace
 
 
 class SyntheticDataset(Dataset):
-    """`dataset_size` times a black image and the same caption.
+    """The same black image and caption, `dataset_size` times.
 
-    `dataset[i]` is a dict: "image", what `transform` makes of a PIL image of `image_size` (width, height), and "text",
-    token ids int64 [L] where a tokenizer is given, otherwise the caption.
+    `dataset[i]` is a dict with "image", the result of `transform` for a PIL image of `image_size` (width, height), and
+    "text", token ids int64 [L] if there is a tokenizer, otherwise the caption.
     """
 
     def __init__(
@@ -47,9 +47,17 @@ class SyntheticDataset(Dataset):
 def get_synthetic_dataset(
     args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """The loader of `args.train_num_samples` synthetic samples, 100 by default. args: params.DataConfig or a namespace.
+    """Return a loader of synthetic samples.
 
-    Evaluation has `args.val_num_samples`, and as many as training by default.
+    In training there are `args.train_num_samples` samples, 100 by default. In evaluation there are
+    `args.val_num_samples`, by default as many as in training.
+
+    Args:
+        args: params.DataConfig, or a flat namespace.
+        preprocess_fn: PIL image -> tensor.
+        is_train: whether the loader is for training.
+        epoch: the first epoch.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
     """
     sizes = [args.train_num_samples if is_train else args.val_num_samples, args.train_num_samples, 100]
     dataset = SyntheticDataset(

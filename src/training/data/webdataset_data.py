@@ -1,9 +1,9 @@
 """Image-caption pairs from webdataset shards.
 
-Readers are the workers of all ranks. In one pass each shard goes to one reader (reader i of N: shards i, i + N, ... of
-the epoch's order); where there are fewer shards than readers, every reader goes through all of them and takes each
-N-th sample. A reader's sequence of samples is a function of (seed, epoch, reader, N): see `training.data.reading`.
-Every batch carries the place behind it: see `training.data.position`.
+The workers of all ranks are the readers. Reader i of N reads the shards i, i + N, ... of the epoch's order. If there
+are fewer shards than readers, every reader reads all of them and takes every N-th sample. The samples of a reader are a
+function of (seed, epoch, reader, N), see `training.data.reading`. Every batch contains the read position after it, see
+`training.data.position`.
 """
 
 from __future__ import annotations
@@ -20,99 +20,103 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from training import distributed
 from training.data.images import load_image
-from training.data.loader import CURSOR, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
+from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
 from training.data.namespace import SHARDS, takes_namespace
-from training.data.position import Handover, Layout, ShardPlace, ShardPosition, fresh_place
-from training.data.reading import Collection, Cursor, Pass, Reader
+from training.data.reading import ReadPosition, ShardPlan, ShardReader, ShardSet
 from training.data.remote import check_schemes, is_local
 from training.data.sampling import SharedEpoch, sample_rng
 from training.data.shard_lists import expand_urls, get_dataset_size, shard_sizes
+from training.data.shard_position import ReaderLayout, ResumeRequest, ShardPosition, ShardState
 from training.data.shards import CAPTION_KEY, IMAGE_KEYS, Sample
 from training.data.skips import BadSample, SkipCounter
 
 
 class ShardBatch(NamedTuple):
-    """Samples, and the place behind them: (worker, *Cursor)."""
+    """Samples, and the position after them: (worker, *ReadPosition)."""
 
     samples: list[Sample]
-    cursor: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 class ShardBatches(IterableDataset):
-    """Batches of this rank's readers. In training as many as the layout says, going round if need be.
+    """The batches of this rank's readers. In training, the layout gives their number, and the data repeat if necessary.
 
-    Every sample has random numbers of its own, from (seed, epoch, shard, key, visit). Bad samples and shards are
-    counted and left out.
+    The random numbers of a sample depend on (seed, epoch, shard, key, read_id) only. Bad samples and shards are counted
+    and dropped.
     """
 
     def __init__(
         self,
-        collection: Collection,
-        layout: Layout,
+        shards: ShardSet,
+        layout: ReaderLayout,
         *,
         transform: Callable[[Any], Any] | None,
         tokenizer: Callable[[list[str]], Any] | None,
         shared_epoch: SharedEpoch,
-        handover: Handover,
+        resume: ResumeRequest,
         source: str,
         skipped: SkipCounter,
     ) -> None:
         super().__init__()
-        self.collection = collection
+        self.shards = shards
         self.layout = layout
         self.transform = transform
         self.tokenizer = tokenizer
         self.shared_epoch = shared_epoch
-        self.handover = handover
+        self.resume = resume
         self.source = source
         self.skipped = skipped
 
     def __iter__(self) -> Iterator[ShardBatch]:
         info = get_worker_info()
         epoch = self.shared_epoch.get_value()
-        place = self.handover.due() or fresh_place(epoch, self.layout)
-        # batches come from the workers in turn, and the first worker's is the first
-        worker = (place.next_worker + (0 if info is None else info.id)) % self.layout.workers
-        samples = self._encoded(place, worker)
-        batches = self._batches(self._decoded(samples, epoch), worker)
-        return itertools.islice(batches, place.left(worker) if self.collection.endless else None)
+        state = self.resume.pending_state() or ShardState.at_start(epoch, self.layout)
+        # torch takes batches from the workers in turn, starting with worker 0: it must make the next batch
+        worker = (state.next_worker + (0 if info is None else info.id)) % self.layout.workers
+        samples = self._encoded_samples(state, worker)
+        batches = self._batches(self._decoded_samples(samples, epoch), worker)
+        return itertools.islice(batches, state.remaining_batches(worker) if self.shards.endless else None)
 
-    def _encoded(self, place: ShardPlace, worker: int) -> Iterator[tuple[Sample, Cursor]]:
+    def _encoded_samples(self, state: ShardState, worker: int) -> Iterator[tuple[Sample, ReadPosition]]:
         reader, readers = self.layout.reader(worker), self.layout.readers
-        order_key: tuple[object, ...] = (self.collection.seed, place.epoch)
-        if self.collection.resampled:  # two readers may draw one shard
-            order_key += (reader, readers, place.salt)
-        passes: Callable[[int], Pass | None] = functools.partial(self._regular_pass, place, reader, readers)
-        give_up_after = readers if self.collection.endless else None
-        if place.passes is not None:
-            passes, give_up_after = dict(enumerate(place.passes[worker])).get, None
-        reading = Reader(self.collection, passes, order_key, self.source, self.skipped)
-        return reading.samples(place.cursors[worker], give_up_after)
+        order_key: tuple[object, ...] = (self.shards.seed, state.epoch)
+        if self.shards.resampled:  # two readers may draw the same shard
+            order_key += (reader, readers, state.draw_key)
+        get_plan: Callable[[int], ShardPlan | None]
+        if state.plans is None:
+            get_plan = functools.partial(self._regular_plan, state, reader, readers)
+            give_up_after = readers if self.shards.endless else None
+        else:
+            get_plan, give_up_after = dict(enumerate(state.plans[worker])).get, None
+        shard_reader = ShardReader(self.shards, get_plan, order_key, self.source, self.skipped)
+        return shard_reader.samples(state.positions[worker], give_up_after)
 
-    def _regular_pass(self, place: ShardPlace, reader: int, readers: int, turn: int) -> Pass | None:
-        return self.collection.regular_pass(place.epoch, turn, reader, readers, place.salt)
+    def _regular_plan(self, state: ShardState, reader: int, readers: int, number: int) -> ShardPlan | None:
+        return self.shards.plan(state.epoch, number, reader, readers, state.draw_key)
 
-    def _batches(self, samples: Iterator[tuple[Sample, Cursor]], worker: int) -> Iterator[ShardBatch]:
-        """Of whole batches in training: ranks compare them."""
+    def _batches(self, samples: Iterator[tuple[Sample, ReadPosition]], worker: int) -> Iterator[ShardBatch]:
         while batch := list(itertools.islice(samples, self.layout.batch_size)):
-            if len(batch) == self.layout.batch_size or not self.collection.endless:
+            # training needs full batches, because the loss compares those of all ranks
+            if len(batch) == self.layout.batch_size or not self.shards.endless:
                 yield ShardBatch([sample for sample, _ in batch], (worker, *batch[-1][1]))
 
-    def _decoded(self, encoded: Iterator[tuple[Sample, Cursor]], epoch: int) -> Iterator[tuple[Sample, Cursor]]:
-        streak = self.collection.streak(self.source)
-        for sample, cursor in encoded:
+    def _decoded_samples(
+        self, encoded: Iterator[tuple[Sample, ReadPosition]], epoch: int
+    ) -> Iterator[tuple[Sample, ReadPosition]]:
+        streak = self.shards.bad_streak(self.source)
+        for sample, after in encoded:
             name = f"{sample['__url__']}/{sample['__key__']}"
             try:
-                with sample_rng(self.collection.seed, epoch, name, sample["__visit__"]):
+                with sample_rng(self.shards.seed, epoch, name, sample["__read_id__"]):
                     decoded = self._decode(sample, name)
             except BadSample as bad:
-                self.skipped.add(bad, sample["__shard__"])
-                streak.add(bad, sample["__shard__"])
+                self.skipped.add_bad(bad, sample["__shard__"])
+                streak.add_bad(bad, sample["__shard__"])
                 continue
-            streak.good()
-            self.skipped.good()
-            yield decoded, cursor
+            streak.add_good()
+            self.skipped.add_good()
+            yield decoded, after
 
     def _decode(self, sample: Sample, name: str) -> Sample:
         try:
@@ -123,17 +127,17 @@ class ShardBatches(IterableDataset):
         image = load_image(sample[key], self.transform, f"{name}.{key}")
         text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
         decoded = {"image": image, "text": text, "key": name}
-        if not self.collection.endless:  # in evaluation equal images are one image with several captions
+        if not self.shards.endless:  # in evaluation, equal images are one image with several captions
             decoded["image_id"] = int.from_bytes(hashlib.blake2b(sample[key], digest_size=8).digest(), "big") >> 1
         return decoded
 
 
 class _ShardCollate(Collate):
-    """`Collate` of a ShardBatch; the batch keeps its cursor until `Loader` takes it."""
+    """Joins the samples of a ShardBatch. `Loader` removes the position from the batch."""
 
     def __call__(self, batch: Any) -> dict[str, Any] | None:
         collated = super().__call__(batch.samples)
-        return None if collated is None else {**collated, CURSOR: batch.cursor}
+        return None if collated is None else {**collated, AFTER: batch.after}
 
 
 @takes_namespace(SHARDS)
@@ -145,14 +149,22 @@ def get_wds_dataset(
     floor: bool = False,
     tokenizer: Any = None,
 ) -> DataInfo:
-    """The loader of `args.train_data` or `args.val_data`, webdataset shards. args: params.DataConfig, or a namespace.
+    """Return the loader of webdataset shards, `args.train_data` or `args.val_data`.
 
-    In training an epoch has the samples of --train-num-samples (or of sizes.json, `__len__`), rounded up (`floor`:
-    down) to the same number of whole batches for every worker of every rank. In evaluation, every sample once.
+    In training, an epoch has --train-num-samples samples (by default the number in sizes.json or `__len__`), rounded to
+    the same number of full batches for every worker of every rank. In evaluation, every sample is read once.
+
+    Args:
+        args: params.DataConfig, or a flat namespace.
+        preprocess_img: PIL image -> tensor.
+        is_train: whether the loader is for training.
+        epoch: the first epoch.
+        floor: round the number of samples down instead of up.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
 
     Raises:
-        FileNotFoundError: of local shards, not one is there.
-        ValueError: no shards, an unknown number of samples in training, or fewer than a batch.
+        FileNotFoundError: all shards are local files, and none of them exists.
+        ValueError: there are no shards, their number of samples is unknown in training, or less than a batch.
     """
     source = args.train_data if is_train else args.val_data
     if not source:
@@ -163,21 +175,21 @@ def get_wds_dataset(
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
     urls, weights = expand_urls(source, factors)
     _check_present(urls, str(source))
-    here = distributed.world()
+    world = distributed.world()
     num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
     seed = getattr(args, "seed", 0)
-    collection = Collection(urls, seed, is_train, resampled, weights, shard_sizes(urls), alone=not here.distributed)
-    layout = Layout(here.rank, here.world_size, max(1, args.workers), args.batch_size, num_batches)
+    shards = ShardSet(urls, seed, is_train, resampled, weights, shard_sizes(urls), single_rank=not world.distributed)
+    layout = ReaderLayout(world.rank, world.world_size, max(1, args.workers), args.batch_size, num_batches)
     source = shorten(source)  # for messages
     skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
-    shared_epoch, handover = SharedEpoch(epoch), Handover()
+    shared_epoch, resume = SharedEpoch(epoch), ResumeRequest()
     dataset = ShardBatches(
-        collection,
+        shards,
         layout,
         transform=preprocess_img,
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
         shared_epoch=shared_epoch,
-        handover=handover,
+        resume=resume,
         source=source,
         skipped=skipped,
     )
@@ -190,7 +202,7 @@ def get_wds_dataset(
         num_batches=num_batches,
         skipped=skipped,
         collate=_ShardCollate(tokenizer),
-        position=ShardPosition(collection, layout, shared_epoch, handover, source) if is_train else None,
+        position=ShardPosition(shards, layout, shared_epoch, resume, source) if is_train else None,
     )
     return DataInfo(loader, shared_epoch=shared_epoch, skipped=skipped)
 
@@ -198,7 +210,7 @@ def get_wds_dataset(
 def _epoch_size(
     args: Any, urls: list[str], source: str, is_train: bool, resampled: bool, floor: bool
 ) -> tuple[int, int]:
-    """(batches a rank, samples over all ranks); in evaluation what is known, else 0."""
+    """Return (batches per rank, samples over all ranks). In evaluation, both are 0 if unknown."""
     workers, global_batch = max(1, args.workers), args.batch_size * distributed.world().world_size
     num_samples = args.train_num_samples if is_train else args.val_num_samples
     if num_samples is None:
@@ -217,7 +229,7 @@ def _epoch_size(
     batches = whole(num_samples / global_batch)
     per_worker = whole(batches / workers)
     if per_worker == 0:
-        raise ValueError(f"{shorten(source)}: {batches} batches an epoch for {workers} workers: lower --workers.")
+        raise ValueError(f"{shorten(source)} has {batches} batches per epoch, and --workers is {workers}. Use fewer.")
     return per_worker * workers, per_worker * workers * global_batch
 
 
