@@ -84,6 +84,7 @@ $(NPU_VENV)/.installed: setup.py tests/npu/requirements.txt $(NPU_CONSTRAINTS)
 
 lint: install  ## check style and types
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 check-pins: install  ## ask pip what it would install for each pair of torch and torch_npu (needs a package index)

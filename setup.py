@@ -1,4 +1,5 @@
 """Packaging. The distribution is called `open_clip_torch`, so packages that depend on open_clip_torch accept it."""
+
 import re
 from pathlib import Path
 

@@ -8,6 +8,7 @@ It runs several times in a fresh process, alternately for each side. The output 
 ratio, which varies less between machines than the figures. open_clip_torch is installed without its dependencies into a
 separate folder, so that nothing else imports it.
 """
+
 from __future__ import annotations
 
 import argparse

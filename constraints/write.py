@@ -6,6 +6,7 @@
 `cann-9.0.txt` pins the newest torch_npu for CANN 9.0. `torch-2.9.0.txt` pins torch 2.9.0 and leaves the `.postN` of
 torch_npu 2.9.0 open, because it depends on CANN. To add a release, add it to a table below.
 """
+
 from __future__ import annotations
 
 import importlib.util

@@ -5,6 +5,7 @@ It trains a model on four fifths of them with `python -m training.main`. The mod
 zero-shot: each image is compared with sentences about each digit. Nothing is downloaded. The output folder contains the
 data, the TensorBoard logs, the checkpoints and a picture of the results.
 """
+
 from __future__ import annotations
 
 import argparse

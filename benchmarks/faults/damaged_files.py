@@ -139,7 +139,7 @@ def read_data(path: Path) -> None:
 
 
 def outcome(name: str, seed: int, folder: Path) -> str:
-    """ Return what went wrong, or "" if the file was read or an error names it."""
+    """Return what went wrong, or "" if the file was read or an error names it."""
     path = folder / name
     content = damage(write(name), random.Random(f"{name} {seed}"))
     for read in readers(name):

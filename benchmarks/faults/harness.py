@@ -51,7 +51,12 @@ class Runs:
         self.csv = train_runs.write_csv(folder / "csv", images)
 
     def start(
-        self, name: str, *options: object, ranks: int = 1, torchrun: tuple = (), faults: dict | None = None,
+        self,
+        name: str,
+        *options: object,
+        ranks: int = 1,
+        torchrun: tuple = (),
+        faults: dict | None = None,
         variables: dict[str, str] | None = None,
     ) -> subprocess.Popen:
         """Start the command in the background, with dropout and random crops, so that it uses every generator."""
@@ -122,6 +127,7 @@ class Runs:
 
 def differences(ours: dict, theirs: dict) -> int:
     """Count the entries that are not bit-identical."""
+
     def same(a: Any, b: Any) -> bool:
         return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 

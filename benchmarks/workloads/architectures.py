@@ -1,4 +1,5 @@
 """All architectures that both sides build without a network, on the meta device."""
+
 import json
 import logging
 import time

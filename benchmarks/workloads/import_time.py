@@ -1,4 +1,5 @@
 """Seconds of `import open_clip`, over those of `import torch` alone, which the same process does first."""
+
 import json
 import os
 import time

@@ -1,4 +1,5 @@
 """A ViT-L-14 checkpoint (1.7 GB) to a model with every page touched: seconds, and peak memory in sizes of the file."""
+
 import json
 import os
 import resource

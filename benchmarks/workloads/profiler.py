@@ -1,4 +1,5 @@
 """Seconds to profile ViT-L-14 and ViT-B-32, imports not counted."""
+
 import json
 import time
 

@@ -103,9 +103,7 @@ NAMES: dict[str, dict[str, str]] = {
         **_TOKENIZERS,
         **_legacy("_has_hf_hub", "_has_safetensors"),
         "get_model_config": "open_clip.config",
-        **dict.fromkeys(
-            ("create_repo", "get_hf_file_metadata", "hf_hub_download", "hf_hub_url"), "huggingface_hub"
-        ),
+        **dict.fromkeys(("create_repo", "get_hf_file_metadata", "hf_hub_download", "hf_hub_url"), "huggingface_hub"),
     },
     "open_clip.timm_model": {
         "freeze_batch_norm_2d": "open_clip.utils",

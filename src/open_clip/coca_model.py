@@ -105,9 +105,7 @@ class CoCa(SeparateTextTower):
                 self.vocab_size,
                 text_cfg.vocab_size,
             )
-        self.text_decoder = _build_text_decoder_tower(
-            text_cfg.vocab_size, multimodal_cfg, quick_gelu, cast_dtype
-        )
+        self.text_decoder = _build_text_decoder_tower(text_cfg.vocab_size, multimodal_cfg, quick_gelu, cast_dtype)
         self.context_length = multimodal_cfg.context_length
         self.pad_id = pad_id
 

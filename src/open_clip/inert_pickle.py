@@ -208,9 +208,7 @@ class InertUnpickler(_Unpickler):
 
     dispatch: ClassVar[dict[int, Callable]] = dict(_Unpickler.dispatch)
 
-    def __init__(
-        self, stream: Any, size: int, load_storage: Callable[[str, int], Storage] | None = None
-    ) -> None:
+    def __init__(self, stream: Any, size: int, load_storage: Callable[[str, int], Storage] | None = None) -> None:
         super().__init__(_ExactReader(stream, size), encoding="utf-8", errors="replace")
         self._load_storage = load_storage
         self.foreign: dict[str, None] = {}

@@ -112,9 +112,7 @@ def _file_name(url: str) -> str:
     """Return the last component of the URL's path. Raise ValueError if it is not a plain file name."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(
-            f"{url!r} is not an http(s) URL. To load a local file, pass pretrained=PATH."
-        )
+        raise ValueError(f"{url!r} is not an http(s) URL. To load a local file, pass pretrained=PATH.")
     name = unquote(parts.path.rsplit("/", 1)[-1])
     if not name or name.startswith(".") or re.search(r"[/\\:\x00-\x1f]", name):
         raise ValueError(f"{url!r} does not end in a plain file name, so there is no safe path to download it to.")

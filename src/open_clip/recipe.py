@@ -322,11 +322,7 @@ def check_untrusted(model_cfg: dict[str, Any], source: str) -> None:
     decoder_cfg = model_cfg.get("multimodal_cfg") or {}
     for key, cfg, allowed in (
         ("timm_model_name", vision_cfg, _TIMM_NAME),
-        *(
-            (key, cfg, _HUB_ID)
-            for cfg in (text_cfg, decoder_cfg)
-            for key in ("hf_model_name", "hf_tokenizer_name")
-        ),
+        *((key, cfg, _HUB_ID) for cfg in (text_cfg, decoder_cfg) for key in ("hf_model_name", "hf_tokenizer_name")),
     ):
         name = cfg.get(key)
         if name and not (isinstance(name, str) and allowed.fullmatch(name) and ".." not in name):

@@ -3,6 +3,7 @@
 Captions typically have 10 to 20 tokens, and tokenizers pad them to 77. If padding changes no embedding, a batch can be
 sorted by length, split into a few groups that are cut to their longest text, encoded, and restored to its order.
 """
+
 from __future__ import annotations
 
 import itertools

@@ -287,9 +287,7 @@ def _remove_classifier(trunk: Any, name: str, pool: str) -> None:
         ) from error
 
 
-def _make_head(
-    trunk: Any, embed_dim: int, pool: str, proj: str | None, proj_bias: bool, drop: float
-) -> nn.Sequential:
+def _make_head(trunk: Any, embed_dim: int, pool: str, proj: str | None, proj_bias: bool, drop: float) -> nn.Sequential:
     from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d
 
     layers: list[tuple[str, nn.Module]] = []

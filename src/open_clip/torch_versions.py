@@ -3,6 +3,7 @@
 Their wheels require one exact release of torch, so installing the wrong wheel makes pip replace torch. `constraints/`
 has a pip constraint file for each pair of torch and torch_npu. `installed_pins` returns one for the installed packages.
 """
+
 from __future__ import annotations
 
 import importlib.metadata

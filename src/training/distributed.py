@@ -3,6 +3,7 @@
 `init` finds the rank, chooses the device, makes it current, and joins the other processes, in this order: NCCL and HCCL
 bind a communicator to the current device.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -5,6 +5,7 @@ the report, and training can still run on the CPU. `--json` prints the report fo
 installed torch, torchvision and torch_npu as a pip constraint file: `pip install -c <(python -m training.doctor
 --constraints) PACKAGE` installs a package without changing these.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -179,16 +180,20 @@ def render(report: Report) -> str:
         ("Versions", list(report.versions.items())),
         ("Devices", [(found["device"], _describe(found)) for found in report.devices]),
         ("Not available", list(report.missing_devices.items())),
-        ("Training", [
-            ("default device", report.default_device),
-            ("precisions", ", ".join(report.precisions)),
-            ("collectives", ", ".join(report.backends)),
-        ]),
+        (
+            "Training",
+            [
+                ("default device", report.default_device),
+                ("precisions", ", ".join(report.precisions)),
+                ("collectives", ", ".join(report.backends)),
+            ],
+        ),
         ("Fused operators", [(name, failure or "works") for name, failure in report.fused_ops.items()]),
         ("Required packages", [(name, version or "MISSING") for name, version in report.required.items()]),
-        ("Optional packages", [
-            (name, f"{version or '-':<12}{OPTIONAL[name]}") for name, version in report.optional.items()
-        ]),
+        (
+            "Optional packages",
+            [(name, f"{version or '-':<12}{OPTIONAL[name]}") for name, version in report.optional.items()],
+        ),
         ("Environment", list(report.environment.items())),
     ]
     width = max(len(label) for _, rows in sections for label, _ in rows) + 2

@@ -24,8 +24,7 @@ CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
 
 _REFUSED = {
-    "horovod": "Horovod is not supported. Start the same command with "
-    "`torchrun --nproc_per_node N -m training.main`.",
+    "horovod": "Horovod is not supported. Start the same command with `torchrun --nproc_per_node N -m training.main`.",
     "trace": "A traced model cannot be trained. Train without --trace and call `open_clip.trace_model(model)` on the "
     "result.",
     "use_bnb_linear": "The int8 layers of bitsandbytes are not supported. To save memory use --precision amp_bf16 or "

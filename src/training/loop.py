@@ -133,9 +133,7 @@ def _without_factory_warnings(hidden: bool) -> Iterator[None]:
         factory_log.setLevel(level)
 
 
-def _build_trainer(
-    cfg: TrainConfig, world: World, state: TrainState, train: DataInfo, folder: Path | None
-) -> Trainer:
+def _build_trainer(cfg: TrainConfig, world: World, state: TrainState, train: DataInfo, folder: Path | None) -> Trainer:
     """Everything that moves the weights; completes `state` with what of it must be saved."""
     model, chosen = state.model, str(cfg.model.precision)
     loader: Any = train.dataloader

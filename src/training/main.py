@@ -47,7 +47,8 @@ def main(args: list[str] | None = None) -> None:
             if world.is_master:  # all ranks stop together
                 logger.warning(
                     "Stopped by %s. If the run has saved a checkpoint, `--resume latest` with its --name continues "
-                    "from there.", name
+                    "from there.",
+                    name,
                 )
             raise
         except Exception as error:

@@ -1,4 +1,5 @@
 """Precisions of a run (--precision): dtypes, support by devices, autocast and gradient scaler."""
+
 from __future__ import annotations
 
 import contextlib

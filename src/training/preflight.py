@@ -196,9 +196,7 @@ def _vocab_size(model: Any) -> int | None:
     return getattr(model, "vocab_size", None)
 
 
-def check_evaluation_data(
-    model: nn.Module, data: Mapping[str, Any], cfg: EvalConfig, device: torch.device
-) -> None:
+def check_evaluation_data(model: nn.Module, data: Mapping[str, Any], cfg: EvalConfig, device: torch.device) -> None:
     """Check class names, templates and a few samples of each evaluation set.
 
     Collective: every rank reads from its part of the data, and all ranks raise the same error.

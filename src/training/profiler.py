@@ -3,6 +3,7 @@
 FLOPs are counted on the meta device, without weights, memory or computation, and are the same on every host. What is
 counted is described in `training.flops`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,11 +39,26 @@ from training.flops import (
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    "model", "image_size", "image_width", "text_width", "embed_dim", "mparams", "image_mparams", "text_mparams",
-    "gflops", "image_gflops", "text_gflops",
+    "model",
+    "image_size",
+    "image_width",
+    "text_width",
+    "embed_dim",
+    "mparams",
+    "image_mparams",
+    "text_mparams",
+    "gflops",
+    "image_gflops",
+    "text_gflops",
 )
 MEASURED_COLUMNS = (
-    "device", "precision", "batch_size", "images_per_s", "ms_per_batch", "peak_memory_gib", "peak_flops_share",
+    "device",
+    "precision",
+    "batch_size",
+    "images_per_s",
+    "ms_per_batch",
+    "peak_memory_gib",
+    "peak_flops_share",
 )
 
 WARMUP_RUNS = 2

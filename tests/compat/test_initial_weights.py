@@ -65,8 +65,13 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any]]
     "Hugging Face cls": ("CustomTextCLIP", 12, VISION, {"hf_pooler_type": "cls_pooler", "hf_proj_type": "linear"}, {}),
 }
 ROBERTA = {
-    "model_type": "roberta", "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 20,
+    "model_type": "roberta",
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 20,
 }
 
 

@@ -1,4 +1,5 @@
 """`make demo`, shortened: a few epochs already tell digits apart that the model never saw."""
+
 import re
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 Where it says NPU, the test takes the best device present; the two-process form asks for gloo where that is the CPU.
 Zero-shot ImageNet encodes 80,000 captions whatever the data, which on a CPU takes a small model instead of ViT-B-32.
 """
+
 import json
 import re
 import shlex

@@ -1,4 +1,5 @@
 """A wheel built from the tree and installed elsewhere works: configurations, vocabulary and tables are in it."""
+
 import json
 import os
 import shutil

@@ -156,9 +156,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._json({"error": "Reference already exists"} if known else {}, 409 if known else 200)
         elif what == "preupload":
             files = json.loads(self.body)["files"]
-            self._json(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
+            self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
         else:
             self._commit(repo, revision)
 

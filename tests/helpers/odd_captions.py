@@ -34,8 +34,7 @@ EMOJI = split("😀 😂 ❤️ ❤ 👍🏽 👨‍👩‍👧‍👦 🏳️�
 QUOTES = split("‘ ’ “ ” ‚ „ ‛ ‟ « » ‹ › ′ ″ ` ´ ʼ – — ― … •")
 WIDE = split("ＦＵＬＬ ｗｉｄｔｈ ﾊﾝｶｸ ｶﾞ １２３ ！？ ﬁ ﬂ ﬀ ﬃ ﬅ ĳ Ǆ ㎏ Ⅷ ① ½ ² ℃ Å Ω ﷺ ㌀")
 COMBINING = split(
-    "é ñ ü Å ṩ ą́ ȩ́ 각 क़ ด้ำ e\u0301\u0323 \u0301 a\u200db a\u200cb a\u00adb "
-    "a\u200bb \ufeffa a\u2060b i\u0307"
+    "é ñ ü Å ṩ ą́ ȩ́ 각 क़ ด้ำ e\u0301\u0323 \u0301 a\u200db a\u200cb a\u00adb a\u200bb \ufeffa a\u2060b i\u0307"
 )
 SPACES = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u2009\u2028\u2029\u202f\u205f\u3000"
 ENCODINGS = ("latin-1", "cp1252", "cp1251", "cp1250", "mac_roman", "cp437", "iso-8859-2", "cp1253")

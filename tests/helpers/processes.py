@@ -1,4 +1,5 @@
 """Run commands in child processes, which are all killed after a timeout."""
+
 from __future__ import annotations
 
 import os

@@ -3,6 +3,7 @@
 With -m npu, a missing NPU is an error, so the tests are never skipped silently. Otherwise, without an NPU the test
 files are not imported, because they import torch_npu.
 """
+
 from __future__ import annotations
 
 import os

@@ -9,6 +9,7 @@ torch_npu, including the requirements of the real wheels. There it runs
 package, and the torchvision for that torch. Nothing is installed. A release that the index does not have is skipped
 with pip's reason. `--without-constraints` shows what pip does without the file.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,8 +57,17 @@ class Environment:
         """Return the metadata of the packages that `pip install` would install, by normalized name."""
         report = self.site_packages / "report.json"
         command = [
-            self.python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", report,
-            "--only-binary=:all:", *self.platforms, *arguments,
+            self.python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--report",
+            report,
+            "--only-binary=:all:",
+            *self.platforms,
+            *arguments,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

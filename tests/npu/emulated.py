@@ -1,4 +1,5 @@
 """Run Python source in processes that use the emulated NPU."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """Training steps of a tiny CLIP on deterministic data with the project's Trainer, on any device."""
+
 from __future__ import annotations
 
 from collections import Counter

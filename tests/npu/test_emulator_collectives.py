@@ -1,4 +1,5 @@
 """The emulated HCCL with the real ProcessGroupHCCL: each collective against its definition, and errors."""
+
 from __future__ import annotations
 
 import signal

@@ -1,4 +1,5 @@
 """The emulator computes what op-plugin's kernels compute where they differ from torch's. See the table in README.md."""
+
 from __future__ import annotations
 
 import pytest

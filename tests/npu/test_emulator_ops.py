@@ -1,4 +1,5 @@
 """The operators that CLIP models use, on NPU and CPU, with the inputs of PyTorch's operator database."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """The emulated runtime with the real torch_npu: devices, memory, AMP, random numbers, strict and delayed modes."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Attention on an NPU: the fused operator against the formula, its arguments, and when it is not used."""
+
 from __future__ import annotations
 
 from collections import Counter

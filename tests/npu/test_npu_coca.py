@@ -1,4 +1,5 @@
 """CoCa on one NPU: a training step and captions equal to the CPU's, and how often the host waits for them."""
+
 from __future__ import annotations
 
 from typing import Any

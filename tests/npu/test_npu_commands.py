@@ -3,6 +3,7 @@
 The data is small. `few_captions` shortens ImageNet's class names and templates, because the commands have no flag for
 it. Single-card training and inference use ViT-B-32; the other tests use a small model.
 """
+
 from __future__ import annotations
 
 import json

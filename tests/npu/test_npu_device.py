@@ -1,4 +1,5 @@
 """`NpuDevice` with the real torch_npu: the choice of the device, its properties, and messages if it is missing."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,4 +1,5 @@
 """Fused operators that the chip lacks or computes wrongly: they are tested once, replaced, and logged once."""
+
 from __future__ import annotations
 
 import json
@@ -100,7 +101,7 @@ DOCTOR = """
 
 def test_the_doctor_reports_which_fused_operators_work() -> None:
     *lines, rendered = run_script(DOCTOR, broken_ops="npu_gelu:wrong")
-    found = dict(line.split(": ", 1) for line in lines[-len(npu_ops.FUSED_OPS):])
+    found = dict(line.split(": ", 1) for line in lines[-len(npu_ops.FUSED_OPS) :])
     assert set(found) == set(npu_ops.FUSED_OPS)
     assert found.pop("npu_gelu") == "its output differs from the formula by 1"
     assert set(found.values()) == {"None"}

@@ -1,4 +1,5 @@
 """The first Ascend 910 and 310: private formats, saturation mode, no bf16, no fused attention; training in `amp`."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The emulator's `npu_*` operators against their formulas in float64, forward and backward."""
+
 from __future__ import annotations
 
 import math

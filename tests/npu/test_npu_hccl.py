@@ -1,4 +1,5 @@
 """Training on several NPUs with hccl: the losses equal those of the CPU."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Text towers of transformers on one NPU: losses equal the CPU's, kernels are fused, and the host never waits."""
+
 from __future__ import annotations
 
 from pathlib import Path

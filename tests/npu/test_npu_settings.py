@@ -1,4 +1,5 @@
 """Settings that a run on an NPU checks or makes at its start: variables, torch.compile, determinism, profiler, peak."""
+
 from __future__ import annotations
 
 import sys

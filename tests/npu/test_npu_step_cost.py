@@ -1,4 +1,5 @@
 """The cost of a training step with autocast on one NPU: operators, casts, and layer norms of half precision."""
+
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,5 @@
 """The Trainer on one NPU: losses equal the CPU's, operators are fused, the host never waits, overflows are skipped."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """torch_npu's transfer_to_npu, which replaces torch.cuda by torch.npu: "cuda" and "nccl" in scripts mean the NPU."""
+
 from __future__ import annotations
 
 import json

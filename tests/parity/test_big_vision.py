@@ -17,13 +17,24 @@ NUMERICS = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
 CLIPA = {
     "embed_dim": 16,
     "vision_cfg": {
-        "image_size": 24, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16,
-        "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True,
+        "image_size": 24,
+        "patch_size": 8,
+        "layers": 2,
+        "width": 32,
+        "head_width": 16,
+        "no_ln_pre": True,
+        "pool_type": "avg",
+        "final_ln_after_pool": True,
         **NUMERICS,
     },
     "text_cfg": {
-        "context_length": 6, "vocab_size": 64, "layers": 2, "width": 32, "heads": 2,
-        "pool_type": "last", "no_causal_mask": True,
+        "context_length": 6,
+        "vocab_size": 64,
+        "layers": 2,
+        "width": 32,
+        "heads": 2,
+        "pool_type": "last",
+        "no_causal_mask": True,
         **NUMERICS,
     },
 }

@@ -1,4 +1,5 @@
 """The profiler against the published table, for all architectures, and against a count by hand."""
+
 from __future__ import annotations
 
 import csv

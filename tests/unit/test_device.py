@@ -1,4 +1,5 @@
 """open_clip.device, with fake device modules instead of hardware."""
+
 from __future__ import annotations
 
 import os
@@ -171,7 +172,10 @@ def test_npu_methods_call_the_module(npu):
     kind.reset_peak_memory(1)
     kind.set_rng_state("state")
     assert npu.calls == [
-        ("set_device", 1), ("manual_seed_all", 7), ("synchronize",), ("reset_peak_memory_stats", 1),
+        ("set_device", 1),
+        ("manual_seed_all", 7),
+        ("synchronize",),
+        ("reset_peak_memory_stats", 1),
         ("set_rng_state", "state"),
     ]
 
@@ -199,10 +203,21 @@ def test_first_generation_has_no_bf16(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "tera"),
-    [("Ascend910B1", 363.7), ("Ascend910B2C", 353.9), ("Ascend910B3", 294.9), ("Ascend910B4-1", 245.8),
-     ("Ascend910_9391", 353.9), ("Ascend910_9362", None), ("Ascend910PremiumA", 256.0), ("Ascend910B", 221.2),
-     ("Ascend910ProB", 221.2), ("Ascend950PR_9589", 432.5), ("Ascend950PR_9579", 378.5), ("Ascend950DT_9582", 486.6),
-     ("Ascend310P3", None)],
+    [
+        ("Ascend910B1", 363.7),
+        ("Ascend910B2C", 353.9),
+        ("Ascend910B3", 294.9),
+        ("Ascend910B4-1", 245.8),
+        ("Ascend910_9391", 353.9),
+        ("Ascend910_9362", None),
+        ("Ascend910PremiumA", 256.0),
+        ("Ascend910B", 221.2),
+        ("Ascend910ProB", 221.2),
+        ("Ascend950PR_9589", 432.5),
+        ("Ascend950PR_9579", 378.5),
+        ("Ascend950DT_9582", 486.6),
+        ("Ascend310P3", None),
+    ],
 )
 def test_ascend_peaks(monkeypatch, name, tera):
     install_npu(monkeypatch, FakeNpu(name))
@@ -212,10 +227,21 @@ def test_ascend_peaks(monkeypatch, name, tera):
 
 @pytest.mark.parametrize(
     ("name", "fp16", "bf16"),
-    [("NVIDIA A100-SXM4-80GB", 312, 312), ("NVIDIA H100 80GB HBM3", 989, 989), ("NVIDIA H100 PCIe", 756, 756),
-     ("NVIDIA H200", 989, 989), ("NVIDIA H20", 148, 148), ("Tesla V100-SXM2-32GB", 125, None), ("Tesla T4", 65, None),
-     ("NVIDIA L4", 121, 121), ("NVIDIA L40S", 362, 362), ("NVIDIA GeForce RTX 4090", 165.2, 165.2),
-     ("NVIDIA A10G", 125, 125), ("NVIDIA GeForce RTX 4090 Laptop GPU", 165.2, 165.2), ("NVIDIA A1000", None, None)],
+    [
+        ("NVIDIA A100-SXM4-80GB", 312, 312),
+        ("NVIDIA H100 80GB HBM3", 989, 989),
+        ("NVIDIA H100 PCIe", 756, 756),
+        ("NVIDIA H200", 989, 989),
+        ("NVIDIA H20", 148, 148),
+        ("Tesla V100-SXM2-32GB", 125, None),
+        ("Tesla T4", 65, None),
+        ("NVIDIA L4", 121, 121),
+        ("NVIDIA L40S", 362, 362),
+        ("NVIDIA GeForce RTX 4090", 165.2, 165.2),
+        ("NVIDIA A10G", 125, 125),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 165.2, 165.2),
+        ("NVIDIA A1000", None, None),
+    ],
 )
 def test_nvidia_peaks(monkeypatch, name, fp16, bf16):
     monkeypatch.setattr(devices.CudaDevice, "is_available", lambda self: True)
@@ -227,15 +253,20 @@ def test_nvidia_peaks(monkeypatch, name, fp16, bf16):
 
 def test_npu_profiler_is_torch_npus(npu, monkeypatch):
     asked = {}
-    monkeypatch.setattr(devices.npu_loading.torch_npu, "profiler", SimpleNamespace(
-        ProfilerActivity=SimpleNamespace(CPU="host", NPU="device"),
-        schedule=lambda **kwargs: kwargs,
-        tensorboard_trace_handler=lambda folder: folder,
-        profile=lambda **kwargs: asked.update(kwargs) or "profiler",
-        ProfilerLevel=SimpleNamespace(Level0="L0", Level1="L1", Level2="L2"),
-        AiCMetrics=SimpleNamespace(AiCoreNone="no metrics"),
-        _ExperimentalConfig=lambda profiler_level, aic_metrics=None: (profiler_level, aic_metrics),
-    ), raising=False)
+    monkeypatch.setattr(
+        devices.npu_loading.torch_npu,
+        "profiler",
+        SimpleNamespace(
+            ProfilerActivity=SimpleNamespace(CPU="host", NPU="device"),
+            schedule=lambda **kwargs: kwargs,
+            tensorboard_trace_handler=lambda folder: folder,
+            profile=lambda **kwargs: asked.update(kwargs) or "profiler",
+            ProfilerLevel=SimpleNamespace(Level0="L0", Level1="L1", Level2="L2"),
+            AiCMetrics=SimpleNamespace(AiCoreNone="no metrics"),
+            _ExperimentalConfig=lambda profiler_level, aic_metrics=None: (profiler_level, aic_metrics),
+        ),
+        raising=False,
+    )
     for level in (2, 1, 0):
         assert devices.get("npu").profiler("traces", active=5, level=level) == "profiler"
         assert asked["experimental_config"] == (f"L{level}", None if level else "no metrics")
@@ -422,10 +453,14 @@ def test_cuda_tf32_is_set_for_products_and_convolutions(monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True),
-     (RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"), True),
-     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-     (RuntimeError("shape mismatch"), False), (ValueError("out of memory"), False)],
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
 )
 def test_out_of_memory(error, expected):
     assert devices.is_out_of_memory(error) is expected
@@ -493,8 +528,11 @@ def test_torch_npu_that_loads_is_the_best_device(tmp_path):
 def test_mps_device(monkeypatch):
     calls = []
     fake = SimpleNamespace(
-        current_allocated_memory=lambda: 1, driver_allocated_memory=lambda: 2, recommended_max_memory=lambda: 3,
-        manual_seed=calls.append, device_count=lambda: 1,
+        current_allocated_memory=lambda: 1,
+        driver_allocated_memory=lambda: 2,
+        recommended_max_memory=lambda: 3,
+        manual_seed=calls.append,
+        device_count=lambda: 1,
     )
     monkeypatch.setattr(torch, "mps", fake)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -511,10 +549,15 @@ def test_mps_device(monkeypatch):
     assert kind.grad_scaler() is None
 
 
-@pytest.mark.parametrize(("kind", "version", "message"), [
-    ("cuda", None, "built without CUDA"), ("cuda", "12.6", "nvidia-smi"),
-    ("xpu", None, "built without XPU"), ("xpu", "20250000", "sycl-ls"),
-])
+@pytest.mark.parametrize(
+    ("kind", "version", "message"),
+    [
+        ("cuda", None, "built without CUDA"),
+        ("cuda", "12.6", "nvidia-smi"),
+        ("xpu", None, "built without XPU"),
+        ("xpu", "20250000", "sycl-ls"),
+    ],
+)
 def test_a_build_without_support_and_a_missing_device_have_different_messages(monkeypatch, kind, version, message):
     absent(monkeypatch, kind)
     monkeypatch.setattr(torch.version, kind, version, raising=False)

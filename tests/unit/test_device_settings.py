@@ -1,4 +1,5 @@
 """Checks of the environment, torch.compile, determinism, hints for errors, and peaks from CANN's files."""
+
 from __future__ import annotations
 
 import importlib.machinery

@@ -1,4 +1,5 @@
 """Tests of training.distributed: launchers' variables, devices by rank, collectives between two processes."""
+
 from __future__ import annotations
 
 import json
@@ -24,7 +25,10 @@ from training.params import DistributedConfig
 SOURCE = Path(__file__).parents[2] / "src"
 ALL_VARIABLES = [
     *(name for keys in distributed.LAUNCHERS.values() for name in keys),
-    "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_NODELIST", "SLURM_JOB_ID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_ID",
 ]
 
 
@@ -76,20 +80,31 @@ def test_a_salloc_shell_is_one_process(monkeypatch):
     assert distributed.world_info_from_env() == (0, 0, 1)
 
 
-@pytest.mark.parametrize(("variables", "message"), [
-    ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not an integer"),
-    ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 must be at least 0 and less than WORLD_SIZE=2"),
-])
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "a", "WORLD_SIZE": 2}, "RANK='a' is not an integer"),
+        ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 must be at least 0 and less than WORLD_SIZE=2"),
+    ],
+)
 def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
     set_env(monkeypatch, **variables)
     with pytest.raises(RuntimeError, match=message):
         distributed.world_info_from_env()
 
 
-@pytest.mark.parametrize(("nodelist", "host"), [
-    ("node1", "node1"), ("node[007-012,020],gpu1", "node007"), ("a1,b2", "a1"), ("gpu-r1n[3,5]", "gpu-r1n3"),
-    ("r[1-2]n[4-8]", "r1n4"), ("10.0.0.5,10.0.0.6", "10.0.0.5"), ("n[01]-ib,n02", "n01-ib"),
-])
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node[007-012,020],gpu1", "node007"),
+        ("a1,b2", "a1"),
+        ("gpu-r1n[3,5]", "gpu-r1n3"),
+        ("r[1-2]n[4-8]", "r1n4"),
+        ("10.0.0.5,10.0.0.6", "10.0.0.5"),
+        ("n[01]-ib,n02", "n01-ib"),
+    ],
+)
 def test_first_host_of_a_slurm_list(nodelist, host):
     assert distributed._first_host(nodelist) == host
 
@@ -182,12 +197,15 @@ def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypa
     assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7"
 
 
-@pytest.mark.parametrize(("backend", "message"), [
-    ("hccl", "'hccl' cannot transfer tensors of cpu.*torch_npu.*Leave out --dist-backend"),
-    ("nccl", "'nccl' cannot transfer tensors of cpu"),
-    ("smoke", "'smoke' cannot transfer tensors of cpu"),
-    ("npu:hccl", "names no backend for the device of this run, cpu"),
-])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("hccl", "'hccl' cannot transfer tensors of cpu.*torch_npu.*Leave out --dist-backend"),
+        ("nccl", "'nccl' cannot transfer tensors of cpu"),
+        ("smoke", "'smoke' cannot transfer tensors of cpu"),
+        ("npu:hccl", "names no backend for the device of this run, cpu"),
+    ],
+)
 def test_a_backend_that_cannot_serve_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
     with pytest.raises(ValueError, match=message):
         distributed.init(config(dist_backend=backend))
@@ -340,10 +358,15 @@ def test_two_processes(launcher):
     for rank in range(2):
         own = {rank_name: str(rank), size_name: "2", local_name: str(rank)}
         environment = {**os.environ, **shared, **own, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", TWO_PROCESSES],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     try:
         answers = [process.communicate(timeout=120) for process in processes]
     finally:

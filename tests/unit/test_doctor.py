@@ -1,4 +1,5 @@
 """Tests of training.doctor: the report and the exit status."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -81,8 +82,12 @@ def test_old_versions_stand_in_the_way(monkeypatch):
 
 def test_an_npu_is_described_with_its_software(monkeypatch, tmp_path):
     fake = SimpleNamespace(
-        is_available=lambda: True, device_count=lambda: 2, get_device_name=lambda index=None: "Ascend910B3",
-        memory_allocated=lambda index: 0, memory_reserved=lambda index: 0, max_memory_allocated=lambda index: 0,
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_name=lambda index=None: "Ascend910B3",
+        memory_allocated=lambda index: 0,
+        memory_reserved=lambda index: 0,
+        max_memory_allocated=lambda index: 0,
         get_device_properties=lambda index: SimpleNamespace(total_memory=64 << 30),
     )
     (tmp_path / "version.cfg").write_text("runtime_running_version=[8.3.RC1:8.3.RC1]")
@@ -139,8 +144,11 @@ def run_doctor(tmp_path, *flags: str, torch_npu: str | None = None) -> str:
         write_metadata(tmp_path, "torch_npu", "2.9.0.post2")
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-m", "training.doctor", *flags], env={**os.environ, "PYTHONPATH": path}, check=False,
-        capture_output=True, text=True,
+        [sys.executable, "-m", "training.doctor", *flags],
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -154,7 +162,8 @@ def write_metadata(folder: Path, name: str, version: str) -> None:
 
 def test_constraints_are_the_installed_versions(tmp_path):
     assert run_doctor(tmp_path, "--constraints").splitlines() == [
-        f"torch=={importlib.metadata.version('torch')}", f"torchvision=={importlib.metadata.version('torchvision')}",
+        f"torch=={importlib.metadata.version('torch')}",
+        f"torchvision=={importlib.metadata.version('torchvision')}",
     ]
 
 
@@ -170,9 +179,14 @@ def test_what_torch_npu_prints_does_not_get_between(tmp_path, flag):
         assert all("==" in line for line in text.splitlines())
 
 
-@pytest.mark.parametrize(("own", "there", "matches"), [
-    ("2.9.0.post2", "2.9.0+cpu", True), ("2.14.0", "2.14.1", False), ("2.7.1.post11", "2.7.0", False),
-])
+@pytest.mark.parametrize(
+    ("own", "there", "matches"),
+    [
+        ("2.9.0.post2", "2.9.0+cpu", True),
+        ("2.14.0", "2.14.1", False),
+        ("2.7.1.post11", "2.7.0", False),
+    ],
+)
 def test_torch_npu_is_compared_to_all_three_numbers(monkeypatch, own, there, matches):
     monkeypatch.setattr(devices.npu_loading, "torch_npu", SimpleNamespace(__version__=own))
     monkeypatch.setattr(torch, "__version__", there)

@@ -1,4 +1,5 @@
 """Tests of training.flat_tensors: views of one buffer."""
+
 from __future__ import annotations
 
 import torch

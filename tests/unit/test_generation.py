@@ -66,9 +66,7 @@ def test_greedy_captions_equal_those_of_a_naive_decoder(name):
                 scores = naive_captions.log_probabilities(model, image, end, least, penalty, window, logits=True)
                 expected.append(naive_captions.greedy(scores, [coca_cases.START], end, 9))
             options = {"min_seq_len": least, "repetition_penalty": penalty, "max_seq_len": window}
-            found = model.generate(
-                images(), generation_type="greedy", eos_token_id=end, seq_len=9, **options, **IDS
-            )
+            found = model.generate(images(), generation_type="greedy", eos_token_id=end, seq_len=9, **options, **IDS)
             assert found.tolist() == naive_captions.padded(expected, 0), (end, options)
 
 
@@ -318,9 +316,7 @@ def captioner() -> Any:
 def test_prompts_as_strings_and_as_token_ids(captioner, kind):
     options = {"generation_type": kind, "seq_len": 9, "num_beams": 2, "num_beam_groups": 1}
     ids = [[49406, *SimpleTokenizer().encode(text)] for text in ("a photo of", "two")]
-    one, two = (
-        captioner.generate(images(2)[i : i + 1], torch.tensor([ids[i]]), **options) for i in (0, 1)
-    )
+    one, two = (captioner.generate(images(2)[i : i + 1], torch.tensor([ids[i]]), **options) for i in (0, 1))
     assert one[0, :4].tolist() == ids[0]
     assert torch.equal(captioner.generate(images(2)[:1], text="a photo of", **options), one)
     both = captioner.generate(images(2), text=["a photo of", "two"], **options)

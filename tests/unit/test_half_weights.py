@@ -73,9 +73,7 @@ def gradients(trainer: Trainer, batches: list[dict[str, torch.Tensor]] | None = 
     return {"loss": loss} | {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(
-    model: Any, batches: list[dict[str, torch.Tensor]] | None = None, flat: bool = False
-) -> None:
+def assert_same_gradients(model: Any, batches: list[dict[str, torch.Tensor]] | None = None, flat: bool = False) -> None:
     """Gradients are bit-identical to those of autocast in two steps, the second with other weights."""
     other = copy.deepcopy(model)
     flats = (flatten_parameters([p for p in model.parameters() if p.requires_grad]),) if flat else ()

@@ -1,4 +1,5 @@
 """Rules for the source code: the import order of modules, no import cycles, and device names in one package only."""
+
 from __future__ import annotations
 
 import ast
@@ -20,13 +21,22 @@ LEVELS = [
     ["open_clip.zipped", "open_clip.inert_pickle"],
     ["open_clip.torch_archive", "open_clip.safetensors_file"],
     [
-        "open_clip.bpe", "open_clip.text_cleaning", "open_clip.torchscript", "open_clip.npz", "open_clip.image_resize",
+        "open_clip.bpe",
+        "open_clip.text_cleaning",
+        "open_clip.torchscript",
+        "open_clip.npz",
+        "open_clip.image_resize",
         "open_clip.pretrained",
     ],
     ["open_clip.hf_tokenizer", "open_clip.preprocess"],
     [
-        "open_clip.config", "open_clip.tokenizer", "open_clip.transform", "open_clip.pos_embed",
-        "open_clip.generation", "open_clip.zero_shot_classifier", "open_clip.zero_shot_metadata",
+        "open_clip.config",
+        "open_clip.tokenizer",
+        "open_clip.transform",
+        "open_clip.pos_embed",
+        "open_clip.generation",
+        "open_clip.zero_shot_classifier",
+        "open_clip.zero_shot_metadata",
     ],
     ["open_clip.collectives"],
     ["open_clip.pairwise"],
@@ -48,18 +58,38 @@ LEVELS = [
     ["training.flag_checks"],
     ["training.params"],
     [
-        "training.distributed", "training.precision", "training.scheduler", "training.metrics", "training.logger",
-        "training.file_utils", "training.rng", "training.batches", "training.ema", "training.flat_tensors",
+        "training.distributed",
+        "training.precision",
+        "training.scheduler",
+        "training.metrics",
+        "training.logger",
+        "training.file_utils",
+        "training.rng",
+        "training.batches",
+        "training.ema",
+        "training.flat_tensors",
     ],
     ["training.flat_adamw"],
     ["training.guard", "training.gradients", "training.signals"],
     [
-        "training.zero_shot", "training.checkpoint", "training.optim", "training.data", "training.objective",
-        "training.build", "training.flops", "training.trace", "training.half_weights",
+        "training.zero_shot",
+        "training.checkpoint",
+        "training.optim",
+        "training.data",
+        "training.objective",
+        "training.build",
+        "training.flops",
+        "training.trace",
+        "training.half_weights",
     ],
     [
-        "training.evaluate", "training.saver", "training.preflight", "training.run_warnings", "training.progress",
-        "training.run_folder", "training.trainer",
+        "training.evaluate",
+        "training.saver",
+        "training.preflight",
+        "training.run_warnings",
+        "training.progress",
+        "training.run_folder",
+        "training.trainer",
     ],
     ["training.epoch"],
     ["training.loop", "training.train"],
@@ -67,7 +97,11 @@ LEVELS = [
     ["open_clip_train"],
 ]
 PACKAGES = (  # packages that have one entry in LEVELS
-    "training.data", "open_clip_train", "open_clip.device", "open_clip.convert", "open_clip.push_to_hf_hub",
+    "training.data",
+    "open_clip_train",
+    "open_clip.device",
+    "open_clip.convert",
+    "open_clip.push_to_hf_hub",
 )
 LEVEL_OF = {module: number for number, level in enumerate(LEVELS) for module in level}
 
@@ -164,6 +198,7 @@ def test_there_are_no_import_cycles():
 
 def comparisons_with_a_device_name(source: str) -> list[tuple[int, str]]:
     """Return (line, text) of comparisons, prefix tests and match cases with device names such as "cuda" or "npu:0"."""
+
     def names_a_device(node: ast.AST) -> bool:
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             return any(names_a_device(element) for element in node.elts)
@@ -208,8 +243,12 @@ def test_the_checks_detect_violations():
     assert imports_of("def f():\n  import open_clip", "training.x", False) == {"open_clip"}
     assert imports_of("if TYPE_CHECKING:\n  import open_clip", "training.x", False) == set()
     for wrong in (
-        'a.type == "cuda"', 'if "npu" in d: pass', 'd.startswith("cuda:")', 'd in ("cpu", "x")',
-        'd.startswith(("npu", "a"))', 'match d:\n  case "mps": pass',
+        'a.type == "cuda"',
+        'if "npu" in d: pass',
+        'd.startswith("cuda:")',
+        'd in ("cpu", "x")',
+        'd.startswith(("npu", "a"))',
+        'match d:\n  case "mps": pass',
     ):
         assert comparisons_with_a_device_name(wrong), wrong
     for right in ('f(device="cpu")', 'add("--device", default="cpu", choices=["cpu", "npu"])', 'a == "cudax"'):

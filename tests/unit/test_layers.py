@@ -78,7 +78,8 @@ MASKS = {
     "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
     "added padding": {"key_padding_mask": torch.tensor([[0.0] * 5, [0.0] * 3 + [-1.0, -math.inf]])},
     "bool and padding": {
-        "attn_mask": ~causal(5), "key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True]])
+        "attn_mask": ~causal(5),
+        "key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True]]),
     },
     "causal": {"attn_mask": layers.causal_mask(5), "is_causal": True},
 }

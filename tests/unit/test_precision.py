@@ -1,4 +1,5 @@
 """Tests of training.precision: precisions by device."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """Tests of training.profiler: counting, measuring and the command, on a tiny architecture."""
+
 from __future__ import annotations
 
 import csv
@@ -181,9 +182,12 @@ def refuse_timm(build):
 
 def test_measured_columns_follow(tmp_path, capsys):
     path = tmp_path / "r.csv"
-    assert profiler.main(
-        ["--model", "tiny", "--measure", "--device", "cpu", "--batch-size", "2", "--results-file", str(path)]
-    ) == 0
+    assert (
+        profiler.main(
+            ["--model", "tiny", "--measure", "--device", "cpu", "--batch-size", "2", "--results-file", str(path)]
+        )
+        == 0
+    )
     (row,) = read(path)
     assert list(row) == [*profiler.COLUMNS, *profiler.MEASURED_COLUMNS]
     assert row["batch_size"] == "2"
@@ -191,13 +195,16 @@ def test_measured_columns_follow(tmp_path, capsys):
     assert "images_per_s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--model", "ViT-B-23"], "Unknown model 'ViT-B-23'. Similar names:"),
-    (["--model", ","], "--model names no architecture"),
-    (["--model", "tiny", "--profiler", "fvcore"], "Use torch"),
-    (["--model", "tiny", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
-    (["--model", "tiny", "--measure", "--device", "abacus"], "Unknown device 'abacus'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "ViT-B-23"], "Unknown model 'ViT-B-23'. Similar names:"),
+        (["--model", ","], "--model names no architecture"),
+        (["--model", "tiny", "--profiler", "fvcore"], "Use torch"),
+        (["--model", "tiny", "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["--model", "tiny", "--measure", "--device", "abacus"], "Unknown device 'abacus'"),
+    ],
+)
 def test_what_cannot_be_done_is_said_before_any_work(arguments, message, tmp_path, capsys):
     path = tmp_path / "results.csv"
     with pytest.raises(SystemExit) as stopped:

@@ -199,7 +199,7 @@ def test_advancing_is_cheap():
 
 class Texts:
     def encode_text(self, tokens, normalize=False):
-            return torch.nn.functional.normalize(tokens.float(), dim=-1)
+        return torch.nn.functional.normalize(tokens.float(), dim=-1)
 
 
 def tokenizer(captions):

@@ -1,4 +1,5 @@
 """open_clip.text_groups: the choice of groups, and that it does not change embeddings."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
 """The torchvision and torch_npu for a torch, and the pip constraint files for them."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -19,15 +20,31 @@ FILES = sorted((ROOT / "constraints").glob("*.txt"))
 
 # From the metadata of the wheels.
 TORCHVISION = {
-    "2.6.0": "0.21.0", "2.7.1": "0.22.1", "2.8.0": "0.23.0", "2.9.0": "0.24.0", "2.9.1": "0.24.1", "2.10.0": "0.25.0",
-    "2.11.0": "0.26.0", "2.12.0": "0.27.0", "2.13.0": "0.28.0", "2.14.0": "0.29.0", "2.14.1": "0.29.1",
+    "2.6.0": "0.21.0",
+    "2.7.1": "0.22.1",
+    "2.8.0": "0.23.0",
+    "2.9.0": "0.24.0",
+    "2.9.1": "0.24.1",
+    "2.10.0": "0.25.0",
+    "2.11.0": "0.26.0",
+    "2.12.0": "0.27.0",
+    "2.13.0": "0.28.0",
+    "2.14.0": "0.29.0",
+    "2.14.1": "0.29.1",
 }
 
 
-@pytest.mark.parametrize(("version", "three"), [
-    ("2.9.0.post2", "2.9.0"), ("2.13.0+cpu", "2.13.0"), ("2.6.0a0+git1a2b", "2.6.0"), ("2.7", "2.7.0"),
-    ("2.7.1.post8+gitabc", "2.7.1"), ("2.10.0.dev20260101", "2.10.0"),
-])
+@pytest.mark.parametrize(
+    ("version", "three"),
+    [
+        ("2.9.0.post2", "2.9.0"),
+        ("2.13.0+cpu", "2.13.0"),
+        ("2.6.0a0+git1a2b", "2.6.0"),
+        ("2.7", "2.7.0"),
+        ("2.7.1.post8+gitabc", "2.7.1"),
+        ("2.10.0.dev20260101", "2.10.0"),
+    ],
+)
 def test_a_release_is_three_numbers(version, three):
     assert torch_versions.release(version) == three
 
@@ -37,10 +54,16 @@ def test_an_invalid_version_raises():
         torch_versions.release("unknown")
 
 
-@pytest.mark.parametrize(("torch_npu", "torch", "fits"), [
-    ("2.7.1.post11", "2.7.1", True), ("2.7.1", "2.7.0", False), ("2.14.0", "2.14.1+cpu", False),
-    ("2.13.0", "2.13.0+cpu", True), ("2.1.0", "2.10.0", False),
-])
+@pytest.mark.parametrize(
+    ("torch_npu", "torch", "fits"),
+    [
+        ("2.7.1.post11", "2.7.1", True),
+        ("2.7.1", "2.7.0", False),
+        ("2.14.0", "2.14.1+cpu", False),
+        ("2.13.0", "2.13.0+cpu", True),
+        ("2.1.0", "2.10.0", False),
+    ],
+)
 def test_torch_npu_needs_torch_to_all_three_numbers(torch_npu, torch, fits):
     assert torch_versions.is_built_for(torch_npu, torch) == fits
 
@@ -51,14 +74,19 @@ def test_torchvision_follows_from_torch(torch, torchvision):
     assert torch_versions.torchvision_for(f"{torch}+cpu") == torchvision
 
 
-@pytest.mark.parametrize(("installed", "pins"), [
-    ({"torch": "2.9.0+cpu", "torchvision": "0.24.0+cpu", "torch-npu": "2.9.0.post2"},
-     ["torch==2.9.0+cpu", "torchvision==0.24.0+cpu", "torch-npu==2.9.0.post2"]),
-    ({"torch": "2.9.0", "torchvision": "0.29.1"}, ["torch==2.9.0", "torchvision==0.24.0"]),
-    ({"torch": "2.9.0"}, ["torch==2.9.0", "torchvision==0.24.0"]),
-    ({"torch": "3.0.0"}, ["torch==3.0.0"]),
-    ({"torch": "3.0.0", "torchvision": "1.2"}, ["torch==3.0.0", "torchvision==1.2"]),
-])
+@pytest.mark.parametrize(
+    ("installed", "pins"),
+    [
+        (
+            {"torch": "2.9.0+cpu", "torchvision": "0.24.0+cpu", "torch-npu": "2.9.0.post2"},
+            ["torch==2.9.0+cpu", "torchvision==0.24.0+cpu", "torch-npu==2.9.0.post2"],
+        ),
+        ({"torch": "2.9.0", "torchvision": "0.29.1"}, ["torch==2.9.0", "torchvision==0.24.0"]),
+        ({"torch": "2.9.0"}, ["torch==2.9.0", "torchvision==0.24.0"]),
+        ({"torch": "3.0.0"}, ["torch==3.0.0"]),
+        ({"torch": "3.0.0", "torchvision": "1.2"}, ["torch==3.0.0", "torchvision==1.2"]),
+    ],
+)
 def test_installed_pins(monkeypatch, installed, pins):
     def version(name):
         if name in installed:
@@ -97,7 +125,8 @@ def test_a_constraint_file_pins_three_releases_that_match(path):
 # What pip does with them. The test's index has empty wheels with the requirements of the real ones.
 
 NAMES = [
-    line.split(">")[0] for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    line.split(">")[0]
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 ]
 CUDA = "nvidia-cublas"
@@ -141,10 +170,27 @@ def dry_run(index, tmp_path):
     def run(*arguments: str, **variables: str) -> dict[str, str] | str:
         """Return the versions that pip would install by name, or its error."""
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "--python", tmp_path / "venv/bin/python", "install", "--quiet", "--dry-run",
-             "--no-index", "--find-links", index, "--report", tmp_path / "report.json", *arguments],
-            env={**environment, "PIP_CONFIG_FILE": os.devnull, **variables}, cwd=ROOT, check=False,
-            capture_output=True, text=True,
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                tmp_path / "venv/bin/python",
+                "install",
+                "--quiet",
+                "--dry-run",
+                "--no-index",
+                "--find-links",
+                index,
+                "--report",
+                tmp_path / "report.json",
+                *arguments,
+            ],
+            env={**environment, "PIP_CONFIG_FILE": os.devnull, **variables},
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             return done.stderr

@@ -55,6 +55,7 @@ def test_a_run_without_these_steps_says_so(tmp_path, caplog):
 @pytest.mark.parametrize("last", [5, 3])
 def test_a_trace_has_the_steps(tmp_path, last):
     """The trace is also written if the run fails in one of these steps."""
+
     def run() -> None:
         with StepTrace(CPU, tmp_path, 2, 4) as trace:
             for number in range(last):

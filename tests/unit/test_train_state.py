@@ -129,6 +129,7 @@ def test_another_optimizers_state_says_so():
 
 def test_a_scaler_of_another_kind_keeps_what_is_its_own():
     """The scaler of torch_npu has one more entry than torch's, and requires it."""
+
     class Other(Scaler):
         dynamic = True
 

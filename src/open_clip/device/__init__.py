@@ -2,6 +2,7 @@
 
 Import this package before torch (see `npu_loading`). Importing it does not initialize a device driver.
 """
+
 from __future__ import annotations
 
 from . import npu_loading as npu_loading  # before torch

@@ -1,4 +1,5 @@
 """The interface of a device type. The base class is an accelerator with the module `torch.<type>`."""
+
 from __future__ import annotations
 
 import contextlib

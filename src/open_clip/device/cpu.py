@@ -1,4 +1,5 @@
 """The CPU."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """NVIDIA and AMD GPUs."""
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -15,8 +16,13 @@ class CudaDevice(Device):
     fused_adamw_skips = True
     peaks = peaks.NVIDIA_PEAKS
     variables = (
-        "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
-        "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_ALGO",
+        "CUDA_VISIBLE_DEVICES",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "NCCL_DEBUG",
+        "NCCL_SOCKET_IFNAME",
+        "NCCL_ALGO",
     )
     # cuBLAS: see "Results reproducibility" in CUDA's documentation. NCCL: NVLink switches reduce in no fixed order
     # (Megatron-LM's --deterministic-mode excludes them, too).

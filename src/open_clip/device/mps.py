@@ -1,4 +1,5 @@
 """Apple GPUs, through Metal Performance Shaders."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """Huawei Ascend NPUs, through torch_npu."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -31,12 +32,26 @@ class NpuDevice(Device):
     fused_adamw_skips = False
     peaks = peaks.ASCEND_PEAKS
     variables = (
-        "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_LAUNCH_BLOCKING", "TORCH_TRANSFER_TO_NPU",
-        "PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "CPU_AFFINITY_CONF",
-        "ACL_DEVICE_SYNC_TIMEOUT", "INF_NAN_MODE_ENABLE",
-        "HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_EVENT_TIMEOUT", "HCCL_DETERMINISTIC",
-        "HCCL_OP_EXPANSION_MODE", "HCCL_IF_BASE_PORT", "HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE",
-        "HCCL_SOCKET_IFNAME", "TORCHINDUCTOR_NPU_BACKEND",
+        "ASCEND_RT_VISIBLE_DEVICES",
+        "ASCEND_LAUNCH_BLOCKING",
+        "TORCH_TRANSFER_TO_NPU",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_NPU_ALLOC_CONF",
+        "TASK_QUEUE_ENABLE",
+        "CPU_AFFINITY_CONF",
+        "ACL_DEVICE_SYNC_TIMEOUT",
+        "INF_NAN_MODE_ENABLE",
+        "HCCL_BUFFSIZE",
+        "HCCL_CONNECT_TIMEOUT",
+        "HCCL_EXEC_TIMEOUT",
+        "HCCL_EVENT_TIMEOUT",
+        "HCCL_DETERMINISTIC",
+        "HCCL_OP_EXPANSION_MODE",
+        "HCCL_IF_BASE_PORT",
+        "HCCL_HOST_SOCKET_PORT_RANGE",
+        "HCCL_NPU_SOCKET_PORT_RANGE",
+        "HCCL_SOCKET_IFNAME",
+        "TORCHINDUCTOR_NPU_BACKEND",
     )
     deterministic_env: ClassVar[dict[str, str]] = {"HCCL_DETERMINISTIC": "true"}
     # Source of the codes: CANN's acl/error_codes/rt_error_codes.h and CANN's list of error codes.

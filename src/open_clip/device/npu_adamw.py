@@ -13,6 +13,7 @@ Consequences, and how this module handles them:
 * It supports float32 and float16 parameters only. Other dtypes raise.
 * It cannot skip a step on the device. training.guard waits for the decision and then does not call `step`.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -5,6 +5,7 @@ each causal call and inverts bool masks in each layer (ScaledDotProductAttention
 heads before tokens, so it must be copied for the output projection. This module avoids them. Its limits are from
 op-plugin's page torch_npu-npu_fusion_attention.md and CANN's aclnn_flash_attention_score.cpp.
 """
+
 from __future__ import annotations
 
 import weakref

@@ -4,6 +4,7 @@ torch imports installed backends. If torch_npu is installed but CANN's environme
 raises. Import this module before torch: it imports torch without backends and then torch_npu, and logs one warning if
 torch_npu fails. No device driver is initialized.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -10,6 +10,7 @@ To add an operator, add an entry to FUSED_OPS, a test in tests/npu with CANN_EMU
         return torch_npu.npu_fast_gelu(x)
     return <the elementary form>
 """
+
 from __future__ import annotations
 
 import logging

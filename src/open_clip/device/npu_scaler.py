@@ -3,6 +3,7 @@
 torch_npu's scaler (torch_npu/npu/amp/grad_scaler.py) waits for the NPU three times per step: twice for the overflow
 check, and once for the number of steps since the last change of the scale.
 """
+
 from __future__ import annotations
 
 from typing import Any

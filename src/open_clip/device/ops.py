@@ -1,4 +1,5 @@
 """Operators that have a fused kernel on some devices."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """Matrix-multiplication peaks of chips, by the name that the driver reports."""
+
 from __future__ import annotations
 
 import configparser

@@ -2,6 +2,7 @@
 
 To add a device type, add a file with a subclass of `Device` and an entry in `DEVICES`.
 """
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """Intel GPUs."""
+
 from __future__ import annotations
 
 import torch

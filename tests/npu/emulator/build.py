@@ -6,6 +6,7 @@
 About half a minute, one compiler at a time. The libraries go to site-packages/torch_npu.libs/, where the wheel's own
 RPATH looks: programs need no LD_LIBRARY_PATH and no change. What was built from the same sources is not built again.
 """
+
 import hashlib
 import importlib.metadata
 import platform

@@ -5,6 +5,7 @@
 Each stub answers 207000, "feature unsupported" (the profiler's, Msprof..., answer 0), and with CANN_EMULATOR_TRACE=1
 names itself on stderr: the first place to look when something new does not run.
 """
+
 import subprocess
 import sys
 from pathlib import Path

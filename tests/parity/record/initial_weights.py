@@ -1,7 +1,7 @@
 """Records hashes of the initial weights of open_clip_torch 3.3.0 for tests/compat/test_initial_weights.py.
 
-    make peer
-    python tests/parity/record initial_weights
+make peer
+python tests/parity/record initial_weights
 """
 
 from __future__ import annotations

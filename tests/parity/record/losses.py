@@ -1,6 +1,6 @@
 """Records fixtures/losses.pt: losses, gradients and retrieval metrics of open_clip_torch 3.3.0, in 1 and 2 processes.
 
-    python tests/parity/record losses
+python tests/parity/record losses
 """
 
 import tempfile

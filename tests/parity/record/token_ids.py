@@ -1,6 +1,6 @@
 """Record what open_clip_torch 3.3.0 makes of odd captions: a checksum of each one's ids, for each way of cleaning.
 
-    python tests/parity/record token_ids
+python tests/parity/record token_ids
 """
 
 import zlib
