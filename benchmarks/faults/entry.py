@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from training import file_utils, logger, main, signals
-from training.data import csv_data
+from training.data.rows import csv_file as csv_data
 from training.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", 0))

@@ -23,8 +23,9 @@ import torch
 from harness import Runs, main
 
 import open_clip
-from open_clip.checkpoint import load_state_dict
-from training import checkpoint, file_utils
+from open_clip.checkpoint.fit import load_state_dict
+from training import file_utils
+from training.checkpoint import state as checkpoint
 
 OTHERS = (ValueError, RuntimeError, OSError)
 

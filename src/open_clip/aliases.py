@@ -14,8 +14,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-_LAYERS = dict.fromkeys(("LayerNorm", "LayerNormFp32", "QuickGELU"), "open_clip.layers")
-_TOKENIZERS = dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), "open_clip.hf_tokenizer")
+_LAYERS = dict.fromkeys(("LayerNorm", "LayerNormFp32", "QuickGELU"), "open_clip.transformer.layers")
+_TOKENIZERS = dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), "open_clip.tokenizer.hf")
 _CHECKPOINT = {"checkpoint": "torch.utils.checkpoint"}
 
 
@@ -40,15 +40,15 @@ NAMES: dict[str, dict[str, str]] = {
     "open_clip.convert": {
         "CLIP": "open_clip.model",
         "CustomTextCLIP": "open_clip.model",
-        "TextTransformer": "open_clip.text_transformer",
-        "Transformer": "open_clip.blocks",
+        "TextTransformer": "open_clip.transformer.text",
+        "Transformer": "open_clip.transformer.blocks",
     },
     "open_clip.factory": {
         **_legacy("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS", "_find_checkpoint_in_dir", "_get_hf_config"),
         **_legacy("_set_model_device_and_precision"),
         **dict.fromkeys(("HF_HUB_PREFIX", "LOCAL_DIR_PREFIX", "_natural_key"), "open_clip.config"),
         "_rescan_model_configs": "open_clip.config:rescan_model_configs",
-        "SigLipTokenizer": "open_clip.hf_tokenizer",
+        "SigLipTokenizer": "open_clip.tokenizer.hf",
         "convert_state_dict": "open_clip.convert",
         **dict.fromkeys(("convert_to_custom_text_state_dict", "convert_weights_to_lp"), "open_clip.model"),
         **dict.fromkeys(
@@ -74,7 +74,7 @@ NAMES: dict[str, dict[str, str]] = {
         **_LAYERS,
         **_CHECKPOINT,
         "ModifiedResNet": "open_clip.modified_resnet",
-        **dict.fromkeys(("lock_text_tower", "text_global_pool"), "open_clip.text_transformer"),
+        **dict.fromkeys(("lock_text_tower", "text_global_pool"), "open_clip.transformer.text"),
     },
     "open_clip.openai": dict.fromkeys(
         ("build_model_from_openai_state_dict", "convert_weights_to_lp"), "open_clip.model"
@@ -112,7 +112,8 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "open_clip.tokenizer": {
         **_legacy("_nltk_init"),
-        **dict.fromkeys(("_clean_canonicalize", "_clean_lower", "_clean_whitespace"), "open_clip.text_cleaning"),
+        "_tokenizer": "open_clip.tokenizer.simple",
+        **dict.fromkeys(("_clean_canonicalize", "_clean_lower", "_clean_whitespace"), "open_clip.tokenizer.cleaning"),
     },
     "open_clip.transform": {
         **_legacy("_convert_to_rgb", "_setup_size"),
@@ -123,7 +124,7 @@ NAMES: dict[str, dict[str, str]] = {
             ),
             "torchvision.transforms",
         ),
-        "MaybeToTensor": "open_clip.preprocess",
+        "MaybeToTensor": "open_clip.transform.preprocess",
         "to_2tuple": "open_clip.utils",
     },
     "open_clip.transformer": {

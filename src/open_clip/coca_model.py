@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from . import aliases, generation
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
-from .layers import KeyValueCache
 from .model import INIT_LOGIT_SCALE, SeparateTextTower, _build_text_tower, _build_vision_tower
-from .multimodal_transformer import DecoderCaches, MultimodalTransformer
-from .text_transformer import TextEncoder
 from .tokenizer import SimpleTokenizer
 from .towers import layer_types
+from .transformer.decoder import DecoderCaches, MultimodalTransformer
+from .transformer.layers import KeyValueCache
+from .transformer.text import TextEncoder
 from .utils import evaluating, expect
 
 __all__ = ["CoCa", "MultimodalCfg", "prepare_inputs_for_generation"]

@@ -22,7 +22,7 @@ from torch import nn
 
 from . import aliases
 from . import device as devices
-from .checkpoint import (
+from .checkpoint.fit import (
     check_precision,
     load_checkpoint,
     load_state_dict,

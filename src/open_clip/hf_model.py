@@ -19,7 +19,7 @@ from torch import nn
 from . import aliases
 from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
-from .layers import GELU
+from .transformer.layers import GELU
 from .utils import NotScriptable, check_token_ids, expect, feature_take_indices, set_trainable
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, config, pretrained, recipe
+from . import config, pretrained, recipe
+from .checkpoint import fit as checkpoint
 from .constants import (
     HF_CONFIG_NAME,
     HF_SAFE_WEIGHTS_NAME,

@@ -19,16 +19,16 @@ from torch import nn
 from . import aliases
 from .config import CLIPTextCfg, CLIPVisionCfg
 from .hf_model import HFTextEncoder
-from .layers import Attention, MultiheadAttention
 from .modified_resnet import STRIDE
-from .multimodal_transformer import MultimodalTransformer
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .text_groups import GroupedText
-from .text_transformer import TextEncoder, TextTransformer, text_option
 from .timm_model import TimmModel
 from .towers import build_text_tower as _build_text_tower  # programs import and patch these names of open_clip 3.3
 from .towers import build_vision_tower as _build_vision_tower
 from .transformer import VisionTransformer
+from .transformer.decoder import MultimodalTransformer
+from .transformer.layers import Attention, MultiheadAttention
+from .transformer.text import TextEncoder, TextTransformer, text_option
 from .utils import NotScriptable, has_hooks, has_method, to_2tuple
 
 __all__ = [

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from . import device
-from .layers import check_heads
 from .pos_embed import resize_table
+from .transformer.layers import check_heads
 from .utils import (
     NotScriptable,
     check_images,

@@ -13,9 +13,9 @@ from torch import nn
 
 from . import aliases
 from . import device as devices
-from .checkpoint import check_precision, no_initialisation, read_state_dict, set_precision
+from .checkpoint.fit import check_precision, no_initialisation, read_state_dict, set_precision
+from .checkpoint.key_prefixes import drop_extras
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from .key_prefixes import drop_extras
 from .model import build_model_around_openai_weights, get_cast_dtype, set_model_preprocess_cfg
 from .pretrained import (
     download_pretrained_from_url,

@@ -22,8 +22,8 @@ from .constants import (
     TRANSFORMERS_WEIGHTS_NAMES,
 )
 from .convert import model_cfg_from_transformers, preprocess_cfg_from_transformers
+from .formats.torchscript import is_torchscript
 from .pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg, nearest_tags
-from .torchscript import is_torchscript
 
 logger = logging.getLogger(__name__)
 

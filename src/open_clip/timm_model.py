@@ -15,7 +15,7 @@ from torch import nn
 
 from . import aliases
 from .config import closest
-from .layers import GELU, QuickGELU
+from .transformer.layers import GELU, QuickGELU
 from .utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)

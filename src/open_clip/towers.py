@@ -12,11 +12,11 @@ import torch
 
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
 from .hf_model import HFTextEncoder
-from .layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
 from .modified_resnet import STRIDE, ModifiedResNet
-from .text_transformer import TextTransformer
 from .timm_model import TimmModel
 from .transformer import VisionTransformer
+from .transformer.layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
+from .transformer.text import TextTransformer
 
 logger = logging.getLogger(__name__)
 

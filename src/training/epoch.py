@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from training.batches import to_device
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 from training.data.skips import report as report_skips
 from training.distributed import world
 from training.progress import Progress, format_line
@@ -39,7 +39,7 @@ def run_epoch(
 
     Raises:
         RuntimeError: where the data give not a single step.
-        TooManyBadSteps: see training.guard. TooManyBadSamples: see training.data.skips.
+        TooManyBadSteps: see training.step_guard. TooManyBadSamples: see training.data.skips.
         Stopped: after a signal, between two steps on all ranks; see training.signals.Agreement.
     """
     trainer.model.train()

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from open_clip import progress
-from open_clip.checkpoint import read_checkpoint
-from open_clip.whole_file import replacing
+from open_clip.checkpoint.fit import read_checkpoint
+from open_clip.formats.whole_file import replacing
 from training import children
 
 logger = logging.getLogger(__name__)

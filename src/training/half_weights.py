@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_clip import blocks, layers
 from open_clip import device as devices
+from open_clip.transformer import blocks, layers
 from training.flat_tensors import FlatTensors
 from training.precision import dtype_of
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_clip import progress
-from training.flag_checks import reporters
+from training.params.checks import reporters
 
 if TYPE_CHECKING:
     from training.params import LoggingConfig

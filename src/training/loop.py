@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import open_clip
 from open_clip import device as devices
-from training import distributed, half_weights, precision, preflight, rng, run_folder, run_warnings
+from training import distributed, half_weights, precision, preflight, run_folder, run_warnings
 from training import logger as logs
 from training.batches import TextGrouping, to_pixels
 from training.build import (
@@ -24,21 +24,22 @@ from training.build import (
     start_logit_bias,
     synchronise_batch_norms,
 )
-from training.checkpoint import TrainState, check_fit, load_checkpoint
+from training.checkpoint import rng
+from training.checkpoint.rng import random_seed
+from training.checkpoint.saver import Saver
+from training.checkpoint.state import TrainState, check_fit, load_checkpoint
 from training.data import DataInfo, get_data
 from training.distributed import World
 from training.ema import WeightAverage
 from training.epoch import run_epoch
 from training.evaluate import evaluate
-from training.flag_checks import step_range
 from training.flops import pairs_at_peak
-from training.guard import StepGuard
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import CheckpointConfig, EvalConfig, LoggingConfig, ModelConfig, TrainConfig, sections
-from training.rng import random_seed
-from training.saver import Saver
+from training.params.checks import step_range
 from training.signals import Agreement, Stopped, StopSignals
+from training.step_guard import StepGuard
 from training.trace import StepTrace
 from training.trainer import Trainer
 

@@ -11,9 +11,9 @@ from open_clip import device as devices
 from open_clip import progress
 from training import distributed, loop, preflight
 from training import logger as logs
-from training.checkpoint import get_latest_checkpoint, natural_key
+from training.checkpoint.rng import random_seed
+from training.checkpoint.state import get_latest_checkpoint, natural_key
 from training.params import parse_args, sections
-from training.rng import random_seed
 from training.run_folder import copy_codebase
 from training.signals import Stopped, StopSignals, exit_with
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.recipe import read_recipe
-from training import distributed, file_utils, optim, precision, rng, zero_shot
+from training import distributed, file_utils, optim, precision, zero_shot
+from training.checkpoint import rng
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
-from training.data.archives import is_local
 from training.data.probe import read_first_batch
+from training.data.shards.tar import is_local
 from training.data.skips import NoUsableSamples
-from training.flag_checks import reporters, trains
 from training.params import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
+from training.params.checks import reporters, trains
 
 _SAMPLE_CAPTION = "a photo of a cat"
 _LABELLED = ("imagenet_val", "imagenet_v2", "zeroshot_data")

@@ -22,9 +22,9 @@ from torch import nn
 
 from open_clip import config, factory, progress
 from open_clip import device as devices
+from open_clip.formats.whole_file import replacing
 from open_clip.model import get_input_dtype
 from open_clip.utils import check_folder
-from open_clip.whole_file import replacing
 from training import precision as precisions
 from training.flops import (
     count_params,

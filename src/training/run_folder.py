@@ -15,11 +15,11 @@ from typing import Any
 
 import open_clip
 from open_clip import device as devices
+from open_clip.formats.whole_file import write_text
 from open_clip.utils import check_folder
-from open_clip.whole_file import write_text
 from training import children, distributed, file_utils, precision
 from training import logger as logs
-from training.checkpoint import get_latest_checkpoint
+from training.checkpoint.state import get_latest_checkpoint
 from training.distributed import World
 from training.params import CheckpointConfig, TrainConfig, warnings_for
 

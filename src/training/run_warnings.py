@@ -1,7 +1,7 @@
 """Warnings about runs that will not do what their options suggest.
 
 These warnings need the model, the number of steps or the checkpoint. Those that need only options are in
-`training.flag_checks`.
+`training.params.checks`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_clip.mismatch import join_some
+from open_clip.checkpoint.mismatch import join_some
 from training import scheduler
-from training.flag_checks import step_range
 from training.params import ScheduleConfig
+from training.params.checks import step_range
 
 _SAME_RATE = 0.01  # relative difference up to which two learning rates count as equal
 _USUAL_WARMUP = 10  # the usual warmup is the number of steps divided by this

@@ -16,7 +16,7 @@ from training import evaluate as evaluation
 from training import half_weights
 from training import precision as precisions
 from training.batches import TextGrouping
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 from training.distributed import world
 from training.epoch import run_epoch
 from training.evaluate import maybe_compute_generative_loss

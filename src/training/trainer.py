@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training import rng
+from training.checkpoint import rng
 from training.ema import WeightAverage
 from training.flat_adamw import FlatAdamW
 from training.gradients import clip_gradients, gradient_norm
-from training.guard import StepGuard
 from training.objective import SHARED, Objective, Outputs, concatenate
+from training.step_guard import StepGuard
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound, arXiv:2103.00020, section 2.5
 Batch = Mapping[str, Any]  # tensors on the device; and "key", a list of the samples' names

@@ -11,7 +11,7 @@ import torch
 
 import open_clip
 import tower_cases
-from open_clip import checkpoint
+from open_clip.checkpoint import fit as checkpoint
 from versions import is_older, require_timm_model
 
 # By name of the architecture: changes of vision_cfg (a smaller trunk of the same kind), and arguments of create_model

@@ -10,10 +10,10 @@ import open_clip
 import tiny_clip
 from open_clip import device as devices
 from training import precision
-from training.guard import StepGuard
 from training.objective import ContrastiveObjective
 from training.optim import create_optimizer
 from training.params import OptimConfig
+from training.step_guard import StepGuard
 from training.trainer import Trainer
 
 BATCH = 8

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 
 CPU = torch.device("cpu")
 SIZE = 4  # samples per batch

@@ -12,7 +12,7 @@ from emulated import environment, run_script
 
 from open_clip import device as devices
 from training import doctor, precision
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 
 NPU = devices.get("npu")
 

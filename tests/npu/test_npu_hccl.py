@@ -48,7 +48,7 @@ NOT_FINITE = """
     import open_clip, torch
     from npu_training import *
     from training import distributed
-    from training.guard import StepGuard
+    from training.step_guard import StepGuard
     from training.params import DistributedConfig
 
     world = distributed.init(DistributedConfig())

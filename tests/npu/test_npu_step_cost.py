@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import open_clip
 from open_clip import device
 from open_clip.device import npu_ops
-from open_clip.layers import LayerNorm
+from open_clip.transformer.layers import LayerNorm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import npu_step

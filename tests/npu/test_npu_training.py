@@ -29,9 +29,9 @@ import open_clip
 from open_clip import device as devices
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from training.batches import Normalization, to_device
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 from training.ema import WeightAverage
-from training.guard import StepGuard
+from training.step_guard import StepGuard
 from training.trainer import Trainer
 
 
@@ -327,7 +327,7 @@ SAVED_WHILE_TRAINING = """
     from training import file_utils
     from training.checkpoint import TrainState
     from training.params import CheckpointConfig
-    from training.saver import Saver
+    from training.checkpoint.saver import Saver
 
     trainer = make_trainer(NPU)
     train(trainer, 2)

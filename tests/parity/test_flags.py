@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training import params, precision
-from training.flags import PRECISIONS, build_parser
+from training.params.flags import PRECISIONS, build_parser
 
 FIXTURE = Path(__file__).parent / "fixtures" / "train_flags_3.3.0.json"
 THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))

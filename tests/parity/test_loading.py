@@ -11,7 +11,7 @@ import torch
 
 import open_clip
 import tiny_clip
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FEATURES = json.loads((FIXTURES / "loading_features.json").read_text(encoding="utf-8"))

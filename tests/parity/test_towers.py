@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tower_cases as cases
-from open_clip import checkpoint, factory
+from open_clip import factory
+from open_clip.checkpoint import fit as checkpoint
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 

@@ -10,7 +10,7 @@ import torch
 
 from open_clip import CLIP
 from recorded_model import MODEL
-from training.checkpoint import TrainState, load_checkpoint
+from training.checkpoint.state import TrainState, load_checkpoint
 from training.optim import create_optimizer
 from training.params import OptimConfig
 

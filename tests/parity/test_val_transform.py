@@ -7,8 +7,8 @@ import PIL
 import pytest
 
 from odd_images import MODES, SETTINGS, SHAPES, UNIT, odd_image, to_levels
-from open_clip import image_resize
 from open_clip.transform import image_transform
+from open_clip.transform import resize as image_resize
 from versions import is_older
 
 FIXTURE = Path(__file__).parent / "fixtures" / "val_transform.npz"

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_clip import coca_model, device, layers
+from open_clip import coca_model, device
 from open_clip import model as models
-from open_clip.blocks import Transformer
+from open_clip.transformer import layers
+from open_clip.transformer.blocks import Transformer
 from versions import require
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3}

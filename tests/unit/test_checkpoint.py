@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny_clip
-from open_clip import checkpoint
-from open_clip.binary_file import BinaryFile, FileError
-from open_clip.checkpoint import (
+from open_clip.checkpoint import fit as checkpoint
+from open_clip.checkpoint.fit import (
     _select_tower,
     check_nothing_on_meta,
     load_checkpoint,
@@ -38,6 +37,7 @@ from open_clip.checkpoint import (
     set_precision,
     strip_prefixes,
 )
+from open_clip.formats.binary_file import BinaryFile, FileError
 from open_clip.model import CLIP, CustomTextCLIP
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import coca_cases
 import open_clip
-from open_clip import checkpoint, coca_model, factory, transformer
+from open_clip import coca_model, factory, transformer
+from open_clip.checkpoint import fit as checkpoint
 from open_clip.coca_model import CoCa, prepare_inputs_for_generation
 from training.objective import create_objective
 from training.params import ObjectiveConfig

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import constants
 
 import tiny_clip
-from open_clip import export
 from open_clip.convert import __main__ as convert
+from open_clip.export import command as export
 from open_clip.push_to_hf_hub import push_pretrained_to_hf_hub, push_to_hf_hub
 from open_clip.utils import check_folder
 from training import profiler

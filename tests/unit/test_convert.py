@@ -14,7 +14,7 @@ import torch
 
 import open_clip
 import tiny_clip
-from open_clip.checkpoint import put_weights
+from open_clip.checkpoint.fit import put_weights
 from open_clip.convert import (
     convert_mobile_clip_state_dict,
     convert_state_dict,

@@ -14,9 +14,9 @@ from PIL import Image
 
 from data_files import caption, data_args, epoch_numbers, jpeg, plain, tokenize, write_csv
 from training.data import BadSample, SkipCounter, get_data
-from training.data.csv_data import CsvDataset
+from training.data.rows.csv_file import CsvDataset
+from training.data.rows.string_table import StringTable
 from training.data.skips import BAD_IN_A_ROW
-from training.data.strings import StringTable
 
 
 def read(path, sep="\t", **options):
@@ -74,7 +74,7 @@ def test_a_tab_as_shells_hand_it_over_and_separators_of_several_characters(tmp_p
 
 
 def test_more_rows_than_are_read_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.csv_data._ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("training.data.rows.csv_file._ROWS_AT_ONCE", 4)
     dataset = read(write_csv(tmp_path, 11))
     assert [dataset[i]["text"] for i in range(len(dataset))] == [caption(i) for i in range(11)]
 
@@ -324,7 +324,7 @@ def test_a_quotation_mark_that_swallows_rows_is_an_error_with_the_line(tmp_path,
             read(path)
     lines[61:91] = [f"{n}.jpg\tcaption {n}" for n in range(60, 90)]
     for rows_at_once in (200_000, 50):
-        monkeypatch.setattr("training.data.csv_data._ROWS_AT_ONCE", rows_at_once)
+        monkeypatch.setattr("training.data.rows.csv_file._ROWS_AT_ONCE", rows_at_once)
         path = write(tmp_path, "\n".join(lines) + "\n")
         with pytest.raises(
             ValueError, match=r"line 61: a quotation mark opens a field that ends 31 lines later, '59.jpg"

@@ -16,7 +16,7 @@ import pytest
 from data_files import data_args, jpeg, pairs, plain, tokenize, write_csv, write_tar
 from training.data import BadSample, CsvDataset, expand_urls, get_data, get_dataset_size
 from training.data.images import load_image
-from training.data.shards import read_shard, why_unusable
+from training.data.shards.samples import read_shard, why_unusable
 
 SEEDS = 15  # for each kind of file
 

@@ -26,9 +26,9 @@ from PIL import Image
 import open_clip
 from data_files import caption, data_args, epoch_numbers, jpeg, pairs, plain, tokenize, write_csv, write_tar
 from training.data import DataInfo, SkipCounter, TooManyBadSamples, expand_urls, get_data, get_dataset_size, report
-from training.data import shards as shards_module
-from training.data.archives import TarStream
-from training.data.shards import read_shard
+from training.data.shards import samples as shards_module
+from training.data.shards.samples import read_shard
+from training.data.shards.tar import TarStream
 from training.data.skips import BadSample, BadStreak, NoUsableSamples
 
 

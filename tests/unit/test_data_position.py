@@ -12,12 +12,12 @@ import torch
 
 from data_files import data_args, fake_world, jpeg, noisy, pairs, tokenize, write_csv, write_tar
 from training.data import get_data
-from training.data.reading import ReadPosition, ShardPlan, ShardRead, ShardSet
+from training.data.shards.reader import ReadPosition, ShardPlan, ShardRead, ShardSet
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("training.data.reading.BLOCK_SAMPLES", 5)
+    monkeypatch.setattr("training.data.shards.reader.BLOCK_SAMPLES", 5)
 
 
 def uneven_shards(folder: Path, shards: int = 7) -> str:
@@ -172,9 +172,9 @@ def test_all_ranks_go_on(tmp_path, monkeypatch, small_blocks):
 
 def test_a_resume_does_not_read_the_epoch(tmp_path, monkeypatch):
     """Reading starts at the offset in the tar and reads at most one block before the first sample."""
-    from training.data import archives
+    from training.data.shards import tar as archives
 
-    monkeypatch.setattr("training.data.reading.BLOCK_SAMPLES", 8)
+    monkeypatch.setattr("training.data.shards.reader.BLOCK_SAMPLES", 8)
     write_tar(tmp_path / "0.tar", pairs(range(200)))
     options = {"train_data": str(tmp_path / "0.tar"), "train_num_samples": 200}
     data = loader(monkeypatch, options)
@@ -213,7 +213,7 @@ def test_compressed_shards_and_pipes_too(tmp_path, monkeypatch, small_blocks):
 
 
 def test_memory_of_a_block_is_bounded_in_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.reading.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("training.data.shards.reader.BLOCK_BYTES", 2000)
     write_tar(tmp_path / "0.tar", pairs(range(40)))
     options = {"train_data": str(tmp_path / "0.tar"), "train_num_samples": 40}
     data = loader(monkeypatch, options)

@@ -108,7 +108,7 @@ def too_many(rank, size):
 
 def rest_of_an_uneven_epoch(rank, size):
     """Two ranks begin an epoch of shards of 3 to 9 samples; both go on with another number of workers."""
-    from training.data import reading
+    from training.data.shards import reader as reading
 
     reading.BLOCK_SAMPLES = 4
     with one_folder() as (folder, mine):

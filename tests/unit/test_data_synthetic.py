@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_files import data_args, plain, tokenize
 from training.data import get_data
-from training.data.synthetic import SyntheticDataset
+from training.data.rows.synthetic import SyntheticDataset
 
 
 def count(captions):

@@ -44,7 +44,7 @@ from training.data import (
     pytorch_worker_seed,
     tarfile_to_samples_nothrow,
 )
-from training.data.shards import read_shard
+from training.data.shards.samples import read_shard
 from training.data.skips import BAD_IN_A_ROW
 
 
@@ -132,7 +132,7 @@ def test_grouping_options():
 
 def test_names_are_split_as_webdataset_splits_them():
     webdataset = pytest.importorskip("webdataset.tariterators")
-    from training.data.shards import _base_plus_ext
+    from training.data.shards.samples import _base_plus_ext
 
     for name in ("a.jpg", "x.y/a.jpg", "./a.b.c", "noext", ".hidden", "d..e", "a.", "x.y/z", "a/b/c.tar.gz"):
         assert _base_plus_ext(name) == webdataset.base_plus_ext(name), name
@@ -645,7 +645,7 @@ def test_schemes_that_nothing_opens_are_an_error_before_the_first_step(tmp_path)
 
 
 def test_s3_is_an_error_unless_fsspec_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.remote.is_fsspec", lambda url: False)
+    monkeypatch.setattr("training.data.shards.remote.is_fsspec", lambda url: False)
     expected = r"'pipe:aws s3 cp s3://b/\{0\.\.1\}\.tar -', or install fsspec's package for s3 \(s3fs\)"
     with pytest.raises(ValueError, match=expected):
         val_data("s3://b/{0..1}.tar")

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import native_cases
 import open_clip
 import tiny_clip
-from open_clip import export
 from open_clip import model as models
+from open_clip.export import command as export
 from versions import require
 
 

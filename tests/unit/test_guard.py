@@ -1,4 +1,4 @@
-"""Tests of skipped steps (training.guard) and of the average of the weights (training.ema)."""
+"""Tests of skipped steps (training.step_guard) and of the average of the weights (training.ema)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
 from training.ema import WeightAverage
 from training.epoch import run_epoch
 from training.flat_adamw import FlatAdamW
-from training.guard import StepGuard, TooManyBadSteps
 from training.objective import ContrastiveObjective
+from training.step_guard import StepGuard, TooManyBadSteps
 from training.trainer import Trainer
 
 

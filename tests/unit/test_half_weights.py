@@ -18,7 +18,7 @@ import open_clip
 import tiny_clip
 from gloo_ranks import run_ranks
 from open_clip import device as devices
-from open_clip.blocks import LENDABLE
+from open_clip.transformer.blocks import LENDABLE
 from training import half_weights, precision
 from training.flat_tensors import FlatTensors, flatten_parameters
 from training.half_weights import HalfWeights

@@ -18,7 +18,8 @@ import hf_cases
 import native_cases
 import open_clip
 import tiny_clip
-from open_clip import checkpoint, hf_configs, hf_model
+from open_clip import hf_configs, hf_model
+from open_clip.checkpoint import fit as checkpoint
 from open_clip.hf_model import HFTextEncoder
 from training.profiler import profile_model
 from versions import require

@@ -17,9 +17,9 @@ import hf_cases
 import open_clip
 import tiny_clip
 from odd_captions import odd_captions
-from open_clip import hf_tokenizer
-from open_clip.text_cleaning import basic_clean, canonicalize_text
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
+from open_clip.tokenizer import hf as hf_tokenizer
+from open_clip.tokenizer.cleaning import basic_clean, canonicalize_text
 
 pytest.importorskip("transformers")
 

@@ -10,100 +10,28 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 
-# The levels of the import order, lowest first. A module may import modules of lower levels only, none of its own level.
-# A package in PACKAGES has one level: its modules may import each other without cycles. The levels are finer than those
-# in docs/design.md.
-LEVELS = [
-    ["open_clip.aliases", "open_clip.progress", "open_clip.text_groups", "open_clip.torch_versions"],
-    ["open_clip.device", "open_clip.utils", "open_clip.constants", "open_clip.version", "open_clip.hf_configs"],
-    ["open_clip.binary_file", "open_clip.whole_file", "open_clip.key_prefixes"],
-    ["open_clip.tensor_records"],
-    ["open_clip.zipped", "open_clip.inert_pickle"],
-    ["open_clip.torch_archive", "open_clip.safetensors_file"],
-    [
-        "open_clip.bpe",
-        "open_clip.text_cleaning",
-        "open_clip.torchscript",
-        "open_clip.npz",
-        "open_clip.image_resize",
-        "open_clip.pretrained",
-    ],
-    ["open_clip.hf_tokenizer", "open_clip.preprocess"],
-    [
-        "open_clip.config",
-        "open_clip.tokenizer",
-        "open_clip.transform",
-        "open_clip.pos_embed",
-        "open_clip.generation",
-        "open_clip.zero_shot_classifier",
-        "open_clip.zero_shot_metadata",
-    ],
-    ["open_clip.collectives"],
-    ["open_clip.pairwise"],
-    ["open_clip.loss", "open_clip.layers"],
-    ["open_clip.blocks"],
-    ["open_clip.text_transformer", "open_clip.multimodal_transformer"],
-    ["open_clip.transformer", "open_clip.modified_resnet", "open_clip.timm_model", "open_clip.hf_model"],
-    ["open_clip.towers"],
-    ["open_clip.model"],
-    ["open_clip.coca_model", "open_clip.convert", "open_clip.mismatch"],
-    ["open_clip.checkpoint", "open_clip.recipe"],
-    ["open_clip.factory", "open_clip.openai"],
-    ["open_clip.push_to_hf_hub", "open_clip.export", "open_clip.legacy"],
-    ["open_clip.convert.__main__"],
-    ["open_clip"],
-    ["training"],
-    ["training.children"],
-    ["training.flags"],
-    ["training.flag_checks"],
-    ["training.params"],
-    [
-        "training.distributed",
-        "training.precision",
-        "training.scheduler",
-        "training.metrics",
-        "training.logger",
-        "training.file_utils",
-        "training.rng",
-        "training.batches",
-        "training.ema",
-        "training.flat_tensors",
-    ],
-    ["training.flat_adamw"],
-    ["training.guard", "training.gradients", "training.signals"],
-    [
-        "training.zero_shot",
-        "training.checkpoint",
-        "training.optim",
-        "training.data",
-        "training.objective",
-        "training.build",
-        "training.flops",
-        "training.trace",
-        "training.half_weights",
-    ],
-    [
-        "training.evaluate",
-        "training.saver",
-        "training.preflight",
-        "training.run_warnings",
-        "training.progress",
-        "training.run_folder",
-        "training.trainer",
-    ],
-    ["training.epoch"],
-    ["training.loop", "training.train"],
-    ["training.main", "training.profiler", "training.doctor"],
-    ["open_clip_train"],
-]
-PACKAGES = (  # packages that have one entry in LEVELS
-    "training.data",
-    "open_clip_train",
-    "open_clip.device",
-    "open_clip.convert",
-    "open_clip.push_to_hf_hub",
-)
+MAP = Path(__file__).parents[2] / "docs/design.md"
+
+
+def read_map(text: str) -> list[list[str]]:
+    """Return the lines of the map in docs/design.md as lists of module names, lowest line first."""
+    block = text.split("```text\n")[1].split("```")[0]
+    levels: list[list[str]] = []
+    package = ""
+    for line in block.splitlines():
+        names = line.partition("#")[0].split()
+        if line.startswith(" "):
+            levels.insert(0, [f"{package}.{name.replace('/', '.')}" for name in names])
+        elif names:
+            package = names[0].rstrip("/")
+    return levels
+
+
+# The name of a distribution's top package stands above the lines of its modules.
+LEVELS = read_map(MAP.read_text(encoding="utf-8"))
 LEVEL_OF = {module: number for number, level in enumerate(LEVELS) for module in level}
+LEVEL_OF |= {"open_clip": LEVEL_OF["open_clip.push_to_hf_hub"] + 0.5, "training": LEVEL_OF["training.main"] + 0.5}
+LEVEL_OF["open_clip_train"] = LEVEL_OF["training"] + 0.5
 
 DEVICES = SOURCE / "open_clip/device"
 DEVICE_MODULES = re.compile(r"\btorch\.cuda\b|\btorch\.npu\b|\btorch_npu\b|\btorch\.xpu\b|\btorch\.mps\b")
@@ -121,12 +49,9 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def entry_of(module: str) -> str:
-    """Return the entry of LEVELS for a module: the module itself, or its package in PACKAGES."""
-    if module in LEVEL_OF:
-        return module
-    for package in PACKAGES:
-        if module == package or module.startswith(package + "."):
-            return package
+    """Return the name on the map for a module: the module itself, or the package that contains it."""
+    while module not in LEVEL_OF and "." in module:
+        module = module.rpartition(".")[0]
     return module
 
 
@@ -170,14 +95,18 @@ IMPORTS = {
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_has_a_level_and_imports_from_lower_levels(module):
+def test_a_module_is_on_the_map_and_imports_from_lower_lines(module):
     entry = entry_of(module)
-    assert entry in LEVEL_OF, f"{module} has no level. Add it to LEVELS in test_house.py, below all its importers."
+    assert entry not in ("open_clip", "training") or module == entry, f"Add {module} to the map in docs/design.md."
     for imported in sorted(IMPORTS[module]):
         other = entry_of(imported)
         if other != entry:
             is_lower = LEVEL_OF.get(other, -1) < LEVEL_OF[entry]
-            assert is_lower, f"{module} imports {imported}, which is not on a lower level."
+            assert is_lower, f"{module} imports {imported}, which is not on a lower line of the map in docs/design.md."
+
+
+def test_every_name_on_the_map_exists():
+    assert [name for level in LEVELS for name in level if name not in MODULES] == []
 
 
 def test_there_are_no_import_cycles():
@@ -257,3 +186,11 @@ def test_the_checks_detect_violations():
         assert device_modules_in(f'"""Words."""\n{wrong}'), wrong
     for right in ('"""About torch_npu."""', "x = 1  # as torch.cuda does"):
         assert not device_modules_in(right), right
+
+
+FACES = ("training.train",)  # names of open_clip 3.3 for scripts
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_nothing_imports_a_face(face):
+    assert [module for module, imported in IMPORTS.items() if face in imported] == []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from open_clip import blocks, layers
+from open_clip.transformer import blocks, layers
 
 
 def randomize(module: nn.Module) -> nn.Module:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from open_clip import loss, pairwise
-from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from open_clip import loss
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss, pairwise
 
 
 def pairs(count: int = 11, width: int = 6, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gloo_ranks import run_ranks
-from open_clip import loss, pairwise
+from open_clip import loss
+from open_clip.loss import pairwise
 
 WORLD_SIZES = (2, 3, 4)
 PAIRS, WIDTH = 5, 4

@@ -16,11 +16,11 @@ import open_clip
 from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
 from training import distributed, file_utils, loop, main, precision
-from training.checkpoint import natural_key
-from training.data import csv_data
-from training.guard import TooManyBadSteps
+from training.checkpoint.state import natural_key
+from training.data.rows import csv_file as csv_data
 from training.objective import ContrastiveObjective
 from training.params import parse_args
+from training.step_guard import TooManyBadSteps
 
 
 class Inputs(NamedTuple):

@@ -13,8 +13,8 @@ from torch import nn
 
 from open_clip import model as models
 from open_clip.config import CLIPTextCfg, CLIPVisionCfg
-from open_clip.layers import GELU, LayerNorm, LayerNormFp32, QuickGELU
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer.layers import GELU, LayerNorm, LayerNormFp32, QuickGELU
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
 TEXT = {"context_length": 6, "vocab_size": 30, "width": 16, "heads": 2, "layers": 2}

@@ -10,7 +10,8 @@ from torch import nn
 
 import open_clip
 import tower_cases as cases
-from open_clip import checkpoint, pos_embed
+from open_clip import pos_embed
+from open_clip.checkpoint import fit as checkpoint
 from open_clip.modified_resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from training import build
 

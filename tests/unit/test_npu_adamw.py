@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from open_clip.device import npu_adamw
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 

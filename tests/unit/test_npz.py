@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_clip.npz import is_npz, read_npz
+from open_clip.formats.npz import is_npz, read_npz
 
 DTYPES = ["float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"]
 

@@ -297,7 +297,7 @@ def test_help_has_every_option_with_words_and_the_facts_that_surprise(capsys):
 
 
 def test_every_option_has_help():
-    from training.flags import build_parser
+    from training.params.flags import build_parser
 
     for action in build_parser()._actions:
         assert action.help, action.option_strings

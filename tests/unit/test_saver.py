@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from training import file_utils
-from training.checkpoint import TrainState, get_latest_checkpoint, natural_key
+from training.checkpoint.saver import HostCopy, Saver
+from training.checkpoint.state import TrainState, get_latest_checkpoint, natural_key
 from training.params import CheckpointConfig
-from training.saver import HostCopy, Saver
 
 CPU = torch.device("cpu")
 

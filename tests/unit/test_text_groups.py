@@ -11,7 +11,7 @@ import hf_cases
 import open_clip
 from open_clip.hf_model import HFTextEncoder
 from open_clip.text_groups import GroupedText, group_by_length
-from open_clip.text_transformer import TextTransformer
+from open_clip.transformer.text import TextTransformer
 from training.batches import TextGrouping, to_device
 from training.objective import ContrastiveObjective
 from training.trainer import Trainer

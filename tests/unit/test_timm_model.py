@@ -15,8 +15,8 @@ from torch import nn
 import open_clip
 import tower_cases as cases
 from open_clip import config as registry
-from open_clip.layers import GELU, QuickGELU
 from open_clip.timm_model import TimmModel
+from open_clip.transformer.layers import GELU, QuickGELU
 from training import build
 from versions import is_older, require_timm_model
 

@@ -15,10 +15,10 @@ import ftfy
 import pytest
 import torch
 
-from open_clip import bpe, tokenizer
-from open_clip.bpe import bytes_to_unicode, default_bpe, get_pairs, load_merges
-from open_clip.text_cleaning import basic_clean, canonicalize_text, get_clean_fn, whitespace_clean
-from open_clip.tokenizer import SimpleTokenizer, decode, get_reduction_mask_fn, tokenize
+from open_clip import tokenizer
+from open_clip.tokenizer import SimpleTokenizer, bpe, decode, get_reduction_mask_fn, tokenize
+from open_clip.tokenizer.bpe import bytes_to_unicode, default_bpe, get_pairs, load_merges
+from open_clip.tokenizer.cleaning import basic_clean, canonicalize_text, get_clean_fn, whitespace_clean
 
 SOT, EOT = 49406, 49407
 
@@ -232,7 +232,7 @@ def test_pickles_do_not_contain_cached_properties(default):
 
 def test_import_and_construction_load_neither_ftfy_nor_regex_nor_the_vocabulary():
     code = (
-        "import sys, open_clip.tokenizer as t, open_clip.bpe as b; t.SimpleTokenizer();"
+        "import sys, open_clip.tokenizer as t, open_clip.tokenizer.bpe as b; t.SimpleTokenizer();"
         "assert not {'ftfy', 'regex', 'nltk', 'transformers'} & set(sys.modules), sys.modules.keys();"
         "assert b._read_merges.cache_info().currsize == 0"
     )

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from open_clip.checkpoint import load_state_dict
-from open_clip.torchscript import is_torchscript, read_torchscript
+from open_clip.checkpoint.fit import load_state_dict
+from open_clip.formats.torchscript import is_torchscript, read_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 

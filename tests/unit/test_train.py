@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gloo_ranks import run_ranks
 from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
-from training import rng
+from training.checkpoint import rng
 from training.data.skips import BadSample, SkipCounter
 from training.epoch import run_epoch
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective

@@ -13,16 +13,10 @@ import torch
 from torch import nn
 
 from gloo_ranks import run_ranks
-from training.checkpoint import (
-    TrainState,
-    get_latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    natural_key,
-)
+from training.checkpoint.rng import random_seed
+from training.checkpoint.saver import Saver
+from training.checkpoint.state import TrainState, get_latest_checkpoint, load_checkpoint, load_weights, natural_key
 from training.params import CheckpointConfig
-from training.rng import random_seed
-from training.saver import Saver
 
 CPU = torch.device("cpu")
 

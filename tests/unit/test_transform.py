@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 
 from odd_images import UNIT, odd_image, picture, to_levels
-from open_clip import image_resize
-from open_clip.image_resize import random_resized_crop
 from open_clip.transform import (
     AugmentationCfg,
     CenterCropOrPad,
@@ -33,6 +31,8 @@ from open_clip.transform import (
     merge_preprocess_dict,
     merge_preprocess_kwargs,
 )
+from open_clip.transform import resize as image_resize
+from open_clip.transform.resize import random_resized_crop
 
 PHOTO = Image.fromarray(picture(70, 50, 3))
 

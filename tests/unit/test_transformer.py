@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from open_clip import layers, transformer
-from open_clip.text_transformer import text_global_pool
-from open_clip.transformer import CustomTransformer, TextTransformer, Transformer, VisionTransformer
+from open_clip import transformer
+from open_clip.transformer import CustomTransformer, TextTransformer, Transformer, VisionTransformer, layers
+from open_clip.transformer.text import text_global_pool
 from open_clip.utils import feature_take_indices
 
 

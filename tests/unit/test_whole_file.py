@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from open_clip.whole_file import replacing, write_text
+from open_clip.formats.whole_file import replacing, write_text
 
 
 def test_the_new_file_appears_atomically(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import aliases
-from ..npz import read_npz
+from ..formats.npz import read_npz
 from ..pos_embed import resize_pos_embed, resize_text_pos_embed
 from .big_vision import from_big_vision, is_big_vision
 from .original import (

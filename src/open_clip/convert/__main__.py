@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 
 from .. import progress
-from ..checkpoint import PRECISIONS
+from ..checkpoint.fit import PRECISIONS
 from ..factory import create_model, get_tokenizer
 from ..push_to_hf_hub import save_for_hf
 from ..push_to_hf_hub.for_transformers import save_for_transformers

@@ -11,7 +11,7 @@ Consequences, and how this module handles them:
   again.
 * Its step count is a number, and that of torch is a tensor. Saved states have torch's form.
 * It supports float32 and float16 parameters only. Other dtypes raise.
-* It cannot skip a step on the device. training.guard waits for the decision and then does not call `step`.
+* It cannot skip a step on the device. training.step_guard waits for the decision and then does not call `step`.
 """
 
 from __future__ import annotations

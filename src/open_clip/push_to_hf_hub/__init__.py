@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from .. import aliases, progress
-from ..checkpoint import strip_prefixes
+from ..checkpoint.fit import strip_prefixes
+from ..checkpoint.mismatch import join_some
 from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
-from ..layers import QuickGELU
-from ..mismatch import join_some
+from ..formats.whole_file import replacing, write_text
 from ..model import get_model_preprocess_cfg
 from ..pretrained import has_hf_hub, hub_errors, shorten_error
 from ..recipe import apply_overrides, check_untrusted, read_recipe
-from ..whole_file import replacing, write_text
+from ..transformer.layers import QuickGELU
 from .model_card import generate_readme
 from .tokenizer_files import save_tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import strip_prefixes
+from ..checkpoint.fit import strip_prefixes
 from ..constants import TRANSFORMERS_CONFIG_NAME, TRANSFORMERS_PREPROCESSOR_NAME, TRANSFORMERS_WEIGHTS_NAMES
 from ..convert import (
     is_siglip_model_cfg,
@@ -20,8 +20,8 @@ from ..convert import (
     to_plain_layout,
     to_transformers,
 )
+from ..formats.whole_file import replacing
 from ..model import get_model_preprocess_cfg
-from ..whole_file import replacing
 from .tokenizer_files import save_tokenizer
 
 

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..text_cleaning import get_clean_fn
+from ..formats.whole_file import write_text
 from ..tokenizer import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer
-from ..whole_file import write_text
+from ..tokenizer.cleaning import get_clean_fn
 
 logger = logging.getLogger(__name__)
 

@@ -13,21 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.batches import normalization_of
-from training.data.csv_data import get_csv_dataset
 from training.data.dataset_types import dataset_type_of
-from training.data.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
 from training.data.loader import DataInfo
 from training.data.namespace import from_namespace
-from training.data.sampling import SharedEpoch
-from training.data.shard_lists import expand_urls, get_dataset_size
-from training.data.shards import (
-    filter_no_caption_or_no_image,
-    group_by_keys_nothrow,
-    log_and_continue,
-    tarfile_to_samples_nothrow,
-)
-from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report
-from training.data.stages import (
+from training.data.open_clip_stages import (
     CsvDataset,
     ResampledShards2,
     SyntheticDataset,
@@ -35,8 +24,19 @@ from training.data.stages import (
     detshuffle2,
     pytorch_worker_seed,
 )
-from training.data.synthetic import get_synthetic_dataset
-from training.data.webdataset_data import get_wds_dataset
+from training.data.rows.csv_file import get_csv_dataset
+from training.data.rows.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
+from training.data.rows.synthetic import get_synthetic_dataset
+from training.data.sampling import SharedEpoch
+from training.data.shards.dataset import get_wds_dataset
+from training.data.shards.lists import expand_urls, get_dataset_size
+from training.data.shards.samples import (
+    filter_no_caption_or_no_image,
+    group_by_keys_nothrow,
+    log_and_continue,
+    tarfile_to_samples_nothrow,
+)
+from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report
 from training.params import DataConfig
 
 __all__ = [

@@ -6,8 +6,8 @@ import logging
 import os
 
 from training.data.messages import quote, shorten
-from training.data.shard_lists import SHARD_ENDINGS, is_list
-from training.flag_checks import CSV_NAME, SHARD_NAME
+from training.data.shards.lists import SHARD_ENDINGS, is_list
+from training.params.checks import CSV_NAME, SHARD_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ that the uninterrupted run would have got, from any position in an epoch. With o
 (If an epoch of shards has more samples than a reader's part of the shards, the reader starts over and repeats samples.
 This also holds for uninterrupted runs.)
 
-This module has the interface and the position in rows; `training.data.shard_position` has the position in shards.
+This module has the interface and the position in rows; `training.data.shards.position` has the position in shards.
 """
 
 from __future__ import annotations

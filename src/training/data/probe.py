@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from training.data.loader import AFTER, Loader, SkipBadSamples
+from training.data.shards.dataset import ShardBatches
 from training.data.skips import BAD_IN_A_ROW, BadStreak, NoUsableSamples, SkipCounter
-from training.data.webdataset_data import ShardBatches
 
 SAMPLES = 4  # size of the batch
 

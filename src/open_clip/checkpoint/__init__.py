@@ -1,0 +1,1 @@
+"""Checkpoints of any format, loaded into models."""

@@ -1,0 +1,109 @@
+"""Explanations of why a checkpoint does not fit a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..config import get_model_config, list_models
+
+Facts = dict[str, Any]
+
+# (pattern of parameter names, tower, kind of that tower)
+_KINDS = (
+    (r"visual\.trunk\.", "image tower", "timm's"),
+    (r"visual\.layer1\.", "image tower", "a ResNet"),
+    (r"visual\.class_embedding$", "image tower", "a native ViT"),
+    (r"(text\.)?token_embedding\.", "text tower", "native"),
+    (r"(text\.)?transformer\.(?!resblocks\.)", "text tower", "Hugging Face's"),
+)
+_DECODER = "text_decoder."
+_BLOCKS = r"transformer\.resblocks\.(\d+)\."
+
+
+def join_some(names: Iterable[str], limit: int = 4) -> str:
+    """Join the first `limit` names, followed by the number of the others, so that the result fits a line."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def facts_of_weights(state_dict: Mapping[str, torch.Tensor]) -> Facts:
+    """Find kinds and sizes of the towers from a state dict in the layout of CLIP or CustomTextCLIP."""
+    facts: Facts = {}
+    for pattern, tower, kind in _KINDS:
+        if any(re.match(pattern, key) for key in state_dict):
+            facts[tower] = kind
+    shapes = {key.removeprefix("text."): tuple(value.shape) for key, value in state_dict.items()}
+    if "token_embedding.weight" in shapes:
+        facts["vocabulary"], facts["text width"] = shapes["token_embedding.weight"]
+        facts["text layers"] = _count(shapes, _BLOCKS)
+    if facts.get("image tower") == "a native ViT" and "visual.conv1.weight" in shapes:
+        facts["image width"], _, _, facts["patch size"] = shapes["visual.conv1.weight"]
+        facts["image layers"] = _count(shapes, rf"visual\.{_BLOCKS}")
+    if any(key.startswith(_DECODER) for key in state_dict):
+        facts["captioning decoder"] = "present"
+    return facts
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    return max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1) + 1
+
+
+def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
+    """Find the same facts from a model's configuration, with the defaults of CLIPVisionCfg and CLIPTextCfg."""
+    vision, text = cfg["vision_cfg"], cfg["text_cfg"]
+    facts: Facts = {}
+    if vision.get("timm_model_name"):
+        facts["image tower"] = "timm's"
+    elif isinstance(vision.get("layers"), (list, tuple)):
+        facts["image tower"] = "a ResNet"
+    else:
+        sizes = {"width": 768, "layers": 12, "patch_size": 16} | dict(vision)
+        facts |= {"image tower": "a native ViT", "image width": sizes["width"]}
+        facts |= {"patch size": sizes["patch_size"], "image layers": sizes["layers"]}
+    if text.get("hf_model_name"):
+        facts["text tower"] = "Hugging Face's"
+    else:
+        sizes = {"width": 512, "layers": 12, "vocab_size": 49408} | dict(text)
+        facts |= {"text tower": "native", "text width": sizes["width"]}
+        facts |= {"vocabulary": sizes["vocab_size"], "text layers": sizes["layers"]}
+    if "multimodal_cfg" in cfg:
+        facts["captioning decoder"] = "present"
+    return facts
+
+
+def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Explain how the towers of a checkpoint differ from a model's, and which architectures have such towers.
+
+    Returns:
+        The explanation; "" if no difference was found.
+    """
+    theirs, ours = facts_of_weights(state_dict), facts_of_weights(expected)
+    if not theirs.keys() & {"image tower", "text tower"}:
+        return ""
+    names = [name for name in dict.fromkeys([*theirs, *ours]) if _is_comparable(name, theirs, ours)]
+    differences = [
+        f"{name} {theirs.get(name, 'absent')} (the model's: {ours.get(name, 'absent')})"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
+    if not differences:
+        return ""
+    return f"Its towers differ: {', '.join(differences)}. {_suggest_architectures(theirs)}"
+
+
+def _is_comparable(name: str, theirs: Facts, ours: Facts) -> bool:
+    """Whether both have the fact, or its absence is a difference: the width of a missing tower is not."""
+    return name in ("image tower", "text tower", "captioning decoder") or (name in theirs and name in ours)
+
+
+def _suggest_architectures(facts: Facts) -> str:
+    configs = {name: facts_of_config(get_model_config(name) or {}) for name in list_models()}
+    fitting = [name for name, cfg in configs.items() if cfg == facts]
+    if not fitting:
+        return "Build the model with the configuration that it was trained with."
+    return f"Of the known architectures, these have such towers: {join_some(fitting, limit=6)}."

@@ -1,0 +1,7 @@
+"""`python -m open_clip.export`."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())

@@ -1,0 +1,397 @@
+"""Tokenizers, which turn captions into token ids: int64 [batch, context_length].
+
+`SimpleTokenizer` gives the ids of OpenAI's CLIP tokenizer (github.com/openai/CLIP), with open_clip's text cleaning and
+reduction masks. It caches the ids of each word as packed bytes, because captions share most of their words. A caption
+of cached words then costs one dict lookup per word and one `bytes.join`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from array import array
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, load_merges
+from .cleaning import get_clean_fn, get_words_fn
+from .hf import ids_to_list
+
+DEFAULT_CONTEXT_LENGTH = 77
+DEFAULT_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
+
+# Limits of the word cache: about 25 MB when full. Longer words rarely occur twice.
+MAX_CACHED_WORDS = 1 << 17
+MAX_CACHED_WORD_LENGTH = 64
+
+EncodeFn = Callable[[str], list[int]]
+MaskFn = Callable[..., torch.LongTensor]
+
+
+class _WordIds(dict):
+    """Cache from a word to its ids, packed as bytes. It is filled on lookup and cleared when full."""
+
+    def __init__(self, encode_word: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._encode_word = encode_word
+
+    def __missing__(self, word: str) -> bytes:
+        packed = self._encode_word(word)
+        if len(word) <= MAX_CACHED_WORD_LENGTH:
+            if len(self) >= MAX_CACHED_WORDS:
+                self.clear()
+            self[word] = packed
+        return packed
+
+
+class SimpleTokenizer:
+    """CLIP's byte-pair tokenizer.
+
+    Args:
+        bpe_path: merges file, gzipped or plain. It is read on first use, once per process.
+        additional_special_tokens: strings that are encoded as one token each. Their ids follow those of the two
+            default special tokens.
+        context_length: number of columns that `__call__` returns. None: every call must pass it.
+        clean: `lower`, `whitespace` or `canonicalize`.
+        reduction_mask: how to shorten a caption that is too long. "" keeps the first tokens, `simple` a random
+            contiguous span, `random` a random subset in the original order, `shuffle` a random subset in random order.
+            `syntax` prefers nouns, then adjectives, then verbs. The masks are from CLIPA (Li et al. 2023,
+            arXiv:2305.07017).
+
+    Raises:
+        FileNotFoundError: `bpe_path` does not exist.
+        ValueError: `clean` or `reduction_mask` is unknown.
+    """
+
+    def __init__(
+        self,
+        bpe_path: str = default_bpe(),
+        additional_special_tokens: list[str] | None = None,
+        context_length: int | None = DEFAULT_CONTEXT_LENGTH,
+        clean: str = "lower",
+        reduction_mask: str = "",
+    ) -> None:
+        self.bpe_path = str(bpe_path)
+        with open(self.bpe_path, "rb"):
+            pass  # raise for a wrong path here, not at the first caption
+        self.special_tokens = tuple(dict.fromkeys([*DEFAULT_SPECIAL_TOKENS, *(additional_special_tokens or ())]))
+        self.context_length = context_length
+        self.clean_fn = get_clean_fn(clean)
+        self.reduction_fn = get_reduction_mask_fn(reduction_mask) if reduction_mask else None
+
+    def __getstate__(self) -> dict:
+        # Do not pickle cached properties (the word cache among them): a worker process recomputes them.
+        return {name: value for name, value in vars(self).items() if not hasattr(type(self), name)}
+
+    @cached_property
+    def _table(self) -> MergeTable:
+        return load_merges(self.bpe_path)
+
+    @cached_property
+    def encoder(self) -> dict[str, int]:
+        """Map from symbol (spelled as in the merges file) or special token to id."""
+        return {symbol: i for i, symbol in enumerate([*self._table.symbols, *self.special_tokens])}
+
+    @cached_property
+    def decoder(self) -> dict[int, str]:
+        """Map from id to symbol (spelled as in the merges file) or special token."""
+        return {i: symbol for symbol, i in self.encoder.items()}
+
+    @cached_property
+    def bpe_ranks(self) -> dict[tuple[str, str], int]:
+        """Map from a pair of symbols to its rank: its position in the merges file, from 0."""
+        return {pair: rank for rank, pair in enumerate(self._table.merges)}
+
+    @cached_property
+    def byte_encoder(self) -> dict[int, str]:
+        return bytes_to_unicode()
+
+    @cached_property
+    def byte_decoder(self) -> dict[str, int]:
+        return {char: byte for byte, char in bytes_to_unicode().items()}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return len(self._table.symbols) + len(self.special_tokens)
+
+    @cached_property
+    def all_special_ids(self) -> list[int]:
+        return list(self._special_ids.values())
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.special_tokens, start=len(self._table.symbols))}
+
+    @cached_property
+    def sot_token_id(self) -> int:
+        return self.all_special_ids[0]
+
+    @cached_property
+    def eot_token_id(self) -> int:
+        return self.all_special_ids[1]
+
+    @cached_property
+    def _typecode(self) -> str:
+        """Type code of packed ids for array and NumPy: the narrowest unsigned type that holds the vocabulary."""
+        return "H" if self.vocab_size <= 1 << 16 else "I"
+
+    @cached_property
+    def _special_tokens_have_no_space(self) -> bool:
+        """Whether text can be split at white space before special tokens are searched for."""
+        return not any(re.search(r"\s", token) for token in self.special_tokens)
+
+    @cached_property
+    def _split_ascii(self) -> Callable[[str], list[str]]:
+        """Function that splits ASCII text like `pat`, with the faster `re` module."""
+        return re.compile(self._pattern("[a-z]+", "[0-9]", r"[^\sa-z0-9]+"), re.IGNORECASE | re.ASCII).findall
+
+    @cached_property
+    def pat(self) -> Any:
+        """Pattern of special tokens, contractions, runs of letters, single digits, and runs of other characters."""
+        import regex
+
+        return regex.compile(self._pattern(r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+"), regex.IGNORECASE)
+
+    @cached_property
+    def cache(self) -> dict[str, str]:
+        """Results of `bpe`, by token."""
+        return {token: token for token in self.special_tokens}
+
+    def _pattern(self, letters: str, digit: str, rest: str) -> str:
+        specials = [re.escape(token) for token in self.special_tokens]
+        return "|".join([*specials, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", letters, digit, rest])
+
+    @cached_property
+    def _letters_are_one_token(self) -> bool:
+        """Whether a word of ASCII letters is one token: no additional special token can start inside it."""
+        return len(self.special_tokens) == len(DEFAULT_SPECIAL_TOKENS)
+
+    def _word_to_ids(self, word: str) -> list[int]:
+        if self._letters_are_one_token and word.isalpha() and word.isascii():
+            return self._table.encode(word)
+        ids: list[int] = []
+        for token in self._split_ascii(word) if word.isascii() else self.pat.findall(word):
+            special = self._special_ids.get(token)
+            if special is not None:
+                ids.append(special)
+            else:
+                ids += self._table.encode(token)
+        return ids
+
+    def _pack(self, ids: list[int]) -> bytes:
+        return array(self._typecode, ids).tobytes()
+
+    @cached_property
+    def _word_ids(self) -> _WordIds:
+        return _WordIds(lambda word: self._pack(self._word_to_ids(word)))
+
+    def _encode_packed(self, text: str) -> bytes:
+        if self._special_tokens_have_no_space:
+            return b"".join(map(self._word_ids.__getitem__, get_words_fn(self.clean_fn)(text)))
+        return self._pack(self._word_to_ids(self.clean_fn(text)))
+
+    def encode(self, text: str) -> list[int]:
+        """Clean and encode a caption. The ids do not include start and end of text."""
+        return np.frombuffer(self._encode_packed(text), self._typecode).tolist()
+
+    def bpe(self, token: str) -> str:
+        """Split a token, spelled in the characters of `bytes_to_unicode`, into symbols joined by spaces."""
+        if token not in self.cache:
+            text = bytes(self.byte_decoder[char] for char in token)
+            self.cache[token] = " ".join(self._table.symbols[i] for i in self._table.merge(text))
+        return self.cache[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Decode ids (ints, 0-d tensors, or one tensor [length]) to text, with a space after each word.
+
+        Bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        ids = ids_to_list(tokens)
+        try:
+            return b"".join(map(self._id_to_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
+        except (KeyError, TypeError):
+            unknown = next(i for i in ids if not isinstance(i, int) or i not in self._id_to_bytes)
+            raise ValueError(
+                f"{unknown!r} is not an id of this vocabulary. Ids are ints from 0 to {self.vocab_size - 1}."
+            ) from None
+
+    @cached_property
+    def _id_to_bytes(self) -> dict[int, bytes]:
+        table = {}
+        for i, symbol in enumerate(self._table.symbols):
+            text = bytes(self.byte_decoder[char] for char in symbol.removesuffix(WORD_END))
+            table[i] = text + b" " if symbol.endswith(WORD_END) else text
+        return table | {i: token.encode() for token, i in self._special_ids.items()}
+
+    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
+        """Tokenize captions: start of text, ids, end of text, padding with 0.
+
+        A caption that is too long is truncated (or reduced, see `reduction_mask`); its last id is end of text.
+
+        Args:
+            texts: one caption or several.
+            context_length: number of columns; the tokenizer's `context_length` by default.
+
+        Returns:
+            int64 [batch, context_length].
+
+        Raises:
+            ValueError: neither the call nor the tokenizer has a context length, or it is negative.
+            TypeError: a caption is not a str.
+        """
+        context_length = _check_context_length(context_length or self.context_length)
+        texts = [texts] if isinstance(texts, str) else texts
+        if self.reduction_fn is not None:
+            return self.reduction_fn(
+                texts,
+                context_length=context_length,
+                sot_token_id=self.sot_token_id,
+                eot_token_id=self.eot_token_id,
+                encode_fn=self.encode,
+            )
+        start, end = self._pack([self.sot_token_id]), self._pack([self.eot_token_id])
+        row_bytes = context_length * len(end)
+        # Keep one column for end of text; with a context length of 1, only end of text is left.
+        max_bytes, encode = row_bytes - len(end), self._encode_packed
+        rows = [((start + encode(text))[:max_bytes] + end).ljust(row_bytes, b"\0") for text in texts]
+        return _to_tensor(np.frombuffer(b"".join(rows), self._typecode), context_length)
+
+
+def _check_context_length(context_length: int | None) -> int:
+    if not context_length or context_length < 0:
+        raise ValueError(
+            f"context_length={context_length!r} is not a positive number of tokens. "
+            "Pass context_length to the tokenizer or to the call."
+        )
+    return context_length
+
+
+def _to_tensor(ids: np.ndarray, context_length: int) -> torch.LongTensor:
+    return torch.from_numpy(ids.astype(np.int64).reshape(-1, context_length))  # type: ignore[return-value]
+
+
+def _fill_rows(rows: list[list[int]], context_length: int, sot_token_id: int, eot_token_id: int) -> torch.LongTensor:
+    """Write rows of start, ids, end and zeros into int64 [batch, context_length]; truncate long rows before the end."""
+    filled = np.zeros((len(rows), context_length), np.int64)
+    for filled_row, ids in zip(filled, rows, strict=True):
+        row = [*[sot_token_id, *ids][: context_length - 1], eot_token_id]
+        filled_row[: len(row)] = row
+    return _to_tensor(filled, context_length)
+
+
+def _encode_all(texts: str | Iterable[str], encode_fn: EncodeFn) -> list[list[int]]:
+    return [encode_fn(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+
+def simple_mask_tokenize(
+    texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
+) -> torch.LongTensor:
+    """Tokenize; a caption that is too long keeps a random span of `context_length - 2` tokens.
+
+    The start of the span is drawn from Python's `random`.
+    """
+    keep = max(_check_context_length(context_length) - 2, 0)
+    rows = _encode_all(texts, encode_fn)
+    for i, ids in enumerate(rows):
+        if len(ids) > keep:
+            start = random.randint(0, len(ids) - keep)
+            rows[i] = ids[start : start + keep]
+    return _fill_rows(rows, context_length, sot_token_id, eot_token_id)
+
+
+def random_mask_tokenize(
+    texts: str | Iterable[str],
+    context_length: int,
+    sot_token_id: int,
+    eot_token_id: int,
+    encode_fn: EncodeFn,
+    shuffle: bool = False,
+) -> torch.LongTensor:
+    """Tokenize; a caption that is too long keeps a random subset of `context_length - 2` tokens.
+
+    The subset is drawn without replacement from torch's CPU generator. It keeps the caption's order; with `shuffle`, it
+    keeps the order in which it was drawn.
+    """
+    keep = max(_check_context_length(context_length) - 2, 0)
+    rows = _encode_all(texts, encode_fn)
+    for i, ids in enumerate(rows):
+        if len(ids) > keep:
+            drawn = torch.randperm(len(ids))[:keep].tolist()
+            rows[i] = [ids[k] for k in (drawn if shuffle else sorted(drawn))]
+    return _fill_rows(rows, context_length, sot_token_id, eot_token_id)
+
+
+def syntax_mask_tokenize(
+    texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
+) -> torch.LongTensor:
+    """Tokenize; keep `context_length - 2` words, preferring nouns, then adjectives, then verbs.
+
+    The words keep the caption's order. Their tokens are truncated if they still do not fit.
+
+    Raises:
+        RuntimeError: nltk or its data, which tag the words, are missing.
+    """
+    keep = max(_check_context_length(context_length) - 2, 0)
+    rows = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        tagged = _tag_words(text)
+        by_rank = sorted(range(len(tagged)), key=lambda k: _TAG_RANK.get(tagged[k][1][:2], len(_TAG_RANK)))
+        rows.append(encode_fn(" ".join(tagged[k][0] for k in sorted(by_rank[:keep]))))
+    return _fill_rows(rows, context_length, sot_token_id, eot_token_id)
+
+
+_TAG_RANK = {"NN": 0, "JJ": 1, "VB": 2}  # first two letters of the Penn Treebank tag
+
+
+def _tag_words(text: str) -> list[tuple[str, str]]:
+    """Return (word, Penn Treebank tag) for each word of a caption."""
+    try:
+        import nltk
+    except ImportError as error:
+        raise RuntimeError("reduction_mask='syntax' needs the package nltk. Install it: pip install nltk.") from error
+    try:
+        return nltk.pos_tag(nltk.word_tokenize(text))
+    except LookupError as error:
+        raise RuntimeError(
+            "reduction_mask='syntax' needs nltk's data, which are not installed. Download them: "
+            "python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger averaged_perceptron_tagger_eng"
+        ) from error
+
+
+_MASK_FNS: dict[str, MaskFn] = {
+    "simple": simple_mask_tokenize,
+    "random": random_mask_tokenize,
+    "shuffle": partial(random_mask_tokenize, shuffle=True),
+    "syntax": syntax_mask_tokenize,
+}
+
+
+def get_reduction_mask_fn(type: str) -> MaskFn:
+    """Return the reduction mask named `type`: `simple`, `random`, `shuffle` or `syntax`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if type not in _MASK_FNS:
+        raise ValueError(f"reduction_mask={type!r} is unknown. Choose from {', '.join(_MASK_FNS)}, or '' for none.")
+    return _MASK_FNS[type]
+
+
+_tokenizer = SimpleTokenizer()
+
+
+def decode(output_ids: torch.Tensor) -> str:
+    """Decode ids, int64 [length], with the default tokenizer."""
+    return _tokenizer.decode(output_ids)
+
+
+def tokenize(texts: str | Iterable[str], context_length: int = DEFAULT_CONTEXT_LENGTH) -> torch.LongTensor:
+    """Tokenize with the default tokenizer, see `SimpleTokenizer.__call__`. Returns int64 [batch, context_length]."""
+    return _tokenizer(texts, context_length=context_length)

@@ -1,0 +1,190 @@
+"""A torchvision `Compose` that runs its first steps as one faster function, unless a program has changed them.
+
+Importing this module imports torchvision.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from .resize import to_resizable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class MaybeToTensor(ToTensor):
+    """Convert a PIL image or array to a float tensor [C, H, W] with values from 0 to 1. Return a tensor unchanged."""
+
+    def __call__(self, pic: Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+        return pic if isinstance(pic, torch.Tensor) else super().__call__(pic)
+
+
+class Preprocess(Compose):
+    """The steps that convert an image to a normalized tensor, as a list that may be read and edited.
+
+    For PIL images, `fast` replaces the first steps. Its pixels differ from theirs by at most 1 of 255. If a program
+    changes these steps or their attributes, each step of the list is called, as in torchvision.
+
+    Args:
+        steps: all steps.
+        fast: maps a PIL image as the first `num_fast` steps do. None if there is no faster function.
+        num_fast: number of steps that `fast` replaces.
+        before: applied to PIL images before the first step.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Callable],
+        fast: Callable[[Image], Image] | None = None,
+        num_fast: int = 0,
+        before: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(list(steps))
+        self._first = steps[0]
+        self._fast = fast
+        self._built = [(step, _copy_attributes(step)) for step in steps]
+        self._num_fast = num_fast
+        self._before = before
+
+    def __call__(self, img: Any) -> torch.Tensor:
+        """Preprocess a PIL image, an array (uint8 [H, W], or [H, W, C] with 1, 3 or 4 channels) or a float tensor.
+
+        Raises:
+            TypeError: `img` is something else.
+        """
+        return self._apply(img, self.transforms)
+
+    def without_normalization(self) -> PixelPreprocess | None:
+        """Return the steps before ToTensor and Normalize, or None unless the unchanged list ends in these two."""
+        is_unchanged = len(self.transforms) == len(self._built) and self._is_unchanged(len(self._built))
+        if not is_unchanged or len(self.transforms) < 3:
+            return None
+        to_tensor, normalize = self.transforms[-2:]
+        if not isinstance(to_tensor, ToTensor) or type(normalize) is not Normalize:
+            return None
+        return PixelPreprocess(self, [float(x) for x in normalize.mean], [float(x) for x in normalize.std])
+
+    def _apply(self, img: Any, steps: list[Callable]) -> Any:
+        """Apply `steps`, which are the first ones of the list or all of it."""
+        if not steps or steps[0] is not self._first:
+            # A first step that a program added may take any type.
+            for step in steps:
+                img = step(img)
+            return img
+        if not isinstance(img, torch.Tensor):
+            img = to_resizable(to_image(img))
+            if self._before is not None:
+                img = self._before(img)
+            if self._fast is not None and self._is_unchanged(self._num_fast):
+                img = self._fast(img)
+                steps = steps[self._num_fast :]
+        for step in steps:
+            img = step(img)
+        return img
+
+    def _is_unchanged(self, num_steps: int) -> bool:
+        """Return whether the first `num_steps` steps are the original ones, with their original attributes."""
+        if len(self.transforms) < num_steps:
+            return False
+        return all(
+            step is built and _has_attributes(step, attributes)
+            for step, (built, attributes) in zip(self.transforms[:num_steps], self._built, strict=False)
+        )
+
+    def __repr__(self) -> str:
+        return repr(Compose(self.transforms))
+
+
+class PixelPreprocess:
+    """The steps of a `Preprocess` without its last two, from an image to uint8 pixels.
+
+    `normalization` is the (mean, std) of the missing steps, which compute `(pixels / 255 - mean) / std`. The device
+    does this for a whole batch. Copying uint8 pixels to it takes a quarter of the bytes.
+
+    Args:
+        preprocess: ends in ToTensor and Normalize.
+        mean, std: of Normalize, by channel.
+    """
+
+    def __init__(self, preprocess: Preprocess, mean: list[float], std: list[float]) -> None:
+        self.preprocess = preprocess
+        self.normalization = (mean, std)
+
+    def __call__(self, img: Image) -> torch.Tensor:
+        """Return uint8 [channels, height, width] of a PIL image."""
+        image = self.preprocess._apply(img, self.preprocess.transforms[:-2])
+        # numpy transposes the channels in half the time of torch's contiguous().
+        return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.preprocess!r})"
+
+
+def _copy_attributes(step: Callable) -> dict[str, Any]:
+    """Copy a step's attributes, hooks included, and those of modules in it."""
+    return {
+        name: (value, _copy_attributes(value)) if isinstance(value, nn.Module) else copy.copy(value)
+        for name, value in vars(step).items()
+        if name != "training"
+    }
+
+
+def _has_attributes(step: Callable, attributes: dict[str, Any]) -> bool:
+    current = vars(step)
+    if len(current) - ("training" in current) != len(attributes):
+        return False
+    for name, value in attributes.items():
+        found = current.get(name)
+        if isinstance(found, nn.Module):
+            if not isinstance(value, tuple) or found is not value[0] or not _has_attributes(found, value[1]):
+                return False
+        elif found is not value and not _are_equal(found, value):
+            return False
+    return True
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    # Types first: comparing an array with a number would give an array.
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        return a.shape == b.shape and bool((a == b).all())
+    return bool(a == b)
+
+
+def to_image(value: Any) -> Image:
+    """Return a PIL image for a PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    Raises:
+        TypeError: `value` is something else.
+    """
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, np.ndarray):
+        grayscale = value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value
+        is_image = grayscale.ndim == 2 or (grayscale.ndim == 3 and grayscale.shape[-1] in (3, 4))
+        if value.dtype == np.uint8 and is_image and value.size:
+            return Image.fromarray(grayscale)
+        raise TypeError(
+            f"An image array must be uint8 of shape [height, width] or [height, width, 1, 3 or 4], got {value.dtype} "
+            f"of shape {list(value.shape)}. Pass float images as tensors [3, height, width] with values from 0 to 1."
+        )
+    raise TypeError(f"preprocess takes a PIL image, a uint8 array or a float tensor, got {_describe(value)}.")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+        return f"the path {str(value)[:100]!r}: open it with PIL.Image.open"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}: call it once per image and use torch.stack"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,43 @@
+"""The native transformers: image tower, text tower, decoder, and the blocks and layers they are made of."""
+
+from __future__ import annotations
+
+from .. import aliases
+from .blocks import CustomResidualAttentionBlock, CustomTransformer, ResidualAttentionBlock, Transformer
+from .decoder import MultimodalTransformer
+from .layers import (
+    GELU,
+    Attention,
+    AttentionalPooler,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    MultiheadAttention,
+    PatchDropout,
+    QuickGELU,
+)
+from .text import TextTransformer, lock_text_tower, text_global_pool
+from .vision import VisionTransformer
+
+__getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
+
+__all__ = [
+    "GELU",
+    "Attention",
+    "AttentionalPooler",
+    "CustomResidualAttentionBlock",
+    "CustomTransformer",
+    "LayerNorm",
+    "LayerNormFp32",
+    "LayerScale",
+    "MultiheadAttention",
+    "MultimodalTransformer",
+    "PatchDropout",
+    "QuickGELU",
+    "ResidualAttentionBlock",
+    "TextTransformer",
+    "Transformer",
+    "VisionTransformer",
+    "lock_text_tower",
+    "text_global_pool",
+]

@@ -1,0 +1,1 @@
+"""Data sets whose samples have an index: CSV files, folders of labelled images, generated pairs."""

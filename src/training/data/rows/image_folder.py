@@ -1,0 +1,202 @@
+"""Folders with one folder per class (ROOT/CLASS/.../IMAGE), for zero-shot evaluation and for training with captions."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from open_clip import progress
+from training.data.images import load_image
+from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.messages import quote, shorten
+from training.data.namespace import FOLDER, LABELLED, takes_namespace
+from training.data.rows.string_table import StringTable
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+CAPTION = "a photo of a {}."
+
+_IMAGENET_TRAIN_IMAGES = 50  # per class
+_MAX_DIGITS = 6  # of a class folder's number, because the list of classes is as long as the largest number
+# The folders that the archives of ImageNet-V2 (https://imagenetv2.org) contain.
+_IMAGENET_V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
+
+
+class ImageFolder(Dataset):
+    """Images in one folder per class. The labels are the positions of the class folders in sorted order.
+
+    Classes, order and labels are those of torchvision's ImageFolder, but an empty class folder keeps its label (with a
+    warning), and paths are stored compactly. `dataset[i]` is {"image": transformed, "label": int, "key": path}, or with
+    `caption` {"image", "text", "key"}. "text" is int64 [L] if there is a tokenizer, otherwise str.
+
+    Args:
+        root: the folder.
+        transform: PIL image -> tensor.
+        caption: template for the class name, such as "a photo of a {}.".
+        tokenizer: list of captions -> int64 [B, L].
+        numbered: whether class folders are named by their labels, as in ImageNet-V2.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no class folders or no images, or with `numbered` a name is not a number.
+        BadSample: from `dataset[i]`, the image cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        transform: Callable[[Any], Any] | None = None,
+        *,
+        caption: str | None = None,
+        tokenizer: Callable[[list[str]], Any] | None = None,
+        numbered: bool = False,
+    ) -> None:
+        self.root = Path(root)
+        self.transform = transform
+        self.caption = caption
+        self.tokenizer = tokenizer
+        self.classes = _class_names(self.root, numbered)
+        per_class = []
+        with progress.Task(f"Listing the images in {self.root}", len(self.classes), "classes") as task:
+            for name in self.classes:
+                per_class.append(_list_images(self.root / name))
+                task.advance()
+        self.paths = StringTable(path for paths in per_class for path in paths)
+        counts = torch.tensor([len(paths) for paths in per_class])
+        self.labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        if not len(self.paths):
+            endings = ", ".join(EXTENSIONS)
+            raise ValueError(f"{shorten(self.root)}: no images in its class folders. Images end in {endings}.")
+        if not counts.all():
+            empty = [name for name, paths in zip(self.classes, per_class, strict=True) if not paths]
+            logger.warning(
+                "%s: %d class folders have no images, first %s.", shorten(self.root), len(empty), quote(empty[0])
+            )
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @property
+    def targets(self) -> list[int]:
+        return self.labels.tolist()
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        return list(zip(self.paths, self.targets, strict=True))  # type: ignore[call-overload]
+
+    imgs = samples
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        label = int(self.labels[index])
+        image = load_image(path, self.transform, path)
+        if self.caption is None:
+            return {"image": image, "label": label, "key": path}
+        text = self.caption.format(self.classes[label].replace("_", " "))
+        text = text if self.tokenizer is None else self.tokenizer([text])[0]
+        return {"image": image, "text": text, "key": path}
+
+
+def _class_names(root: Path, numbered: bool) -> list[str]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{shorten(root)}: no such folder (looked for {shorten(root.absolute())}).")
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not names:
+        raise ValueError(f"{shorten(root)} has no folders: it needs one for each class, with the images inside.")
+    if not numbered:
+        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+            logger.warning(
+                "%s: class folders are sorted as text, so the labels 0, 1, 2, ... are the folders %s, ...",
+                shorten(root), ", ".join(map(shorten, names[:3])),
+            )  # fmt: skip
+        return names
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"{shorten(root)}: class folders must be named 0, 1, 2, ..., and one is {quote(names[-1])}.")
+    if max(map(len, names)) > _MAX_DIGITS:
+        raise ValueError(f"{shorten(root)}: {quote(max(names, key=len))} is too large for the number of a class.")
+    by_label = {int(name): name for name in names}
+    return [by_label.get(label, str(label)) for label in range(max(by_label) + 1)]
+
+
+def _list_images(folder: Path) -> list[str]:
+    return [
+        os.path.join(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(EXTENSIONS)
+    ]
+
+
+@takes_namespace(FOLDER)
+def get_imagefolder_dataset(
+    args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
+) -> DataInfo:
+    """Return the loader of `args.train_data` or `args.val_data`, a folder of classes. Captions follow CAPTION."""
+    root = args.train_data if is_train else args.val_data
+    if not root:
+        raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")
+    tokenizer_per_sample = tokenizer if tokenizes_randomly(tokenizer) else None
+    dataset = ImageFolder(root, preprocess_fn, caption=CAPTION, tokenizer=tokenizer_per_sample)
+    source, classes = shorten(root), dataset.classes
+    return map_loader(
+        dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, classes=classes
+    )
+
+
+@takes_namespace(LABELLED)
+def get_labelled_folder(
+    args: Any, preprocess_fn: Callable[[Any], Any], root: str | os.PathLike[str], numbered: bool = False
+) -> DataInfo:
+    """Return an evaluation loader of {"image", "label"} for a folder of classes, named in `dataloader.classes`."""
+    dataset = ImageFolder(root, preprocess_fn, numbered=numbered)
+    return map_loader(dataset, args, is_train=False, source=shorten(root), classes=dataset.classes)
+
+
+@takes_namespace(LABELLED)
+def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], split: str) -> DataInfo:
+    """Return the loader of a labeled split of ImageNet, for evaluation.
+
+    Args:
+        args: params.DataConfig, or a flat namespace, with the folder as imagenet_train, imagenet_val or imagenet_v2.
+            The first two have one folder per class. The third is the folder in ImageNet-V2's archive, or its parent.
+        preprocess_fns: (train, val), PIL image -> tensor.
+        split: "val" and "v2" give all images in order, "train" at most 50 random images of each class, shuffled.
+    """
+    if split not in ("train", "val", "v2"):
+        raise ValueError(f"No ImageNet split {split!r}: there are 'train', 'val' and 'v2'.")
+    root = getattr(args, f"imagenet_{split}", None)
+    if not root:
+        raise ValueError(f"The folder of ImageNet's {split} split is not given. Set imagenet_{split}.")
+    if split == "v2":
+        inside = [Path(root, name) for name in _IMAGENET_V2_FOLDERS if Path(root, name).is_dir()]
+        root = inside[0] if inside else root
+    if split == "train":
+        folder = ImageFolder(root, preprocess_fns[0])
+        chosen = _choose_per_class(folder.labels, _IMAGENET_TRAIN_IMAGES, getattr(args, "seed", 0))
+        return map_loader(Subset(folder, chosen), args, is_train=False, source=shorten(root), classes=folder.classes)
+    return get_labelled_folder(args, preprocess_fns[1], root, numbered=split == "v2")
+
+
+def _choose_per_class(labels: torch.Tensor, count: int, seed: int) -> list[int]:
+    """Return the indices of at most `count` images of each class, in random order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    seen: Counter[int] = Counter()
+    chosen = []
+    for index in order.tolist():
+        label = int(labels[index])
+        seen[label] += 1
+        if seen[label] <= count:
+            chosen.append(index)
+    return chosen

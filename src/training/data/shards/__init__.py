@@ -1,0 +1,1 @@
+"""Data sets of tar files in the format of webdataset."""

@@ -1,0 +1,243 @@
+"""Image-caption pairs from webdataset shards.
+
+The workers of all ranks are the readers. Reader i of N reads the shards i, i + N, ... of the epoch's order. If there
+are fewer shards than readers, every reader reads all of them and takes every N-th sample. The samples of a reader are a
+function of (seed, epoch, reader, N): see `reader`. Every batch contains the read position after it: see `position`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from training import distributed
+from training.data.images import load_image
+from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
+from training.data.messages import quote, shorten
+from training.data.namespace import SHARDS, takes_namespace
+from training.data.sampling import SharedEpoch, sample_rng
+from training.data.shards.lists import expand_urls, get_dataset_size, shard_sizes
+from training.data.shards.position import ReaderLayout, ResumeRequest, ShardPosition, ShardState
+from training.data.shards.reader import ReadPosition, ShardPlan, ShardReader, ShardSet
+from training.data.shards.remote import check_schemes, is_local
+from training.data.shards.samples import CAPTION_KEY, IMAGE_KEYS, Sample
+from training.data.skips import BadSample, SkipCounter
+
+
+class ShardBatch(NamedTuple):
+    """Samples, and the position after them: (worker, *ReadPosition)."""
+
+    samples: list[Sample]
+    after: tuple[int, ...]
+
+
+class ShardBatches(IterableDataset):
+    """The batches of this rank's readers. In training, the layout gives their number, and the data repeat if necessary.
+
+    The random numbers of a sample depend on (seed, epoch, shard, key, read_id) only. Bad samples and shards are counted
+    and dropped.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        layout: ReaderLayout,
+        *,
+        transform: Callable[[Any], Any] | None,
+        tokenizer: Callable[[list[str]], Any] | None,
+        shared_epoch: SharedEpoch,
+        resume: ResumeRequest,
+        source: str,
+        skipped: SkipCounter,
+    ) -> None:
+        super().__init__()
+        self.shards = shards
+        self.layout = layout
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.shared_epoch = shared_epoch
+        self.resume = resume
+        self.source = source
+        self.skipped = skipped
+
+    def __iter__(self) -> Iterator[ShardBatch]:
+        info = get_worker_info()
+        epoch = self.shared_epoch.get_value()
+        state = self.resume.pending_state() or ShardState.at_start(epoch, self.layout)
+        # torch takes batches from the workers in turn, starting with worker 0: it must make the next batch
+        worker = (state.next_worker + (0 if info is None else info.id)) % self.layout.workers
+        samples = self._encoded_samples(state, worker)
+        batches = self._batches(self._decoded_samples(samples, epoch), worker)
+        return itertools.islice(batches, state.remaining_batches(worker) if self.shards.endless else None)
+
+    def _encoded_samples(self, state: ShardState, worker: int) -> Iterator[tuple[Sample, ReadPosition]]:
+        reader, readers = self.layout.reader(worker), self.layout.readers
+        order_key: tuple[object, ...] = (self.shards.seed, state.epoch)
+        if self.shards.resampled:  # two readers may draw the same shard
+            order_key += (reader, readers, state.draw_key)
+        get_plan: Callable[[int], ShardPlan | None]
+        if state.plans is None:
+            get_plan = functools.partial(self._regular_plan, state, reader, readers)
+            give_up_after = readers if self.shards.endless else None
+        else:
+            get_plan, give_up_after = dict(enumerate(state.plans[worker])).get, None
+        shard_reader = ShardReader(self.shards, get_plan, order_key, self.source, self.skipped)
+        return shard_reader.samples(state.positions[worker], give_up_after)
+
+    def _regular_plan(self, state: ShardState, reader: int, readers: int, number: int) -> ShardPlan | None:
+        return self.shards.plan(state.epoch, number, reader, readers, state.draw_key)
+
+    def _batches(self, samples: Iterator[tuple[Sample, ReadPosition]], worker: int) -> Iterator[ShardBatch]:
+        while batch := list(itertools.islice(samples, self.layout.batch_size)):
+            # training needs full batches, because the loss compares those of all ranks
+            if len(batch) == self.layout.batch_size or not self.shards.endless:
+                yield ShardBatch([sample for sample, _ in batch], (worker, *batch[-1][1]))
+
+    def _decoded_samples(
+        self, encoded: Iterator[tuple[Sample, ReadPosition]], epoch: int
+    ) -> Iterator[tuple[Sample, ReadPosition]]:
+        streak = self.shards.bad_streak(self.source)
+        for sample, after in encoded:
+            name = f"{sample['__url__']}/{sample['__key__']}"
+            try:
+                with sample_rng(self.shards.seed, epoch, name, sample["__read_id__"]):
+                    decoded = self._decode(sample, name)
+            except BadSample as bad:
+                self.skipped.add_bad(bad, sample["__shard__"])
+                streak.add_bad(bad, sample["__shard__"])
+                continue
+            streak.add_good()
+            self.skipped.add_good()
+            yield decoded, after
+
+    def _decode(self, sample: Sample, name: str) -> Sample:
+        try:
+            caption = sample[CAPTION_KEY].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample("corrupt_caption", name, f"the caption is not UTF-8 ({error.reason})") from error
+        key = next(key for key in IMAGE_KEYS if key in sample)
+        image = load_image(sample[key], self.transform, f"{name}.{key}")
+        text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
+        decoded = {"image": image, "text": text, "key": name}
+        if not self.shards.endless:  # in evaluation, equal images are one image with several captions
+            decoded["image_id"] = int.from_bytes(hashlib.blake2b(sample[key], digest_size=8).digest(), "big") >> 1
+        return decoded
+
+
+class _ShardCollate(Collate):
+    """Joins the samples of a ShardBatch. `Loader` removes the position from the batch."""
+
+    def __call__(self, batch: Any) -> dict[str, Any] | None:
+        collated = super().__call__(batch.samples)
+        return None if collated is None else {**collated, AFTER: batch.after}
+
+
+@takes_namespace(SHARDS)
+def get_wds_dataset(
+    args: Any,
+    preprocess_img: Callable[[Any], Any],
+    is_train: bool,
+    epoch: int = 0,
+    floor: bool = False,
+    tokenizer: Any = None,
+) -> DataInfo:
+    """Return the loader of webdataset shards, `args.train_data` or `args.val_data`.
+
+    In training, an epoch has --train-num-samples samples (by default the number in sizes.json or `__len__`), rounded to
+    the same number of full batches for every worker of every rank. In evaluation, every sample is read once.
+
+    Args:
+        args: params.DataConfig, or a flat namespace.
+        preprocess_img: PIL image -> tensor.
+        is_train: whether the loader is for training.
+        epoch: the first epoch.
+        floor: round the number of samples down instead of up.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
+
+    Raises:
+        FileNotFoundError: all shards are local files, and none of them exists.
+        ValueError: there are no shards, their number of samples is unknown in training, or less than a batch.
+    """
+    source = args.train_data if is_train else args.val_data
+    if not source:
+        raise ValueError(f"No shards: {'--train-data' if is_train else '--val-data'} is not given.")
+    factors = getattr(args, "train_data_upsampling_factors", None) if is_train else None
+    resampled = is_train and getattr(args, "dataset_resampled", False)
+    if factors is not None and not resampled:
+        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
+    urls, weights = expand_urls(source, factors)
+    _check_present(urls, str(source))
+    world = distributed.world()
+    num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
+    seed = getattr(args, "seed", 0)
+    shards = ShardSet(urls, seed, is_train, resampled, weights, shard_sizes(urls), single_rank=not world.distributed)
+    layout = ReaderLayout(world.rank, world.world_size, max(1, args.workers), args.batch_size, num_batches)
+    source = shorten(source)  # for messages
+    skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
+    shared_epoch, resume = SharedEpoch(epoch), ResumeRequest()
+    dataset = ShardBatches(
+        shards,
+        layout,
+        transform=preprocess_img,
+        tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
+        shared_epoch=shared_epoch,
+        resume=resume,
+        source=source,
+        skipped=skipped,
+    )
+    loader = Loader(
+        dataset,
+        source=source,
+        workers=args.workers,
+        seed=seed,
+        num_samples=num_samples,
+        num_batches=num_batches,
+        skipped=skipped,
+        collate=_ShardCollate(tokenizer),
+        position=ShardPosition(shards, layout, shared_epoch, resume, source) if is_train else None,
+    )
+    return DataInfo(loader, shared_epoch=shared_epoch, skipped=skipped)
+
+
+def _epoch_size(
+    args: Any, urls: list[str], source: str, is_train: bool, resampled: bool, floor: bool
+) -> tuple[int, int]:
+    """Return (batches per rank, samples over all ranks). In evaluation, both are 0 if unknown."""
+    workers, global_batch = max(1, args.workers), args.batch_size * distributed.world().world_size
+    num_samples = args.train_num_samples if is_train else args.val_num_samples
+    if num_samples is None:
+        num_samples = get_dataset_size(urls)[0]
+    if not is_train:
+        return math.ceil((num_samples or 0) / global_batch), num_samples or 0
+    if num_samples is None:
+        raise ValueError(
+            f"The number of samples in {shorten(source)} is unknown: give --train-num-samples, or put a sizes.json "
+            '({"00000.tar": 1000, ...}), img2dataset\'s _stats.json of every shard, or a file __len__ with the total '
+            "number next to the shards."
+        )
+    if not resampled:
+        check_one_batch(num_samples, args.batch_size, distributed.world().world_size, shorten(source))
+    whole = math.floor if floor else math.ceil
+    batches = whole(num_samples / global_batch)
+    per_worker = whole(batches / workers)
+    if per_worker == 0:
+        raise ValueError(f"{shorten(source)} has {batches} batches per epoch, and --workers is {workers}. Use fewer.")
+    return per_worker * workers, per_worker * workers * global_batch
+
+
+def _check_present(urls: list[str], source: str) -> None:
+    if not urls:
+        raise ValueError(f"{quote(source)} names no shards.")
+    check_schemes(urls, source)
+    if all(is_local(url) for url in urls) and not any(os.path.exists(url) for url in urls):
+        first = shorten(os.path.abspath(urls[0]))
+        raise FileNotFoundError(
+            f"None of the {len(urls)} shards of {shorten(source)} exists; the first should be {first}."
+        )

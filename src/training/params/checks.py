@@ -1,0 +1,306 @@
+"""Checks of the training command's options: invalid options (`validate`) and useless ones (`without_effect`)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from training.params.flags import (
+    FP32_MATMULS,
+    FUSED_OPTIMIZERS,
+    LOSS_DIST_IMPLS,
+    LR_SCHEDULERS,
+    ON_SAVE_FAILURE,
+    PRECISIONS,
+    PROFILE_LEVELS,
+)
+
+REPORTERS = ("tensorboard", "wandb", "all")
+# File names whose extension determines the type of the data.
+CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
+SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
+
+_REFUSED = {
+    "horovod": "Horovod is not supported. Start the same command with `torchrun --nproc_per_node N -m training.main`.",
+    "trace": "A traced model cannot be trained. Train without --trace and call `open_clip.trace_model(model)` on the "
+    "result.",
+    "use_bnb_linear": "The int8 layers of bitsandbytes are not supported. To save memory use --precision amp_bf16 or "
+    "bf16, and --grad-checkpointing.",
+}
+
+_AT_LEAST_ONE = (
+    *("batch_size", "accum_freq", "log_every_n_steps", "train_num_samples", "val_num_samples"),
+    *("force_context_length", "remote_sync_frequency", "keep_last"),
+)
+_AT_LEAST_ZERO = (
+    *("workers", "seed", "epochs", "epochs_cooldown", "warmup", "save_frequency", "val_frequency"),
+    *("save_every_n_steps", "max_bad_steps", "text_groups"),
+    *("zeroshot_frequency", "lock_image_unlocked_groups", "lock_text_unlocked_layers"),
+    *("lr", "wd", "lr_cooldown_end", "lr_cooldown_power", "coca_caption_loss_weight", "coca_contrastive_loss_weight"),
+)
+_POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
+_FRACTIONS = ("max_bad_fraction",)
+_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "ema_decay")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "precision": PRECISIONS,
+    "fp32_matmul": FP32_MATMULS,
+    "lr_scheduler": LR_SCHEDULERS,
+    "loss_dist_impl": LOSS_DIST_IMPLS,
+    "fused_optimizer": FUSED_OPTIMIZERS,
+    "on_save_failure": ON_SAVE_FAILURE,
+    "profile_level": PROFILE_LEVELS,
+}
+
+
+def flag(name: str) -> str:
+    """Return the flag of an option: 'batch_size' -> '--batch-size'."""
+    return "--" + name.replace("_", "-")
+
+
+def writes_nothing(logs: str | None) -> bool:
+    """Return whether `--logs` is None or the word "none", so that no log and no checkpoint is written."""
+    return not logs or logs.lower() == "none"
+
+
+def trains(args: Any) -> bool:
+    """Return whether the run has training data; otherwise it only evaluates. args: DataConfig or flat namespace."""
+    return bool(args.train_data) or args.dataset_type == "synthetic"
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Check a complete flat namespace.
+
+    Raises:
+        ValueError: an option is not supported, a value is out of range, or options contradict each other.
+    """
+    for name, reason in _REFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag(name)}: {reason}")
+    _check_ranges(args)
+    _check_images(args)
+    _check_names(args)
+    _check_combinations(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    rules: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
+        (_AT_LEAST_ONE, lambda x: x >= 1, "1 or more"),
+        (_AT_LEAST_ZERO, lambda x: x >= 0, "0 or more"),
+        (_POSITIVE, lambda x: x > 0, "more than 0"),
+        (_FRACTIONS, lambda x: 0 <= x <= 1, "at least 0 and at most 1"),
+        (_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ]
+    for names, holds, wanted in rules:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{flag(name)} must be {wanted}, got {value}.")
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+
+
+def _check_images(args: argparse.Namespace) -> None:
+    for name in ("image_mean", "image_std"):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, 3):
+            raise ValueError(f"{flag(name)} takes one number or three (R G B), got {len(values)}.")
+    if args.image_std is not None and not all(x > 0 for x in args.image_std):
+        raise ValueError(f"--image-std must be more than 0, got {args.image_std}.")
+    size = args.force_image_size
+    if size is not None:
+        sides = size if isinstance(size, (list, tuple)) else [size]
+        if len(sides) not in (1, 2) or not all(side >= 1 for side in sides):
+            raise ValueError(f"--force-image-size takes one number of pixels, or height and width, got {size}.")
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    name = args.name
+    if name is not None and (not name.strip() or name in (".", "..") or any(c in name for c in "/\\\0")):
+        raise ValueError(
+            f"--name {name!r} is not a folder name: it must not be '.' or '..' or contain '/' or '\\'. "
+            "Use --output-dir to choose another location."
+        )
+    unknown = [word for word in reporters(args.report_to) if word not in REPORTERS]
+    if unknown:
+        raise ValueError(f"--report-to must be one of {', '.join(REPORTERS)}; got {', '.join(map(repr, unknown))}.")
+    if args.profile_steps is not None:
+        step_range(args.profile_steps)
+    opt = args.opt.lower()
+    if opt != "adamw" and not (opt.startswith("timm/") and len(opt) > len("timm/")):
+        raise ValueError(
+            f"Unknown --opt {args.opt!r}. Use adamw or timm/NAME (for example timm/{args.opt.strip('/')})."
+        )
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Parse --profile-steps: '10:13' -> (10, 13), which means the steps 10, 11 and 12."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ValueError(f"--profile-steps takes A:B (steps A to B-1, counted from 0), such as 10:13; got {text!r}.")
+    return int(first), int(end)
+
+
+def reporters(report_to: str) -> list[str]:
+    """Parse --report-to: 'tensorboard, wandb' -> ['tensorboard', 'wandb']."""
+    return [word.strip() for word in report_to.split(",") if word.strip()]
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    if args.lr_scheduler == "const-cooldown" and not args.skip_scheduler and trains(args):
+        if args.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N, the length of the decay.")
+        if args.epochs_cooldown > args.epochs:
+            raise ValueError(f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}.")
+    if args.lr is None and args.opt.lower() != "adamw" and trains(args) and not args.skip_scheduler:
+        raise ValueError(f"--opt {args.opt} has no default learning rate. Set --lr.")
+    if (args.beta1 is None) != (args.beta2 is None):
+        raise ValueError(f"--opt {args.opt} takes its betas as a pair. Set both --beta1 and --beta2, or neither.")
+    if (args.distill_model is None) != (args.distill_pretrained is None):
+        raise ValueError("Distillation needs both --distill-model NAME and --distill-pretrained TAG|FILE.")
+    if args.siglip and args.distill_model is not None:
+        raise ValueError(
+            "--siglip and --distill-model cannot be combined, because distillation uses the contrastive loss. "
+            "Leave out one of them."
+        )
+    if args.train_data_upsampling_factors is not None:
+        _check_upsampling(args)
+    if args.resume == "latest":
+        if args.name is None:
+            raise ValueError("--resume latest needs --name, the name of the run to continue.")
+        if writes_nothing(args.logs):
+            raise ValueError("--resume latest needs the folder of the run, but --output-dir is None.")
+    if args.remote_sync is not None and writes_nothing(args.logs):
+        raise ValueError("--remote-sync copies the run's folder, but there is none: --output-dir is None.")
+
+
+def _check_upsampling(args: argparse.Namespace) -> None:
+    given = args.train_data_upsampling_factors
+    if not args.dataset_resampled:
+        raise ValueError(
+            "--train-data-upsampling-factors needs --dataset-resampled, because only sampling with replacement uses "
+            "weights."
+        )
+    try:
+        factors = [float(word) for word in given.split("::")]
+    except ValueError:
+        raise ValueError(f"--train-data-upsampling-factors takes numbers joined by '::', got {given!r}.") from None
+    if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or not any(factors):
+        raise ValueError(f"--train-data-upsampling-factors must be 0 or more and not all 0, got {given!r}.")
+    sources = (args.train_data or "").split("::")
+    if len(factors) != len(sources):
+        raise ValueError(
+            f"--train-data-upsampling-factors has {len(factors)} numbers and --train-data has {len(sources)} sources. "
+            "Give one number per source."
+        )
+
+
+def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_size: int) -> list[str]:
+    """Return one sentence for each option that was given and has no effect, or a harmful one, in this combination.
+
+    The sentences have no full stop. An option counts as given if its value differs from `defaults`. Options that depend
+    on the type of the model (CoCa's weights, options of BatchNorm) are checked where the model is known.
+    """
+
+    def given(*names: str) -> list[str]:
+        return [name for name in names if getattr(args, name) != defaults[name]]
+
+    found = []
+    for rules in (_data_rules, _model_rules, _objective_rules, _optim_rules, _output_rules):
+        for applies, names, reason in rules(args, world_size):
+            if not applies:
+                found += [f"{flag(name)} has no effect: {reason}" for name in given(*names)]
+    if getattr(args, "torchscript", False):
+        found.append(
+            "--torchscript has no effect: the model trains in eager mode, with the same results. "
+            "Use --torchcompile to compile it"
+        )
+    if world_size > 1 and args.local_loss and not args.gather_with_grad and not args.siglip:
+        found.append(
+            "--local-loss without --gather-with-grad loses the gradients of samples that serve as negatives. "
+            "Add --gather-with-grad"
+        )
+    return found
+
+
+# A rule: (whether the options have an effect, the options, why they have no effect otherwise)
+Rules = Iterator[tuple[bool, tuple[str, ...], str]]
+
+
+def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    paths = [path for path in (args.train_data, args.val_data) if path]
+    # A file name with a known extension overrides --dataset-type (see training.data.dataset_types).
+    is_csv = [bool(CSV_NAME.search(path)) for path in paths]
+    is_tar = [path.startswith("pipe:") or bool(SHARD_NAME.search(path)) for path in paths]
+    reads_csv = any(is_csv) or (args.dataset_type == "csv" and not (paths and all(is_tar)))
+    reads_shards = any(is_tar) or (args.dataset_type in ("webdataset", "auto") and not (paths and all(is_csv)))
+    training, validating = trains(args), bool(args.val_data)
+    yield reads_csv, ("csv_separator", "csv_img_key", "csv_caption_key"), "the data are not CSV"
+    yield reads_shards, ("dataset_resampled",), "the data are not webdataset shards"
+    yield training, ("train_num_samples", "max_bad_fraction"), "there is no --train-data"
+    if training:
+        counted = reads_shards or args.dataset_type == "synthetic"
+        yield counted, ("train_num_samples",), "the samples of CSV files and image folders are counted"
+    counts = args.dataset_type == "synthetic" or (validating and reads_shards)
+    yield counts, ("val_num_samples",), "it is only used for --val-data in webdataset shards and for synthetic data"
+    yield validating, ("val_frequency",), "there is no --val-data"
+    yield args.val_frequency > 0, ("val_data",), "--val-frequency is 0"
+    classified = bool(args.imagenet_val or args.imagenet_v2 or args.zeroshot_data)
+    yield classified, ("zeroshot_frequency",), "there is no --imagenet-val, --imagenet-v2 or --zeroshot-data"
+    yield args.zeroshot_frequency > 0, ("imagenet_val", "imagenet_v2", "zeroshot_data"), "--zeroshot-frequency is 0"
+    yield bool(args.zeroshot_data), ("zeroshot_classnames", "zeroshot_templates"), "there is no --zeroshot-data"
+
+
+def _model_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    yield args.lock_image, ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"), "there is no --lock-image"
+    yield args.lock_text, ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"), "there is no --lock-text"
+    resumes_file = args.resume not in (None, "latest")
+    yield not resumes_file, ("pretrained",), "--resume replaces the weights"
+    training = trains(args)
+    yield training, ("grad_checkpointing", "text_groups", "force_patch_dropout", "aug_cfg"), "there is no --train-data"
+    yield world_size > 1, ("use_bn_sync",), "there is one process"
+
+
+def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    alone = "there is one process"
+    yield world_size > 1, ("local_loss", "gather_with_grad"), alone
+    if world_size > 1:
+        yield not args.siglip, ("local_loss", "gather_with_grad"), "--siglip exchanges features by --loss-dist-impl"
+    yield args.siglip, ("loss_dist_impl",), "it belongs to --siglip"
+    if args.siglip:
+        yield world_size > 1, ("loss_dist_impl",), alone
+    yield world_size > 1, ("dist_url", "dist_backend", "dist_timeout", "ddp_static_graph", "no_set_device_rank"), alone
+
+
+def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    adamw = args.opt.lower() == "adamw"
+    yield not adamw, ("momentum",), "adamw uses --beta1 and --beta2"
+    yield adamw, ("fused_optimizer",), "it belongs to --opt adamw"
+    if args.skip_scheduler:
+        schedule = ("lr_scheduler", "warmup", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+        yield False, schedule, "--skip-scheduler keeps the learning rate constant"
+    else:
+        cools = args.lr_scheduler == "const-cooldown"
+        cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+        yield cools, cooldown, "it belongs to --lr-scheduler const-cooldown"
+    update = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer", "max_bad_steps")
+    yield trains(args), (*update, "profile_steps"), "there is no --train-data"
+
+
+def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    writes = not writes_nothing(args.logs)
+    saving = ("save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase", "profile_steps")
+    yield writes, (*saving, "save_every_n_steps", "on_save_failure", "sync_save"), "--output-dir is None"
+    yield args.profile_steps is not None, ("profile_level",), "there is no --profile-steps"
+    if writes and args.save_frequency == 0:
+        yield False, ("delete_previous_checkpoint",), "--save-frequency 0 saves only once, after the last epoch"
+    yield args.save_every_n_steps > 0, ("keep_last",), "there is no --save-every-n-steps"
+    to_wandb = bool({"wandb", "all"} & set(reporters(args.report_to)))
+    yield writes or to_wandb, ("report_to",), "--output-dir is None"
+    yield to_wandb, ("wandb_notes", "wandb_project_name"), "--report-to has no wandb"
+    yield args.remote_sync is not None, ("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync"
+    yield world_size > 1, ("log_local",), "there is one process"

@@ -1,0 +1,180 @@
+"""Skip a step on all ranks when the loss or the gradient norm is not finite; abort after too many in a row.
+
+If the loss of a rank is not finite, it is multiplied by NaN (otherwise by 1), so that all gradients of this rank are
+NaN. DDP averages the gradients, which makes them NaN on all ranks. Therefore all ranks see the same gradient norm and
+take the same decision, without extra communication.
+
+Some optimizers can skip a step on the device: they read the decision from `found_inf` and do not change weights,
+moments and step counts. These are FlatAdamW, and torch's AdamW(fused=True) on devices with `fused_adamw_skips`. For
+other optimizers the host waits for the decision and does not call `step`.
+
+Limitation: on chips that saturate (the first Ascend 910, 310P) an overflow becomes the largest number and NaN becomes
+0, so no value is ever non-finite. There only the gradient scaler (--precision amp) skips steps: it reads the status
+flag of the chip, and the guard counts its skips.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from open_clip import device as devices
+from open_clip.formats.whole_file import write_text
+from training import distributed
+from training.flat_adamw import FlatAdamW
+
+logger = logging.getLogger(__name__)
+
+COUNTERS = ("skipped_steps", "bad_in_a_row", "scaler_overflows")
+
+
+class TooManyBadSteps(ValueError):
+    """Raised when too many steps were skipped because the loss or gradient was not finite."""
+
+
+class StepGuard:
+    """Decides whether to skip each step, and counts the skipped ones.
+
+    After `max_in_a_row` bad steps in a row (0: no limit) every further step is skipped as well, so the weights have not
+    changed when the host finds out in `check`.
+
+    Attributes:
+        bad: bool scalar on the device, whether the loss or gradient of the last step was not finite.
+        skipped: bool scalar on the device, whether the last step was skipped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        max_in_a_row: int = 10,
+        folder: Path | None = None,
+        remembered: int = 110,
+    ) -> None:
+        """Create the guard.
+
+        Args:
+            folder: folder of the run, for the file that lists the samples of bad steps. None: no file.
+            remembered: number of last steps whose sample keys are kept.
+        """
+        self.max_in_a_row = max_in_a_row
+        self.folder = folder
+        is_flat, is_fused = isinstance(optimizer, FlatAdamW), bool(optimizer.defaults.get("fused"))
+        self._on_device = is_flat or (is_fused and devices.get(device).fused_adamw_skips)
+        self._flag_dtype = torch.bool if is_flat else torch.float32  # of found_inf
+        self._counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self._steps = self._skipped_before = 0  # steps since the start or resume; skipped steps before that
+        self._loss_is_bad = self.bad = self.skipped = torch.zeros((), dtype=torch.bool, device=device)
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = [b for m in norms for b in m.buffers()]  # changed by the forward pass
+        self._before: list[Tensor] = []
+        self._one, self._nan = torch.tensor([1.0, torch.nan], device=device)  # made once to save launches
+        self._keys: deque[tuple[int, list[str]]] = deque(maxlen=remembered)
+
+    def begin(self, number: int, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Prepare step `number`; call this before its forward pass."""
+        self._steps += 1
+        self._keys.append((number, [key for batch in batches for key in batch.get("key", ())]))
+        if self._statistics:
+            self._before = [buffer.clone() for buffer in self._statistics]
+
+    def marked(self, loss: Tensor) -> Tensor:
+        """Return the loss times 1, or times NaN if it is not finite or the limit of bad steps is reached."""
+        self._loss_is_bad = ~torch.isfinite(loss.detach())
+        stopped = self._counts[1] >= self.max_in_a_row if self.max_in_a_row else torch.zeros_like(self._loss_is_bad)
+        return loss * torch.where(self._loss_is_bad | stopped, self._nan, self._one)
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Call `optimizer.step` unless the gradient norm is not finite. All ranks decide the same."""
+        self.bad = self.skipped = ~torch.isfinite(norm)
+        if self._on_device:
+            optimizer.found_inf = self.bad.to(self._flag_dtype)  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not self.bad:
+            optimizer.step()
+        self._count()
+
+    def scaled_step(self, optimizer: torch.optim.Optimizer, scaler: Any, norm: Tensor) -> None:
+        """Do the same as `step` with a gradient scaler, which skips steps whose gradients overflow.
+
+        A skipped step counts as an overflow. It counts as bad only if the loss of a rank is not finite or the scale has
+        fallen to 1. A scaler with `overflowed` (open_clip.device.npu_scaler) may skip a step whose norm is finite.
+        """
+        self.skipped = ~torch.isfinite(norm)
+        loss_is_bad = self._loss_is_bad.float()
+        if distributed.world().distributed:
+            dist.all_reduce(loss_is_bad, dist.ReduceOp.MAX)
+        factor = scaler.scale(torch.ones_like(loss_is_bad))
+        scaler.step(optimizer)
+        if getattr(scaler, "overflowed", False):
+            self.skipped = torch.ones_like(self.skipped)
+        scaler.update()
+        self.bad = self.skipped & ((loss_is_bad > 0) | (factor <= 1))
+        self._count()
+
+    def _count(self) -> None:
+        skipped, in_a_row, overflows = self._counts.unbind()
+        bad = self.bad.long()
+        self._counts = torch.stack([skipped + bad, (in_a_row + 1) * bad, overflows + (self.skipped.long() - bad)])
+        for buffer, before in zip(self._statistics, self._before, strict=bool(self._before)):
+            torch.where(self.skipped, before, buffer, out=buffer)
+
+    def counters(self) -> dict[str, Tensor]:
+        """Return scalars on the device by the names of COUNTERS: bad steps, those in a row, overflows of the scaler."""
+        return dict(zip(COUNTERS, self._counts.unbind(), strict=True))
+
+    def check_run(self) -> None:
+        """Check at the end of a run whether all of its steps were skipped. Waits for the device.
+
+        Raises:
+            TooManyBadSteps: a loss or gradient was not finite. If the gradient scaler was only lowering its factor, as
+                in a run of two steps, this is a warning.
+        """
+        bad, _, overflows = self._counts.tolist()
+        if not self._steps or bad + overflows - self._skipped_before < self._steps:
+            return
+        if not bad:
+            logger.warning(
+                "All %d steps of this run were skipped while the gradient scaler lowered its factor, so the weights "
+                "have not changed. Train for more steps, or with --precision amp_bf16, which needs no scaler.",
+                self._steps,
+            )
+            return
+        raise TooManyBadSteps(
+            f"All {self._steps} steps of this run were skipped ({bad} had a loss or gradient that is not finite, "
+            f"{overflows} an overflow of the gradient scaler), so the weights have not changed. If the data are right, "
+            "try --precision amp_bf16 or fp32, or a lower --lr."
+        )
+
+    def check(self, bad_in_a_row: int) -> None:
+        """Raise TooManyBadSteps if the limit is reached. Each rank first writes the sample keys of these steps."""
+        if not self.max_in_a_row or bad_in_a_row < self.max_in_a_row:
+            return
+        steps = list(self._keys)[-bad_in_a_row:][: self.max_in_a_row]
+        where = ""
+        if self.folder is not None:
+            path = self.folder / f"bad_steps-{distributed.world().rank}.json"
+            write_text(path, json.dumps(dict(steps), indent=1))
+            where = f" {path} lists their samples on this process."
+        raise TooManyBadSteps(
+            f"{self.max_in_a_row} steps in a row had a loss or gradient that is not finite (--max-bad-steps). They did "
+            f"not change the weights.{where} If the data are correct, try --precision amp_bf16 or fp32, a lower --lr, "
+            "a longer --warmup, or --grad-clip-norm 1."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self._counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        bad, _, overflows = state["counts"].tolist()
+        self._steps, self._skipped_before = 0, bad + overflows
+        self._counts = state["counts"].to(self._counts.device)
