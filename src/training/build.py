@@ -15,9 +15,9 @@ import open_clip
 from open_clip import device as devices
 from open_clip import progress
 from open_clip.timm_model import TimmModel
-from training import distributed, scheduler
-from training.distributed import World
+from training import ranks, scheduler
 from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
+from training.ranks import World
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def start_logit_bias(model: Any) -> None:
     if bool((bias == 0).all()):
         with torch.no_grad():
             bias.fill_(SIGLIP_INIT["init_logit_bias"])
-        if distributed.world().is_master:
+        if ranks.world().is_master:
             logger.warning(
                 "--siglip: the weights have no logit_bias, so it starts at %g (arXiv:2303.15343, section 3.2).",
                 SIGLIP_INIT["init_logit_bias"],

@@ -11,8 +11,8 @@ from typing import Any
 from training.batches import to_device
 from training.checkpoint.state import TrainState
 from training.data.skips import report as report_skips
-from training.distributed import world
 from training.progress import Progress, format_line
+from training.ranks import world
 from training.signals import Stopped
 from training.trainer import Batch, Trainer, unwrap_model
 

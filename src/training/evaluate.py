@@ -18,9 +18,9 @@ from open_clip import collectives, progress
 from open_clip.utils import evaluating
 from training import precision as precisions
 from training.batches import to_device
-from training.distributed import barrier, world
 from training.metrics import AverageMeter, retrieval_metrics
 from training.objective import as_outputs
+from training.ranks import barrier, world
 from training.zero_shot import is_due, zero_shot_eval
 
 

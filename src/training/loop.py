@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import open_clip
 from open_clip import device as devices
-from training import distributed, half_weights, precision, preflight, run_folder, run_warnings
+from training import half_weights, precision, preflight, ranks, run_folder, run_warnings
 from training import logger as logs
 from training.batches import TextGrouping, to_pixels
 from training.build import (
@@ -29,7 +29,6 @@ from training.checkpoint.rng import random_seed
 from training.checkpoint.saver import Saver
 from training.checkpoint.state import TrainState, check_fit, load_checkpoint
 from training.data import DataInfo, get_data
-from training.distributed import World
 from training.ema import WeightAverage
 from training.epoch import run_epoch
 from training.evaluate import evaluate
@@ -38,6 +37,7 @@ from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import CheckpointConfig, EvalConfig, LoggingConfig, ModelConfig, TrainConfig, sections
 from training.params.checks import step_range
+from training.ranks import World
 from training.signals import Agreement, Stopped, StopSignals
 from training.step_guard import StepGuard
 from training.trace import StepTrace
@@ -107,7 +107,7 @@ def _train_and_evaluate(
         else:
             with _tracing(cfg.logging, world, folder) as around_step, signals.deferred():
                 _train(cfg, state, trainer, data, tokenizer, saver, writer, around_step, signals)
-        distributed.leave()
+        ranks.leave()
         # What the master still writes and copies, nobody waits for.
         if saver is not None:
             saver.finish()
@@ -246,7 +246,7 @@ def _train(
     def stop(signal: int) -> NoReturn:
         if saver is not None:
             saver.stop(together=True)
-        distributed.leave()
+        ranks.leave()
         raise Stopped(signal)
 
     if state.epoch >= epochs:

@@ -9,8 +9,8 @@ from pathlib import Path
 import open_clip
 from open_clip import device as devices
 from open_clip import progress
-from training import distributed, loop, preflight
 from training import logger as logs
+from training import loop, preflight, ranks
 from training.checkpoint.rng import random_seed
 from training.checkpoint.state import get_latest_checkpoint, natural_key
 from training.params import parse_args, sections
@@ -32,14 +32,14 @@ def main(args: list[str] | None = None) -> None:
     """
     options = parse_args(args)
     logs.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
-    world = distributed.world()  # of one process, until it joins the others
+    world = ranks.world()  # of one process, until it joins the others
     with StopSignals() as signals:
         try:
             cfg = sections(options)
             preflight.check_options(cfg)
             with signals.default_handlers():
                 preflight.check_device(cfg)
-                world = distributed.init(cfg.distributed)
+                world = ranks.init(cfg.distributed)
             with progress.showing(world.is_master):
                 loop.run(options, world, signals)
         except (KeyboardInterrupt, Stopped) as stop:
@@ -54,8 +54,8 @@ def main(args: list[str] | None = None) -> None:
         except Exception as error:
             _log_end(error, options.debug)
             # Nothing collective now, leaving the group included: the others wait elsewhere. The launcher ends them.
-            if not distributed.world().distributed:
-                distributed.shutdown()
+            if not ranks.world().distributed:
+                ranks.shutdown()
             raise
 
 
@@ -68,7 +68,7 @@ def _log_end(error: Exception, debug: bool) -> None:
         return
     known = devices.hint(_text_with_causes(error))
     advice = f" {known}" if known else ""
-    if distributed.says_that_a_peer_died(error):
+    if ranks.says_that_a_peer_died(error):
         reason = str(error).strip().partition("\n")[0] + advice
         logger.error("Another process of this run ended, so this one ends. The first error is the cause. %s", reason)
         return

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import open_clip.loss
-from training.distributed import world
 from training.params import ObjectiveConfig
+from training.ranks import world
 
 Outputs = dict[str, Tensor]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.recipe import read_recipe
-from training import distributed, file_utils, optim, precision, zero_shot
+from training import file_utils, optim, precision, ranks, zero_shot
 from training.checkpoint import rng
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
 from training.data.probe import read_first_batch
@@ -62,7 +62,7 @@ def check_options(cfg: TrainConfig) -> None:
         if cfg.eval.zeroshot_classnames is not None:
             zero_shot.read_text(cfg.eval.zeroshot_classnames, "--zeroshot-classnames")
     resume = cfg.checkpoint.resume
-    if resume not in (None, "latest") and not distributed.restarts() and not file_utils.check_exists(str(resume)):
+    if resume not in (None, "latest") and not ranks.restarts() and not file_utils.check_exists(str(resume)):
         raise FileNotFoundError(
             f"--resume {resume!r}: there is no such file. Use --resume latest to find the newest one of a run."
         )
@@ -214,7 +214,7 @@ def check_evaluation_data(model: nn.Module, data: Mapping[str, Any], cfg: EvalCo
             continue
         with rng.untouched(device):
             is_usable, problem, is_fatal = _try_loader(info.dataloader, getattr(model, "vocab_size", None))
-        results = distributed.all_gather_object(None, (is_usable, problem, is_fatal))
+        results = ranks.all_gather_object((is_usable, problem, is_fatal))
         problems = [problem for _, problem, _ in results if problem]
         fatal = [problem for _, problem, is_fatal in results if is_fatal]
         if fatal or not any(is_usable for is_usable, _, _ in results):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from open_clip import device as devices
-from training.distributed import world
 from training.metrics import AverageMeter
 from training.objective import Outputs
+from training.ranks import world
 
 
 @dataclass

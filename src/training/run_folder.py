@@ -17,11 +17,11 @@ import open_clip
 from open_clip import device as devices
 from open_clip.formats.whole_file import write_text
 from open_clip.utils import check_folder
-from training import children, distributed, file_utils, precision
+from training import children, file_utils, precision, ranks
 from training import logger as logs
 from training.checkpoint.state import get_latest_checkpoint
-from training.distributed import World
 from training.params import CheckpointConfig, TrainConfig, warnings_for
+from training.ranks import World
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def complete(cfg: TrainConfig, world: World) -> TrainConfig:
             f"j_{cfg.data.workers}",
             f"p_{chosen}",
         ]
-        name = distributed.broadcast_object(None, "-".join(parts))  # clocks differ
+        name = ranks.broadcast_object("-".join(parts))  # clocks differ
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, precision=chosen),
@@ -57,9 +57,9 @@ def prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | Non
     folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
     found: tuple[bool, str | None] = (False, None)
     if world.is_master:
-        taken = folder is not None and (folder / "out.log").exists() and not distributed.restarts()
+        taken = folder is not None and (folder / "out.log").exists() and not ranks.restarts()
         found = (taken and cfg.resume is None, _find_checkpoint(cfg, folder))
-    taken, resume_from = distributed.broadcast_object(None, found)
+    taken, resume_from = ranks.broadcast_object(found)
     if taken:
         raise FileExistsError(
             f"{folder} has a run already. Choose another --name, or continue that run with --resume latest."
@@ -76,7 +76,7 @@ def prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | Non
 def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:
     if cfg.resume != "latest":
         # What a restart goes on from is this run's own, whatever it began with.
-        own = get_latest_checkpoint(folder / "checkpoints") if folder is not None and distributed.restarts() else None
+        own = get_latest_checkpoint(folder / "checkpoints") if folder is not None and ranks.restarts() else None
         return own or cfg.resume
     latest = None
     if cfg.remote_sync is not None:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from training import children, distributed
+from training import children, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +271,7 @@ class Agreement:
         self._work: Any = None
         self._may_wait = True  # a rank may have to wait for the next batch
         if signals is not None:
-            signals.signal_elsewhere = distributed.announced_stop
+            signals.signal_elsewhere = ranks.announced_stop
 
     def take(self, fetch: Callable[[], Any], is_next_ready: Callable[[], bool], may_end_early: bool) -> Any:
         """Take the next batch from `fetch`.
@@ -287,7 +287,7 @@ class Agreement:
         Raises:
             Stopped: a rank received a signal. Raised on all ranks before the same batch.
         """
-        if not distributed.world().distributed or (self._signals is None and not may_end_early):
+        if not ranks.world().distributed or (self._signals is None and not may_end_early):
             return self._take_alone(fetch)
         agreed = self._receive_status()
         if agreed.signal:
@@ -305,7 +305,7 @@ class Agreement:
     def at_epoch_end(self) -> int:
         """Return the highest signal that any rank has received so far, or 0. The result is the same on all ranks."""
         number = 0 if self._signals is None else self._signals.received or 0
-        if not distributed.world().distributed:
+        if not ranks.world().distributed:
             return number
         before = self._receive_status().signal
         self._send_status(_Status(number))
@@ -333,8 +333,8 @@ class Agreement:
         return batch, self._signals.received or 0
 
     def _send_status(self, status: _Status) -> None:
-        group = distributed.host_group()
-        device = distributed.collective_device()
+        group = ranks.host_group()
+        device = ranks.collective_device()
         self._status = torch.tensor(status, dtype=torch.int64, device=device)
         self._work = dist.all_reduce(self._status, dist.ReduceOp.MAX, group=group, async_op=True)
 
@@ -342,7 +342,7 @@ class Agreement:
         """Wait for the last exchange and return the maximum over all ranks."""
         if self._work is None:
             return _Status()
-        distributed.wait(self._work, "its next batch", self._announce_signal)
+        ranks.wait(self._work, "its next batch", self._announce_signal)
         self._work = None
         agreed = _Status(*self._status.tolist())
         self._may_wait = bool(agreed.waits_for_next)
@@ -351,4 +351,4 @@ class Agreement:
     def _announce_signal(self) -> None:
         """Tell the other ranks, which may wait for data, about a signal that only this rank received."""
         if self._signals is not None and self._signals.received is not None:
-            distributed.announce_stop(self._signals.received)
+            ranks.announce_stop(self._signals.received)

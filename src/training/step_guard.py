@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.formats.whole_file import write_text
-from training import distributed
+from training import ranks
 from training.flat_adamw import FlatAdamW
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class StepGuard:
         """
         self.skipped = ~torch.isfinite(norm)
         loss_is_bad = self._loss_is_bad.float()
-        if distributed.world().distributed:
+        if ranks.world().distributed:
             dist.all_reduce(loss_is_bad, dist.ReduceOp.MAX)
         factor = scaler.scale(torch.ones_like(loss_is_bad))
         scaler.step(optimizer)
@@ -162,7 +162,7 @@ class StepGuard:
         steps = list(self._keys)[-bad_in_a_row:][: self.max_in_a_row]
         where = ""
         if self.folder is not None:
-            path = self.folder / f"bad_steps-{distributed.world().rank}.json"
+            path = self.folder / f"bad_steps-{ranks.world().rank}.json"
             write_text(path, json.dumps(dict(steps), indent=1))
             where = f" {path} lists their samples on this process."
         raise TooManyBadSteps(

@@ -17,11 +17,11 @@ from training import half_weights
 from training import precision as precisions
 from training.batches import TextGrouping
 from training.checkpoint.state import TrainState
-from training.distributed import world
 from training.epoch import run_epoch
 from training.evaluate import maybe_compute_generative_loss
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
+from training.ranks import world
 from training.trainer import Trainer, unwrap_model
 
 __all__ = [

@@ -20,8 +20,8 @@ from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from training import precision as precisions
 from training.batches import to_device
-from training.distributed import barrier, world
 from training.metrics import accuracy
+from training.ranks import barrier, world
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.distributed import World
 from training.params import DataConfig
+from training.ranks import World
 
 
 def jpeg(number: int, size: int = 16) -> bytes:

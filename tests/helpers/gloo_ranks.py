@@ -68,7 +68,7 @@ def _describe_status(status: int | None, seconds: float) -> str:
 
 
 def _run_rank(module_file: str, function: str, rank: int, world_sizes: list[int], directory: Path) -> None:
-    from training import distributed
+    from training import ranks
 
     spec = importlib.util.spec_from_file_location(Path(module_file).stem, module_file)
     assert spec is not None
@@ -81,7 +81,7 @@ def _run_rank(module_file: str, function: str, rank: int, world_sizes: list[int]
         store = f"file://{directory / f'store-{size}'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
         torch.save(getattr(module, function)(rank, size), directory / f"{size}-{rank}.pt")
-        distributed.shutdown()
+        ranks.shutdown()
 
 
 if __name__ == "__main__":

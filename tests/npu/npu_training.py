@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import open_clip
 import tiny_clip
 from open_clip import device as devices
-from training import build, distributed, half_weights, precision
+from training import build, half_weights, precision, ranks
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
@@ -61,7 +61,7 @@ def make_trainer(
 
     Args:
         chosen: the precision.
-        linked: train with DDP, --local-loss and --gather-with-grad in the process group of training.distributed.
+        linked: train with DDP, --local-loss and --gather-with-grad in the process group of training.ranks.
         scaler: arguments of the gradient scaler.
     """
     model = (make_model() if model is None else model).to(device).train()
@@ -70,7 +70,7 @@ def make_trainer(
     cfg = OptimConfig(lr=2e-3, eps=1e-4, fused_optimizer=fused_optimizer)
     optimizer = create_optimizer(model, cfg, device)
     return Trainer(
-        model=build.parallelise(model, DistributedConfig(), distributed.world()) if linked else model,
+        model=build.parallelise(model, DistributedConfig(), ranks.world()) if linked else model,
         objective=objective,
         optimizer=optimizer,
         device=device,

@@ -28,9 +28,9 @@ def test_an_index_selects_a_card_and_an_index_too_high_raises() -> None:
     script = """
         from open_clip import device
         import torch
-        from training import distributed
+        from training import ranks
         from training.params import DistributedConfig
-        world = distributed.init(DistributedConfig(device="npu:1"))
+        world = ranks.init(DistributedConfig(device="npu:1"))
         print(world.device, torch.ones(1, device="npu").device, device.resolve("auto", local_rank=2))
         try:
             device.resolve("npu:3")

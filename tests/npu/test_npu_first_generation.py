@@ -105,10 +105,10 @@ TWO_RANKS = """
     import json
     import open_clip, torch
     from npu_training import *
-    from training import distributed
+    from training import ranks
     from training.params import DistributedConfig
 
-    world = distributed.init(DistributedConfig())
+    world = ranks.init(DistributedConfig())
     torch.npu.set_compile_mode(jit_compile=False)  # in compile mode hccl uses operators that the emulator does not have
     trainer = make_trainer(world.device, "amp", linked=True, init_scale=256.0)
     overflowing = torch.full((2,), 12.0, dtype=torch.float16, device=world.device)
@@ -129,7 +129,7 @@ TWO_RANKS = """
         batch = move(make_batch(step, world.rank, world.world_size), world.device)
         trainer.step([batch], step)
         found.append(sums())
-    distributed.leave()
+    ranks.leave()
     print(json.dumps([found, trainer.scaler.get_scale()]))
 """
 

@@ -12,10 +12,10 @@ SCRIPT = """
     import json
     import open_clip, torch
     from npu_training import *
-    from training import distributed
+    from training import ranks
     from training.params import DistributedConfig
 
-    world = distributed.init(DistributedConfig())
+    world = ranks.init(DistributedConfig())
     trainer = make_trainer(world.device, linked=True)
     losses = train(trainer, 50, world.rank, world.world_size)
     scale = trainer.model.module.logit_scale.detach().cpu()
@@ -24,8 +24,8 @@ SCRIPT = """
     with Calls() as calls:
         for step, batch in enumerate(batches):
             trainer.step([batch], step)
-    distributed.barrier()
-    distributed.shutdown()
+    ranks.barrier()
+    ranks.shutdown()
     wrapper = type(trainer.model).__name__
     print(json.dumps([str(world.device), world.backend, wrapper, float(scale), calls.waits, losses]))
 """
@@ -47,11 +47,11 @@ NOT_FINITE = """
     import json, zlib
     import open_clip, torch
     from npu_training import *
-    from training import distributed
+    from training import ranks
     from training.step_guard import StepGuard
     from training.params import DistributedConfig
 
-    world = distributed.init(DistributedConfig())
+    world = ranks.init(DistributedConfig())
     library = replace_fused_adamw()
 
     def train_with_a_nan(form, linked):
@@ -77,7 +77,7 @@ NOT_FINITE = """
         return [found, [int(value) for value in trainer.guard.counters().values()]]
 
     found = {f"{form} {linked}": train_with_a_nan(form, linked) for form, linked in CASES}
-    distributed.leave()
+    ranks.leave()
     print(json.dumps(found))
 """
 

@@ -54,13 +54,13 @@ def test_determinism_is_set_before_collectives_are_created() -> None:
     script = """
         import os
         import open_clip, torch
-        from training import distributed
+        from training import ranks
         from training.params import DistributedConfig
-        make = distributed._make_groups
+        make = ranks._make_groups
         seen = []
-        distributed._make_groups = lambda *a: seen.append(os.environ.get("HCCL_DETERMINISTIC")) or make(*a)
-        world = distributed.init(DistributedConfig(deterministic=True))
-        distributed.leave()
+        ranks._make_groups = lambda *a: seen.append(os.environ.get("HCCL_DETERMINISTIC")) or make(*a)
+        world = ranks.init(DistributedConfig(deterministic=True))
+        ranks.leave()
         print(world.backend, seen, torch.are_deterministic_algorithms_enabled())
     """
     assert [lines[-1] for lines in run_ranks(script, 2)] == ["hccl ['true'] True"] * 2

@@ -116,7 +116,7 @@ def test_csv_order_and_augmentation_on_any_number_of_workers_and_ranks(tmp_path,
 
     ranks = []
     for rank in range(2):
-        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        monkeypatch.setattr("training.ranks.world", lambda rank=rank: fake_world(rank, 2))
         ranks.append(train_data(path, batch_size=4, seed=3))
     assert epoch_draws(ranks[0], 1) | epoch_draws(ranks[1], 1) == expected
     steps = zip(epoch_numbers(ranks[0], 1), epoch_numbers(ranks[1], 1), strict=True)
@@ -139,7 +139,7 @@ def test_shards_augmentation_on_any_number_of_workers_and_ranks(tmp_path, monkey
         epoch_draws(data, 0)
         assert epoch_draws(data, 1) == expected
         data.dataloader.close()
-    monkeypatch.setattr("training.distributed.world", lambda: fake_world(1, 2))
+    monkeypatch.setattr("training.ranks.world", lambda: fake_world(1, 2))
     second = epoch_draws(train_data(shards, **options), 1)
     assert second.items() <= expected.items()
 

@@ -106,7 +106,7 @@ def test_evaluation_has_every_image_once_over_the_ranks(tmp_path, monkeypatch, w
     root = write_classes(tmp_path, ["a", "b", "c"], per_class=5)
     means = []
     for rank in range(world_size):
-        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, world_size))
+        monkeypatch.setattr("training.ranks.world", lambda rank=rank: fake_world(rank, world_size))
         data = get_data(data_args(zeroshot_data=str(root), batch_size=2), (None, plain))["zeroshot"]
         assert len(list(data.dataloader)) == data.dataloader.num_batches
         for batch in data.dataloader:

@@ -50,7 +50,7 @@ def source(kind: str, folder: Path) -> dict:
 
 
 def loader(monkeypatch, options, rank=0, world_size=1, **more):
-    monkeypatch.setattr("training.distributed.world", lambda: fake_world(rank, world_size))
+    monkeypatch.setattr("training.ranks.world", lambda: fake_world(rank, world_size))
     args = data_args(**{"batch_size": 4, "seed": 3, **options, **more})
     return get_data(args, (noisy, noisy), tokenizer=tokenize)["train"]
 

@@ -376,7 +376,7 @@ def test_a_reader_whose_shard_is_empty_reads_another(tmp_path):
     ],
 )
 def test_batches_of_an_epoch(tmp_path, monkeypatch, samples, batch_size, workers, world_size, floor, batches):
-    monkeypatch.setattr("training.distributed.world", lambda: fake_world(0, world_size))
+    monkeypatch.setattr("training.ranks.world", lambda: fake_world(0, world_size))
     shards = write_shards(tmp_path, 1, 1)
     args = data_args(train_data=shards, train_num_samples=samples, batch_size=batch_size, workers=workers)
     loader = get_wds_dataset(args, plain, True, floor=floor).dataloader
@@ -418,7 +418,7 @@ def test_ranks_and_workers_share_training_data(tmp_path, monkeypatch, shards, pe
     path = write_shards(tmp_path, shards, per_shard)
     seen, lengths = Counter(), set()
     for rank in range(2):
-        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        monkeypatch.setattr("training.ranks.world", lambda rank=rank: fake_world(rank, 2))
         batches = epoch_numbers(train_data(path, train_num_samples=24, batch_size=3, workers=2))
         lengths.add(len(batches))
         seen.update(flat(batches))
@@ -434,7 +434,7 @@ def test_validation_has_every_sample_once_over_ranks_and_workers(tmp_path, monke
     (tmp_path / "empty.tar").write_bytes(b"")
     seen, skipped = [], Counter()
     for rank in range(2):
-        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        monkeypatch.setattr("training.ranks.world", lambda rank=rank: fake_world(rank, 2))
         val = val_data(f"{path}::{tmp_path}/empty.tar", workers=workers)
         for _ in range(2):  # again, by the same workers
             seen += flat(epoch_numbers(val))
@@ -493,7 +493,7 @@ def test_resampled_draws_differ_from_run_to_run_unless_deterministic():
 
 def test_worker_seed_outside_of_workers_is_the_ranks(monkeypatch):
     assert pytorch_worker_seed(3) == 3
-    monkeypatch.setattr("training.distributed.world", lambda: fake_world(2, 4))
+    monkeypatch.setattr("training.ranks.world", lambda: fake_world(2, 4))
     assert pytorch_worker_seed(3) == 5
 
 
@@ -513,7 +513,7 @@ def test_readers_that_draw_one_shard_give_it_in_different_orders(tmp_path, monke
     shard = write_tar(tmp_path / "a.tar", pairs(range(40)))
     orders = []
     for rank in range(2):
-        monkeypatch.setattr("training.distributed.world", lambda rank=rank: fake_world(rank, 2))
+        monkeypatch.setattr("training.ranks.world", lambda rank=rank: fake_world(rank, 2))
         orders.append(flat(epoch_numbers(train_data(shard, dataset_resampled=True, train_num_samples=80))))
     assert orders[0] != orders[1]
 

@@ -15,7 +15,7 @@ import torch
 import open_clip
 from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
-from training import distributed, file_utils, loop, main, precision
+from training import file_utils, loop, main, precision, ranks
 from training.checkpoint.state import natural_key
 from training.data.rows import csv_file as csv_data
 from training.objective import ContrastiveObjective
@@ -44,7 +44,7 @@ def quiet_afterwards():
         if handler not in before[0]:
             handler.close()
     root.handlers[:], root.level = before[0], before[1]
-    distributed.shutdown()
+    ranks.shutdown()
 
 
 def options(inputs: Inputs, logs: Path, *more: object) -> list[str]:
@@ -209,7 +209,7 @@ def test_two_deterministic_runs_have_the_same_bits(inputs, plain, tmp_path, dete
 def test_determinism_comes_before_the_device_is_used(inputs, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(devices.CpuDevice, "set_deterministic", lambda self: calls.append("deterministic"))
-    monkeypatch.setattr(distributed, "set_device", lambda device: calls.append("device"))
+    monkeypatch.setattr(ranks, "set_device", lambda device: calls.append("device"))
     train(inputs, tmp_path, "--deterministic", "--epochs", 1)
     assert calls[:2] == ["deterministic", "device"]
 
@@ -229,7 +229,7 @@ def test_what_torch_compile_lacks_is_said_before_a_model_is_built(inputs, tmp_pa
 
 def test_a_setting_that_ends_a_run_is_said_before_the_device_is_used(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "environment_errors", lambda self: ["A and B are both set."])
-    monkeypatch.setattr(distributed, "set_device", no_model)
+    monkeypatch.setattr(ranks, "set_device", no_model)
     with pytest.raises(RuntimeError, match="A and B are both set"):
         train(inputs, tmp_path / "logs")
     assert not (tmp_path / "logs").exists()

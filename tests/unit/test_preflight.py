@@ -17,7 +17,7 @@ import torch
 from gloo_ranks import run_ranks
 from open_clip import progress
 from train_runs import write_classes, write_csv, write_model, write_shards
-from training import data, distributed, loop, main, preflight
+from training import data, loop, main, preflight, ranks
 from training.data.probe import SAMPLES, read_first_batch
 from training.params import parse_args, sections
 
@@ -69,7 +69,7 @@ def quiet_afterwards():
         if handler not in before[0]:
             handler.close()
     root.handlers[:], root.level = before[0], before[1]
-    distributed.shutdown()
+    ranks.shutdown()
 
 
 def options(inputs: Inputs, logs: Path, *more: object) -> list[str]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import processes
 from gloo_ranks import run_ranks
-from training import distributed, signals
+from training import ranks, signals
 from training.signals import Agreement, Stopped, StopSignals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
@@ -217,7 +217,7 @@ def test_alone_a_signal_stops_before_the_next_batch():
 
 
 def test_without_signals_nothing_is_exchanged(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: SimpleNamespace(distributed=True))
+    monkeypatch.setattr(ranks, "world", lambda: SimpleNamespace(distributed=True))
     assert take(Agreement(), 1, False) == 1
 
 
@@ -236,10 +236,10 @@ def ranks_agree(rank: int, world_size: int) -> list:
         agreement = Agreement(stop)
         if rank == 2:
             send(signal.SIGINT)
-        found.append([agreement.at_epoch_end(), distributed.broadcast_object(None, f"from {rank}")])
+        found.append([agreement.at_epoch_end(), ranks.broadcast_object(f"from {rank}")])
     ends = Agreement()
     found.append([take(ends, None if rank == 0 and number == 1 else number, True, True) for number in range(2)])
-    distributed.barrier()
+    ranks.barrier()
     return found
 
 
@@ -254,7 +254,7 @@ def test_ranks_stop_before_the_same_batch(tmp_path):
 
 def a_rank_waits(rank: int, world_size: int) -> list:
     """Rank 1 arrives after the time limit of a wait."""
-    distributed._timeout = 1.0
+    ranks._timeout = 1.0
     if rank == 1:
         time.sleep(3)
     try:
@@ -275,12 +275,12 @@ def a_rank_is_interrupted(rank: int, world_size: int) -> list:
     found = []
     if rank == 1:
         time.sleep(3)
-        distributed.barrier()
+        ranks.barrier()
     else:
         threading.Timer(1.0, send, [signal.SIGTERM]).start()
         try:
             with StopSignals():
-                distributed.barrier()
+                ranks.barrier()
         except Stopped as stopped:
             found = [stopped.name]
     dist.barrier()

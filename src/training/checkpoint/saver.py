@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from open_clip import device as devices
-from training import distributed, file_utils
+from training import file_utils, ranks
 from training.checkpoint.state import NUMBERED, TrainState
 from training.params import CheckpointConfig
 
@@ -145,7 +145,7 @@ class Saver:
         with self._timed():
             if checkpoint is None:
                 checkpoint = self.state.state_dict()  # collective
-            if not distributed.world().is_master:
+            if not ranks.world().is_master:
                 return
             self._wait()
             self._raise_if_failed()

@@ -30,7 +30,7 @@ from open_clip import progress
 from open_clip.checkpoint.fit import check_layout
 from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
 from open_clip.checkpoint.mismatch import join_some
-from training import distributed, file_utils
+from training import file_utils, ranks
 from training.checkpoint import rng
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Build the checkpoint. Its tensors are the live ones. Collective: gathers the states of all ranks."""
-        here = distributed.world()
+        here = ranks.world()
         weights = self.model.state_dict()
         # open_clip writes the names of DDP's wrapper, and its distributed resume needs them.
         prefix = "module." if here.distributed else ""
@@ -93,7 +93,7 @@ class TrainState:
         if self.average is not None:
             checkpoint["state_dict_ema"] = self.average.state_dict(weights)
         own = {"rng": rng.rng_state(self.device)} | ({} if self.data is None else {"data": self.data.state_dict()})
-        ranks = _gather_states(own)
+        by_rank = _gather_states(own)
         checkpoint["train_state"] = {
             "version": 2,
             "step": self.step,
@@ -101,8 +101,8 @@ class TrainState:
             "epoch_step": self.epoch_step,
             "epoch_samples": self.epoch_samples,
             "samples_per_step": self.samples_per_step,
-            "rng": [rank["rng"] for rank in ranks],
-            "data": [rank["data"] for rank in ranks if "data" in rank],
+            "rng": [rank["rng"] for rank in by_rank],
+            "data": [rank["data"] for rank in by_rank if "data" in rank],
             "progress": self.progress if isinstance(self.progress, dict) else self.progress.state_dict(),
             "guard": {} if self.guard is None else self.guard.state_dict(),
         }
@@ -182,7 +182,7 @@ class TrainState:
                 logger.info("The checkpoint has no gradient scaler (another --precision). The run uses a new one.")
 
     def _load_rng(self, states: list[dict[str, Any]]) -> None:
-        here = distributed.world()
+        here = ranks.world()
         if len(states) == here.world_size:
             rng.set_rng_state(states[here.rank], self.device)
             return
@@ -197,7 +197,7 @@ class TrainState:
 def _gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     file = io.BytesIO()  # bytes, because torch_npu warns about pickled tensors
     torch.save(state, file)
-    files = distributed.all_gather_object(None, file.getvalue())
+    files = ranks.all_gather_object(file.getvalue())
     return [torch.load(io.BytesIO(content), weights_only=True) for content in files]
 
 

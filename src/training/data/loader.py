@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.data._utils import signal_handling
 
 from open_clip import device
-from training import children, distributed
+from training import children, ranks
 from training.batches import Normalization
 from training.data.position import Position, RowPosition
 from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
@@ -101,7 +101,7 @@ class Loader(DataLoader):
         classes: list[str] | None = None,
         position: Position | None = None,
     ) -> None:
-        world = distributed.world()
+        world = ranks.world()
         options: dict[str, Any] = {"pin_memory": device.get(world.device).pin_memory}
         if options["pin_memory"] and _torch_version() < (2, 9):
             options["pin_memory_device"] = world.device.type  # from 2.9 on, torch takes the current accelerator
@@ -268,7 +268,7 @@ class SkipBadSamples(Dataset):
         self.seed = seed
         self.is_train = is_train
         self.skipped = skipped
-        self.streak = BadStreak(source, None if distributed.world().distributed else BAD_IN_A_ROW)  # one per worker
+        self.streak = BadStreak(source, None if ranks.world().distributed else BAD_IN_A_ROW)  # one per worker
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped data set, such as `classes` and `captions`."""
@@ -325,7 +325,7 @@ def map_loader(
     Raises:
         ValueError: the training data have fewer samples than one batch on every rank.
     """
-    world = distributed.world()
+    world = ranks.world()
     seed = getattr(args, "seed", 0)
     skipped = SkipCounter(args.workers, max_bad_fraction=getattr(args, "max_bad_fraction", 1.0))
     size = len(dataset)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from training import distributed
+from training import ranks
 from training.data.rows import csv_file as csv_data
 from training.data.rows import synthetic
 from training.data.sampling import SharedEpoch, stable_hash
@@ -23,7 +23,7 @@ from training.data.shards.samples import Sample
 def pytorch_worker_seed(increment: int = 0) -> int:
     """Return a seed that differs between workers and ranks."""
     worker = get_worker_info()
-    rank = distributed.world().rank
+    rank = ranks.world().rank
     if worker is not None:
         return worker.seed + increment * max(1, worker.num_workers) + rank * worker.num_workers
     return rank + increment

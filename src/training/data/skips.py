@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from training import distributed
+from training import ranks
 from training.data.messages import MESSAGE_LIMIT, shorten
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def report(data: Any) -> SkipReport:
     counts: Counter[str] = Counter()
     worst: Counter[str] = Counter()
     good = shards = 0
-    for their_counts, (their_good, their_shards), their_worst in distributed.all_gather_object(None, mine):
+    for their_counts, (their_good, their_shards), their_worst in ranks.all_gather_object(mine):
         counts.update(their_counts)
         worst.update(their_worst)
         good, shards = good + their_good, shards + their_shards

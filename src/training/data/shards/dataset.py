@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from training import distributed
+from training import ranks
 from training.data.images import load_image
 from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
@@ -174,7 +174,7 @@ def get_wds_dataset(
         raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
     urls, weights = expand_urls(source, factors)
     _check_present(urls, str(source))
-    world = distributed.world()
+    world = ranks.world()
     num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
     seed = getattr(args, "seed", 0)
     shards = ShardSet(urls, seed, is_train, resampled, weights, shard_sizes(urls), single_rank=not world.distributed)
@@ -210,7 +210,7 @@ def _epoch_size(
     args: Any, urls: list[str], source: str, is_train: bool, resampled: bool, floor: bool
 ) -> tuple[int, int]:
     """Return (batches per rank, samples over all ranks). In evaluation, both are 0 if unknown."""
-    workers, global_batch = max(1, args.workers), args.batch_size * distributed.world().world_size
+    workers, global_batch = max(1, args.workers), args.batch_size * ranks.world().world_size
     num_samples = args.train_num_samples if is_train else args.val_num_samples
     if num_samples is None:
         num_samples = get_dataset_size(urls)[0]
@@ -223,7 +223,7 @@ def _epoch_size(
             "number next to the shards."
         )
     if not resampled:
-        check_one_batch(num_samples, args.batch_size, distributed.world().world_size, shorten(source))
+        check_one_batch(num_samples, args.batch_size, ranks.world().world_size, shorten(source))
     whole = math.floor if floor else math.ceil
     batches = whole(num_samples / global_batch)
     per_worker = whole(batches / workers)

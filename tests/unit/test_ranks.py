@@ -1,4 +1,4 @@
-"""Tests of training.distributed: launchers' variables, devices by rank, collectives between two processes."""
+"""Tests of training.ranks: launchers' variables, devices by rank, collectives between two processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import torch.distributed as dist
 import processes
 from gloo_ranks import run_ranks
 from open_clip import device as devices
-from training import distributed
+from training import distributed, ranks
 from training.params import DistributedConfig
 
 SOURCE = Path(__file__).parents[2] / "src"
 ALL_VARIABLES = [
-    *(name for keys in distributed.LAUNCHERS.values() for name in keys),
+    *(name for keys in ranks.LAUNCHERS.values() for name in keys),
     "MASTER_ADDR",
     "MASTER_PORT",
     "SLURM_JOB_NODELIST",
@@ -36,7 +36,7 @@ ALL_VARIABLES = [
 def no_launcher(monkeypatch):
     for name in ALL_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(distributed, "_world", None)
+    monkeypatch.setattr(ranks, "_world", None)
 
 
 def set_env(monkeypatch, **variables):
@@ -51,33 +51,33 @@ def config(device="cpu", **options):
 # Rank and world size
 
 
-@pytest.mark.parametrize("launcher", list(distributed.LAUNCHERS))
+@pytest.mark.parametrize("launcher", list(ranks.LAUNCHERS))
 def test_every_launcher_is_understood(monkeypatch, launcher):
-    rank, size, local = distributed.LAUNCHERS[launcher]
+    rank, size, local = ranks.LAUNCHERS[launcher]
     set_env(monkeypatch, **{rank: 5, size: 8, local: 1})
-    assert distributed.world_info_from_env() == (1, 5, 8)
+    assert ranks.world_info_from_env() == (1, 5, 8)
     assert distributed.is_using_distributed()
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert distributed.world_info_from_env() == (0, 0, 1)
+    assert ranks.world_info_from_env() == (0, 0, 1)
     assert not distributed.is_using_distributed()
 
 
 def test_torchrun_inside_slurm_counts_and_nothing_is_mixed(monkeypatch):
     set_env(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=1, SLURM_LOCALID=0, RANK=3, WORLD_SIZE=4, LOCAL_RANK=3)
-    assert distributed.world_info_from_env() == (3, 3, 4)
+    assert ranks.world_info_from_env() == (3, 3, 4)
 
 
 def test_mpirun_inside_slurm_counts(monkeypatch):
     set_env(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0)
     set_env(monkeypatch, OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=1)
-    assert distributed.world_info_from_env() == (1, 1, 2)
+    assert ranks.world_info_from_env() == (1, 1, 2)
 
 
 def test_a_salloc_shell_is_one_process(monkeypatch):
     set_env(monkeypatch, SLURM_NTASKS=8)  # no SLURM_PROCID: srun did not start this process
-    assert distributed.world_info_from_env() == (0, 0, 1)
+    assert ranks.world_info_from_env() == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_salloc_shell_is_one_process(monkeypatch):
 def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
     set_env(monkeypatch, **variables)
     with pytest.raises(RuntimeError, match=message):
-        distributed.world_info_from_env()
+        ranks.world_info_from_env()
 
 
 @pytest.mark.parametrize(
@@ -106,34 +106,34 @@ def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message)
     ],
 )
 def test_first_host_of_a_slurm_list(nodelist, host):
-    assert distributed._first_host(nodelist) == host
+    assert ranks._first_host(nodelist) == host
 
 
 # init with one process
 
 
 def test_single_process():
-    world = distributed.init(config())
-    assert world == distributed.World(0, 0, 1, torch.device("cpu"), None)
+    world = ranks.init(config())
+    assert world == ranks.World(0, 0, 1, torch.device("cpu"), None)
     assert (world.distributed, world.is_master, world.is_local_master) == (False, True, True)
-    assert distributed.world() is world
-    distributed.barrier()
-    assert distributed.broadcast_object(None, "x") == "x"
-    assert distributed.all_gather_object(None, "x") == ["x"]
-    distributed.shutdown()
-    distributed.shutdown()
-    assert distributed.world() is not world
+    assert ranks.world() is world
+    ranks.barrier()
+    assert ranks.broadcast_object("x") == "x"
+    assert ranks.all_gather_object("x") == ["x"]
+    ranks.shutdown()
+    ranks.shutdown()
+    assert ranks.world() is not world
 
 
 def test_world_size_one_under_torchrun_makes_no_group(monkeypatch):
     set_env(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    assert distributed.init(config(dist_backend="hccl")).backend is None
+    assert ranks.init(config(dist_backend="hccl")).backend is None
 
 
 def test_a_device_that_is_missing_is_an_error(monkeypatch):
     monkeypatch.setattr(devices.NpuDevice, "is_available", lambda self: False)
     with pytest.raises(RuntimeError, match="'npu' is not available"):
-        distributed.init(config(device="npu"))
+        ranks.init(config(device="npu"))
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def two_ranks(monkeypatch):
         torch.distributed, "init_process_group", lambda backend, **kwargs: joined.update(kwargs, backend=backend)
     )
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
-    monkeypatch.setattr(distributed, "_host_group", None)
+    monkeypatch.setattr(ranks, "_host_group", None)
     return joined
 
 
@@ -158,8 +158,8 @@ def fake_cuda(monkeypatch, current):
 def test_the_backend_is_the_devices_and_the_device_is_current_before_joining(monkeypatch, two_ranks):
     current = []
     fake_cuda(monkeypatch, current)
-    world = distributed.init(config(device="cuda"))
-    assert world == distributed.World(1, 1, 2, torch.device("cuda:1"), "nccl")
+    world = ranks.init(config(device="cuda"))
+    assert world == ranks.World(1, 1, 2, torch.device("cuda:1"), "nccl")
     assert current == [1]
     assert two_ranks["backend"] == "nccl"
     assert (two_ranks["rank"], two_ranks["world_size"]) == (1, 2)
@@ -170,18 +170,18 @@ def test_the_backend_is_the_devices_and_the_device_is_current_before_joining(mon
 
 def test_no_set_device_rank_leaves_the_index_to_the_launcher(monkeypatch, two_ranks):
     fake_cuda(monkeypatch, [])
-    assert distributed.init(config(device="cuda", no_set_device_rank=True)).device == torch.device("cuda:0")
+    assert ranks.init(config(device="cuda", no_set_device_rank=True)).device == torch.device("cuda:0")
 
 
 def test_a_device_with_an_index_for_every_rank_is_warned_about(monkeypatch, two_ranks, caplog):
     fake_cuda(monkeypatch, [])
-    assert distributed.init(config(device="cuda:0")).device == torch.device("cuda:0")
+    assert ranks.init(config(device="cuda:0")).device == torch.device("cuda:0")
     assert "each rank gets another device" in caplog.text
 
 
 def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
     fake_cuda(monkeypatch, [])
-    distributed.init(config(device="cuda", dist_backend="gloo", dist_url="tcp://h:1", dist_timeout=90))
+    ranks.init(config(device="cuda", dist_backend="gloo", dist_url="tcp://h:1", dist_timeout=90))
     assert (two_ranks["backend"], two_ranks["init_method"]) == ("gloo", "tcp://h:1")
     assert two_ranks["timeout"].total_seconds() == 90
 
@@ -190,10 +190,10 @@ def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypa
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "")
     monkeypatch.delenv("HCCL_CONNECT_TIMEOUT")
     monkeypatch.setattr(devices.CpuDevice, "collective_env", devices.NpuDevice.collective_env)
-    distributed.init(config())
+    ranks.init(config())
     assert int(os.environ["HCCL_CONNECT_TIMEOUT"]) > 120
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "7")
-    distributed.init(config())
+    ranks.init(config())
     assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7"
 
 
@@ -208,35 +208,35 @@ def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypa
 )
 def test_a_backend_that_cannot_serve_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
     with pytest.raises(ValueError, match=message):
-        distributed.init(config(dist_backend=backend))
+        ranks.init(config(dist_backend=backend))
     assert two_ranks == {}
 
 
 def test_a_backend_by_device_is_understood(monkeypatch, two_ranks):
-    distributed.init(config(dist_backend="cpu:gloo,cuda:nccl"))
+    ranks.init(config(dist_backend="cpu:gloo,cuda:nccl"))
     assert two_ranks["backend"] == "cpu:gloo,cuda:nccl"
 
 
 def test_no_rendezvous_says_what_to_export(monkeypatch, two_ranks):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(RuntimeError, match=r"MASTER_ADDR not set.*tcp://HOST:PORT"):
-        distributed.init(config())
+        ranks.init(config())
 
 
 # The rendezvous
 
 WAITS = """
 import logging
-from training import distributed
+from training import distributed, ranks
 from training.params import DistributedConfig
 logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-distributed.init(DistributedConfig(device="cpu", dist_timeout={timeout}))
+ranks.init(DistributedConfig(device="cpu", dist_timeout={timeout}))
 """
 
 
 @pytest.mark.parametrize(("launcher", "start"), [("torchrun", "torchrun"), ("SLURM", "srun"), ("Open MPI", "mpirun")])
 def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
-    rank, size, local = distributed.LAUNCHERS[launcher]
+    rank, size, local = ranks.LAUNCHERS[launcher]
     port = free_port()
     variables = {rank: "0", size: "2", local: "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     done = subprocess.run(
@@ -263,7 +263,7 @@ def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, cap
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         caplog.clear()
         with caplog.at_level("INFO"), pytest.raises(RuntimeError):
-            distributed.init(config())
+            ranks.init(config())
         assert caplog.text.count("Waiting for all of them") == expected
 
 
@@ -273,7 +273,7 @@ def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
 
     monkeypatch.setattr(torch.distributed, "init_process_group", fails)
     with pytest.raises(RuntimeError, match=r"joining them at 127.0.0.1:1 failed .the address is in use") as raised:
-        distributed.init(config())
+        ranks.init(config())
     assert len(str(raised.value)) < 500
 
 
@@ -308,11 +308,11 @@ def test_is_device_available(monkeypatch):
 TWO_PROCESSES = """
 import json, torch
 import open_clip.device
-from training import distributed as d
+from training import ranks as d
 from training.params import DistributedConfig
 world = d.init(DistributedConfig(device="cpu", dist_backend="gloo"))
-broadcast = d.broadcast_object(None, {"from": world.rank} if world.rank == 1 else None, src=1)
-gathered = d.all_gather_object(None, "x" * (1 + 999 * world.rank))
+broadcast = d.broadcast_object({"from": world.rank} if world.rank == 1 else None, src=1)
+gathered = d.all_gather_object("x" * (1 + 999 * world.rank))
 d.barrier()
 import os
 result = [world.rank, world.local_rank, world.world_size, world.backend, broadcast, [len(x) for x in gathered],
@@ -338,7 +338,7 @@ def leave_during_a_collective(rank, world_size):
     if rank == 1:
         time.sleep(1)
     dist.all_reduce(torch.ones(1), async_op=rank == 0)
-    distributed.shutdown()
+    ranks.shutdown()
 
 
 def test_leaving_frees_the_tensors_of_a_collective_that_still_runs(tmp_path):
@@ -353,7 +353,7 @@ def test_two_processes(launcher):
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     else:
         shared = {"SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(port - 20000)}
-    rank_name, size_name, local_name = distributed.LAUNCHERS[launcher]
+    rank_name, size_name, local_name = ranks.LAUNCHERS[launcher]
     processes = []
     for rank in range(2):
         own = {rank_name: str(rank), size_name: "2", local_name: str(rank)}
