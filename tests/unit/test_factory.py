@@ -276,7 +276,7 @@ def test_devices(name, weights, device):
     ("kwargs", "error", "message"),
     [
         ({"precision": "fp8"}, ValueError, "'fp8' is unknown"),
-        ({"device": "xpu"}, RuntimeError, "not there"),
+        ({"device": "xpu"}, RuntimeError, "not available"),
         ({"device": "tpu"}, ValueError, "tpu"),
         ({"pretrained": "nothing.pt"}, RuntimeError, "neither a tag of .* nor a file"),
         ({"require_pretrained": True}, RuntimeError, "has no weights, and the caller requires them"),

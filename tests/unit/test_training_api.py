@@ -15,11 +15,11 @@ NAMES = [(module, name, parameters) for module, names in API.items() for name, p
 
 # What is there in order to say no, with what to use instead: how it is called, and what it says.
 REFUSED = {
-    "training.profiler.profile_fvcore": ({"model": None}, "it misses attention: use torch"),
-    "training.profiler.profile_fvcore_image": ({"model": None}, "it misses attention: use torch"),
-    "training.profiler.profile_fvcore_text": ({"model": None}, "it misses attention: use torch"),
-    "training.profiler.profile_model": ({"model_name": "RN50", "profiler": "fvcore"}, "it misses attention: use torch"),
-    "training.distributed.init_distributed_device_so": ({"horovod": True}, "start the processes with torchrun"),
+    "training.profiler.profile_fvcore": ({"model": None}, "it does not count attention. Use torch"),
+    "training.profiler.profile_fvcore_image": ({"model": None}, "it does not count attention. Use torch"),
+    "training.profiler.profile_fvcore_text": ({"model": None}, "it does not count attention. Use torch"),
+    "training.profiler.profile_model": ({"model_name": "RN50", "profiler": "fvcore"}, "it does not count attention. Use torch"),
+    "training.distributed.init_distributed_device_so": ({"horovod": True}, "Start the processes with torchrun"),
 }
 
 
