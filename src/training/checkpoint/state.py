@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip import progress
-from open_clip.checkpoint.fit import check_layout
+from open_clip.checkpoint.files import check_layout
 from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
 from open_clip.checkpoint.mismatch import join_some
 from training import file_utils, ranks
