@@ -612,7 +612,7 @@ def test_an_unknown_precision_raises():
         set_precision(clip(), "fp8")
 
 
-def test_no_initialisation_skips_meta_tensors_and_not_real_ones():
+def test_initialization_is_skipped_for_meta_tensors_and_not_for_real_ones():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
@@ -625,6 +625,44 @@ def test_no_initialisation_skips_meta_tensors_and_not_real_ones():
     with NoInitialization():
         assert torch.equal(torch.ones(2).mul_(3) * 2, torch.full((2,), 6.0))
         assert torch.equal(nn.init.constant_(torch.empty(2), 5.0), torch.full((2,), 5.0))
+
+
+class Computing(nn.Module):
+    """A tower whose `__init__` computes with values of tensors, in all ways that skipping operators could change."""
+
+    def __init__(self, is_table_stored: bool = True) -> None:
+        super().__init__()
+        self.visual = nn.Identity()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3, device="cpu") * 0.5]
+        self.weight = nn.Parameter(torch.randn(3))
+        self.scaled = nn.Parameter(self.weight * 2.0)
+        self.complex = nn.Parameter(torch.randn(3) * 1j)
+        self.positions = nn.Parameter(torch.arange(3) * 0.5)
+        self.register_buffer("table", torch.linspace(0, 1, 3) * 2.0, persistent=is_table_stored)
+
+
+def test_a_tower_that_computes_with_values_is_the_same_when_it_is_built_on_the_meta_device():
+    expected = Computing()
+    with NoInitialization(), torch.device("meta"):
+        model = Computing()
+    assert model.rates == expected.rates == [0.0, 0.25, 0.5]
+    assert model.scaled is not model.weight
+    assert all(value.is_meta for value in model.state_dict().values())
+    assert [value.dtype for value in model.state_dict().values()] == [
+        value.dtype for value in expected.state_dict().values()
+    ]
+    put_weights(model, expected.state_dict())
+    assert_same_weights(model, expected)
+    assert model.scaled.data_ptr() != model.weight.data_ptr()
+
+
+def test_values_that_no_file_has_raise_instead_of_being_changed():
+    with NoInitialization(), torch.device("meta"):
+        model = Computing(is_table_stored=False)
+    with pytest.raises(RuntimeError, match="the state dict has no table, which the model needs"):
+        put_weights(model, Computing(is_table_stored=False).state_dict())
+    with NoInitialization(), torch.device("meta"), pytest.raises(RuntimeError, match="meta"):
+        (torch.ones(3) * 2.0).tolist()
 
 
 # Towers

@@ -78,12 +78,8 @@ def export_model(
         ImportError: a package for ONNX is missing.
         ExportError: a graph does not compute the same features as the model. The folder is unchanged.
     """
-    expect("format", format, FORMATS)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not valid. Pass at least 1, or None for any size.")
+    _check_arguments(model, format, batch_size)
     writer = create_writer(format, opset)
-    if format == "onnx":
-        _check_onnx_supports(model)
     content: dict[str, Any] = {"format": format, "open_clip": __version__, "torch": torch.__version__}
     content |= {"opset": opset} if format == "onnx" else {"device": str(next(model.parameters()).device)}
     content |= description or {}
@@ -106,8 +102,13 @@ def export_model(
     return content
 
 
-def _check_onnx_supports(model: nn.Module) -> None:
-    """Raise ValueError if ONNX has no operators for the model's device or dtype."""
+def _check_arguments(model: nn.Module, format: str, batch_size: int | None) -> None:
+    """Raise ValueError if an argument is invalid, or if ONNX has no operators for the model's device or dtype."""
+    expect("format", format, FORMATS)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is not valid. Pass at least 1, or None for any size.")
+    if format != "onnx":
+        return
     device = next(model.parameters()).device
     if devices.get(device) is not devices.DEVICES["cpu"]:
         raise ValueError(f"The model is on {device}, whose fused operators ONNX lacks. Move it to the CPU.")
