@@ -107,7 +107,7 @@ def damage(data: bytes, chance: random.Random) -> bytes:
 
 def readers(name: str) -> list[Callable[[Path], Any]]:
     import open_clip
-    from open_clip.checkpoint.fit import load_state_dict
+    from open_clip.checkpoint.files import load_state_dict
     from open_clip.recipe import read_recipe
     from training.checkpoint.state import load_checkpoint
 

@@ -23,7 +23,7 @@ import torch
 from harness import Runs, main
 
 import open_clip
-from open_clip.checkpoint.fit import load_state_dict
+from open_clip.checkpoint.files import load_state_dict
 from training import file_utils
 from training.checkpoint import state as checkpoint
 

@@ -41,7 +41,7 @@ NAMES: dict[str, dict[str, str]] = {
         "CLIP": "open_clip.model",
         "CustomTextCLIP": "open_clip.model",
         "TextTransformer": "open_clip.transformer.text",
-        "Transformer": "open_clip.transformer.blocks",
+        "Transformer": "open_clip.transformer.stack",
     },
     "open_clip.factory": {
         **_legacy("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS", "_find_checkpoint_in_dir", "_get_hf_config"),
@@ -50,7 +50,8 @@ NAMES: dict[str, dict[str, str]] = {
         "_rescan_model_configs": "open_clip.config:rescan_model_configs",
         "SigLipTokenizer": "open_clip.tokenizer.hf",
         "convert_state_dict": "open_clip.convert",
-        **dict.fromkeys(("convert_to_custom_text_state_dict", "convert_weights_to_lp"), "open_clip.model"),
+        "convert_to_custom_text_state_dict": "open_clip.model",
+        "convert_weights_to_lp": "open_clip.precision",
         **dict.fromkeys(
             (
                 *("download_pretrained", "download_pretrained_from_hf", "get_pretrained_cfg", "is_pretrained_cfg"),
@@ -63,6 +64,10 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "open_clip.hf_model": {
         **_legacy("_camel2snake"),
+        **dict.fromkeys(
+            ("ClsLastHiddenStatePooler", "MaxPooler", "MeanPooler", "register_pooler"), "open_clip.hf_poolers"
+        ),
+        "_POOLERS": "open_clip.hf_poolers:POOLERS",
         **dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "PretrainedConfig", "TensorType"), "transformers"),
         **dict.fromkeys(
             ("BaseModelOutput", "BaseModelOutputWithPooling", "BaseModelOutputWithPoolingAndCrossAttentions"),
@@ -73,8 +78,13 @@ NAMES: dict[str, dict[str, str]] = {
     "open_clip.model": {
         **_LAYERS,
         **_CHECKPOINT,
+        "Attention": "open_clip.transformer.attention",
+        "HFTextEncoder": "open_clip.hf_model",
         "ModifiedResNet": "open_clip.modified_resnet",
-        **dict.fromkeys(("lock_text_tower", "text_global_pool"), "open_clip.transformer.text"),
+        "TimmModel": "open_clip.timm_model",
+        "VisionTransformer": "open_clip.transformer.vision",
+        "lock_text_tower": "open_clip.transformer.text",
+        "text_global_pool": "open_clip.transformer.text_encoder",
     },
     "open_clip.openai": dict.fromkeys(
         ("build_model_from_openai_state_dict", "convert_weights_to_lp"), "open_clip.model"
@@ -92,10 +102,11 @@ NAMES: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (
                 *("IMAGENET_MEAN", "IMAGENET_STD", "INCEPTION_MEAN", "INCEPTION_STD"),
-                *("OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD"),
+                *("OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "HF_SAFE_WEIGHTS_NAME", "HF_WEIGHTS_NAME"),
             ),
             "open_clip.constants",
         ),
+        "_clean_tag": "open_clip.pretrained.registry",
         "hf_hub_download": "huggingface_hub",
         "tqdm": "tqdm",
     },
@@ -124,13 +135,16 @@ NAMES: dict[str, dict[str, str]] = {
             ),
             "torchvision.transforms",
         ),
+        **dict.fromkeys(("OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD"), "open_clip.constants"),
         "MaybeToTensor": "open_clip.transform.preprocess",
+        "_PREPROCESS_KEYS": "open_clip.transform.pipeline",
         "to_2tuple": "open_clip.utils",
     },
     "open_clip.transformer": {
         **_legacy("_expand_token"),
         **_CHECKPOINT,
-        "feature_take_indices": "open_clip.utils",
+        **dict.fromkeys(("feature_take_indices", "to_2tuple"), "open_clip.utils"),
+        "get_2d_sincos_pos_embed": "open_clip.pos_embed",
     },
     "open_clip.utils": {
         **_legacy("_out_indices_as_tuple"),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import aliases, generation
+from .coca_generation import CaptionLogits, as_criteria, strip_padding, write_by_length
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .model import INIT_LOGIT_SCALE, SeparateTextTower, _build_text_tower, _build_vision_tower
 from .tokenizer import SimpleTokenizer
 from .towers import layer_types
-from .transformer.decoder import DecoderCaches, MultimodalTransformer
-from .transformer.layers import KeyValueCache
-from .transformer.text import TextEncoder
+from .transformer.decoder import MultimodalTransformer
+from .transformer.text_encoder import TextEncoder
 from .utils import evaluating, expect
 
 __all__ = ["CoCa", "MultimodalCfg", "prepare_inputs_for_generation"]
@@ -251,7 +251,7 @@ class CoCa(SeparateTextTower):
             raise ValueError(
                 f"text has {longest} tokens, and a caption has at most seq_len={seq_len} with it. Raise seq_len."
             )
-        ending = generation.Ending(seq_len, eos, pad, _as_tuple(stopping_criteria))
+        ending = generation.Ending(seq_len, eos, pad, as_criteria(stopping_criteria))
         process = [generation.min_length(min_seq_len, eos)]
         if repetition_penalty != 1.0:
             process.append(generation.repetition_penalty(repetition_penalty))
@@ -264,14 +264,14 @@ class CoCa(SeparateTextTower):
             choose = generation.at_random(temperature)
 
         def write(image_embs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            next_logits = _NextLogits(self, image_embs, max_seq_len)
+            next_logits = CaptionLogits(self, image_embs, max_seq_len)
             if generation_type != "beam_search":
                 return generation.write(next_logits, ids, ending, generation.in_turn(process), choose)
             options = (num_beams, num_beam_groups, diversity_penalty, sum_logits)
             return generation.beam_search(next_logits, ids, ending, generation.in_turn(process), *options)
 
         with evaluating(self):
-            found = _write_by_length(write, self._encode_image(image)[1], prompts, pad)
+            found = write_by_length(write, self._encode_image(image)[1], prompts, pad)
         if fixed_output_length:
             found = F.pad(found, (0, seq_len - found.shape[1]), value=pad)
         return found[0] if isinstance(text, torch.Tensor) and text.dim() == 1 else found
@@ -302,9 +302,9 @@ class CoCa(SeparateTextTower):
         if logit_warper is not None:
             process.append(logit_warper)
         ids = torch.full((len(image_inputs), 1), sot, dtype=torch.int64, device=image_inputs.device)
-        ending = generation.Ending(seq_len, eos, pad, _as_tuple(stopping_criteria))
+        ending = generation.Ending(seq_len, eos, pad, as_criteria(stopping_criteria))
         with torch.no_grad(), evaluating(self):
-            next_logits = _NextLogits(self, self._encode_image(image_inputs)[1], seq_len)
+            next_logits = CaptionLogits(self, self._encode_image(image_inputs)[1], seq_len)
             return generation.beam_search(
                 next_logits, ids, ending, generation.in_turn(process), num_beams, num_beam_groups
             )
@@ -340,95 +340,7 @@ class CoCa(SeparateTextTower):
             found = f"text has {len(texts)} strings"
         if len(rows) != batch:
             raise ValueError(f"{found}, and there are {batch} images. Give one row of ids or one string per image.")
-        return [_strip_padding(row, eos, pad) for row in rows]
-
-
-def _strip_padding(ids: list[int], eos: int, pad: int) -> list[int]:
-    """Remove the padding at the end of a prompt, and the end of text before it."""
-    length = len(ids)
-    while length > 1 and ids[length - 1] == pad:
-        length -= 1
-    if 1 < length < len(ids) and ids[length - 1] == eos:
-        length -= 1
-    return ids[:length]
-
-
-def _write_by_length(
-    write: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    image_embs: torch.Tensor,
-    prompts: list[list[int]],
-    pad: int,
-) -> torch.Tensor:
-    """Generate captions in batches whose prompts have the same length. Shorter captions are padded at the end."""
-    by_length: dict[int, list[int]] = {}
-    for number, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(number)
-    device = image_embs.device
-    captions: dict[int, torch.Tensor] = {}
-    for numbers in by_length.values():
-        rows = torch.tensor([prompts[number] for number in numbers], device=device)
-        embs = image_embs if len(numbers) == len(prompts) else image_embs[torch.tensor(numbers, device=device)]
-        captions.update(zip(numbers, write(embs, rows), strict=True))
-    ordered = [captions[number] for number in range(len(prompts))]
-    return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=pad)
-
-
-def _as_tuple(criteria: Any) -> tuple[Callable[..., Any], ...]:
-    if criteria is None:
-        return ()
-    # transformers' StoppingCriteriaList is both a list and a function: take it as a list.
-    return tuple(criteria) if isinstance(criteria, Iterable) else (criteria,)
-
-
-def _make_decoder_caches(decoder: Any) -> DecoderCaches | None:
-    return DecoderCaches(decoder.layers) if getattr(decoder, "takes_caches", False) else None
-
-
-class _NextLogits:
-    """Next-token logits of a CoCa (see generation.NextLogits).
-
-    Each image has the same number of texts, which are consecutive rows.
-
-    If the text tower is causal, only new tokens are encoded: each layer of the tower and the decoder caches the keys
-    and values of earlier tokens, and the decoder those of the images. All tokens are encoded again if a text is longer
-    than `window`, because each new token then shifts all positions, and if a program has replaced blocks or attention
-    by modules that do not support caches.
-    """
-
-    def __init__(self, model: CoCa, image_embs: torch.Tensor, window: int) -> None:
-        self.model = model
-        self.image_embs = image_embs
-        self.decoder = _make_decoder_caches(model.text_decoder)
-        self.text: list[KeyValueCache] | None = None
-        tower = model.text
-        if isinstance(tower, TextEncoder):
-            window = min(window, tower.positional_embedding.shape[0] - (tower.cls_emb is not None))
-            if tower.is_causal and getattr(tower.transformer, "takes_caches", False):
-                self.text = [KeyValueCache() for _ in tower.transformer.resblocks]
-        self.window = window
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        if ids.shape[1] > self.window:
-            ids = ids[:, -self.window :]
-            self._clear_text_caches()
-        if self.text is None:
-            self._clear_text_caches()
-            tokens = self.model._encode_text(ids, normalize=False)[1]
-        else:
-            tokens = self.model.text._continue_text(ids, self.text)
-        options = {} if self.decoder is None else {"caches": self.decoder}
-        return self.model.text_decoder(self.image_embs, tokens, **options)[:, -1]
-
-    def _text_caches(self) -> list[KeyValueCache]:
-        return [*(self.text or ()), *(self.decoder.text if self.decoder else ())]
-
-    def _clear_text_caches(self) -> None:
-        for cache in self._text_caches():
-            cache.pair = None
-
-    def take(self, rows: torch.Tensor) -> None:
-        for cache in self._text_caches():
-            cache.take(rows)
+        return [strip_padding(row, eos, pad) for row in rows]
 
 
 def prepare_inputs_for_generation(

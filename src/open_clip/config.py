@@ -119,10 +119,13 @@ class MultimodalCfg(CLIPTextCfg):
     attn_pooler_heads: int = 8
 
 
-def closest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """List the names in `known` that are most similar to `name`, ignoring case."""
+def closest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.5) -> list[str]:
+    """List at most `n` names in `known` that are similar to `name`, best first, ignoring case.
+
+    `cutoff` is the lowest similarity, from 0 to 1.
+    """
     by_lower = {k.lower(): k for k in known}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.5)]
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=cutoff)]
 
 
 def as_config(cls: type[ConfigT], cfg: ConfigT | Mapping[str, Any]) -> ConfigT:

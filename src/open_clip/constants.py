@@ -1,4 +1,4 @@
-"""Normalization statistics and file names of open_clip, OpenAI's CLIP and torchvision."""
+"""Normalization statistics, file names and sizes of open_clip, OpenAI's CLIP and torchvision."""
 
 OPENAI_DATASET_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_DATASET_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -15,3 +15,6 @@ HF_CONFIG_NAME = "open_clip_config.json"
 TRANSFORMERS_CONFIG_NAME = "config.json"
 TRANSFORMERS_PREPROCESSOR_NAME = "preprocessor_config.json"
 TRANSFORMERS_WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+# Total stride of a ModifiedResNet: image pixels per row of its last stage.
+RESNET_STRIDE = 32

@@ -22,25 +22,15 @@ from torch import nn
 
 from . import aliases
 from . import device as devices
-from .checkpoint.fit import (
-    check_precision,
-    load_checkpoint,
-    load_state_dict,
-    load_tower_checkpoint,
-    no_initialisation,
-    set_precision,
-)
+from .checkpoint.files import load_state_dict
+from .checkpoint.fit import load_checkpoint, load_tower_checkpoint
+from .checkpoint.meta import NoInitialization
 from .coca_model import CoCa
 from .config import add_model_config, closest, get_model_config, list_models, parse_model_name
 from .loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-from .model import (
-    CLIP,
-    CustomTextCLIP,
-    TwoTowers,
-    get_cast_dtype,
-    get_model_preprocess_cfg,
-    set_model_preprocess_cfg,
-)
+from .model import CLIP, CustomTextCLIP, TwoTowers
+from .model_inputs import get_model_preprocess_cfg, set_model_preprocess_cfg
+from .precision import check_precision, get_cast_dtype, set_precision
 from .pretrained import is_unchanging
 from .recipe import Recipe, apply_overrides, check_quick_gelu, read_recipe, use_tower_defaults
 from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
@@ -105,7 +95,7 @@ def _build(
     with contextlib.ExitStack() as building:
         if on_meta:
             building.enter_context(torch.device("meta"))
-            building.enter_context(no_initialisation())
+            building.enter_context(NoInitialization())
         model = _instantiate(recipe.model_cfg, get_cast_dtype(precision), output_dict)
     set_precision(model, precision)
     if path is not None:

@@ -304,18 +304,10 @@ def beam_search(
         logits = next_logits(rows).float()
         scores = process(rows, logits if sum_logits else logits.log_softmax(dim=-1))
         scores = scores.unflatten(0, (batch, num_beam_groups, beams))
-        taken = torch.zeros_like(scores[:, 0, 0])  # how often each token was chosen, [batch, vocabulary]
-        beam, token = [], []
-        for number, group in enumerate(groups):
-            penalised = scores[:, number] - diversity_penalty * taken[:, None]
-            chosen = group.advance(ids[:, number], penalised)
-            taken.scatter_add_(1, chosen[1], torch.ones_like(chosen[1], dtype=taken.dtype))
-            beam.append(chosen[0])
-            token.append(chosen[1])
-        continued = (first_row + torch.stack(beam, dim=1)).flatten()
+        beam, token = _advance_groups(groups, ids, scores, diversity_penalty)
+        continued = (first_row + beam).flatten()
         next_logits.take(continued)
-        tokens = torch.stack(token, dim=1).flatten()
-        rows = torch.cat([rows.index_select(0, continued), tokens[:, None]], dim=1)
+        rows = torch.cat([rows.index_select(0, continued), token.flatten()[:, None]], dim=1)
         ids = rows.view(batch, num_beam_groups, beams, -1)
         if ending.by_criteria(rows):
             break
@@ -327,6 +319,31 @@ def beam_search(
 def _check_beams(num_beams: int, num_beam_groups: int) -> None:
     if num_beams < 1 or num_beam_groups < 1 or num_beams % num_beam_groups:
         raise ValueError(f"num_beams={num_beams} cannot be divided into num_beam_groups={num_beam_groups} equal parts.")
+
+
+def _advance_groups(
+    groups: Sequence[_Group], ids: Tensor, scores: Tensor, diversity_penalty: float
+) -> tuple[Tensor, Tensor]:
+    """Choose the next token of each beam, one group after another.
+
+    Args:
+        groups: the groups of beams.
+        ids: int64 [batch, groups, beams, tokens].
+        scores: scores of the next token, [batch, groups, beams, vocabulary].
+        diversity_penalty: see beam_search.
+
+    Returns:
+        The beam that each new beam continues, and its next token: both int64 [batch, groups, beams].
+    """
+    taken = torch.zeros_like(scores[:, 0, 0])  # how often each token was chosen, [batch, vocabulary]
+    beams, tokens = [], []
+    for number, group in enumerate(groups):
+        penalized = scores[:, number] - diversity_penalty * taken[:, None]
+        beam, token = group.advance(ids[:, number], penalized)
+        taken.scatter_add_(1, token, torch.ones_like(token, dtype=taken.dtype))
+        beams.append(beam)
+        tokens.append(token)
+    return torch.stack(beams, dim=1), torch.stack(tokens, dim=1)
 
 
 def _select_best(finished: Sequence[_Finished], pad_token_id: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from . import aliases
 from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
+from .hf_poolers import POOLERS, ClsPooler
 from .transformer.layers import GELU
 from .utils import NotScriptable, check_token_ids, expect, feature_take_indices, set_trainable
 
@@ -27,68 +27,6 @@ logger = logging.getLogger(__name__)
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 DEFAULT_CONTEXT_LENGTH = 77  # for models without a limit
-
-# Poolers
-
-_POOLERS: dict[str, type[nn.Module]] = {}
-
-
-def register_pooler(cls: type[nn.Module]) -> type[nn.Module]:
-    """Register a pooler class under its name in snake case ("MeanPooler" is "mean_pooler"). A class decorator.
-
-    A pooler is called with the encoder's output, whose `last_hidden_state` is [batch, tokens, width], and a bool mask
-    [batch, tokens], False for padding. It returns [batch, width].
-    """
-    _POOLERS[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
-    return cls
-
-
-@register_pooler
-class MeanPooler(nn.Module):
-    """The mean of the tokens."""
-
-    def forward(self, x: Any, attention_mask: torch.Tensor) -> torch.Tensor:
-        mask = attention_mask[..., None].to(x.last_hidden_state.dtype)
-        return (x.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-
-
-@register_pooler
-class MaxPooler(nn.Module):
-    """The maximum over the tokens, per channel."""
-
-    def forward(self, x: Any, attention_mask: torch.Tensor) -> torch.Tensor:
-        padding = attention_mask[..., None] == 0
-        return x.last_hidden_state.masked_fill(padding, torch.finfo(x.last_hidden_state.dtype).min).amax(dim=1)
-
-
-@register_pooler
-class ClsPooler(nn.Module):
-    """The encoder's `pooler_output` if it has one, else the first token.
-
-    Args:
-        use_pooler_output: False always takes the first token of `last_hidden_state`.
-    """
-
-    def __init__(self, use_pooler_output: bool = True) -> None:
-        super().__init__()
-        self.cls_token_position = 0
-        self.use_pooler_output = use_pooler_output
-
-    def forward(self, x: Any, attention_mask: torch.Tensor) -> torch.Tensor:
-        pooled = getattr(x, "pooler_output", None) if self.use_pooler_output else None
-        return x.last_hidden_state[:, self.cls_token_position] if pooled is None else pooled
-
-
-@register_pooler
-class ClsLastHiddenStatePooler(nn.Module):
-    """The first token of `last_hidden_state`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cls_token_position = 0
-
-    def forward(self, x: Any, attention_mask: torch.Tensor) -> torch.Tensor:
-        return x.last_hidden_state[:, self.cls_token_position]
 
 
 # Encoders
@@ -266,17 +204,18 @@ class HFTextEncoder(NotScriptable, nn.Module):
         self.vocab_size = self._config_value("vocab_size")
         self.context_length = self._config_value("context_length") or DEFAULT_CONTEXT_LENGTH
         pooler_type = pooler_type or arch_dict[self.config.model_type]["pooler"]
-        expect("pooler_type", pooler_type, _POOLERS)
-        self.pooler = _POOLERS[pooler_type]()
+        expect("pooler_type", pooler_type, POOLERS)
+        self.pooler = POOLERS[pooler_type]()
         self.proj = _projection(proj_type, self._config_value("width"), output_dim)
         self.register_load_state_dict_post_hook(_restore_buffers)
 
     @property
-    def _names(self) -> dict[str, str]:
+    def config_names(self) -> dict[str, str]:
+        """Map from names used here to those of the configuration and the modules of this model type."""
         return arch_dict[self.config.model_type]["config_names"]
 
     def _config_value(self, name: str) -> int:
-        return getattr(self.config, self._names[name]) if self._names[name] else 0
+        return getattr(self.config, self.config_names[name]) if self.config_names[name] else 0
 
     @property
     def _stack(self) -> Any:
@@ -285,7 +224,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        return getattr(self._stack, self._names["layer_attr"])
+        return getattr(self._stack, self.config_names["layer_attr"])
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -310,7 +249,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
             unlocked_layers: number of last blocks to train. One more than there are trains the embeddings, too.
             freeze_layer_norm: False trains all layer norms.
         """
-        groups = [getattr(self.transformer, self._names["token_embeddings_attr"]), *self._blocks]
+        groups = [getattr(self.transformer, self.config_names["token_embeddings_attr"]), *self._blocks]
         if unlocked_layers >= len(groups):
             logger.warning("The text tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_layers)
         set_trainable(groups[:-unlocked_layers] if unlocked_layers else self.transformer, False)
@@ -409,7 +348,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        final_norm = self._names["final_norm_attr"]
+        final_norm = self.config_names["final_norm_attr"]
         if normalize_intermediates and final_norm:
             intermediates = [getattr(self._stack, final_norm)(tokens) for tokens in intermediates]
         features: dict[str, Any] = {"text_intermediates": intermediates}
@@ -443,8 +382,8 @@ def _restore_buffers(tower: HFTextEncoder, incompatible_keys: Any) -> None:
     if not names or weight.is_meta:
         return
     config = copy.deepcopy(tower.config)
-    setattr(config, tower._names["layers"], 0)
-    setattr(config, tower._names["vocab_size"], (config.pad_token_id or 0) + 1)
+    setattr(config, tower.config_names["layers"], 0)
+    setattr(config, tower.config_names["vocab_size"], (config.pad_token_id or 0) + 1)
     with weight.device:
         buffers = dict(_new_encoder(config, add_pooling_layer=False).named_buffers())
     for name in names:

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from . import config, pretrained, recipe
-from .checkpoint import fit as checkpoint
 from .constants import (
     HF_CONFIG_NAME,
     HF_SAFE_WEIGHTS_NAME,
@@ -31,6 +30,8 @@ from .constants import (
     OPENAI_DATASET_MEAN,
     OPENAI_DATASET_STD,
 )
+from .precision import set_precision
+from .pretrained.registry import read_registry
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def _set_model_device_and_precision(
     model: nn.Module, device: torch.device, precision: str, is_timm_model: bool = False
 ) -> None:
     """Move a model to a device and cast its weights in place. `is_timm_model` has no effect."""
-    checkpoint.set_precision(model, precision)
+    set_precision(model, precision)
     model.to(device)
 
 
@@ -98,7 +99,7 @@ def _camel2snake(s: str) -> str:
 
 # Published weights
 
-_PRETRAINED = pretrained._registry()
+_PRETRAINED = read_registry()
 _PRETRAINED_quickgelu = {name: tags for name, tags in _PRETRAINED.items() if name.endswith("-quickgelu")}
 quick_gelu_tags: dict[str, Any] = {}
 _RN50 = _PRETRAINED["RN50"]

@@ -6,10 +6,9 @@ tower under `text`. There is no other difference.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,17 +17,22 @@ from torch import nn
 
 from . import aliases
 from .config import CLIPTextCfg, CLIPVisionCfg
-from .hf_model import HFTextEncoder
-from .modified_resnet import STRIDE
+from .convert.layout import to_custom_text_layout as convert_to_custom_text_state_dict
+from .convert.openai_sizes import infer_text_cfg, infer_vision_cfg
+from .model_inputs import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
+from .precision import (
+    convert_weights_to_fp16,
+    convert_weights_to_lp,
+    get_cast_dtype,
+    get_input_dtype,
+    low_precision_tensors,
+)
 from .text_groups import GroupedText
-from .timm_model import TimmModel
 from .towers import build_text_tower as _build_text_tower  # programs import and patch these names of open_clip 3.3
 from .towers import build_vision_tower as _build_vision_tower
-from .transformer import VisionTransformer
-from .transformer.decoder import MultimodalTransformer
-from .transformer.layers import Attention, MultiheadAttention
-from .transformer.text import TextEncoder, TextTransformer, text_option
+from .transformer.text import TextTransformer
+from .transformer.text_encoder import TextEncoder, text_option
 from .utils import NotScriptable, has_hooks, has_method, to_2tuple
 
 __all__ = [
@@ -55,16 +59,6 @@ logger = logging.getLogger(__name__)
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
-
-
-def get_cast_dtype(precision: str) -> torch.dtype | None:
-    """Return the dtype to which weights are cast while norms stay float32, or None if `precision` casts no weights."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
-
-def get_input_dtype(precision: str) -> torch.dtype | None:
-    """Return the dtype that input images need, or None for float32."""
-    return get_cast_dtype(precision.removeprefix("pure_"))
 
 
 # Two towers
@@ -312,13 +306,13 @@ class CLIP(TextEncoder, TwoTowers):
         if text.attn_mask is None:
             self.attn_mask = None
         else:
-            self._set_causal_mask(text.attn_mask)
+            self.set_causal_mask(text.attn_mask)
 
     text_pool_type = text_option("pool_type")
     text_eos_id = text_option("eos_id")
 
     def _text_tower(self, text: torch.Tensor) -> torch.Tensor:
-        return self._encode_text(text)[0]
+        return self.encode_with_tokens(text)[0]
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         # As in open_clip, the text features need all blocks here. In CustomTextCLIP they do not.
@@ -326,7 +320,7 @@ class CLIP(TextEncoder, TwoTowers):
         return self._text_intermediates(text, **kwargs)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        self._lock_text(unlocked_layers, freeze_layer_norm)
+        self.lock_text(unlocked_layers, freeze_layer_norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.visual.set_grad_checkpointing(enable)
@@ -372,53 +366,6 @@ class CustomTextCLIP(SeparateTextTower):
 # Weights
 
 
-def _low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the weights and biases of convolutions, linear layers, attention and the final projections.
-
-    For towers of timm and transformers, yield all floating-point tensors: their layers need inputs in the weights'
-    dtype.
-    """
-    for module in model.modules():
-        if isinstance(module, (TimmModel, HFTextEncoder)):
-            yield from (x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point())
-            continue
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-            names = ["weight", "bias"]
-        elif isinstance(module, (MultiheadAttention, Attention)):
-            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"]
-        elif isinstance(module, (TextEncoder, MultimodalTransformer)):
-            names = ["text_projection"]
-        elif isinstance(module, VisionTransformer):
-            names = ["proj"]
-        else:
-            continue
-        for name in names:
-            parameter = getattr(module, name, None)
-            if isinstance(parameter, nn.Parameter):
-                yield parameter
-
-
-def convert_weights_to_lp(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Cast the weights of convolutions, linear layers and attention to half precision, in place.
-
-    Norms, embeddings and layer scales keep their dtype. Towers of timm and transformers are cast as a whole.
-    """
-    for tensor in _low_precision_tensors(model):
-        tensor.data = tensor.data.to(dtype)
-
-
-convert_weights_to_fp16 = convert_weights_to_lp
-
-_TOP_LEVEL_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final", "cls_emb")
-
-
-def convert_to_custom_text_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert a state dict of CLIP to one of CustomTextCLIP. One of CustomTextCLIP is returned unchanged."""
-    if "text_projection" not in state_dict:
-        return state_dict
-    return {(f"text.{key}" if key.startswith(_TOP_LEVEL_TEXT) else key): value for key, value in state_dict.items()}
-
-
 def build_model_from_openai_state_dict(
     state_dict: dict[str, torch.Tensor],
     quick_gelu: bool = True,
@@ -444,46 +391,23 @@ def build_model_around_openai_weights(
 ) -> CLIP:
     """Do as `build_model_from_openai_state_dict`, but without copying tensors that already have the right dtype."""
     state_dict = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    context_length, text_width = state_dict["positional_embedding"].shape
     # On the meta device, because the archive has all weights.
     with torch.device("meta"):
         model = CLIP(
             embed_dim=state_dict["text_projection"].shape[1],
-            vision_cfg=_infer_vision_cfg(state_dict),
-            text_cfg=CLIPTextCfg(
-                context_length=context_length,
-                vocab_size=state_dict["token_embedding.weight"].shape[0],
-                width=text_width,
-                heads=text_width // 64,
-                layers=_count_blocks(state_dict, "transformer.resblocks."),
-            ),
+            vision_cfg=infer_vision_cfg(state_dict),
+            text_cfg=infer_text_cfg(state_dict),
             quick_gelu=quick_gelu,
             cast_dtype=cast_dtype,
         )
     model.load_state_dict(state_dict, assign=True)
     # One parameter at a time, so that the whole model is never in memory twice.
-    low_precision = {id(tensor) for tensor in _low_precision_tensors(model)} if cast_dtype else set()
+    low_precision = {id(tensor) for tensor in low_precision_tensors(model)} if cast_dtype else set()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(cast_dtype if id(parameter) in low_precision else torch.float32)
     for buffer in model.buffers():  # running statistics of batch norms, and integer num_batches_tracked
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
     return model.eval()
-
-
-def _infer_vision_cfg(state_dict: dict[str, torch.Tensor]) -> CLIPVisionCfg:
-    if "visual.proj" in state_dict:
-        width, _, patch_size, _ = state_dict["visual.conv1.weight"].shape
-        side = math.isqrt(state_dict["visual.positional_embedding"].shape[0] - 1)
-        layers = _count_blocks(state_dict, "visual.transformer.resblocks.")
-        return CLIPVisionCfg(layers=layers, width=width, patch_size=patch_size, image_size=patch_size * side)
-    side = math.isqrt(state_dict["visual.attnpool.positional_embedding"].shape[0] - 1)
-    first, second, third, fourth = (_count_blocks(state_dict, f"visual.layer{number}.") for number in (1, 2, 3, 4))
-    width = state_dict["visual.layer1.0.conv1.weight"].shape[0]
-    return CLIPVisionCfg(layers=(first, second, third, fourth), width=width, image_size=STRIDE * side)
-
-
-def _count_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
-    return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
 def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
@@ -499,41 +423,3 @@ def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | 
     traced = torch.jit.trace_module(model, inputs=inputs, strict=False)  # strict mode refuses dict outputs
     traced.visual.image_size = model.visual.image_size
     return traced
-
-
-# Preprocessing and tokenization
-
-
-def get_model_preprocess_cfg(model: nn.Module) -> dict[str, Any]:
-    """Return the preprocessing configuration of `model`: "size", and "mean", "std" and other fields if they are set."""
-    visual = getattr(model, "visual", model)
-    cfg = copy.copy(getattr(visual, "preprocess_cfg", {}))
-    if cfg:
-        return cfg
-    size = getattr(visual, "image_size", None)
-    if size is not None:
-        cfg["size"] = size
-    for key, attribute in (("mean", "image_mean"), ("std", "image_std")):
-        value = getattr(visual, attribute, None)
-        if value is not None:
-            cfg[key] = value
-    return cfg
-
-
-def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
-    """Store the preprocessing configuration in `model`. It must have "mean" and "std"."""
-    visual = getattr(model, "visual", model)
-    visual.image_mean = preprocess_cfg["mean"]
-    visual.image_std = preprocess_cfg["std"]
-    visual.preprocess_cfg = copy.deepcopy(preprocess_cfg)
-
-
-def get_model_tokenize_cfg(model: nn.Module) -> dict[str, int]:
-    """Return "context_length" and "vocab_size" of the text tower, each if it is known."""
-    text = getattr(model, "text", model)
-    cfg = {}
-    for key in ("context_length", "vocab_size"):
-        value = getattr(text, key, None)
-        if value is not None:
-            cfg[key] = value
-    return cfg

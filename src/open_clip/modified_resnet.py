@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from . import device
+from .constants import RESNET_STRIDE
 from .pos_embed import resize_table
-from .transformer.layers import check_heads
+from .transformer.attention import check_heads
 from .utils import (
     NotScriptable,
     check_images,
@@ -28,8 +29,6 @@ from .utils import (
     set_trainable,
     to_2tuple,
 )
-
-STRIDE = 32  # total stride: image pixels per row of the last stage
 
 
 class Bottleneck(nn.Module):
@@ -141,9 +140,9 @@ class ModifiedResNet(NotScriptable, nn.Module):
         super().__init__()
         if len(layers) != 4:
             raise ValueError(f"layers must be the numbers of blocks in four stages, got {list(layers)}.")
-        grid_size = tuple(side // STRIDE for side in to_2tuple(image_size))
+        grid_size = tuple(side // RESNET_STRIDE for side in to_2tuple(image_size))
         if 0 in grid_size:
-            raise ValueError(f"An image of {image_size} pixels is too small: each side needs {STRIDE} or more.")
+            raise ValueError(f"An image of {image_size} pixels is too small: each side needs {RESNET_STRIDE} or more.")
         self.output_dim = output_dim
         self.image_size = image_size
 

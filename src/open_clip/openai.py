@@ -13,10 +13,13 @@ from torch import nn
 
 from . import aliases
 from . import device as devices
-from .checkpoint.fit import check_precision, no_initialisation, read_state_dict, set_precision
+from .checkpoint.files import read_state_dict
 from .checkpoint.key_prefixes import drop_extras
+from .checkpoint.meta import NoInitialization
 from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from .model import build_model_around_openai_weights, get_cast_dtype, set_model_preprocess_cfg
+from .model import build_model_around_openai_weights
+from .model_inputs import set_model_preprocess_cfg
+from .precision import check_precision, get_cast_dtype, set_precision
 from .pretrained import (
     download_pretrained_from_url,
     get_pretrained_url,
@@ -70,7 +73,7 @@ def load_openai_model(
     if cast_dtype is None:
         for key, value in weights.items():  # one at a time, so that only one weight is in memory in both dtypes
             weights[key] = value.float() if value.is_floating_point() else value
-    with no_initialisation():
+    with NoInitialization():
         model = build_model_around_openai_weights(weights, cast_dtype=cast_dtype)
     set_precision(model, precision)
     size = model.visual.image_size

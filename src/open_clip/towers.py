@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .constants import RESNET_STRIDE
 from .hf_model import HFTextEncoder
-from .modified_resnet import STRIDE, ModifiedResNet
+from .modified_resnet import ModifiedResNet
 from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .transformer.layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
@@ -67,7 +68,7 @@ def build_vision_tower(
     if isinstance(cfg.layers, (tuple, list)):
         if cfg.patch_dropout:
             logger.warning("patch_dropout=%s has no effect: a ResNet has no patches.", cfg.patch_dropout)
-        heads = cfg.width * STRIDE // cfg.head_width
+        heads = cfg.width * RESNET_STRIDE // cfg.head_width
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, "timm_", "head_width") | layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)

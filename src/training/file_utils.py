@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from open_clip import progress
-from open_clip.checkpoint.fit import read_checkpoint
+from open_clip.checkpoint.files import read_checkpoint
 from open_clip.formats.whole_file import replacing
 from training import children
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from open_clip import device as devices
-from open_clip.transformer import blocks, layers
+from open_clip.transformer import attention, blocks
 from training.flat_tensors import FlatTensors
 from training.precision import dtype_of
 
 # Parameters that a layer passes to F.linear, where autocast would cast them.
 _LINEAR_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
-    layers.Attention: ("in_proj_weight", "in_proj_bias"),
-    layers.MultiheadAttention: (
+    attention.Attention: ("in_proj_weight", "in_proj_bias"),
+    attention.MultiheadAttention: (
         "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight",
     ),
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from open_clip import device as devices
+from open_clip.config import closest
 from training.flat_adamw import FlatAdamW
 from training.params import OptimConfig
 
@@ -59,7 +59,7 @@ def check_name(opt: str) -> None:
 
     name, known = name.removeprefix("timm/"), timm.optim.list_optimizers()
     if name not in known:
-        near = ", ".join(f"timm/{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5))
+        near = ", ".join(f"timm/{match}" for match in closest(name, known))
         raise ValueError(f"--opt {opt!r}: timm has no such optimizer.{near and f' Similar names: {near}.'}")
 
 

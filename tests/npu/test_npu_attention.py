@@ -14,7 +14,7 @@ from npu_training import NPU, Calls, make_batch, make_model, move
 import open_clip
 from open_clip import device as devices
 from open_clip.device import npu_attention
-from open_clip.transformer.layers import MultiheadAttention
+from open_clip.transformer.attention import MultiheadAttention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 B, H, D = 2, 2, 16

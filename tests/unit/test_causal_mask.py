@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_clip import coca_model, device
 from open_clip import model as models
-from open_clip.transformer import layers
-from open_clip.transformer.blocks import Transformer
+from open_clip.transformer import masks
+from open_clip.transformer.stack import Transformer
 from versions import require
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 3}
@@ -133,7 +133,7 @@ def test_a_replaced_stack_is_called_as_in_open_clip() -> None:
             return self.stack.get_cast_dtype()
 
         def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-            assert torch.equal(attn_mask, layers.causal_mask(77))
+            assert torch.equal(attn_mask, masks.causal_mask(77))
             return self.stack(x, attn_mask=attn_mask)
 
     model.text.transformer = Stack(model.text.transformer)

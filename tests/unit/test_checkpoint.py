@@ -23,22 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tiny_clip
-from open_clip.checkpoint import fit as checkpoint
-from open_clip.checkpoint.fit import (
-    _select_tower,
-    check_nothing_on_meta,
-    load_checkpoint,
-    load_state_dict,
-    load_tower_checkpoint,
-    no_initialisation,
-    put_weights,
-    read_checkpoint,
-    read_state_dict,
-    set_precision,
-    strip_prefixes,
-)
+from open_clip.checkpoint import fit
+from open_clip.checkpoint.files import load_state_dict, read_checkpoint, read_state_dict
+from open_clip.checkpoint.fit import _select_tower, load_checkpoint, load_tower_checkpoint, put_weights
+from open_clip.checkpoint.key_prefixes import strip_prefixes
+from open_clip.checkpoint.meta import NoInitialization, check_nothing_on_meta
 from open_clip.formats.binary_file import BinaryFile, FileError
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.precision import set_precision
 
 
 def clip(seed: int = 0, model_class: type[nn.Module] = CLIP, **changes) -> nn.Module:
@@ -47,7 +39,7 @@ def clip(seed: int = 0, model_class: type[nn.Module] = CLIP, **changes) -> nn.Mo
 
 
 def meta_clip(model_class: type[nn.Module] = CLIP, **changes) -> nn.Module:
-    with torch.device("meta"), no_initialisation():
+    with torch.device("meta"), NoInitialization():
         return clip(0, model_class, **changes)
 
 
@@ -211,14 +203,14 @@ def test_casting_does_not_duplicate_all_tensors(tmp_path, precision, monkeypatch
         return to(self, *args, **kwargs)
 
     read = []
-    load = checkpoint.read_state_dict
+    load = fit.read_state_dict
 
     def remembered(*args):
         found = load(*args)
         read.extend(weakref.ref(value) for value in found.values())
         return found
 
-    monkeypatch.setattr(checkpoint, "read_state_dict", remembered)
+    monkeypatch.setattr(fit, "read_state_dict", remembered)
     monkeypatch.setattr(torch.Tensor, "to", counted)
     load_checkpoint(model, tmp_path / "file.pt")
     assert alive[-1] < alive[0] / 2
@@ -616,23 +608,61 @@ def test_precisions(precision, proj, norm):
 
 
 def test_an_unknown_precision_raises():
-    with pytest.raises(ValueError, match=r"'fp8' is unknown\. Choose from fp32"):
+    with pytest.raises(ValueError, match=r"'fp8' is unknown\. Choose from amp"):
         set_precision(clip(), "fp8")
 
 
-def test_no_initialisation_skips_meta_tensors_and_not_real_ones():
+def test_initialization_is_skipped_for_meta_tensors_and_not_for_real_ones():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
-    with no_initialisation(), torch.device("meta"):
+    with NoInitialization(), torch.device("meta"):
         nn.Embedding(4, 4)
         scaled = 0.5 * torch.randn(4)
     assert scaled.is_meta
     assert scaled.shape == (4,)
     assert torch.equal(torch.randn(3), expected), "the generator moved"
-    with no_initialisation():
+    with NoInitialization():
         assert torch.equal(torch.ones(2).mul_(3) * 2, torch.full((2,), 6.0))
         assert torch.equal(nn.init.constant_(torch.empty(2), 5.0), torch.full((2,), 5.0))
+
+
+class Computing(nn.Module):
+    """A tower whose `__init__` computes with values of tensors, in all ways that skipping operators could change."""
+
+    def __init__(self, is_table_stored: bool = True) -> None:
+        super().__init__()
+        self.visual = nn.Identity()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3, device="cpu") * 0.5]
+        self.weight = nn.Parameter(torch.randn(3))
+        self.scaled = nn.Parameter(self.weight * 2.0)
+        self.complex = nn.Parameter(torch.randn(3) * 1j)
+        self.positions = nn.Parameter(torch.arange(3) * 0.5)
+        self.register_buffer("table", torch.linspace(0, 1, 3) * 2.0, persistent=is_table_stored)
+
+
+def test_a_tower_that_computes_with_values_is_the_same_when_it_is_built_on_the_meta_device():
+    expected = Computing()
+    with NoInitialization(), torch.device("meta"):
+        model = Computing()
+    assert model.rates == expected.rates == [0.0, 0.25, 0.5]
+    assert model.scaled is not model.weight
+    assert all(value.is_meta for value in model.state_dict().values())
+    assert [value.dtype for value in model.state_dict().values()] == [
+        value.dtype for value in expected.state_dict().values()
+    ]
+    put_weights(model, expected.state_dict())
+    assert_same_weights(model, expected)
+    assert model.scaled.data_ptr() != model.weight.data_ptr()
+
+
+def test_values_that_no_file_has_raise_instead_of_being_changed():
+    with NoInitialization(), torch.device("meta"):
+        model = Computing(is_table_stored=False)
+    with pytest.raises(RuntimeError, match="the state dict has no table, which the model needs"):
+        put_weights(model, Computing(is_table_stored=False).state_dict())
+    with NoInitialization(), torch.device("meta"), pytest.raises(RuntimeError, match="meta"):
+        (torch.ones(3) * 2.0).tolist()
 
 
 # Towers
@@ -738,7 +768,7 @@ def test_other_kinds_of_towers_are_named(foreign, words):
 def test_the_architecture_of_a_checkpoint_is_suggested(tmp_path):
     from open_clip.config import get_model_config
 
-    with torch.device("meta"), no_initialisation():
+    with torch.device("meta"), NoInitialization():
         weights = CLIP(**get_model_config("ViT-B-16")).state_dict()
         model = CLIP(**get_model_config("ViT-L-14"))
     with pytest.raises(RuntimeError, match=r"these have such towers: .*ViT-B-16, "):

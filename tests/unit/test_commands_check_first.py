@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -61,12 +62,12 @@ def test_a_folder_on_a_full_disk(tmp_path, monkeypatch):
 def test_export(tmp_path, file, caplog, format):
     name = tiny_clip.folder(tmp_path / "tiny")
     assert export.main(["--model", name, "--format", format, "--output", str(file / "out")]) == 1
-    expected = "needs onnx" if format == "onnx" and not export.importlib.util.find_spec("onnx") else "cannot be written"
+    expected = "needs onnx" if format == "onnx" and not importlib.util.find_spec("onnx") else "cannot be written"
     assert expected in caplog.text
 
 
 def test_export_without_its_packages(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert export.main(["--model", tiny_clip.folder(tmp_path / "tiny"), "--output", str(tmp_path / "out")]) == 1
     assert "pip install onnx onnxscript onnxruntime" in caplog.text
     assert not (tmp_path / "out").exists()

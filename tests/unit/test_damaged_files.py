@@ -21,7 +21,7 @@ def test_a_damaged_file_is_read_or_raises_an_error_with_its_name(name):
 @pytest.mark.parametrize("name", damaged_files.CHECKPOINTS)
 def test_a_file_truncated_within_tensors_raises(name, tmp_path):
     """At every position: no tensor is filled with zeros."""
-    from open_clip.checkpoint.fit import load_state_dict
+    from open_clip.checkpoint.files import load_state_dict
 
     content = damaged_files.write(name)
     for end in range(0, len(content) - 1, max(len(content) // 60, 1)):

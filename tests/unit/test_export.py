@@ -18,6 +18,7 @@ import open_clip
 import tiny_clip
 from open_clip import model as models
 from open_clip.export import command as export
+from open_clip.export import formats
 from versions import require
 
 
@@ -166,7 +167,7 @@ def test_half_precision(tmp_path):
 
 def test_large_weights_are_in_a_separate_file(tmp_path, monkeypatch):
     model = make("CLIP plain")
-    monkeypatch.setattr(export, "LARGEST_PROTOBUF", 1000)
+    monkeypatch.setattr(formats, "LARGEST_PROTOBUF", 1000)
     export.export_model(model, tmp_path, batch_size=2)
     assert {"image.onnx.data", "text.onnx.data"} < names_in(tmp_path)
     image, _ = native_cases.inputs("CLIP plain")
@@ -177,7 +178,7 @@ def test_large_weights_are_in_a_separate_file(tmp_path, monkeypatch):
 def test_a_wrong_graph_is_not_moved_to_the_folder(tmp_path, monkeypatch, fault):
     model = make("CLIP plain")
     (tmp_path / "text.pt2").write_bytes(b"earlier")
-    load = export._TorchExport.load
+    load = formats.TorchExport.load
 
     def faulty(self, path):
         run = load(self, path)
@@ -187,7 +188,7 @@ def test_a_wrong_graph_is_not_moved_to_the_folder(tmp_path, monkeypatch, fault):
             return lambda x: run(x) + (0.01 if len(x) == 5 else 0)
         return lambda x: run(x) * (float("nan") if fault == "NaN" else 1.001)
 
-    monkeypatch.setattr(export._TorchExport, "load", faulty)
+    monkeypatch.setattr(formats.TorchExport, "load", faulty)
     with pytest.raises(export.ExportError, match=r"text tower: largest difference .* is above 1.0e-04"):
         export.export_model(model, tmp_path, "torch-export")
     assert names_in(tmp_path) == {"text.pt2"}

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import open_clip
 import tiny_clip
-from open_clip import config, factory, pretrained, recipe
+from open_clip import config, factory, recipe
+from open_clip.pretrained import registry
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def tiny_tags(monkeypatch, weights):
         "resize_mode": "squash",
     }
     tags = {"plain": row, "quick_one": {**row, "quick_gelu": True}}
-    table = {**pretrained._registry(), "Tiny-1": tags, "Tiny-1-quickgelu": tags}
-    monkeypatch.setattr(pretrained, "_registry", lambda: table)
+    table = {**registry.read_registry(), "Tiny-1": tags, "Tiny-1-quickgelu": tags}
+    monkeypatch.setattr(registry, "read_registry", lambda: table)
     asked = []
     monkeypatch.setattr(recipe, "download_pretrained", lambda cfg, cache_dir: asked.append((cfg, cache_dir)) or weights)
     return asked
@@ -276,7 +277,7 @@ def test_devices(name, weights, device):
     ("kwargs", "error", "message"),
     [
         ({"precision": "fp8"}, ValueError, "'fp8' is unknown"),
-        ({"device": "xpu"}, RuntimeError, "not available"),
+        ({"device": "xpu"}, RuntimeError, "'xpu' is not available"),
         ({"device": "tpu"}, ValueError, "tpu"),
         ({"pretrained": "nothing.pt"}, RuntimeError, "neither a tag of .* nor a file"),
         ({"require_pretrained": True}, RuntimeError, "has no weights, and the caller requires them"),

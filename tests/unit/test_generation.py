@@ -14,8 +14,9 @@ import coca_cases
 import naive_captions
 from open_clip import coca_model, generation
 from open_clip.tokenizer import SimpleTokenizer, tokenize
+from open_clip.transformer.attention import Attention, KeyValueCache, MultiheadAttention
 from open_clip.transformer.blocks import init_blocks
-from open_clip.transformer.layers import Attention, KeyValueCache, MultiheadAttention, causal_mask
+from open_clip.transformer.masks import causal_mask
 
 IDS = {"sot_token_id": coca_cases.START, "pad_token_id": 0}
 MODELS = {

@@ -19,7 +19,7 @@ import native_cases
 import open_clip
 import tiny_clip
 from open_clip import hf_configs, hf_model
-from open_clip.checkpoint import fit as checkpoint
+from open_clip.checkpoint import meta
 from open_clip.hf_model import HFTextEncoder
 from training.profiler import profile_model
 from versions import require
@@ -58,7 +58,7 @@ def test_poolers_on_small_values():
 
 
 def test_a_pooler_can_be_registered(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_model, "_POOLERS", dict(hf_model._POOLERS))
+    monkeypatch.setattr(hf_model, "_POOLERS", dict(hf_model.POOLERS))
 
     @hf_model.register_pooler
     class LastTokenPooler(torch.nn.Module):
@@ -291,7 +291,7 @@ def test_a_model_built_on_the_meta_device_equals_one_built_on_the_cpu(kind, prec
     # files written with transformers before 4.31 have this buffer
     save(plain, tmp_path, **{"text.transformer.embeddings.position_ids": torch.arange(14)[None]})
     loaded = open_clip.create_model(name, precision=precision).eval()
-    checkpoint.check_nothing_on_meta(loaded, "the file")
+    meta.check_nothing_on_meta(loaded, "the file")
     plain = open_clip.create_model(name, pretrained_text=False, precision=precision).eval()
     plain.load_state_dict(loaded.state_dict())
     with torch.no_grad():
@@ -383,7 +383,7 @@ def test_all_ten_text_towers_build_without_a_network_and_have_the_published_size
         cfg = open_clip.get_model_config(name)
         if cfg["text_cfg"].get("hf_model_name"):
             text_cfg = cfg["text_cfg"] | {"hf_model_pretrained": False}
-            with torch.device("meta"), checkpoint.no_initialisation():
+            with torch.device("meta"), meta.NoInitialization():
                 tower = open_clip.towers.build_text_tower(cfg["embed_dim"], text_cfg)
             found[name] = round(sum(parameter.numel() for parameter in tower.parameters()) / 1e6, 2)
     assert found == PUBLISHED_MILLIONS

@@ -15,8 +15,8 @@ import torch
 import open_clip
 import tiny_clip
 from hub_server import go_to, use_hub
-from open_clip import pretrained
-from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.pretrained import download_pretrained_from_hf, registry
+from open_clip.pretrained import hub as hub_module
 from open_clip.push_to_hf_hub import save_for_hf
 
 pytest.importorskip("huggingface_hub")
@@ -151,7 +151,7 @@ def test_weights_of_a_registry_entry_come_from_the_hub(hub, tiny, monkeypatch, t
     monkeypatch.setattr("open_clip.config.MODEL_CONFIG_PATHS", open_clip.config.MODEL_CONFIG_PATHS[:1])
     open_clip.add_model_config(tmp_path / "Tiny-Row.json")
     row = {"url": "", "hf_hub": "org/row/pytorch_model.bin", **PREPROCESS}
-    monkeypatch.setitem(pretrained._registry(), "Tiny-Row", {"some_tag": row})
+    monkeypatch.setitem(registry.read_registry(), "Tiny-Row", {"some_tag": row})
     hub.put("org/row", {"pytorch_model.bin": files[PICKLE]})
     found = open_clip.create_model("Tiny-Row", pretrained="Some-Tag", cache_dir=str(tmp_path / "elsewhere"))
     assert same(found, model)
@@ -208,7 +208,7 @@ def test_files_in_the_cache_are_not_verified_again(hub, tmp_path, monkeypatch):
     hub.put("a/b", {SAFE: b"content"})
     path = Path(download_pretrained_from_hf("a/b")).resolve()
     os.utime(path, (time.time() - 100,) * 2)
-    monkeypatch.setattr(pretrained, "_compute_sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(hub_module, "compute_sha256", lambda path: pytest.fail("read again"))
     assert Path(download_pretrained_from_hf("a/b")).resolve() == path
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_clip.transformer import blocks, layers
+from open_clip.transformer.attention import Attention, AttentionalPooler, MultiheadAttention
+from open_clip.transformer.masks import KernelMask, causal_mask
 
 
 def randomize(module: nn.Module) -> nn.Module:
@@ -21,9 +23,9 @@ def randomize(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def pair(**kwargs: int) -> tuple[layers.MultiheadAttention, nn.MultiheadAttention]:
+def pair(**kwargs: int) -> tuple[MultiheadAttention, nn.MultiheadAttention]:
     """Return our layer and PyTorch's with the same weights."""
-    ours = layers.MultiheadAttention(16, 4, **kwargs)
+    ours = MultiheadAttention(16, 4, **kwargs)
     theirs = nn.MultiheadAttention(16, 4, batch_first=True, **kwargs)
     randomize(theirs)
     ours.load_state_dict(theirs.state_dict())
@@ -81,7 +83,7 @@ MASKS = {
         "attn_mask": ~causal(5),
         "key_padding_mask": torch.tensor([[False] * 5, [False] * 4 + [True]]),
     },
-    "causal": {"attn_mask": layers.causal_mask(5), "is_causal": True},
+    "causal": {"attn_mask": causal_mask(5), "is_causal": True},
 }
 
 
@@ -152,7 +154,7 @@ def test_the_kernel_mask_is_used_with_its_own_mask_only() -> None:
     ours, theirs = pair()
     x, shown = torch.randn(2, 5, 16), torch.randn(5, 5)
     expected = theirs(x, x, x, attn_mask=~causal(5))[0]
-    for kernel_mask in (layers.KernelMask(shown), layers.KernelMask(shown, causal(5)[None, None])):
+    for kernel_mask in (KernelMask(shown), KernelMask(shown, causal(5)[None, None])):
         torch.testing.assert_close(
             ours(x, x, x, need_weights=False, attn_mask=shown, kernel_mask=kernel_mask)[0], expected
         )
@@ -166,7 +168,7 @@ def test_the_kernel_mask_is_used_with_its_own_mask_only() -> None:
 def test_attention_has_parameters_and_initial_weights_of_pytorchs() -> None:
     for kwargs in ({}, {"kdim": 12, "vdim": 12}):
         torch.manual_seed(0)
-        ours = layers.MultiheadAttention(16, 4, **kwargs).state_dict()
+        ours = MultiheadAttention(16, 4, **kwargs).state_dict()
         torch.manual_seed(0)
         theirs = nn.MultiheadAttention(16, 4, **kwargs).state_dict()
         assert list(ours) == list(theirs)
@@ -175,7 +177,7 @@ def test_attention_has_parameters_and_initial_weights_of_pytorchs() -> None:
 
 def test_sequence_first_attention() -> None:
     ours, _ = pair()
-    flipped = layers.MultiheadAttention(16, 4, batch_first=False)
+    flipped = MultiheadAttention(16, 4, batch_first=False)
     flipped.load_state_dict(ours.state_dict())
     x = torch.randn(2, 5, 16)
     y = x.transpose(0, 1)
@@ -183,13 +185,13 @@ def test_sequence_first_attention() -> None:
     torch.testing.assert_close(flipped(y, y, y)[1], ours(x, x, x)[1])
 
 
-@pytest.mark.parametrize("cls", [layers.MultiheadAttention, layers.Attention])
+@pytest.mark.parametrize("cls", [MultiheadAttention, Attention])
 def test_heads_that_do_not_divide_the_width_raise(cls: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="width of 16 cannot be divided into 3 heads"):
         cls(16, 3)
 
 
-def manual_attention(attention: layers.Attention, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def manual_attention(attention: Attention, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Compute attention with its options from explicit weights."""
     batch, length, width = x.shape
     heads = attention.num_heads
@@ -217,18 +219,18 @@ def manual_attention(attention: layers.Attention, x: torch.Tensor, mask: torch.T
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_options_equal_their_formulas(kwargs: dict[str, bool], masked: bool) -> None:
-    attention = randomize(layers.Attention(16, 4, **kwargs))
+    attention = randomize(Attention(16, 4, **kwargs))
     x = torch.randn(2, 5, 16)
     mask = causal(5) if masked else None
     expected = manual_attention(attention, x, mask)
     hidden = None if mask is None else ~mask
     torch.testing.assert_close(attention(x, attn_mask=hidden), expected, rtol=1e-4, atol=1e-5)
-    per_head = None if hidden is None else layers.causal_mask(5).expand(8, -1, -1)
+    per_head = None if hidden is None else causal_mask(5).expand(8, -1, -1)
     torch.testing.assert_close(attention(x, attn_mask=per_head), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_scale_of_scaled_cosine_has_a_maximum() -> None:
-    attention = randomize(layers.Attention(8, 2, scaled_cosine=True))
+    attention = randomize(Attention(8, 2, scaled_cosine=True))
     x = torch.randn(1, 4, 8)
     with torch.no_grad():
         attention.logit_scale.fill_(math.log(100.0))
@@ -239,11 +241,11 @@ def test_the_scale_of_scaled_cosine_has_a_maximum() -> None:
 
 def test_contradictory_attention_options_raise() -> None:
     with pytest.raises(ValueError, match="switch off qk_norm"):
-        layers.Attention(16, 4, qk_norm=True, scaled_cosine=True)
+        Attention(16, 4, qk_norm=True, scaled_cosine=True)
 
 
 def test_attention_dropout_only_in_training() -> None:
-    attention = randomize(layers.Attention(16, 4, attn_drop=0.5, proj_drop=0.5))
+    attention = randomize(Attention(16, 4, attn_drop=0.5, proj_drop=0.5))
     x = torch.randn(2, 5, 16)
     assert torch.equal(attention(x), attention(x))
     attention.train()
@@ -282,7 +284,7 @@ def test_patch_dropout_keeps_at_least_one_patch_and_invalid_fractions_raise() ->
 
 
 def test_attentional_pooler_equals_attention_of_its_queries() -> None:
-    pooler = randomize(layers.AttentionalPooler(16, 12, n_head=4, n_queries=3))
+    pooler = randomize(AttentionalPooler(16, 12, n_head=4, n_queries=3))
     theirs = nn.MultiheadAttention(16, 4, kdim=12, vdim=12, batch_first=True)
     theirs.load_state_dict(pooler.attn.state_dict())
     x = torch.randn(2, 7, 12)
@@ -294,7 +296,7 @@ def test_attentional_pooler_equals_attention_of_its_queries() -> None:
 def test_residual_block_equals_its_formula() -> None:
     block = randomize(blocks.ResidualAttentionBlock(16, 4, mlp_ratio=2.5, ls_init_value=0.1))
     x = torch.randn(2, 5, 16)
-    mask, normed = layers.causal_mask(5), block.ln_1(x)
+    mask, normed = causal_mask(5), block.ln_1(x)
     middle = x + block.ls_1(block.attn(normed, normed, normed, attn_mask=mask)[0])
     hidden = F.gelu(block.mlp.c_fc(block.ln_2(middle)))
     assert hidden.shape[-1] == 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.server
+import importlib.util
 import logging
 import re
 import subprocess
@@ -17,11 +18,14 @@ import pytest
 
 from open_clip import create_model, list_models, pretrained
 from open_clip.pretrained import (
+    checksum,
+    download,
     download_pretrained,
     download_pretrained_from_url,
     get_pretrained_cfg,
     get_pretrained_url,
     has_hf_hub,
+    hub,
     is_pretrained_cfg,
     list_pretrained,
     list_pretrained_models_by_tag,
@@ -126,16 +130,16 @@ def test_every_entry_is_complete():
         assert all(0 < value < 1 for value in (*cfg["mean"], *cfg["std"])) or cfg["mean"] == (0.0, 0.0, 0.0)
         assert cfg["interpolation"] in ("bicubic", "bilinear")
         assert cfg["resize_mode"] in ("shortest", "longest", "squash")
-        assert not cfg["url"] or pretrained._file_name(cfg["url"])
+        assert not cfg["url"] or download._file_name(cfg["url"])
 
 
 @pytest.mark.parametrize("prefer_hf_hub", [True, False])
 def test_every_entry_has_a_source(monkeypatch, prefer_hf_hub):
     asked: list[tuple] = []
     monkeypatch.setattr(
-        pretrained, "_fetch_from_hub", lambda model_id, filename, *_, **__: asked.append((model_id, filename)) or "hub"
+        hub, "_fetch_from_hub", lambda model_id, filename, *_, **__: asked.append((model_id, filename)) or "hub"
     )
-    monkeypatch.setattr(pretrained, "download_pretrained_from_url", lambda url, _: asked.append((url,)) or "url")
+    monkeypatch.setattr(download, "download_pretrained_from_url", lambda url, _: asked.append((url,)) or "url")
     sources = [download_pretrained(get_pretrained_cfg(*row), prefer_hf_hub=prefer_hf_hub) for row in ROWS]
     with_address = sum(bool(get_pretrained_url(*row)) for row in ROWS)
     assert with_address == 52
@@ -234,7 +238,7 @@ def test_a_valid_file_in_the_cache_is_verified_once(server, tmp_path, monkeypatc
     (tmp_path / "weights.pt").write_bytes(CONTENT)
     read = []
     monkeypatch.setattr(
-        pretrained, "_compute_sha256", lambda path, sha256=pretrained._compute_sha256: read.append(path) or sha256(path)
+        checksum, "compute_sha256", lambda path, sha256=checksum.compute_sha256: read.append(path) or sha256(path)
     )
     for _ in range(3):
         download_pretrained_from_url(server.url(f"{SHA256}/weights.pt"), tmp_path)
@@ -303,16 +307,16 @@ def test_a_redirect_to_a_local_file_is_refused(server, tmp_path):
 
 def test_a_full_disk(server, tmp_path, monkeypatch):
     """The partial file is kept, and the next call continues it."""
-    url, copy = server.url(f"{SHA256}/weights.pt"), pretrained._copy
+    url, copy = server.url(f"{SHA256}/weights.pt"), download._copy
 
     def fill(response, part, offset, total):
         part.write_bytes(CONTENT[:5000])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "_copy", fill)
+    monkeypatch.setattr(download, "_copy", fill)
     with pytest.raises(RuntimeError, match=r"No space left on device.*continue from byte 5000"):
         download_pretrained_from_url(url, tmp_path)
-    monkeypatch.setattr(pretrained, "_copy", copy)
+    monkeypatch.setattr(download, "_copy", copy)
     assert Path(download_pretrained_from_url(url, tmp_path)).read_bytes() == CONTENT
     assert server.ranges[1:] == ["bytes=5000-"]
 
@@ -337,7 +341,7 @@ def test_two_processes_at_once(server, tmp_path):
     """One downloads, and the other waits."""
     server.delay = 0.3
     code = "import sys; from open_clip.pretrained import *; print(download_pretrained_from_url(*sys.argv[1:]))"
-    environment = {"PYTHONPATH": str(Path(pretrained.__file__).parents[1]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    environment = {"PYTHONPATH": str(Path(pretrained.__file__).parents[2]), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     command = [sys.executable, "-c", code, server.url(f"{SHA256}/weights.pt"), str(tmp_path)]
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in processes] == [str(tmp_path / "weights.pt")] * 2
@@ -363,8 +367,8 @@ def test_only_http(tmp_path, url):
 
 
 def test_a_hanging_download_of_another_process_raises(server, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(pretrained, "_LOCK_SLICE", 0.1)
-    monkeypatch.setattr(pretrained, "_STALLED", 0.5)
+    monkeypatch.setattr(download, "_LOCK_SLICE", 0.1)
+    monkeypatch.setattr(download, "_STALLED", 0.5)
     caplog.set_level(logging.INFO)
     holds = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True)"
     holds += "; time.sleep(200)"
@@ -405,7 +409,7 @@ def test_the_source_of_an_entry(server, tmp_path, monkeypatch):
         asked.append((args, kwargs))
         return "from the hub"
 
-    monkeypatch.setattr(pretrained, "download_pretrained_from_hf", from_hf)
+    monkeypatch.setattr(download, "download_pretrained_from_hf", from_hf)
     url = server.url("weights.pt")
     both = {"url": url, "hf_hub": "a/b/"}
     assert download_pretrained(both) == "from the hub"
@@ -414,13 +418,13 @@ def test_the_source_of_an_entry(server, tmp_path, monkeypatch):
     assert download_pretrained(both, prefer_hf_hub=False, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
     assert download_pretrained({"url": url, "hf_hub": ""}, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
     assert download_pretrained({}) == ""
-    monkeypatch.setattr(pretrained, "has_hf_hub", lambda necessary=False: False)
+    monkeypatch.setattr(download, "has_hf_hub", lambda necessary=False: False)
     assert download_pretrained(both, cache_dir=tmp_path) == str(tmp_path / "weights.pt")
 
 
 def test_a_file_placed_in_the_cache_comes_first(tmp_path, monkeypatch):
     """On a host without a network, a user can place a file under the name in its URL. A wrong file is not used."""
-    monkeypatch.setattr(pretrained, "download_pretrained_from_hf", lambda *args, **kwargs: "from the hub")
+    monkeypatch.setattr(download, "download_pretrained_from_hf", lambda *args, **kwargs: "from the hub")
     both = {"url": f"https://host.invalid/{SHA256}/weights.pt", "hf_hub": "a/b/"}
     assert download_pretrained(both, cache_dir=tmp_path) == "from the hub"
     (tmp_path / "weights.pt").write_bytes(CONTENT)
@@ -430,7 +434,7 @@ def test_a_file_placed_in_the_cache_comes_first(tmp_path, monkeypatch):
 
 
 def test_a_missing_huggingface_hub_raises(monkeypatch):
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert has_hf_hub() is False
     with pytest.raises(RuntimeError, match="pip install huggingface_hub"):
         has_hf_hub(necessary=True)
@@ -451,7 +455,7 @@ def test_which_files_may_be_mapped(tmp_path):
     assert pretrained.is_unchanging(tmp_path / "link")
     file.write_bytes(b"x")
     assert not pretrained.is_unchanging(file)
-    pretrained._write_checksum_file(file, "abc")
+    checksum.write_checksum_file(file, "abc")
     assert pretrained.is_unchanging(file)
     file.write_bytes(b"xy")
     assert not pretrained.is_unchanging(file)

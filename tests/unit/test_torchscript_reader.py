@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from open_clip.checkpoint.fit import load_state_dict
+from open_clip.checkpoint.files import load_state_dict
 from open_clip.formats.torchscript import is_torchscript, read_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")

@@ -108,7 +108,7 @@ def test_a_checkpoint_of_another_model_says_what_differs_and_changes_nothing():
     other = {"weight": torch.zeros(4, 5), "extra": torch.zeros(1)}
     with pytest.raises(ValueError, match="another model") as error:
         load_weights(model, other)
-    for words in ("lacks bias", "has the unexpected extra", "weight [4, 5] instead of [4, 3]", "--pretrained"):
+    for words in ("1 missing: bias.", "1 unexpected: extra.", "weight is [4, 5] instead of [4, 3]", "--pretrained"):
         assert words in str(error.value)
     assert torch.equal(model.weight, before)
 

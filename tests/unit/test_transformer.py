@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from open_clip import transformer
-from open_clip.transformer import CustomTransformer, TextTransformer, Transformer, VisionTransformer, layers
-from open_clip.transformer.text import text_global_pool
+from open_clip.transformer import CustomTransformer, TextTransformer, Transformer, VisionTransformer, masks
+from open_clip.transformer.text_encoder import text_global_pool
 from open_clip.utils import feature_take_indices
 
 
@@ -69,7 +69,7 @@ def test_checkpointing_changes_neither_output_nor_gradient(is_causal: bool) -> N
     for enable in (False, True):
         stack.grad_checkpointing = enable
         stack.zero_grad()
-        out = stack(x, attn_mask=layers.causal_mask(5) if is_causal else None)
+        out = stack(x, attn_mask=masks.causal_mask(5) if is_causal else None)
         out.square().sum().backward()
         found.append([out.detach(), *(parameter.grad.clone() for parameter in stack.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,7 +1,8 @@
-"""Explanations of why a checkpoint does not fit a model."""
+"""Comparison of state dicts, and explanations of why a checkpoint does not fit a model."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,6 +30,42 @@ def join_some(names: Iterable[str], limit: int = 4) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """How the tensors of a state dict differ from those that a model expects. It is false if they do not differ.
+
+    Attributes:
+        missing: names that the model expects and the state dict lacks.
+        unexpected: names that only the state dict has.
+        wrong_shapes: descriptions of tensors with another shape: "NAME is [2, 3] instead of [2, 4]".
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong_shapes: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.wrong_shapes)
+
+    def __str__(self) -> str:
+        """Format the differences as sentences of bounded length."""
+        found = (("missing", self.missing), ("unexpected", self.unexpected), ("of a wrong shape", self.wrong_shapes))
+        return " ".join(f"{len(names)} {what}: {join_some(names)}." for what, names in found if names)
+
+
+def compare(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> Mismatch:
+    """Compare the names and shapes of two state dicts."""
+    return Mismatch(
+        missing=[name for name in expected if name not in given],
+        unexpected=[name for name in given if name not in expected],
+        wrong_shapes=[
+            f"{name} is {list(given[name].shape)} instead of {list(value.shape)}"
+            for name, value in expected.items()
+            if name in given and given[name].shape != value.shape
+        ],
+    )
 
 
 def facts_of_weights(state_dict: Mapping[str, torch.Tensor]) -> Facts:

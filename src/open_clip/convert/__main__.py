@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 
 from .. import progress
-from ..checkpoint.fit import PRECISIONS
 from ..factory import create_model, get_tokenizer
+from ..precision import PRECISIONS
 from ..push_to_hf_hub import save_for_hf
 from ..push_to_hf_hub.for_transformers import save_for_transformers
 from ..recipe import read_recipe

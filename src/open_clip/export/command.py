@@ -8,8 +8,6 @@ moved to the output folder.
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
 import json
 import logging
 import math
@@ -17,8 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,203 +25,20 @@ from torch import nn
 from .. import device as devices
 from .. import progress
 from ..factory import create_model
-from ..model import get_model_preprocess_cfg
+from ..model_inputs import get_model_preprocess_cfg
 from ..recipe import read_recipe
 from ..tokenizer import DEFAULT_CONTEXT_LENGTH
 from ..utils import check_folder, expect, to_2tuple
 from ..version import __version__
+from .formats import FORMATS, OPSET, ExportError, Writer, count_bytes, create_writer
+from .graphs import Tower, build_towers, default_context_length
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("onnx", "torch-export")
 PRECISIONS = ("fp32", "fp16")
-# The lowest opset that torch's exporter writes, and the highest that ATC of CANN 8 supports (its ONNX plug-ins are
-# registered for 8 to 18). In higher opsets the exporter writes operators that ATC lacks: Gelu (20), Attention (23).
-OPSET = 18
 # Largest accepted difference, relative to the largest feature.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CHECKED_BATCHES = (1, 2, 5)
-LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights in an ONNX file; larger weights are stored in a separate file
-SEED = 0  # seed of the random images and texts that check the graphs
-
-
-class ExportError(RuntimeError):
-    """An exported graph does not compute the same features as the model."""
-
-
-# Graphs
-
-
-def _normalize(features: torch.Tensor) -> torch.Tensor:
-    """F.normalize with an explicit sum: its norm would become ReduceL2, which ATC lacks in opset 18."""
-    wide = features.float()  # squares would overflow half precision
-    return (wide / wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()).to(features.dtype)
-
-
-class _Graph(nn.Module):
-    """The module that is exported: one tower of a model, with features [batch, embed_dim] as its only output."""
-
-    def __init__(self, model: Any, normalize: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.normalize = normalize
-
-    def _finish(self, features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-        pooled = features[0] if isinstance(features, tuple) else features
-        return _normalize(pooled) if self.normalize else pooled
-
-
-class _ImageGraph(_Graph):
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self._finish(self.model.encode_image(image, normalize=False))
-
-
-class _TextGraph(_Graph):
-    def forward(self, text: torch.Tensor) -> torch.Tensor:
-        return self._finish(self.model.encode_text(text, normalize=False))
-
-
-def _select_children(model: nn.Module, modules: Collection[str], parameters: Collection[str] = ()) -> nn.Module:
-    """Return a shallow copy of the model with only some children and parameters, so that a graph contains no others."""
-    part = copy.copy(model)
-    part._modules = {name: module for name, module in model._modules.items() if name in modules}
-    part._parameters = {name: value for name, value in model._parameters.items() if name in parameters}
-    return part
-
-
-@dataclass(frozen=True)
-class _Tower:
-    """A tower to export.
-
-    Attributes:
-        name: name of the input. The output is NAME_features.
-        graph: the module.
-        inputs: returns a random batch of the given size.
-    """
-
-    name: str
-    graph: nn.Module
-    inputs: Callable[[int], torch.Tensor]
-
-
-def _towers(model: Any, context_length: int, normalize: bool) -> list[_Tower]:
-    without_text = {"visual", "text_decoder"}
-    text_modules = [name for name, _ in model.named_children() if name not in without_text]
-    text_parameters = [name for name in model._parameters if name not in ("logit_scale", "logit_bias")]
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(SEED)
-    height, width = to_2tuple(model.visual.image_size)
-    # With half precision weights, norms and embeddings are float32, and the images have the lower precision.
-    dtype = min((p.dtype for p in model.visual.parameters()), key=lambda dtype: dtype.itemsize)
-
-    def images(count: int) -> torch.Tensor:
-        return torch.randn(count, 3, height, width, generator=generator).to(device, dtype)
-
-    def texts(count: int) -> torch.Tensor:
-        """Return random ids with the end of text (the highest id) at a random position, followed by padding."""
-        ids = torch.randint(1, model.vocab_size - 1, (count, context_length), generator=generator)
-        ends = torch.randint(1, context_length, (count, 1), generator=generator)
-        positions = torch.arange(context_length)
-        ids = ids.masked_fill(positions == ends, model.vocab_size - 1)
-        return ids.masked_fill(positions > ends, _pad_id(model)).to(device)
-
-    return [
-        _Tower("image", _ImageGraph(_select_children(model, ["visual"]), normalize).eval(), images),
-        _Tower("text", _TextGraph(_select_children(model, text_modules, text_parameters), normalize).eval(), texts),
-    ]
-
-
-def _pad_id(model: Any) -> int:
-    text = getattr(model, "text", model)
-    config = getattr(text, "config", None)  # Hugging Face towers have one
-    return getattr(config, "pad_token_id", None) or getattr(text, "pad_id", None) or 0
-
-
-def _default_context_length(model: Any) -> int:
-    """Return the number of tokens of a text. Hugging Face towers state a maximum, which no tokenizer here uses."""
-    is_hugging_face = hasattr(getattr(model, "text", None), "config")
-    return min(model.context_length, DEFAULT_CONTEXT_LENGTH) if is_hugging_face else model.context_length
-
-
-# Formats
-
-
-def _any_batch() -> tuple[dict[int, Any]]:
-    """Dynamic shapes of an input with any number of samples; torch 2.6 needs the upper bound."""
-    return ({0: torch.export.Dim("batch", max=2**31 - 1)},)
-
-
-class _Onnx:
-    suffix = ".onnx"
-
-    def __init__(self, opset: int) -> None:
-        if opset < OPSET:
-            raise ValueError(f"torch's exporter cannot write opset {opset}. Use {OPSET} or higher.")
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(
-                f"Exporting to ONNX needs {', '.join(missing)}. Run `pip install {' '.join(missing)}`, or "
-                "`pip install 'open_clip_torch[export]'` to install all packages for exporting."
-            )
-        self.opset = opset
-
-    def write(self, tower: _Tower, batch_size: int | None, path: Path) -> None:
-        import onnx
-
-        dynamic = None if batch_size else _any_batch()
-        # The exporter would convert fused attention to operators that ATC lacks: IsNaN, or Attention from opset 23.
-        with devices.elementary_ops():
-            program: Any = torch.onnx.export(
-                tower.graph,
-                (tower.inputs(batch_size or 2),),
-                input_names=[tower.name],
-                output_names=[f"{tower.name}_features"],
-                opset_version=self.opset,
-                dynamic_shapes=dynamic,
-                dynamo=True,
-                optimize=True,  # the default since torch 2.7
-                verbose=False,
-            )
-        # Runtimes reject files with a newer IR version than theirs, so use the lowest that is sufficient.
-        program.model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.opset)])
-        for node in program.model.graph:
-            node.metadata_props.clear()  # source locations
-        program.save(str(path), external_data=_count_bytes(tower.graph) > LARGEST_PROTOBUF)
-        onnx.checker.check_model(str(path), full_check=True)
-        written = onnx.load(str(path), load_external_data=False)
-        (opset,) = [entry.version for entry in written.opset_import if entry.domain == ""]
-        if opset != self.opset:
-            raise ExportError(f"torch's exporter wrote opset {opset} instead of {self.opset}. Use --opset {opset}.")
-
-    def load(self, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (name,) = [entry.name for entry in session.get_inputs()]
-        return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-class _TorchExport:
-    suffix = ".pt2"
-
-    def write(self, tower: _Tower, batch_size: int | None, path: Path) -> None:
-        dynamic = None if batch_size else _any_batch()
-        program = torch.export.export(
-            tower.graph, (tower.inputs(batch_size or 2),), dynamic_shapes=dynamic, strict=False
-        )
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)
-        torch.export.save(program, str(path))
-
-    def load(self, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-        return torch.export.load(str(path)).module()
-
-
-def _count_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-# Export
 
 
 def export_model(
@@ -264,17 +78,10 @@ def export_model(
         ImportError: a package for ONNX is missing.
         ExportError: a graph does not compute the same features as the model. The folder is unchanged.
     """
-    expect("format", format, FORMATS)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not valid. Pass at least 1, or None for any size.")
-    device = next(model.parameters()).device
-    writer = _writer(format, opset)
-    if format == "onnx" and devices.get(device) is not devices.DEVICES["cpu"]:
-        raise ValueError(f"The model is on {device}, whose fused operators ONNX lacks. Move it to the CPU.")
-    if format == "onnx" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        raise ValueError("bfloat16 weights cannot be exported to ONNX: its runtimes lack bfloat16. Use fp32 or fp16.")
+    _check_arguments(model, format, batch_size)
+    writer = create_writer(format, opset)
     content: dict[str, Any] = {"format": format, "open_clip": __version__, "torch": torch.__version__}
-    content |= {"opset": opset} if format == "onnx" else {"device": str(device)}
+    content |= {"opset": opset} if format == "onnx" else {"device": str(next(model.parameters()).device)}
     content |= description or {}
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +89,7 @@ def export_model(
     unchecked = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         with torch.no_grad():
-            for tower in _towers(model.eval(), context_length or _default_context_length(model), normalize):
+            for tower in build_towers(model.eval(), context_length or default_context_length(model), normalize):
                 content[tower.name] = _export_tower(tower, writer, batch_size, tolerance, unchecked)
         content |= {"normalized": normalize, "context_length": content["text"]["input"]["shape"][1]}
         content |= _describe_model(model)
@@ -295,16 +102,26 @@ def export_model(
     return content
 
 
-def _writer(format: str, opset: int) -> _Onnx | _TorchExport:
-    return _Onnx(opset) if format == "onnx" else _TorchExport()
+def _check_arguments(model: nn.Module, format: str, batch_size: int | None) -> None:
+    """Raise ValueError if an argument is invalid, or if ONNX has no operators for the model's device or dtype."""
+    expect("format", format, FORMATS)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is not valid. Pass at least 1, or None for any size.")
+    if format != "onnx":
+        return
+    device = next(model.parameters()).device
+    if devices.get(device) is not devices.DEVICES["cpu"]:
+        raise ValueError(f"The model is on {device}, whose fused operators ONNX lacks. Move it to the CPU.")
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise ValueError("bfloat16 weights cannot be exported to ONNX: its runtimes lack bfloat16. Use fp32 or fp16.")
 
 
 def _export_tower(
-    tower: _Tower, writer: _Onnx | _TorchExport, batch_size: int | None, tolerance: float | None, folder: Path
+    tower: Tower, writer: Writer, batch_size: int | None, tolerance: float | None, folder: Path
 ) -> dict[str, Any]:
     path = folder / f"{tower.name}{writer.suffix}"
     batch_text = f"batches of {batch_size}" if batch_size else "any batch size"
-    megabytes = _count_bytes(tower.graph) / 1e6
+    megabytes = count_bytes(tower.graph) / 1e6
     logger.info("%s tower: exporting for %s (%.0f MB of weights).", tower.name, batch_text, megabytes)
     started = time.monotonic()
     with progress.watch(f"Exporting the {tower.name} tower"):
@@ -367,9 +184,6 @@ def _move_files(source: Path, folder: Path, suffix: str) -> None:
         os.replace(source / name, folder / name)
     for stale in {f"{tower}{suffix}.data" for tower in ("image", "text")}.difference(names):
         (folder / stale).unlink(missing_ok=True)
-
-
-# Command
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -440,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export_from_options(options: argparse.Namespace) -> int:
     try:
-        _writer(options.format, options.opset)
+        create_writer(options.format, options.opset)
         check_folder(options.output, "--output")
         with progress.watch(f"Building {options.model}"):
             model = _create_model(options)

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from .. import aliases, progress
-from ..checkpoint.fit import strip_prefixes
+from ..checkpoint.key_prefixes import strip_prefixes
 from ..checkpoint.mismatch import join_some
 from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
 from ..formats.whole_file import replacing, write_text
-from ..model import get_model_preprocess_cfg
+from ..model_inputs import get_model_preprocess_cfg
 from ..pretrained import has_hf_hub, hub_errors, shorten_error
 from ..recipe import apply_overrides, check_untrusted, read_recipe
 from ..transformer.layers import QuickGELU

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from .. import progress
-from ..checkpoint.fit import PRECISIONS
+from ..precision import PRECISIONS
 from ..utils import run_command
 from . import push_pretrained_to_hf_hub
 

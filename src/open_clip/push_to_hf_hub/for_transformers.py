@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint.fit import strip_prefixes
+from ..checkpoint.key_prefixes import strip_prefixes
 from ..constants import TRANSFORMERS_CONFIG_NAME, TRANSFORMERS_PREPROCESSOR_NAME, TRANSFORMERS_WEIGHTS_NAMES
 from ..convert import (
     is_siglip_model_cfg,

@@ -6,16 +6,8 @@ from .. import aliases
 from .bpe import bytes_to_unicode, default_bpe, get_pairs
 from .cleaning import basic_clean, canonicalize_text, get_clean_fn, whitespace_clean
 from .hf import HFTokenizer, SigLipTokenizer
-from .simple import (
-    DEFAULT_CONTEXT_LENGTH,
-    SimpleTokenizer,
-    decode,
-    get_reduction_mask_fn,
-    random_mask_tokenize,
-    simple_mask_tokenize,
-    syntax_mask_tokenize,
-    tokenize,
-)
+from .masks import get_reduction_mask_fn, random_mask_tokenize, simple_mask_tokenize, syntax_mask_tokenize
+from .simple import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer, decode, tokenize
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 

@@ -7,11 +7,10 @@ of cached words then costs one dict lookup per word and one `bytes.join`.
 
 from __future__ import annotations
 
-import random
 import re
 from array import array
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, load_merges
 from .cleaning import get_clean_fn, get_words_fn
 from .hf import ids_to_list
+from .masks import check_context_length, get_reduction_mask_fn, to_tensor
 
 DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
@@ -27,9 +27,6 @@ DEFAULT_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 # Limits of the word cache: about 25 MB when full. Longer words rarely occur twice.
 MAX_CACHED_WORDS = 1 << 17
 MAX_CACHED_WORD_LENGTH = 64
-
-EncodeFn = Callable[[str], list[int]]
-MaskFn = Callable[..., torch.LongTensor]
 
 
 class _WordIds(dict):
@@ -246,7 +243,7 @@ class SimpleTokenizer:
             ValueError: neither the call nor the tokenizer has a context length, or it is negative.
             TypeError: a caption is not a str.
         """
-        context_length = _check_context_length(context_length or self.context_length)
+        context_length = check_context_length(context_length or self.context_length)
         texts = [texts] if isinstance(texts, str) else texts
         if self.reduction_fn is not None:
             return self.reduction_fn(
@@ -261,127 +258,7 @@ class SimpleTokenizer:
         # Keep one column for end of text; with a context length of 1, only end of text is left.
         max_bytes, encode = row_bytes - len(end), self._encode_packed
         rows = [((start + encode(text))[:max_bytes] + end).ljust(row_bytes, b"\0") for text in texts]
-        return _to_tensor(np.frombuffer(b"".join(rows), self._typecode), context_length)
-
-
-def _check_context_length(context_length: int | None) -> int:
-    if not context_length or context_length < 0:
-        raise ValueError(
-            f"context_length={context_length!r} is not a positive number of tokens. "
-            "Pass context_length to the tokenizer or to the call."
-        )
-    return context_length
-
-
-def _to_tensor(ids: np.ndarray, context_length: int) -> torch.LongTensor:
-    return torch.from_numpy(ids.astype(np.int64).reshape(-1, context_length))  # type: ignore[return-value]
-
-
-def _fill_rows(rows: list[list[int]], context_length: int, sot_token_id: int, eot_token_id: int) -> torch.LongTensor:
-    """Write rows of start, ids, end and zeros into int64 [batch, context_length]; truncate long rows before the end."""
-    filled = np.zeros((len(rows), context_length), np.int64)
-    for filled_row, ids in zip(filled, rows, strict=True):
-        row = [*[sot_token_id, *ids][: context_length - 1], eot_token_id]
-        filled_row[: len(row)] = row
-    return _to_tensor(filled, context_length)
-
-
-def _encode_all(texts: str | Iterable[str], encode_fn: EncodeFn) -> list[list[int]]:
-    return [encode_fn(text) for text in ([texts] if isinstance(texts, str) else texts)]
-
-
-def simple_mask_tokenize(
-    texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
-) -> torch.LongTensor:
-    """Tokenize; a caption that is too long keeps a random span of `context_length - 2` tokens.
-
-    The start of the span is drawn from Python's `random`.
-    """
-    keep = max(_check_context_length(context_length) - 2, 0)
-    rows = _encode_all(texts, encode_fn)
-    for i, ids in enumerate(rows):
-        if len(ids) > keep:
-            start = random.randint(0, len(ids) - keep)
-            rows[i] = ids[start : start + keep]
-    return _fill_rows(rows, context_length, sot_token_id, eot_token_id)
-
-
-def random_mask_tokenize(
-    texts: str | Iterable[str],
-    context_length: int,
-    sot_token_id: int,
-    eot_token_id: int,
-    encode_fn: EncodeFn,
-    shuffle: bool = False,
-) -> torch.LongTensor:
-    """Tokenize; a caption that is too long keeps a random subset of `context_length - 2` tokens.
-
-    The subset is drawn without replacement from torch's CPU generator. It keeps the caption's order; with `shuffle`, it
-    keeps the order in which it was drawn.
-    """
-    keep = max(_check_context_length(context_length) - 2, 0)
-    rows = _encode_all(texts, encode_fn)
-    for i, ids in enumerate(rows):
-        if len(ids) > keep:
-            drawn = torch.randperm(len(ids))[:keep].tolist()
-            rows[i] = [ids[k] for k in (drawn if shuffle else sorted(drawn))]
-    return _fill_rows(rows, context_length, sot_token_id, eot_token_id)
-
-
-def syntax_mask_tokenize(
-    texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
-) -> torch.LongTensor:
-    """Tokenize; keep `context_length - 2` words, preferring nouns, then adjectives, then verbs.
-
-    The words keep the caption's order. Their tokens are truncated if they still do not fit.
-
-    Raises:
-        RuntimeError: nltk or its data, which tag the words, are missing.
-    """
-    keep = max(_check_context_length(context_length) - 2, 0)
-    rows = []
-    for text in [texts] if isinstance(texts, str) else texts:
-        tagged = _tag_words(text)
-        by_rank = sorted(range(len(tagged)), key=lambda k: _TAG_RANK.get(tagged[k][1][:2], len(_TAG_RANK)))
-        rows.append(encode_fn(" ".join(tagged[k][0] for k in sorted(by_rank[:keep]))))
-    return _fill_rows(rows, context_length, sot_token_id, eot_token_id)
-
-
-_TAG_RANK = {"NN": 0, "JJ": 1, "VB": 2}  # first two letters of the Penn Treebank tag
-
-
-def _tag_words(text: str) -> list[tuple[str, str]]:
-    """Return (word, Penn Treebank tag) for each word of a caption."""
-    try:
-        import nltk
-    except ImportError as error:
-        raise RuntimeError("reduction_mask='syntax' needs the package nltk. Install it: pip install nltk.") from error
-    try:
-        return nltk.pos_tag(nltk.word_tokenize(text))
-    except LookupError as error:
-        raise RuntimeError(
-            "reduction_mask='syntax' needs nltk's data, which are not installed. Download them: "
-            "python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger averaged_perceptron_tagger_eng"
-        ) from error
-
-
-_MASK_FNS: dict[str, MaskFn] = {
-    "simple": simple_mask_tokenize,
-    "random": random_mask_tokenize,
-    "shuffle": partial(random_mask_tokenize, shuffle=True),
-    "syntax": syntax_mask_tokenize,
-}
-
-
-def get_reduction_mask_fn(type: str) -> MaskFn:
-    """Return the reduction mask named `type`: `simple`, `random`, `shuffle` or `syntax`.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if type not in _MASK_FNS:
-        raise ValueError(f"reduction_mask={type!r} is unknown. Choose from {', '.join(_MASK_FNS)}, or '' for none.")
-    return _MASK_FNS[type]
+        return to_tensor(np.frombuffer(b"".join(rows), self._typecode), context_length)
 
 
 _tokenizer = SimpleTokenizer()

@@ -6,7 +6,6 @@ global generators of Python's `random`, numpy and torch, so seeding these makes 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import random
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config import closest
 from ..constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from ..utils import expect
 from .resize import (
     CenterCropOrPad,
     ResizeKeepRatio,
@@ -124,7 +125,7 @@ def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> Au
     known = [f.name for f in fields(AugmentationCfg)]
     for key in aug_cfg or {}:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, 1, 0.5)
+            nearest = closest(str(key), known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"aug_cfg has no field {key!r}.{hint} The fields are {', '.join(known)}.")
     return AugmentationCfg(**(aug_cfg or {}))
@@ -189,11 +190,6 @@ def _to_channels(values: float | Sequence[float] | None, default: tuple[float, .
     if isinstance(values, (int, float)):
         return (float(values),) * len(default)
     return tuple(values) if values else default
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known. Choose one of {', '.join(choices)}.")
 
 
 def _warn_unused(cfg: AugmentationCfg, names: Sequence[str], condition: str) -> None:
@@ -304,8 +300,8 @@ def image_transform(
     size = to_pair(image_size)
     interpolation = interpolation or "bicubic"
     resize_mode = resize_mode or "shortest"
-    _check_choice("interpolation", interpolation, INTERPOLATIONS)
-    _check_choice("resize_mode", resize_mode, RESIZE_MODES)
+    expect("interpolation", interpolation, INTERPOLATIONS)
+    expect("resize_mode", resize_mode, RESIZE_MODES)
     normalize = Normalize(_to_channels(mean, OPENAI_DATASET_MEAN), _to_channels(std, OPENAI_DATASET_STD))
     cfg = _to_augmentation_cfg(aug_cfg)
     if not is_train:

@@ -1,31 +1,21 @@
-"""Residual attention blocks, and transformers as stacks of them."""
+"""Residual attention blocks."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..utils import NotScriptable, expect, feature_take_indices, has_hooks, has_method
-from .layers import (
-    GELU,
-    Attention,
-    KernelMask,
-    KeyValueCache,
-    LayerNorm,
-    LayerScale,
-    ModuleFactory,
-    MultiheadAttention,
-    attend,
-    causal_mask,
-    drop_none,
-    is_our_attention,
-)
+from ..utils import NotScriptable, expect, has_hooks, has_method
+from .attention import Attention, KeyValueCache, MultiheadAttention, attend, is_our_attention
+from .layers import GELU, LayerNorm, LayerScale, ModuleFactory, drop_none
+from .masks import KernelMask
 
 
 class _Mlp(nn.Sequential):
@@ -210,18 +200,53 @@ class CustomResidualAttentionBlock(NotScriptable, nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+    """Which class of blocks a native tower has, and the options of CustomResidualAttentionBlock.
+
+    Attributes:
+        block_type: "default" or "custom". None means "custom" if one of the other options is set, else "default".
+        scaled_cosine_attn: `scale_cosine_attn` of the block.
+        others: as in CustomResidualAttentionBlock.
+
+    Raises:
+        ValueError: `block_type` is unknown.
+    """
+
+    block_type: str | None = None
+    qk_norm: bool = False
+    scaled_cosine_attn: bool = False
+    scale_heads: bool = False
+    scale_attn_inner: bool = False
+    scale_attn: bool = False
+    scale_fc: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_type is not None:
+            expect("block_type", self.block_type, ("default", "custom"))
+
+    def build_block(self, **common: Any) -> nn.Module:
+        """Build a block. The arguments are those that both classes of blocks have."""
+        options = dataclasses.asdict(self)
+        block_type = options.pop("block_type") or ("custom" if any(options.values()) else "default")
+        if block_type == "default":
+            return ResidualAttentionBlock(**common)
+        options["scale_cosine_attn"] = options.pop("scaled_cosine_attn")
+        return CustomResidualAttentionBlock(**common, **options)
+
+
 _CUSTOM_BLOCK_FORWARD = CustomResidualAttentionBlock.forward
 LENDABLE = (ResidualAttentionBlock, CustomResidualAttentionBlock)  # blocks that support `lent_weights`
 
 
-def _is_our_block(block: nn.Module) -> bool:
+def is_our_block(block: nn.Module) -> bool:
     """Return whether a block's `forward` is this package's, so that it takes a kernel mask and a cache."""
     return has_method(block, _BLOCK_FORWARD) or has_method(block, _CUSTOM_BLOCK_FORWARD)
 
 
 def takes_caches(block: Any) -> bool:
     """Return whether a block passes a cache and a kernel mask to its attention."""
-    if not _is_our_block(block) or not is_our_attention(block.attn):
+    if not is_our_block(block) or not is_our_attention(block.attn):
         return False
     return not isinstance(block, ResidualAttentionBlock) or has_method(block, _BLOCK_ATTENTION, "attention")
 
@@ -239,235 +264,3 @@ def init_blocks(blocks: Iterable[nn.Module], width: int, layers: int) -> None:
         nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-
-
-class CausalMaskModule(NotScriptable, nn.Module):
-    """A module with the buffer `attn_mask`, a causal mask to add to the scores, as open_clip's text towers have it.
-
-    Fused kernels do not need it. It is for hooks and for programs that call the blocks one by one. A program may assign
-    another mask. Editing the tensor in place has no effect on the module's own computation.
-    """
-
-    attn_mask: torch.Tensor | None
-    _is_mask_causal = False  # whether `attn_mask` is the mask that was built here
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "attn_mask":
-            self._is_mask_causal = False
-        super().__setattr__(name, value)
-
-    def _set_causal_mask(self, mask: torch.Tensor) -> None:
-        self.register_buffer("attn_mask", mask, persistent=False)
-        self._is_mask_causal = True
-        if mask.is_meta:
-            self.register_load_state_dict_post_hook(_fill_causal_mask)
-
-    def _mask_table(self, num_tokens: int) -> torch.Tensor | None:
-        """Return `attn_mask` for `num_tokens` tokens: cut, or larger if positions were added to the model."""
-        mask = self.attn_mask
-        if mask is None or mask.shape[-1] == num_tokens:
-            return mask
-        if self._is_mask_causal and num_tokens > mask.shape[-1]:
-            return causal_mask(num_tokens, mask.dtype, mask.device)
-        return mask[:num_tokens, :num_tokens]
-
-    def _causal_masks(self, stack: nn.Module, num_tokens: int) -> tuple[torch.Tensor | None, KernelMask | None]:
-        """Return `attn_mask` for the blocks of `stack`, and the mask for the kernel, for `num_tokens` tokens."""
-        if not self._is_mask_causal:
-            return self._mask_table(num_tokens), None
-        # Do not cut the mask if no hook or replaced block can see it.
-        mask = self.attn_mask if getattr(stack, "is_plain", False) else self._mask_table(num_tokens)
-        return mask, None if mask is None else KernelMask(mask)
-
-
-def _fill_causal_mask(module: CausalMaskModule, incompatible_keys: Any) -> None:
-    """Fill the mask, which no state dict has, after weights were loaded into a module built on the meta device."""
-    mask, weight = module.attn_mask, next(module.parameters())
-    if mask is not None and mask.is_meta and not weight.is_meta:
-        module._set_causal_mask(causal_mask(len(mask), mask.dtype, weight.device))
-
-
-class Transformer(NotScriptable, nn.Module):
-    """A stack of residual attention blocks for [batch, tokens, width].
-
-    If the attribute `batch_first` is False, inputs and outputs are [tokens, batch, width].
-
-    Args:
-        batch_first: False builds blocks that take [tokens, batch, width].
-        block_type: "default" or "custom". None means "custom" if one of the options after it is set, else "default".
-        others: as in ResidualAttentionBlock and CustomResidualAttentionBlock.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        ls_init_value: float | None = None,
-        act_layer: ModuleFactory = GELU,
-        norm_layer: ModuleFactory = LayerNorm,
-        batch_first: bool = True,
-        block_type: str | None = None,
-        qk_norm: bool = False,
-        scaled_cosine_attn: bool = False,
-        scale_heads: bool = False,
-        scale_attn_inner: bool = False,
-        scale_attn: bool = False,
-        scale_fc: bool = False,
-    ) -> None:
-        super().__init__()
-        self.width = width
-        self.layers = layers
-        self.batch_first = batch_first
-        self.grad_checkpointing = False
-        options: dict[str, Any] = {
-            "qk_norm": qk_norm,
-            "scale_cosine_attn": scaled_cosine_attn,
-            "scale_heads": scale_heads,
-            "scale_attn_inner": scale_attn_inner,
-            "scale_attn": scale_attn,
-            "scale_fc": scale_fc,
-        }
-        if block_type is None:
-            block_type = "custom" if any(options.values()) else "default"
-        expect("block_type", block_type, ("default", "custom"))
-
-        def build_block() -> nn.Module:
-            if block_type == "default":
-                return ResidualAttentionBlock(
-                    width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first=batch_first
-                )
-            return CustomResidualAttentionBlock(
-                width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first=batch_first, **options
-            )
-
-        self.resblocks = nn.ModuleList([build_block() for _ in range(layers)])
-
-    def get_cast_dtype(self) -> torch.dtype:
-        """Return the dtype of the blocks' weights, which their inputs need."""
-        first: Any = self.resblocks[0]
-        return first.get_weight_dtype()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether no hook or replaced method can see the mask that is passed to the blocks and their attention."""
-        return has_method(self, _STACK_FORWARD) and not has_hooks(self) and all(map(is_plain_block, self.resblocks))
-
-    @property
-    def takes_caches(self) -> bool:
-        """Whether all blocks and their attention are this package's, which support caches."""
-        return has_method(self, _STACK_FORWARD) and all(map(takes_caches, self.resblocks))
-
-    def _run_block(
-        self,
-        block: nn.Module,
-        x: torch.Tensor,
-        kernel_mask: KernelMask | None = None,
-        cache: KeyValueCache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if _is_our_block(block):
-            # Not |=, which torch.compile of torch 2.6 does not trace.
-            kwargs = {**kwargs, **drop_none(kernel_mask=kernel_mask, cache=cache)}
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint  # late, because torch 2.6 imports sympy for it
-
-            return checkpoint(block, x, use_reentrant=False, **kwargs)
-        return block(x, **kwargs)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        kernel_mask: KernelMask | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
-    ) -> torch.Tensor:
-        """Map [batch, tokens, width] to the same shape.
-
-        Masks and caches (one per block) are those of layers.MultiheadAttention.
-        """
-        x = x if self.batch_first else x.transpose(0, 1)
-        for index, block in enumerate(self.resblocks):
-            cache = caches[index] if caches else None
-            x = self._run_block(block, x, kernel_mask, cache, attn_mask=attn_mask)
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        indices: int | list[int] | None = None,
-        stop_early: bool = False,
-        kernel_mask: KernelMask | None = None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Compute the outputs of selected blocks.
-
-        Args:
-            x, attn_mask, kernel_mask: as in forward.
-            indices: None for all blocks, n for the last n, or a list of indices.
-            stop_early: skip the blocks after the last selected one.
-
-        Returns:
-            The output of the last block that ran, and the list of outputs in the order of the blocks.
-        """
-        take, last = feature_take_indices(len(self.resblocks), indices, as_set=True)
-        blocks = self.resblocks[: last + 1] if stop_early else self.resblocks
-        intermediates = []
-        x = x if self.batch_first else x.transpose(0, 1)
-        for index, block in enumerate(blocks):
-            x = self._run_block(block, x, kernel_mask, attn_mask=attn_mask)
-            if index in take:
-                intermediates.append(x if self.batch_first else x.transpose(0, 1))
-        return x if self.batch_first else x.transpose(0, 1), intermediates
-
-    def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
-        """Remove the blocks after the last selected one. Return the indices of the selected blocks."""
-        take, last = feature_take_indices(len(self.resblocks), indices)
-        self.resblocks = self.resblocks[: last + 1]
-        return list(take)
-
-
-_STACK_FORWARD = Transformer.forward
-
-
-class CustomTransformer(Transformer):
-    """A stack with blocks of given class names.
-
-    Args:
-        block_types: "CustomResidualAttentionBlock" or "ResidualAttentionBlock", for all layers or a list with one name
-            per layer.
-        others: as in Transformer.
-
-    Raises:
-        ValueError: a name is not known, or the list does not have `layers` names.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        ls_init_value: float | None = None,
-        act_layer: ModuleFactory = GELU,
-        norm_layer: ModuleFactory = LayerNorm,
-        batch_first: bool = True,
-        block_types: str | list[str] = "CustomResidualAttentionBlock",
-    ) -> None:
-        super().__init__(width, 0, heads, batch_first=batch_first)
-        self.layers = layers
-        names = [block_types] * layers if isinstance(block_types, str) else block_types
-        if len(names) != layers:
-            raise ValueError(
-                f"block_types names {len(names)} blocks, and there are {layers} layers. Give one name per layer."
-            )
-        known = {cls.__name__: cls for cls in (CustomResidualAttentionBlock, ResidualAttentionBlock)}
-        for name in names:
-            expect("block_types", name, known)
-        self.resblocks = nn.ModuleList(
-            [
-                known[name](width, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, batch_first=batch_first)
-                for name in names
-            ]
-        )

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from ..utils import has_hooks, has_method
-from .blocks import CausalMaskModule, ResidualAttentionBlock, Transformer, is_plain_block, takes_caches
-from .layers import GELU, KeyValueCache, LayerNorm, ModuleFactory, causal_mask
+from .attention import KeyValueCache
+from .blocks import ResidualAttentionBlock, is_plain_block, takes_caches
+from .layers import GELU, LayerNorm, ModuleFactory
+from .masks import CausalMaskModule, causal_mask
+from .stack import Transformer
 
 
 class DecoderCaches:
@@ -59,7 +62,7 @@ class MultimodalTransformer(CausalMaskModule, Transformer):
         )
         self.ln_final = norm_layer(width)
         self.text_projection = nn.Parameter(torch.empty(width, output_dim))
-        self._set_causal_mask(self.build_attention_mask())
+        self.set_causal_mask(self.build_attention_mask())
         self.init_parameters()
 
     def init_parameters(self) -> None:

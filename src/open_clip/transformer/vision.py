@@ -10,15 +10,10 @@ from torch import nn
 
 from ..pos_embed import get_2d_sincos_pos_embed
 from ..utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
-from .blocks import Transformer
-from .layers import (
-    GELU,
-    AttentionalPooler,
-    LayerNorm,
-    ModuleFactory,
-    PatchDropout,
-    can_follow_pooling,
-)
+from .attention import AttentionalPooler
+from .blocks import BlockOptions
+from .layers import GELU, LayerNorm, ModuleFactory, PatchDropout, can_follow_pooling
+from .stack import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -101,21 +96,11 @@ class VisionTransformer(NotScriptable, nn.Module):
         # An Identity without dropout, so that no PatchDropout stands in the way of a compiler or a hook.
         self.patch_dropout = PatchDropout(patch_dropout) if patch_dropout > 0 else nn.Identity()
         self.ln_pre = nn.Identity() if no_ln_pre else norm_layer(width)
+        block_options = BlockOptions(
+            block_type, qk_norm, scaled_cosine_attn, scale_heads, scale_attn_inner, scale_attn, scale_fc
+        )
         self.transformer = Transformer(
-            width,
-            layers,
-            heads,
-            mlp_ratio,
-            ls_init_value=ls_init_value,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-            block_type=block_type,
-            qk_norm=qk_norm,
-            scaled_cosine_attn=scaled_cosine_attn,
-            scale_heads=scale_heads,
-            scale_attn_inner=scale_attn_inner,
-            scale_attn=scale_attn,
-            scale_fc=scale_fc,
+            width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer, block_options=block_options
         )
         self.attn_pool: AttentionalPooler | None = None
         self.attn_pool_type: str | None = None

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from open_clip import progress
-from open_clip.checkpoint.fit import check_layout
+from open_clip.checkpoint.files import check_layout
 from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
-from open_clip.checkpoint.mismatch import join_some
+from open_clip.checkpoint.mismatch import compare, join_some
 from training import file_utils, ranks
 from training.checkpoint import rng
 
@@ -243,20 +243,10 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
     if not own.keys() <= named.keys():
         named = strip_to_fit(named, own, lambda stripped: stripped, "The checkpoint") or named
     named = drop_extras(named, own)
-    missing = [name for name in own if name not in named]
-    unexpected = [name for name in named if name not in own]
-    shapes = [
-        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
-        for name, value in named.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if missing or unexpected or shapes:
-        found = [("lacks", missing), ("has the unexpected", unexpected), ("has other shapes:", shapes)]
+    if mismatch := compare(own, named):
         raise ValueError(
-            "The checkpoint is of another model than this run: it "
-            + "; it ".join(f"{what} {join_some(names, limit=3)}" for what, names in found if names)
-            + ". Use the --model and --force-* options that it was trained with. To start a new run from its weights, "
-            "use --pretrained instead of --resume."
+            f"The checkpoint is of another model than this run. {mismatch} Use the --model and --force-* options that "
+            "it was trained with. To start a new run from its weights, use --pretrained instead of --resume."
         )
     return named
 

@@ -1,0 +1,108 @@
+"""The graphs to export: the towers of a model, and random inputs to check them with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..tokenizer import DEFAULT_CONTEXT_LENGTH
+from ..utils import to_2tuple
+
+SEED = 0  # seed of the random images and texts that check the graphs
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower to export.
+
+    Attributes:
+        name: name of the input. The output is NAME_features.
+        graph: the module.
+        inputs: returns a random batch of the given size.
+    """
+
+    name: str
+    graph: nn.Module
+    inputs: Callable[[int], torch.Tensor]
+
+
+def build_towers(model: Any, context_length: int, normalize: bool) -> list[Tower]:
+    """Return the image tower and the text tower of a model, in evaluation mode."""
+    without_text = {"visual", "text_decoder"}
+    text_modules = [name for name, _ in model.named_children() if name not in without_text]
+    text_parameters = [name for name in model._parameters if name not in ("logit_scale", "logit_bias")]
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(SEED)
+    height, width = to_2tuple(model.visual.image_size)
+    # With half precision weights, norms and embeddings are float32, and the images have the lower precision.
+    dtype = min((p.dtype for p in model.visual.parameters()), key=lambda dtype: dtype.itemsize)
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randn(count, 3, height, width, generator=generator).to(device, dtype)
+
+    def texts(count: int) -> torch.Tensor:
+        """Return random ids with the end of text (the highest id) at a random position, followed by padding."""
+        ids = torch.randint(1, model.vocab_size - 1, (count, context_length), generator=generator)
+        ends = torch.randint(1, context_length, (count, 1), generator=generator)
+        positions = torch.arange(context_length)
+        ids = ids.masked_fill(positions == ends, model.vocab_size - 1)
+        return ids.masked_fill(positions > ends, _pad_id(model)).to(device)
+
+    return [
+        Tower("image", _ImageGraph(_select_children(model, ["visual"]), normalize).eval(), images),
+        Tower("text", _TextGraph(_select_children(model, text_modules, text_parameters), normalize).eval(), texts),
+    ]
+
+
+def default_context_length(model: Any) -> int:
+    """Return the number of tokens of a text. Hugging Face towers state a maximum, which no tokenizer here uses."""
+    is_hugging_face = hasattr(getattr(model, "text", None), "config")
+    return min(model.context_length, DEFAULT_CONTEXT_LENGTH) if is_hugging_face else model.context_length
+
+
+def _pad_id(model: Any) -> int:
+    text = getattr(model, "text", model)
+    config = getattr(text, "config", None)  # Hugging Face towers have one
+    return getattr(config, "pad_token_id", None) or getattr(text, "pad_id", None) or 0
+
+
+class _Graph(nn.Module):
+    """The module that is exported: one tower of a model, with features [batch, embed_dim] as its only output."""
+
+    def __init__(self, model: Any, normalize: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.normalize = normalize
+
+    def _finish(self, features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        pooled = features[0] if isinstance(features, tuple) else features
+        return _normalize(pooled) if self.normalize else pooled
+
+
+class _ImageGraph(_Graph):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self._finish(self.model.encode_image(image, normalize=False))
+
+
+class _TextGraph(_Graph):
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return self._finish(self.model.encode_text(text, normalize=False))
+
+
+def _select_children(model: nn.Module, modules: Collection[str], parameters: Collection[str] = ()) -> nn.Module:
+    """Return a shallow copy of the model with only some children and parameters, so that a graph contains no others."""
+    part = copy.copy(model)
+    part._modules = {name: module for name, module in model._modules.items() if name in modules}
+    part._parameters = {name: value for name, value in model._parameters.items() if name in parameters}
+    return part
+
+
+def _normalize(features: torch.Tensor) -> torch.Tensor:
+    """F.normalize with an explicit sum: its norm would become ReduceL2, which ATC lacks in opset 18."""
+    wide = features.float()  # squares would overflow half precision
+    return (wide / wide.square().sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()).to(features.dtype)
