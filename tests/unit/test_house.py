@@ -188,9 +188,30 @@ def test_the_checks_detect_violations():
         assert not device_modules_in(right), right
 
 
-FACES = ("training.train", "training.distributed")  # names of open_clip 3.3 for scripts
+# names of open_clip 3.3 for scripts
+FACES = ("training.train", "training.distributed", "training.data.open_clip_stages")
 
 
 @pytest.mark.parametrize("face", FACES)
 def test_nothing_imports_a_face(face):
     assert [module for module, imported in IMPORTS.items() if face in imported] == []
+
+
+def imported_within_data(module: str) -> set[str]:
+    """Return the modules of training.data that a module imports, directly or not."""
+    found: set[str] = set()
+    pending = [module]
+    while pending:
+        new = {name for name in IMPORTS[pending.pop()] if name.startswith("training.data.")} - found
+        found |= new
+        pending += new
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("training.data.")))
+def test_rows_and_shards_do_not_know_each_other(module):
+    packages = {name.split(".")[2] for name in imported_within_data(module)} & {"rows", "shards"}
+    if module.startswith(("training.data.rows", "training.data.shards")):
+        assert packages <= {module.split(".")[2]}
+    if module in ("training.data.loader", "training.data.position", "training.data.namespace"):
+        assert packages == set()

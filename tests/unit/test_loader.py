@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -81,18 +79,3 @@ def test_without_workers_it_is_not_known():
     loader = loader_of(Numbers(), 0)
     next(iter(loader))
     assert not loader._is_next_ready()
-
-
-@pytest.mark.parametrize("module", ["csv_data", "image_folder", "synthetic"])
-def test_rows_do_not_import_the_code_of_shards(module):
-    folder = Path(sys.modules[Loader.__module__].__file__).parent
-    seen: set[str] = set()
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            source = (folder / f"{name}.py").read_text(encoding="utf-8")
-            pending += re.findall(r"^from training\.data\.(\w+) import", source, re.MULTILINE)
-    assert "loader" in seen
-    assert not seen & {"archives", "shards", "reading", "shard_position", "webdataset_data"}

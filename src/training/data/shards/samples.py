@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import logging
 import lzma
 import re
 import tarfile
@@ -24,8 +23,6 @@ from training.data.shards.remote import is_local
 from training.data.shards.tar import Member, TarStream, opened
 from training.data.skips import CAPTION_LIMIT, IMAGE_LIMIT, BadSample
 
-logger = logging.getLogger(__name__)
-
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "tif", "tiff")  # the image of a sample is the first of these that it has
 CAPTION_KEY = "txt"
 
@@ -33,12 +30,6 @@ _EXIT_STATUS = re.compile(r"\bexit (\d+) \(read\)")  # in webdataset's error of 
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # metadata that webdataset writes into a shard
 
 Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
-
-
-def log_and_continue(exn: Exception) -> bool:
-    """Log the exception and return True, which tells webdataset to continue."""
-    logger.warning("Handling webdataset error (%s). Ignoring.", shorten(repr(exn), 400))
-    return True
 
 
 def filter_no_caption_or_no_image(sample: Sample) -> bool:
@@ -255,23 +246,6 @@ class _MemberReader:
         if self.count == 0 and isinstance(error, OSError) and not is_reading_error:
             return BadSample("missing_shard", self.url, f"cannot be opened ({reason})")
         return BadSample("corrupt_shard", self.url, f"it cannot be read after {self.count} files ({reason})")
-
-
-def tarfile_to_samples_nothrow(
-    src: Iterable[Sample], handler: Callable[[Exception], bool] = log_and_continue
-) -> Iterator[Sample]:
-    """Yield the samples of shards {"url": ...}. If `handler(exception)` returns False, the iteration ends."""
-    for shard in src:
-        try:
-            for sample in read_shard(shard["url"]):
-                large = next((key for key, value in sample.items() if isinstance(value, TooLarge)), None)
-                if large is None:
-                    yield sample
-                elif not handler(too_large(sample, large)):
-                    return
-        except BadSample as bad:
-            if not handler(bad):
-                break
 
 
 def why_unusable(sample: Sample) -> BadSample | None:
