@@ -117,6 +117,13 @@ def test_forms_that_do_not_train_a_dtype_are_refused(model, form, dtype):
         create_optimizer(model.to(dtype), config("--fused-optimizer", form), "cpu")
 
 
+@pytest.mark.parametrize("name", ["sgd", "lamb", "adafactor"])
+def test_timm_optimizers_do_not_train_float16_weights(model, name):
+    with pytest.raises(ValueError, match=f"--opt timm/{name} keeps its state in .* float16.* Use --opt adamw"):
+        create_optimizer(model.half(), config("--opt", f"timm/{name}", "--lr", "0.1"), "cpu")
+    create_optimizer(model.bfloat16(), config("--opt", f"timm/{name}", "--lr", "0.1"), "cpu")
+
+
 @pytest.mark.parametrize(("first", "second"), [("torch", "off"), ("off", "torch")])
 def test_states_move_between_fused_and_unfused(model, first, second):
     """A run that changes the implementation after half of the steps gives the same weights."""

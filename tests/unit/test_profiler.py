@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 
@@ -142,7 +143,21 @@ def test_command_writes_a_table(tmp_path, capsys):
     assert printed[2].startswith("tiny  ")
 
 
-def test_rows_are_in_the_file_as_they_come(tmp_path, monkeypatch):
+def test_the_warnings_about_random_weights_are_hidden_during_the_command_only(monkeypatch):
+    factory_logger = logging.getLogger("open_clip.factory")
+    before, levels = factory_logger.level, []
+
+    def profile(*_):
+        levels.append(factory_logger.level)
+        return dict.fromkeys(profiler.COLUMNS, 1)
+
+    monkeypatch.setattr(profiler, "_profile", profile)
+    assert profiler.main(["--model", "tiny"]) == 0
+    assert levels == [logging.ERROR]
+    assert factory_logger.level == before != logging.ERROR
+
+
+def test_rows_are_written_to_the_file_one_by_one(tmp_path, monkeypatch):
     path, seen = tmp_path / "results.csv", []
     profile = profiler.profile_model
 
@@ -155,7 +170,7 @@ def test_rows_are_in_the_file_as_they_come(tmp_path, monkeypatch):
     assert seen == [[], ["tiny-square"]]
 
 
-def test_all_skips_towers_that_are_not_built_with_one_line_each(tmp_path, monkeypatch, caplog):
+def test_all_skips_unsupported_towers_with_one_line_each(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(config, "list_models", lambda: ["tiny", "tiny-timm"])
     monkeypatch.setattr(profiler, "_build", refuse_timm(profiler._build))
     with caplog.at_level("INFO"):
@@ -166,7 +181,7 @@ def test_all_skips_towers_that_are_not_built_with_one_line_each(tmp_path, monkey
     ]
 
 
-def test_a_named_model_that_is_not_built_sets_the_exit_status(monkeypatch):
+def test_an_unsupported_named_model_sets_the_exit_status(monkeypatch):
     monkeypatch.setattr(profiler, "_build", refuse_timm(profiler._build))
     assert profiler.main(["--model", "tiny,tiny-timm"]) == 1
 
@@ -180,7 +195,7 @@ def refuse_timm(build):
     return refusing
 
 
-def test_measured_columns_follow(tmp_path, capsys):
+def test_measured_columns_are_in_the_file_and_the_table(tmp_path, capsys):
     path = tmp_path / "r.csv"
     assert (
         profiler.main(
@@ -205,7 +220,7 @@ def test_measured_columns_follow(tmp_path, capsys):
         (["--model", "tiny", "--measure", "--device", "abacus"], "Unknown device 'abacus'"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_any_work(arguments, message, tmp_path, capsys):
+def test_wrong_options_are_refused_before_any_work(arguments, message, tmp_path, capsys):
     path = tmp_path / "results.csv"
     with pytest.raises(SystemExit) as stopped:
         profiler.main([*arguments, "--results-file", str(path)])

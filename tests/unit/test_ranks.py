@@ -36,7 +36,7 @@ ALL_VARIABLES = [
 def no_launcher(monkeypatch):
     for name in ALL_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(ranks, "_world", None)
+    monkeypatch.setattr(ranks._joined, "world", None)
 
 
 def set_env(monkeypatch, **variables):
@@ -145,7 +145,7 @@ def two_ranks(monkeypatch):
         torch.distributed, "init_process_group", lambda backend, **kwargs: joined.update(kwargs, backend=backend)
     )
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
-    monkeypatch.setattr(ranks, "_host_group", None)
+    monkeypatch.setattr(ranks._joined, "host_group", None)
     return joined
 
 
@@ -316,7 +316,7 @@ gathered = d.all_gather_object("x" * (1 + 999 * world.rank))
 d.barrier()
 import os
 result = [world.rank, world.local_rank, world.world_size, world.backend, broadcast, [len(x) for x in gathered],
-          d.is_master(world), os.environ["WORLD_SIZE"]]
+          world.is_master, os.environ["WORLD_SIZE"]]
 d.shutdown()
 print(json.dumps(result))
 """

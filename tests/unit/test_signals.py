@@ -254,7 +254,7 @@ def test_ranks_stop_before_the_same_batch(tmp_path):
 
 def a_rank_waits(rank: int, world_size: int) -> list:
     """Rank 1 arrives after the time limit of a wait."""
-    ranks._timeout = 1.0
+    ranks._joined.timeout = 1.0
     if rank == 1:
         time.sleep(3)
     try:
