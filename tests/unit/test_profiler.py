@@ -70,11 +70,11 @@ def test_profile_model_needs_no_memory(monkeypatch):
     assert row["mparams"] == round(profiler.count_params(built[0]) / 1e6, 2)
 
 
-def test_a_square_image_is_one_number():
+def test_the_size_of_a_square_image_is_one_number():
     assert profiler.profile_model("tiny-square")["image_size"] == 32
 
 
-def test_parts_beside_the_towers_are_counted(monkeypatch):
+def test_parts_outside_of_the_towers_are_counted(monkeypatch):
     class Captioner(torch.nn.Module):
         """Two towers and a decoder of one layer."""
 
@@ -94,7 +94,7 @@ def test_parts_beside_the_towers_are_counted(monkeypatch):
     assert row["image_gflops"] == 0.0
 
 
-def test_an_unknown_name_brings_the_nearest():
+def test_the_error_of_an_unknown_name_has_similar_names():
     with pytest.raises(ValueError, match=r"Unknown model 'ViT-B-23'.*ViT-B-32"):
         profiler.profile_model("ViT-B-23")
 
@@ -108,7 +108,7 @@ def test_other_profilers_are_refused(name, says):
 # Measuring
 
 
-def test_measuring_runs_on_the_device_and_takes_its_share_of_the_peak(monkeypatch):
+def test_measuring_computes_speed_and_the_fraction_of_the_peak(monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index=None: {torch.float32: 1e6}[dtype])
     ticks = iter(range(1000))
     monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(ticks) / 2)  # half a second per run
