@@ -1,4 +1,4 @@
-"""Requirement 9: a rank has half of the data of the other one, or only bad samples. No hang, equal steps on each rank.
+"""A rank has half of the data of the other one, or only bad samples. No hang, equal steps on each rank.
 
 Each step is an all-reduce, as in training. In training the data of a rank repeat; in evaluation they are read once.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the ranks, which start in gloo_ranks
 
-from lying_data import load, main, mismatched, pairs, picture, write_tar
+from numbered_images import load, main, mismatched, pairs, picture, write_tar
 
 from gloo_ranks import run_ranks
 from training.data import report
@@ -40,7 +40,7 @@ def write(folder: Path, ranks: int, samples: int) -> None:
         rows = []
         for number in range(100 * ranks):
             data = picture(number)
-            # Shuffled rows are assigned to the ranks in turn.
+            # Shuffled rows are assigned to the ranks one by one.
             (folder / kind / "images" / f"{number}.jpg").write_bytes(data if number % 2 else data[:200])
             rows.append(f"{folder / kind}/images/{number}.jpg\tpicture {number}\n")
         (folder / kind / "pairs.csv").write_text("filepath\ttitle\n" + "".join(rows))

@@ -1,6 +1,6 @@
-"""Data that lie: damaged, missing and hostile shards, images and captions. What is whole is used, with its own caption.
+"""Tests with damaged, missing and malicious shards, images and captions. Intact samples keep their own caption.
 
-What is skipped is counted exactly, nothing that a file contains runs or is written anywhere, and memory is bounded.
+Skipped samples are counted exactly, data never run code or write files, and memory is bounded.
 """
 
 from __future__ import annotations
