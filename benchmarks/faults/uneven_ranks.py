@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the ranks
 from numbered_images import load, main, mismatched, pairs, picture, write_tar
 
 from gloo_ranks import run_ranks
-from training.data import report
+from training.data import report_skips
 
 EPOCHS, BATCH = 3, 8
 
@@ -64,7 +64,7 @@ def train_and_evaluate(rank: int, size: int) -> dict[str, list[int]]:
                     assert together.tolist() == [BATCH * size, size]
                     steps[-1] += 1
                     wrong += mismatched(batch)
-            report(train)
+            report_skips(train)
             train.dataloader.close()
             val = load(val_data=source, workers=1, batch_size=BATCH)
             samples = torch.tensor(sum(len(batch["key"]) for batch in val.dataloader))

@@ -25,7 +25,15 @@ from PIL import Image
 
 import open_clip
 from data_files import caption, data_args, epoch_numbers, jpeg, pairs, plain, tokenize, write_csv, write_tar
-from training.data import DataInfo, SkipCounter, TooManyBadSamples, expand_urls, get_data, get_dataset_size, report
+from training.data import (
+    DataInfo,
+    SkipCounter,
+    TooManyBadSamples,
+    expand_urls,
+    get_data,
+    get_dataset_size,
+    report_skips,
+)
 from training.data.shards import samples as shards_module
 from training.data.shards.samples import read_shard
 from training.data.shards.tar import TarStream
@@ -502,24 +510,24 @@ def counter(good=0, opened=0, limit=0.5, shards=(), **causes):
 
 
 def test_a_report_names_causes_and_shards():
-    found = report(counter(good=290, opened=3, shards=["a.tar", "b.tar"], corrupt_image=10, corrupt_shard=1))
+    found = report_skips(counter(good=290, opened=3, shards=["a.tar", "b.tar"], corrupt_image=10, corrupt_shard=1))
     assert found.counts == {"corrupt_image": 10, "corrupt_shard": 1}
     assert (found.samples, found.bad, found.fraction) == (300, 10, pytest.approx(1 / 30))
     assert found.worst == {"a.tar": 11}
     assert str(found) == "Skipped: corrupt_image 10, corrupt_shard 1 of 300 samples; most in a.tar (11)"
-    assert str(report(counter(good=5))) == ""
-    assert report(DataInfo(dataloader=[])).fraction == 0
+    assert str(report_skips(counter(good=5))) == ""
+    assert report_skips(DataInfo(dataloader=[])).fraction == 0
 
 
 def test_a_bad_fraction_above_the_limit_stops_the_run():
-    assert report(counter(good=150, no_caption=150)).fraction == 0.5
+    assert report_skips(counter(good=150, no_caption=150)).fraction == 0.5
     with pytest.raises(TooManyBadSamples, match=r"50\.2% of the data.*--max-bad-fraction 0\.5.*no_caption 151 of 301"):
-        report(counter(good=150, no_caption=151))
-    assert report(counter(good=1, no_caption=99)).fraction == 0  # too few to compare
-    assert report(counter(good=1, limit=1.0, no_caption=999)).fraction == 0.999
+        report_skips(counter(good=150, no_caption=151))
+    assert report_skips(counter(good=1, no_caption=99)).fraction == 0  # too few to compare
+    assert report_skips(counter(good=1, limit=1.0, no_caption=999)).fraction == 0.999
     # missing shards of unknown size
     with pytest.raises(TooManyBadSamples, match=r"60\.0% of the data.*missing_shard 12"):
-        report(counter(good=5000, opened=20, missing_shard=12))
+        report_skips(counter(good=5000, opened=20, missing_shard=12))
 
 
 def test_data_that_disappear_during_a_run_are_an_error_and_not_a_hang(tmp_path):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from data_files import caption, data_args, jpeg, pairs, plain, tokenize, write_csv, write_tar
 from gloo_ranks import run_ranks
-from training.data import TooManyBadSamples, get_data, report
+from training.data import TooManyBadSamples, get_data, report_skips
 
 
 def steps(data, epoch=0, count=None):
@@ -64,7 +64,7 @@ def half_as_large(rank, size):
         data = train(folder, "{0..3}.tar", train_num_samples=36, workers=1)
         found = [steps(data, epoch) for epoch in range(2)]
         data.dataloader.close()
-        said = report(data)
+        said = report_skips(data)
         return [[len(epoch) for epoch in found], found[0], str(said).replace(str(folder), ""), said.counts]
 
 
@@ -98,7 +98,7 @@ def too_many(rank, size):
         sentences = []
         for number, _ in enumerate(data.dataloader):
             try:
-                report(data)
+                report_skips(data)
             except TooManyBadSamples as error:
                 sentences.append([number, str(error).replace(str(folder), "")])
                 break

@@ -30,7 +30,7 @@ from training.data.rows.image_folder import ImageFolder
 from training.data.sampling import SharedEpoch
 from training.data.shards.lists import expand_urls, get_dataset_size
 from training.data.shards.samples import filter_no_caption_or_no_image, group_by_keys_nothrow
-from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report
+from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report_skips
 from training.params import DataConfig
 
 # Names of open_clip_train.data that only scripts use. They are imported on first use.
@@ -66,7 +66,7 @@ __all__ = [
     "get_synthetic_dataset",
     "get_wds_dataset",
     "group_by_keys_nothrow",
-    "report",
+    "report_skips",
     *_STAGES,
 ]
 

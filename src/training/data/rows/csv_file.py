@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from open_clip import progress
 from training.data.images import load_image
 from training.data.loader import DataInfo, tokenizes_randomly
-from training.data.messages import join, quote, shorten
+from training.data.messages import join_first, quote, shorten
 from training.data.rows import csv_lines
 from training.data.rows.loader import make_row_loader
 from training.data.rows.string_table import StringTable
@@ -300,7 +300,7 @@ def _check_header(filename: str, header: list[str], keys: tuple[str, str], sep: 
         raise ValueError(f"{filename} is not UTF-8: its header is not. Convert it, e.g. with iconv.")
     wrong = f"{filename} has no column {' nor '.join(quote(key, 40) for key in missing)}"
     if len(header) > 1:
-        columns = join([f"'{name}'" for name in header], 5)
+        columns = join_first([f"'{name}'" for name in header], 5)
         raise ValueError(f"{wrong}. Its columns: {columns}. Name them with --csv-img-key and --csv-caption-key.")
     others = [other for other in _SEPARATORS if other != sep]
     fits = [other for other in others if set(keys) <= {name.strip() for name in header[0].split(other)}]

@@ -211,9 +211,9 @@ def _epoch_size(cfg: DataConfig, shards: ShardSet, source: str, floor: bool) -> 
         )
     if not shards.resampled:
         check_one_batch(num_samples, cfg.batch_size, world_size, source)
-    whole = math.floor if floor else math.ceil
-    batches = whole(num_samples / global_batch)
-    per_worker = whole(batches / workers)
+    to_integer = math.floor if floor else math.ceil
+    batches = to_integer(num_samples / global_batch)
+    per_worker = to_integer(batches / workers)
     if per_worker == 0:
         raise ValueError(f"{source} has {batches} batches per epoch, and --workers is {workers}. Use fewer.")
     return per_worker * workers, per_worker * workers * global_batch

@@ -18,9 +18,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.data.messages import join, quote, shorten
+from training.data.messages import join_first, quote, shorten
 from training.data.shards.remote import is_local
-from training.data.shards.tar import Member, TarStream, opened
+from training.data.shards.tar import Member, TarStream, open_tar
 from training.data.skips import CAPTION_LIMIT, IMAGE_LIMIT, BadSample
 
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "tif", "tiff")  # the image of a sample is the first of these that it has
@@ -191,7 +191,7 @@ class _MemberReader:
         """
         damage = False
         try:
-            with opened(self.url) as stream:
+            with open_tar(self.url) as stream:
                 self.stream = stream
                 stream.start_at(self.offset)
                 for member in stream:
@@ -276,10 +276,10 @@ def _describe_members(sample: Sample) -> str:
         return "nothing"
     usable = (CAPTION_KEY, *IMAGE_KEYS)
     if any("." in extension and extension.rpartition(".")[2] in usable for extension in extensions):
-        return f"{join(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
+        return f"{join_first(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
     folder = sample["__key__"].rpartition("/")[0]
     hint = f" (an image and its caption must be in one folder; this is {quote(folder, 30)})" if folder else ""
-    return join(extensions, 5, 15) + hint
+    return join_first(extensions, 5, 15) + hint
 
 
 def too_large(sample: Sample, key: str) -> BadSample:
