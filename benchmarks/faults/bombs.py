@@ -1,4 +1,4 @@
-"""Requirement 11: skip a small PNG of 169 megapixels and members of 1 GB in compressed shards, with little memory.
+"""Skip a small PNG of 169 megapixels and members of 1 GB in compressed shards, with little memory.
 
 Each is read in a new process. Its peak memory is compared with that after a harmless batch.
 """
@@ -15,7 +15,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from lying_data import load, main, pairs, write_tar
+from numbered_images import load, main, pairs, write_tar
 from PIL import Image
 
 COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}

@@ -1,6 +1,6 @@
-"""Requirement 5: 1% of each kind of unusable sample, in shards and CSV, in evaluation and training.
+"""1% of each kind of unusable sample, in shards and CSV, in evaluation and training.
 
-Nothing crashes, every other sample comes with its caption, and the counters of the evaluation equal what was injected.
+Nothing crashes, every other sample has its own caption, and the counters of the evaluation equal what was injected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lying_data import load, main, mismatched, picture, write_tar
+from numbered_images import load, main, mismatched, picture, write_tar
 from PIL import Image
 
 
@@ -54,9 +54,9 @@ def samples(count: int, in_shards: bool) -> tuple[list[tuple[int, bytes | None, 
     found, injected = [], Counter[str]()
     bad = [name for name in kinds(0, in_shards) for _ in range(1 if "200 MB" in name else count // 100)]
     order = np.random.RandomState(0).permutation(count)
-    for number, place in enumerate(order):
-        if place < len(bad):
-            cause, image, text = kinds(number, in_shards)[bad[place]]
+    for number, position in enumerate(order):
+        if position < len(bad):
+            cause, image, text = kinds(number, in_shards)[bad[position]]
             injected[cause] += 1
         else:
             image, text = picture(number % 1000), f"picture {number}".encode()

@@ -1,4 +1,4 @@
-"""Requirement 12: damaged checkpoints, configurations, shards and CSV files are read, or an error names the file.
+"""Damaged checkpoints, configurations, shards and CSV files are read, or an error names the file.
 
 The damage is random with a seed: truncation, flipped bits, a range of zeros, swapped, duplicated or inserted blocks.
 Each reader must return, or raise ValueError or RuntimeError with the file name in the message. The cases run in
@@ -68,33 +68,33 @@ def write(name: str) -> bytes:
         cfg = tiny_clip.config()
         return json.dumps({"model_cfg": cfg, "preprocess_cfg": {}} if name == CONFIGS[0] else cfg, indent=1).encode()
     elif name == "shard.tar":
-        import lying_data
+        import numbered_images
 
         with tempfile.TemporaryDirectory() as folder:
-            return lying_data.write_tar(Path(folder) / "x.tar", lying_data.pairs(range(12))).read_bytes()
+            return numbered_images.write_tar(Path(folder) / "x.tar", numbered_images.pairs(range(12))).read_bytes()
     else:
         return b"filepath\ttitle\n" + b"".join(b"%d.jpg\tpicture %d\n" % (n, n) for n in range(12))
     return buffer.getvalue()
 
 
 def damage(data: bytes, chance: random.Random) -> bytes:
-    def place() -> int:
+    def random_position() -> int:
         # Half of the damage is near the ends, where headers and directories are.
         edge = min(len(data), 2000)
         start, end = chance.randrange(edge), len(data) - 1 - chance.randrange(edge)
         return chance.choice((chance.randrange(len(data)), chance.randrange(len(data)), start, end))
 
-    kind, found, start = chance.randrange(6), bytearray(data), place()
+    kind, found, start = chance.randrange(6), bytearray(data), random_position()
     length = chance.choice((1, 4, 16, 200, 2000))
     if kind == 0:
         return data[:start]
     if kind == 1:
         for _ in range(chance.choice((1, 3, 20))):
-            found[place()] ^= 1 << chance.randrange(8)
+            found[random_position()] ^= 1 << chance.randrange(8)
     elif kind == 2:
         found[start : start + length] = bytes(len(found[start : start + length]))
     elif kind == 3:
-        other = place()
+        other = random_position()
         one, two = bytes(found[start : start + length]), bytes(found[other : other + length])
         if len(one) == len(two):
             found[start : start + length], found[other : other + length] = two, one
@@ -121,20 +121,21 @@ def readers(name: str) -> list[Callable[[Path], Any]]:
 
 
 def read_data(path: Path) -> None:
-    import lying_data
+    import numbered_images
     import torch
 
     import data_files
     from training.data import get_data
 
     for number in range(12):
-        (path.parent / f"{number}.jpg").write_bytes(lying_data.picture(number))
+        (path.parent / f"{number}.jpg").write_bytes(numbered_images.picture(number))
     if path.suffix == ".csv":
         rows = path.read_bytes().split(b"\n")
         path.write_bytes(b"\n".join([rows[0], *(bytes(path.parent) + b"/" + row for row in rows[1:])]))
     kind = "csv" if path.suffix == ".csv" else "webdataset"
     args = data_files.data_args(val_data=str(path), dataset_type=kind, workers=0, max_bad_fraction=1.0)
-    data = get_data(args, (lying_data.to_tensor,) * 2, tokenizer=lambda captions: torch.zeros(len(captions), 1).long())
+    transforms = (numbered_images.to_tensor,) * 2
+    data = get_data(args, transforms, tokenizer=lambda captions: torch.zeros(len(captions), 1).long())
     list(data["val"].dataloader)
 
 

@@ -1,4 +1,4 @@
-"""Requirement 4: of 10 shards, one is truncated, one has noise in its middle, one is missing and one is empty.
+"""Of 10 shards, one is truncated, one has noise in its middle, one is missing and one is empty.
 
 Every intact sample is kept, the counters give the exact number of lost samples (from sizes.json), and no image has the
 caption of another one.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lying_data import load, main, mismatched, pairs, write_tar
+from numbered_images import load, main, mismatched, pairs, write_tar
 
 from training.data import skips
 
@@ -48,7 +48,7 @@ def _spans(path: Path) -> dict[int, tuple[int, int]]:
 
 
 def measure(folder: Path, shards: int, rounds: int) -> tuple[dict[str, Any], bool]:
-    totals = {"whole": 0, "kept": 0, "lost": 0, "counted": 0, "mismatched": 0, "whole but not kept": 0}
+    totals = {"intact": 0, "kept": 0, "lost": 0, "counted": 0, "mismatched": 0, "intact but not kept": 0}
     for seed in range(rounds):
         per_shard = shards
         for shard in range(10):
@@ -62,12 +62,12 @@ def measure(folder: Path, shards: int, rounds: int) -> tuple[dict[str, Any], boo
             totals["mismatched"] += mismatched(batch)
         data.dataloader.close()
         counts = data.skipped.counts()
-        totals["whole"] += 10 * per_shard - len(lost)
+        totals["intact"] += 10 * per_shard - len(lost)
         totals["kept"] += len(kept)
         totals["lost"] += 10 * per_shard - len(kept)
         totals["counted"] += sum(counts.get(cause, 0) for cause in skips.SAMPLE_CAUSES)
-        totals["whole but not kept"] += len({*range(10 * per_shard)} - lost - {*kept})
-    met = not totals["whole but not kept"] and not totals["mismatched"] and totals["lost"] == totals["counted"]
+        totals["intact but not kept"] += len({*range(10 * per_shard)} - lost - {*kept})
+    met = not totals["intact but not kept"] and not totals["mismatched"] and totals["lost"] == totals["counted"]
     return totals, met
 
 

@@ -1,4 +1,4 @@
-"""Requirement 8: SIGKILL of one of 4 ranks at a random step, with `torchrun --max-restarts 1`.
+"""SIGKILL of one of 4 ranks at a random step, with `torchrun --max-restarts 1`.
 
 The other ranks end within --dist-timeout, torchrun restarts all of them, and the losses and final weights are
 bit-identical to those of an undisturbed run. A second run without restarts measures how long the other ranks took.
@@ -24,8 +24,8 @@ def measure(runs: Runs, ranks: int, timeout: int, seed: int) -> tuple[dict, bool
     figures = {
         "rank, step": [rank, step],
         "exit status without restarts": alone.status,
-        "the others said so": len(re.findall("Another process of this run", alone.printed)),
-        "exit status with one": restarted.status,
+        "ranks that log it": len(re.findall("Another process of this run", alone.printed)),
+        "exit status with one restart": restarted.status,
         "resumed at step": restarted.resumed_at(),
         "losses that differ": differences(runs.losses("restarted"), runs.losses("unbroken")),
         "tensors that differ": differences(runs.final_weights("restarted"), runs.final_weights("unbroken")),

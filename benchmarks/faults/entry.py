@@ -9,7 +9,7 @@ written when the step is done, so it survives any later fault. FAULTS is a JSON 
     nan           {"rank", "steps"}: the images of these steps are NaN
     file_limit    bytes: files cannot grow beyond this size (RLIMIT_FSIZE), as on a full disk
 
-A process that torchrun has restarted has no faults.
+Processes that torchrun has restarted get no faults.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from training import file_utils, logger, main, signals
-from training.data.rows import csv_file as csv_data
+from training.data.rows import csv_file
 from training.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", 0))
-AGAIN = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-FAULTS: dict[str, Any] = {} if AGAIN else json.loads(os.environ.get("FAULTS", "{}"))
+IS_RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+FAULTS: dict[str, Any] = {} if IS_RESTARTED else json.loads(os.environ.get("FAULTS", "{}"))
 
 
 def record(metrics: dict[str, float], step: int, prefix: str) -> None:
@@ -45,14 +45,14 @@ def is_due(fault: str, step: int) -> bool:
 
 def install_stall() -> None:
     """Simulate storage that stalls: this process and its workers block when they open a pipe without a writer."""
-    load, pipe = csv_data.load_image, stall_pipe(RANK)
+    load, pipe = csv_file.load_image, stall_pipe(RANK)
 
     def loading(*args: Any) -> Any:
         if pipe.exists():
             pipe.open("rb").close()
         return load(*args)
 
-    csv_data.load_image = loading  # type: ignore[attr-defined]
+    csv_file.load_image = loading  # type: ignore[attr-defined]
 
 
 def stall_pipe(rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""Requirement 6: the disk becomes full during a save.
+"""The disk becomes full during a save.
 
 Only root can mount a small tmpfs, so a limit on the size of files (RLIMIT_FSIZE) is used instead: a write beyond it
 fails half-way, as on a full disk. The earlier checkpoints still load, and no partial file can be resumed from.
@@ -31,16 +31,16 @@ def measure(runs: Runs) -> tuple[dict, bool]:
         latest = get_latest_checkpoint(runs.checkpoints(policy))
         assert latest is not None
         made = max(runs.losses(policy)) + 1
-        again = runs.run(policy, *options)
+        resumed = runs.run(policy, *options)
         figures[policy] = {
             "exit status": full.status,
             "steps made": made,
             "checkpoints that changed": differences(left, before),
-            "the newest loads": torch.load(latest, weights_only=True)["train_state"]["step"] >= 3,
+            "the newest can be loaded": torch.load(latest, weights_only=True)["train_state"]["step"] >= 3,
             "tensors that differ in the end": differences(runs.final_weights(policy), runs.final_weights("unbroken")),
         }
         found = figures[policy]
-        met &= again.status == 0 and full.status == 1 and found["the newest loads"]
+        met &= resumed.status == 0 and full.status == 1 and found["the newest can be loaded"]
         met &= not found["checkpoints that changed"] and not found["tensors that differ in the end"]
         met &= made == STEPS if policy == "continue" else made < STEPS
         met &= "failed" in full.printed

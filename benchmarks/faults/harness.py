@@ -78,10 +78,10 @@ class Runs:
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, name: str, *options: object, timeout: float = TIMEOUT, **how: Any) -> Ended:
+    def run(self, name: str, *options: object, timeout: float = TIMEOUT, **options_of_start: Any) -> Ended:
         """Run the command to its end, then kill its remaining processes."""
         start = time.perf_counter()
-        process = self.start(name, *options, **how)
+        process = self.start(name, *options, **options_of_start)
         try:
             printed, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -90,13 +90,13 @@ class Runs:
             raise AssertionError(f"{name} took longer than {timeout} s:\n{printed[-5000:]}") from None
         return Ended(process.returncode, printed, time.perf_counter() - start)
 
-    def end(self, process: subprocess.Popen) -> None:
+    def kill(self, process: subprocess.Popen) -> None:
         """Kill a process and its remaining children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def stalled(self, name: str, rank: int) -> bool:
+    def is_stalled(self, name: str, rank: int) -> bool:
         """Return whether "stall" has started on the rank."""
         return (self.folder / f"{name}.jsonl.stall-{rank}").exists()
 
@@ -109,7 +109,7 @@ class Runs:
         for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             step, loss = entry["step"], entry["loss"]
-            assert found.setdefault(step, loss) == loss, f"step {step} lost {found[step]!r}, and when repeated {loss!r}"
+            assert found.setdefault(step, loss) == loss, f"step {step}: loss {found[step]!r}, repeated: {loss!r}"
         return found
 
     def checkpoints(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Requirement 1: SIGKILL at random steps, every fourth time in the middle of a save, each time with `--resume latest`.
+"""SIGKILL at random steps, every fourth time in the middle of a save, each time with `--resume latest`.
 
 Every restart succeeds. The stitched losses and the final weights are bit-identical to those of an undisturbed run, and
 at most the steps between two saves, plus those during a save, are lost.

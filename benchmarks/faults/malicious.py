@@ -1,4 +1,4 @@
-"""Requirement 10: ten malicious pickles are refused or inert in every loader of the training command.
+"""Ten malicious pickles are refused or inert in every loader of the training command.
 
 Each would create a file if it were unpickled, which is first shown with pickle itself. Each comes in torch's new and
 old file formats and as a bare pickle, as the whole file and nested in a checkpoint. In the latter case it is dropped.
@@ -63,7 +63,7 @@ def payloads(marker: Path, script: Path) -> dict[str, Any]:
         "open": Call(builtins.open, str(marker), "w"),
         "runpy": Call(runpy.run_path, str(script)),
         "copy": Call(shutil.copyfile, str(script), str(marker)),
-        "a pickle in it": Call(pickle.loads, pickle.dumps(Call(os.mkdir, str(marker)))),
+        "a nested pickle": Call(pickle.loads, pickle.dumps(Call(os.mkdir, str(marker)))),
         "a state's setter": Sets(functools.partial(make_folder, str(marker))),
     }
 
@@ -82,7 +82,7 @@ def forms(payload: Any) -> dict[str, bytes]:
     return {
         "a checkpoint": saved(deep),
         "an old checkpoint": saved(deep, _use_new_zipfile_serialization=False),
-        "instead of one": saved(payload),
+        "the whole file": saved(payload),
         "a bare pickle": pickle.dumps(payload),
     }
 
@@ -116,7 +116,7 @@ def measure(runs: Runs) -> tuple[dict, bool]:
     all_payloads = payloads(marker, folder / "script.py")
     for name, payload in all_payloads.items():
         pickle.loads(pickle.dumps(payload))
-        live += gone(marker)
+        live += remove_marker(marker)
         for form, content in forms(payload).items():
             for loader, load in loaders(folder, runs.model).items():
                 (folder / "evil.pt").write_bytes(content)
@@ -124,10 +124,10 @@ def measure(runs: Runs) -> tuple[dict, bool]:
                     found = load(folder / "evil.pt")
                     inert += 1
                     if holds_objects(found):
-                        ran.append(f"{name}, {form}, {loader}: it gave an object")
+                        ran.append(f"{name}, {form}, {loader}: returned an object")
                 except OTHERS:
                     refused += 1
-                if gone(marker):
+                if remove_marker(marker):
                     ran.append(f"{name}, {form}, {loader}")
     figures = {
         "pickles": len(all_payloads),
@@ -161,7 +161,7 @@ def names_refused() -> int:
     return refused
 
 
-def gone(marker: Path) -> bool:
+def remove_marker(marker: Path) -> bool:
     """Remove the marker; return whether it existed."""
     if marker.is_dir():
         marker.rmdir()

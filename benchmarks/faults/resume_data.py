@@ -1,4 +1,4 @@
-"""Requirement 3: the data of a run that is resumed within an epoch, with 0, 2 and 4 workers, from CSV and shards.
+"""The data of a run that is resumed within an epoch, with 0, 2 and 4 workers, from CSV and shards.
 
 The sequence of sample keys and images after resuming equals that of the uninterrupted run. The time to the first batch
 at 90% of a long epoch is at most twice that of a cold start, both with new workers.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lying_data import load, main, pairs, picture, write_tar
+from numbered_images import load, main, pairs, picture, write_tar
 
 
 def no_pixels(image: Any) -> torch.Tensor:
@@ -48,22 +48,22 @@ def take(data: Any, count: int | None = None) -> list[tuple[list[str], list[int]
 def different_batches(options: dict[str, Any]) -> int:
     whole = take(load(**options))
     wrong = 0
-    for place in (1, len(whole) // 3, len(whole) - 2):
-        broken = load(**options)
-        take(broken, place)
+    for position in (1, len(whole) // 3, len(whole) - 2):
+        interrupted = load(**options)
+        take(interrupted, position)
         resumed = load(**options)
-        resumed.load_state_dict([broken.state_dict()])
+        resumed.load_state_dict([interrupted.state_dict()])
         rest = take(resumed)
-        wrong += abs(len(rest) - len(whole[place:]))
-        wrong += sum(ours != theirs for ours, theirs in zip(rest, whole[place:], strict=False))
+        wrong += abs(len(rest) - len(whole[position:]))
+        wrong += sum(ours != theirs for ours, theirs in zip(rest, whole[position:], strict=False))
     return wrong
 
 
 def slowdown(options: dict[str, Any], repeats: int) -> float:
     """Return the time to the first batch when resuming at 90% of the epoch, relative to a cold start (medians)."""
-    broken = load(transform=no_pixels, **options)
-    take(broken, broken.dataloader.num_batches * 9 // 10)
-    state = broken.state_dict()
+    interrupted = load(transform=no_pixels, **options)
+    take(interrupted, interrupted.dataloader.num_batches * 9 // 10)
+    state = interrupted.state_dict()
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _, resumes in itertools.product(range(repeats), seconds):
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Requirement 2: SIGTERM, SIGUSR1 or Ctrl-C at random steps, to a process or one of two ranks; then `--resume latest`.
+"""SIGTERM, SIGUSR1 or Ctrl-C at random steps, to a process or one of two ranks; then `--resume latest`.
 
 No step is lost, each process exits with 143 (130 after Ctrl-C; torchrun itself with 1), and the stitched losses are
 bit-identical to those of an undisturbed run.
 
-The same holds while the loop waits for data that do not come: in one process, with and without workers, and in two
-ranks of which one waits for data and the other one for the first, whichever of them gets the signal. A process that
+The same holds while the loop waits for data that never arrive: in one process, with and without workers, and in two
+ranks of which one waits for data and the other for that rank, for a signal to either of them. A process that
 waits for others that never join logs this, and the signal ends it.
 """
 
@@ -25,12 +25,12 @@ STOPS_WITHIN = 30  # seconds, on a busy machine; torchrun and Kubernetes wait as
 def stop(runs: Runs, name: str, ranks: int, numbers: list[signal.Signals], seed: int) -> dict:
     choose = random.Random(seed)
     assert runs.run(f"unbroken-{ranks}", ranks=ranks).status == 0
-    lost, right, reached = 0, 0, 0
+    lost, expected_exits, reached = 0, 0, 0
     for number in numbers:
         step = reached + choose.randint(0, STEPS // len(numbers) - 2)
         faults = {"signal": {"rank": choose.randrange(ranks), "step": step, "number": number}}
         ended = runs.run(name, "--resume", "latest", ranks=ranks, faults=faults)
-        right += exit_statuses(ended, ranks) == [130 if number == signal.SIGINT else 143] * ranks
+        expected_exits += exit_statuses(ended, ranks) == [130 if number == signal.SIGINT else 143] * ranks
         lost += reached - ended.resumed_at()
         reached = 1 + max(runs.losses(name))
     ended = runs.run(name, "--resume", "latest", ranks=ranks)
@@ -38,7 +38,7 @@ def stop(runs: Runs, name: str, ranks: int, numbers: list[signal.Signals], seed:
     return {
         "signals": len(numbers),
         "steps lost": lost + reached - ended.resumed_at(),
-        "exits with another status": len(numbers) - right,
+        "exits with another status": len(numbers) - expected_exits,
         "losses that differ": differences(runs.losses(name), runs.losses(f"unbroken-{ranks}")),
         "tensors that differ": differences(runs.final_weights(name), runs.final_weights(f"unbroken-{ranks}")),
     }
@@ -51,18 +51,18 @@ def stop_stalled(
     options = ("--workers", workers, "--resume", "latest")
     process = runs.start(name, *options, ranks=ranks, faults={"stall": {"rank": ranks - 1, "step": 5}})
     try:
-        _wait_for_stall(runs, name, ranks - 1, process)
+        wait_for_stall(runs, name, ranks - 1, process)
         start = time.perf_counter()
         os.kill(process.pid if signaled is None else runs.process_id(name, signaled), number)
         printed, _ = process.communicate(timeout=STOPS_WITHIN)
         seconds = time.perf_counter() - start
     finally:
-        runs.end(process)
+        runs.kill(process)
     if ranks > 1 and signaled is None:  # then torchrun does not print the statuses of its processes
-        right = printed.count(f"Stopped by {number.name}") == 1  # the first rank writes it for all
+        is_expected = printed.count(f"Stopped by {number.name}") == 1  # only rank 0 logs it
     else:
         statuses = exit_statuses(Ended(process.returncode, printed, seconds), ranks)
-        right = statuses == [130 if number == signal.SIGINT else 143] * ranks
+        is_expected = statuses == [130 if number == signal.SIGINT else 143] * ranks
     reached = 1 + max(runs.losses(name))
     (runs.folder / f"{name}.jsonl.stall-{ranks - 1}").unlink()
     resumed = runs.run(name, *options, ranks=ranks)
@@ -70,7 +70,7 @@ def stop_stalled(
     return {
         "seconds": round(seconds, 1),
         "steps lost": reached - resumed.resumed_at(),
-        "exits with another status": int(not right),
+        "exits with another status": int(not is_expected),
         "losses that differ": differences(runs.losses(name), runs.losses(f"unbroken-{ranks}")),
         "tensors that differ": differences(runs.final_weights(name), runs.final_weights(f"unbroken-{ranks}")),
     }
@@ -82,27 +82,27 @@ def stop_waiting_for_others(runs: Runs, number: signal.Signals) -> dict:
     process = runs.start("alone", variables={**slurm, "SLURM_JOB_ID": str(os.getpid())})
     try:
         lines = iter(process.stdout or ())
-        said = any("SLURM_NTASKS asks for 2 processes. Waiting for all of them" in line for line in lines)
+        is_logged = any("SLURM_NTASKS asks for 2 processes. Waiting for all of them" in line for line in lines)
         time.sleep(2)
         start = time.perf_counter()
         process.send_signal(number)
         status = process.wait(timeout=STOPS_WITHIN)
     finally:
-        runs.end(process)
+        runs.kill(process)
     return {
         "seconds": round(time.perf_counter() - start, 1),
-        "does not say what it waits for": int(not said),
+        "does not log what it waits for": int(not is_logged),
         "exits with another status": int(status != -number),  # the shell shows 128 + number
     }
 
 
-def _wait_for_stall(runs: Runs, name: str, rank: int, process: subprocess.Popen) -> None:
+def wait_for_stall(runs: Runs, name: str, rank: int, process: subprocess.Popen) -> None:
     """Wait until the run makes no more steps."""
     deadline, steps = time.monotonic() + TIMEOUT, -1
     while time.monotonic() < deadline and process.poll() is None:
-        if runs.stalled(name, rank) and steps == len(runs.losses(name)):
+        if runs.is_stalled(name, rank) and steps == len(runs.losses(name)):
             return
-        steps = len(runs.losses(name)) if runs.stalled(name, rank) else -1
+        steps = len(runs.losses(name)) if runs.is_stalled(name, rank) else -1
         time.sleep(3)
     raise AssertionError(f"{name} did not stall")
 
@@ -127,7 +127,7 @@ def measure(runs: Runs, signals: int, seed: int) -> tuple[dict, bool]:
         "no data on rank 1, signal to torchrun": stop_stalled(runs, "stalled-2", signal.SIGTERM, ranks=2),
         "no data on rank 1, signal to rank 0": stop_stalled(runs, "stalled-on-0", signal.SIGUSR1, 2, signaled=0),
         "no data on rank 1, signal to rank 1": stop_stalled(runs, "stalled-on-1", signal.SIGUSR1, 2, 1, signaled=1),
-        "other processes do not come": stop_waiting_for_others(runs, signal.SIGTERM),
+        "other processes do not join": stop_waiting_for_others(runs, signal.SIGTERM),
     }
     return figures, not any(part[name] for part in figures.values() for name in part.keys() - {"signals", "seconds"})
 

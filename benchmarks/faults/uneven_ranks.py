@@ -1,4 +1,4 @@
-"""Requirement 9: a rank has half of the data of the other one, or only bad samples. No hang, equal steps on each rank.
+"""A rank has half of the data of the other one, or only bad samples. No hang, equal steps on each rank.
 
 Each step is an all-reduce, as in training. In training the data of a rank repeat; in evaluation they are read once.
 """
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the ranks, which start in gloo_ranks
 
-from lying_data import load, main, mismatched, pairs, picture, write_tar
+from numbered_images import load, main, mismatched, pairs, picture, write_tar
 
 from gloo_ranks import run_ranks
-from training.data import report
+from training.data import report_skips
 
 EPOCHS, BATCH = 3, 8
 
@@ -40,7 +40,7 @@ def write(folder: Path, ranks: int, samples: int) -> None:
         rows = []
         for number in range(100 * ranks):
             data = picture(number)
-            # Shuffled rows are assigned to the ranks in turn.
+            # Shuffled rows are assigned to the ranks one by one.
             (folder / kind / "images" / f"{number}.jpg").write_bytes(data if number % 2 else data[:200])
             rows.append(f"{folder / kind}/images/{number}.jpg\tpicture {number}\n")
         (folder / kind / "pairs.csv").write_text("filepath\ttitle\n" + "".join(rows))
@@ -64,7 +64,7 @@ def train_and_evaluate(rank: int, size: int) -> dict[str, list[int]]:
                     assert together.tolist() == [BATCH * size, size]
                     steps[-1] += 1
                     wrong += mismatched(batch)
-            report(train)
+            report_skips(train)
             train.dataloader.close()
             val = load(val_data=source, workers=1, batch_size=BATCH)
             samples = torch.tensor(sum(len(batch["key"]) for batch in val.dataloader))

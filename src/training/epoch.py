@@ -10,7 +10,7 @@ from typing import Any
 
 from training.batches import to_device
 from training.checkpoint.state import TrainState
-from training.data.skips import report as report_skips
+from training.data.skips import report_skips
 from training.progress import Progress, format_line
 from training.ranks import world
 from training.signals import Stopped

@@ -124,10 +124,10 @@ def _copy_if_new(path: Path, local_dir: str, filesystem: Any, root: str) -> bool
     if not path.is_file() or path.name == "epoch_latest.pt" or path.name.endswith(".tmp"):
         return False
     target = f"{root.rstrip('/')}/{path.relative_to(local_dir).as_posix()}"
-    here = path.stat()
+    local = path.stat()
     with contextlib.suppress(FileNotFoundError):
-        there = filesystem.info(target)
-        if there.get("size") == here.st_size and _modified_seconds(there, filesystem, target) >= here.st_mtime:
+        remote = filesystem.info(target)
+        if remote.get("size") == local.st_size and _modified_seconds(remote, filesystem, target) >= local.st_mtime:
             return False
     filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
     filesystem.put_file(str(path), target)

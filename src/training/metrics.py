@@ -173,8 +173,8 @@ def _ranks_of_images(pairs: _Pairs, images: _Images) -> tuple[Tensor, Tensor]:
             before = (similarities == own) & (candidates < place[:, rows].unsqueeze(2))
             before |= similarities > own
             ranks[:, rows] += (before & is_candidate.unsqueeze(1)).sum(2)
-    here = slice(pairs.first, pairs.first + pairs.count)
-    return ranks[0, : pairs.count][images.is_first[here]], ranks[1, : pairs.count]
+    own_pairs = slice(pairs.first, pairs.first + pairs.count)
+    return ranks[0, : pairs.count][images.is_first[own_pairs]], ranks[1, : pairs.count]
 
 
 def _block_sizes(rows: int) -> tuple[int, int]:
@@ -252,11 +252,11 @@ class _Pairs:
         self.count = self.counts[self.rank]
         self.first = sum(self.counts[: self.rank])
 
-    def have_ids(self, here: bool) -> bool:
-        """Return whether every rank with pairs has image ids. `here`: whether this rank has them."""
-        known = torch.tensor([int(here or not self.count)], device=self.device)
+    def have_ids(self, has_ids: bool) -> bool:
+        """Return whether every rank with pairs has image ids; `has_ids` is whether this rank has them. Collective."""
+        known = torch.tensor([int(has_ids or not self.count)], device=self.device)
         known = collectives.all_gather(known) if self.distributed else known
-        return bool(known.all()) and (self.distributed or here)
+        return bool(known.all()) and (self.distributed or has_ids)
 
     def block(self, start: int, size: int) -> Tensor:
         """Return images and texts of this rank from row `start`, float32 [2, size, width], padded with zeros."""

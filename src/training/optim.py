@@ -39,6 +39,8 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameters. Unlock a part of it (see --lock-image, --lock-text).")
     check_name(cfg.opt)
+    for dtype in {p.dtype for p in model.parameters() if p.requires_grad}:
+        check_weights(cfg, dtype)
     opt = cfg.opt.lower()
     if opt == "adamw":
         optimizer = _adamw(model, cfg, torch.device(device))
@@ -63,8 +65,16 @@ def check_name(opt: str) -> None:
         raise ValueError(f"--opt {opt!r}: timm has no such optimizer.{near and f' Similar names: {near}.'}")
 
 
-def check_form(form: str, dtype: torch.dtype) -> None:
-    """Raise ValueError if the form of AdamW (`fused_optimizer`) does not support weights of this dtype."""
+def check_weights(cfg: OptimConfig, dtype: torch.dtype) -> None:
+    """Raise ValueError if the optimizer, or the form of AdamW (`fused_optimizer`), does not support this dtype."""
+    form = cfg.fused_optimizer
+    if cfg.opt.lower() != "adamw":
+        if dtype == torch.float16:
+            raise ValueError(
+                f"--opt {cfg.opt} keeps its state in the weights' float16, where second moments underflow to 0. Use "
+                "--opt adamw, which keeps them in float32, or --precision amp."
+            )
+        return
     if dtype == torch.float16 and form != "auto":
         raise ValueError(
             f"--fused-optimizer {form} keeps AdamW's second moment in the weights' float16, where it underflows to 0. "
@@ -92,13 +102,11 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
         {"params": [p for name, p in named if not has_no_decay(name, p)], "weight_decay": cfg.wd},
     ]
     options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps)
-    dtypes = {p.dtype for _, p in named}
-    for dtype in dtypes:
-        check_form(cfg.fused_optimizer, dtype)
+    has_float16 = any(p.dtype == torch.float16 for _, p in named)
     # torch's fused kernel is the fastest, but its moments have the dtype of the weights, and it can skip a step only on
     # some devices.
     kind = devices.get(device)
-    if cfg.fused_optimizer == "auto" and (torch.float16 in dtypes or not kind.fused_adamw_skips):
+    if cfg.fused_optimizer == "auto" and (has_float16 or not kind.fused_adamw_skips):
         return FlatAdamW(groups, **options)
     return kind.adamw(groups, cfg.fused_optimizer, **options)
 

@@ -49,8 +49,7 @@ def check_options(cfg: TrainConfig) -> None:
     _check_packages(cfg)
     if trains(data):
         optim.check_name(cfg.optim.opt)
-        if cfg.optim.opt.lower() == "adamw":
-            optim.check_form(cfg.optim.fused_optimizer, precision.weights_dtype(cfg.model.precision))
+        optim.check_weights(cfg.optim, precision.weights_dtype(cfg.model.precision))
     _check_pairs(data)
     for name in _LABELLED:
         folder = getattr(data, name)

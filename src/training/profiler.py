@@ -7,12 +7,13 @@ counted is described in `training.flops`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import logging
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,11 +296,21 @@ def _profile(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+@contextlib.contextmanager
+def _no_warnings_about_random_weights() -> Iterator[None]:
+    logger_of_factory = logging.getLogger("open_clip.factory")
+    level = logger_of_factory.level
+    logger_of_factory.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger_of_factory.setLevel(level)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return 1 if a model given by name is not supported; with `all` such models are skipped."""
     options = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[progress.LogHandler()])
-    logging.getLogger("open_clip.factory").setLevel(logging.ERROR)  # hide the warnings about random weights
     columns = COLUMNS + MEASURED_COLUMNS if options.measure else COLUMNS
     path = Path(options.results_file) if options.results_file else None
     if path:
@@ -307,7 +318,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write_rows(path, columns, [], "w")
     rows: list[dict[str, Any]] = []
     skipped = False
-    with progress.showing(), progress.Task("Profiling", len(options.names), "models") as task:
+    with (
+        progress.showing(),
+        progress.Task("Profiling", len(options.names), "models") as task,
+        _no_warnings_about_random_weights(),
+    ):
         for number, name in enumerate(options.names, 1):
             started = time.perf_counter()
             task.advance()

@@ -60,16 +60,30 @@ class World:
         return self.local_rank == 0
 
 
-_world: World | None = None
-_host_group: Any = None  # a gloo group, in addition to the default group
-
 # Hosts wait for each other without a time limit, because one of them may download, read a checkpoint or evaluate for
 # long. A process that dies closes its connections, which ends the wait immediately, and `wait` lets Python handle
 # signals. The wait for the next batch of training data is limited by --dist-timeout.
 _HOST_TIMEOUT = datetime.timedelta(days=30)
 _WAIT_SLICE = datetime.timedelta(seconds=0.25)  # Python's signal handlers run between two slices
 _WARN_AFTER = 60.0  # seconds
-_timeout = DistributedConfig().dist_timeout  # seconds
+
+
+@dataclass
+class _Joined:
+    """What `init` has made.
+
+    Attributes:
+        world: None before `init`.
+        host_group: a gloo group, in addition to the default group.
+        timeout: --dist-timeout, in seconds.
+    """
+
+    world: World | None = None
+    host_group: Any = None
+    timeout: float = DistributedConfig().dist_timeout
+
+
+_joined = _Joined()
 
 
 def init(cfg: DistributedConfig) -> World:
@@ -79,7 +93,6 @@ def init(cfg: DistributedConfig) -> World:
         RuntimeError: the device is missing, or the processes could not join.
         ValueError: the backend cannot transfer tensors of the device.
     """
-    global _world, _timeout
     local_rank, rank, world_size = world_info_from_env()
     device = devices.resolve(cfg.device, None if cfg.no_set_device_rank else local_rank)
     if cfg.deterministic:
@@ -96,19 +109,19 @@ def init(cfg: DistributedConfig) -> World:
             )
         backend = devices.resolve_backend(cfg.dist_backend or devices.get(device).backend)
         backend = _check_backend(backend, device)
-        _timeout = cfg.dist_timeout
+        _joined.timeout = cfg.dist_timeout
         _join(backend, cfg.dist_url or "env://", device, rank, local_rank, world_size)
     elif cfg.dist_backend:
         logger.info("--dist-backend %s has no effect: this run has one process.", cfg.dist_backend)
-    _world = World(rank, local_rank, world_size, device, backend)
+    _joined.world = World(rank, local_rank, world_size, device, backend)
     logger.info("Rank %d of %d on %s (%s).", rank, world_size, device, backend or "one process")
-    return _world
+    return _joined.world
 
 
 def world() -> World:
     """Return the world of `init`, else of a process group that the program has made, else of a single process."""
-    if _world is not None:
-        return _world
+    if _joined.world is not None:
+        return _joined.world
     if dist.is_available() and dist.is_initialized():
         local_rank = world_info_from_env()[0]
         return World(dist.get_rank(), local_rank, dist.get_world_size(), devices.resolve("auto"), dist.get_backend())
@@ -117,16 +130,15 @@ def world() -> World:
 
 def shutdown() -> None:
     """Destroy the process groups. It may be called twice or without `init`."""
-    global _world, _host_group
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # reference cycles of DDP keep the group, which can abort the process at the interpreter's end
         # Before torch 2.8 the destructor of a process group holds the GIL while it waits for gloo's threads, which may
         # need the GIL to free a tensor. A backend that is freed after its group releases the GIL.
         backends = _cpu_backends()
         dist.destroy_process_group()
-        _host_group = None
+        _joined.host_group = None
         del backends
-    _world = _host_group = None
+    _joined.world = _joined.host_group = None
 
 
 def _cpu_backends() -> list[Any]:
@@ -173,10 +185,10 @@ def wait(work: Any, for_what: str | None = None, meanwhile: Callable[[], None] =
         with contextlib.suppress(RuntimeError):  # the slice has ended; an error of the collective is raised below
             work.wait(_WAIT_SLICE)
         waited = time.monotonic() - start
-        if for_what is not None and waited > _timeout:
+        if for_what is not None and waited > _joined.timeout:
             raise RuntimeError(
-                f"Another process has waited {waited:.0f} s for {for_what}, longer than --dist-timeout {_timeout:g}. "
-                "Check the storage that holds its data, or increase --dist-timeout."
+                f"Another process has waited {waited:.0f} s for {for_what}, longer than --dist-timeout "
+                f"{_joined.timeout:g}. Check the storage that holds its data, or increase --dist-timeout."
             )
         if waited > max(_WARN_AFTER, 2 * logged):
             logged = waited
@@ -214,7 +226,7 @@ def says_that_a_peer_died(error: BaseException) -> bool:
 
 def host_group() -> Any:
     """Return the gloo group for CPU tensors, or None (the default group) if the program made the process group."""
-    return _host_group
+    return _joined.host_group
 
 
 def world_info_from_env() -> tuple[int, int, int]:
@@ -274,18 +286,19 @@ def _join(backend: str, url: str, device: torch.device, rank: int, local_rank: i
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     for name, value in devices.get(device).collective_env.items():
         os.environ.setdefault(name, value)
-    place = url.removeprefix("tcp://")
+    address = url.removeprefix("tcp://")
     if url.startswith("env://"):
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if local_rank == 0:  # once on each host
-        logger.info("%s. Waiting for all of them at %s, at most %g s. %s", expected, place, _timeout, advice)
+        logger.info("%s. Waiting for all of them at %s, at most %g s. %s", expected, address, _joined.timeout, advice)
     try:
         _make_groups(backend, url, rank, world_size)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        late = "timed out" in reason.lower()
-        what = f"not all of them joined at {place} within {_timeout:g} s" if late else f"joining them at {place} failed"
-        raise RuntimeError(f"{expected}: {what} ({reason}). {advice}") from error
+        failure = f"joining them at {address} failed"
+        if "timed out" in reason.lower():
+            failure = f"not all of them joined at {address} within {_joined.timeout:g} s"
+        raise RuntimeError(f"{expected}: {failure} ({reason}). {advice}") from error
 
 
 def _expected(world_size: int) -> tuple[str, str]:
@@ -301,8 +314,7 @@ def _expected(world_size: int) -> tuple[str, str]:
 
 
 def _make_groups(backend: str, url: str, rank: int, world_size: int) -> None:
-    global _host_group
-    timeout = datetime.timedelta(seconds=_timeout)
+    timeout = datetime.timedelta(seconds=_joined.timeout)
     where: dict[str, Any] = {"init_method": url}
     if restarts() > 0:
         # The launcher's store still has the addresses of the processes before the restart.
@@ -310,7 +322,7 @@ def _make_groups(backend: str, url: str, rank: int, world_size: int) -> None:
         where = {"store": dist.PrefixStore(f"restart_{restarts()}", store)}
     # No device_id: with one, a device mesh asks the backend to split a group, which HCCL cannot do.
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
-    _host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+    _joined.host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
 
 
 def _set_rendezvous() -> None:
@@ -336,9 +348,9 @@ def _first_host(nodelist: str) -> str:
 
 def collective_device() -> torch.device:
     """Return the device for tensors that hosts exchange: the CPU, unless the only group has the device's backend."""
-    here = world()
-    own = host_group() is None and here.backend == devices.get(here.device).backend
-    return here.device if own else torch.device("cpu")
+    joined = world()
+    has_device_group = host_group() is None and joined.backend == devices.get(joined.device).backend
+    return joined.device if has_device_group else torch.device("cpu")
 
 
 def set_device(device: str | torch.device) -> None:
@@ -350,10 +362,9 @@ def set_device(device: str | torch.device) -> None:
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
     """Return the object of rank `src` on every rank, with any backend."""
-    here = world()
-    if not here.distributed:
+    if not world().distributed:
         return obj
-    barrier()  # waits in a way that lets Python handle signals
+    barrier()  # unlike the next line, it lets Python handle signals while it waits
     objects = [obj]
     dist.broadcast_object_list(objects, src=src, device=collective_device(), group=host_group())
     return objects[0]
@@ -361,10 +372,9 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
 
 def all_gather_object(obj: Any) -> list[Any]:
     """Return the objects of all ranks in order, on every rank."""
-    here = world()
-    if not here.distributed:
+    if not world().distributed:
         return [obj]
-    barrier()  # waits in a way that lets Python handle signals
-    objects: list[Any] = [None] * here.world_size
+    barrier()  # unlike the next line, it lets Python handle signals while it waits
+    objects: list[Any] = [None] * world().world_size
     dist.all_gather_object(objects, obj, group=host_group())
     return objects

@@ -1,4 +1,4 @@
-"""Runs that are hurt on purpose, by the scripts of benchmarks/faults in small."""
+"""Short runs of the fault injection scripts in benchmarks/faults."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 
-def test_killed_and_resumed_it_is_the_run_that_nobody_killed(runs):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(runs):
     figures, met = kill.measure(runs, kills=4, seed=1)
     assert met, figures
     assert figures["of them in a save"] == 1
 
 
-def test_one_rank_is_told_to_stop_and_no_step_is_lost(runs):
+def test_a_signal_to_one_rank_loses_no_step(runs):
     figures = terminate.stop(runs, "stopped", 2, [signal.SIGTERM], seed=0)
     assert set(figures.items()) == {
         ("signals", 1), ("steps lost", 0), ("exits with another status", 0), ("losses that differ", 0),
@@ -44,15 +44,15 @@ NOTHING_LOST = {
 }  # fmt: skip
 
 
-def test_storage_stalls_and_the_run_is_told_to_stop(runs):
+def test_a_signal_while_the_storage_stalls(runs):
     assert runs.run("unbroken-1").status == 0
     for number, workers in ((signal.SIGTERM, 0), (signal.SIGINT, 2)):
         figures = terminate.stop_stalled(runs, f"stalled-{workers}", number, workers=workers)
         assert NOTHING_LOST.items() <= figures.items()
 
 
-def test_storage_stalls_on_one_of_two_ranks(runs):
-    """torchrun gets the signal, or only the rank whose data are there."""
+def test_a_signal_while_the_storage_of_one_rank_stalls(runs):
+    """The signal goes to torchrun, or to the rank that has data."""
     assert runs.run("unbroken-2", ranks=2).status == 0
     for signaled in (None, 0):
         figures = terminate.stop_stalled(runs, f"stalled-{signaled}", signal.SIGTERM, ranks=2, signaled=signaled)
@@ -60,18 +60,18 @@ def test_storage_stalls_on_one_of_two_ranks(runs):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_other_processes_never_come_and_a_signal_ends_the_wait(runs, number):
+def test_a_signal_ends_the_wait_for_processes_that_never_join(runs, number):
     figures = terminate.stop_waiting_for_others(runs, number)
-    assert (figures["does not say what it waits for"], figures["exits with another status"]) == (0, 0)
+    assert (figures["does not log what it waits for"], figures["exits with another status"]) == (0, 0)
 
 
-def test_a_rank_dies_and_torchrun_starts_all_anew(runs):
+def test_torchrun_restarts_all_ranks_after_one_died(runs):
     figures, met = dead_rank.measure(runs, ranks=2, timeout=30, seed=0)
     assert met, figures
 
 
 @pytest.mark.slow
-def test_the_disk_is_full(runs):
+def test_a_full_disk(runs):
     figures, met = full_disk.measure(runs)
     assert met, figures
 

@@ -75,7 +75,7 @@ def seed(number: int) -> None:
 
 
 @pytest.mark.parametrize(("mean", "std"), STATISTICS)
-def test_normalization_is_torchvisions_to_the_last_bit(mean, std):
+def test_normalization_is_bit_identical_to_torchvision(mean, std):
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     expected = Normalize(mean, std)(ToTensor()(Image.fromarray(pixels)))
     found = Normalization(mean, std)(torch.from_numpy(pixels).permute(2, 0, 1)[None])
@@ -91,7 +91,7 @@ def test_normalization_is_three_operators():
     assert ran.names == ["aten::_to_copy", "aten::addcdiv", "aten::div_"]
 
 
-def test_constants_that_were_made_in_inference_serve_training():
+def test_constants_that_were_made_in_inference_mode_work_in_training():
     normalize, pixels = Normalization(*STATISTICS[0]), torch.ones(2, 3, 4, 4, dtype=torch.uint8)
     with torch.inference_mode():
         expected = normalize(pixels)
@@ -119,7 +119,7 @@ def test_only_uint8_images_are_normalized():
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "I;16"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_pixels_that_are_normalized_later_are_those_of_the_whole_transform(name, mode):
+def test_pixels_normalized_on_the_device_equal_the_whole_transform(name, mode):
     if name.startswith("timm"):
         pytest.importorskip("timm")
     whole = TRANSFORMS[name]()
@@ -135,7 +135,7 @@ def test_pixels_that_are_normalized_later_are_those_of_the_whole_transform(name,
         assert torch.equal(normalize(pixels[None])[0], expected)
 
 
-def test_an_image_of_one_pixel_may_be_written_to():
+def test_the_tensor_of_an_image_of_one_pixel_is_writable():
     to_pixels(image_transform(1, False))(picture("RGB"))[:] = 1
 
 
@@ -159,7 +159,7 @@ def edited(change: Callable[[list[Any]], Any]) -> Any:
     ],
     ids=["own", "after", "between", "before", "fewer", "attribute", "replaced", "none"],
 )
-def test_other_transforms_and_edited_ones_stay_as_they_are(transform):
+def test_other_and_edited_transforms_do_not_change(transform):
     assert to_pixels(transform) is transform
     assert normalization_of(transform) is None
 
@@ -173,7 +173,7 @@ def test_steps_on_normalized_tensors_keep_the_float_path():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["csv", "webdataset", "synthetic", "imagefolder"])
-def test_loaders_give_a_byte_per_value(tmp_path, kind, workers):
+def test_loaders_give_uint8_images(tmp_path, kind, workers):
     data = {
         "csv": lambda: {"train_data": str(write_csv(tmp_path, 8))},
         "webdataset": lambda: {"train_data": write_shards(tmp_path, 2, 4), "train_num_samples": 8},
@@ -231,7 +231,7 @@ def test_the_command_trains_and_evaluates_on_pixels(tmp_path, monkeypatch):
     assert {pair for pairs in seen.values() for pair in pairs} == {(torch.uint8, torch.bfloat16)}
 
 
-def test_what_to_device_does_is_all_that_happens_to_the_images(monkeypatch):
+def test_images_are_not_copied_after_to_device(monkeypatch):
     """The normalized images are not copied if their dtype is already correct."""
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     normalize = Normalization(*STATISTICS[0])

@@ -65,7 +65,7 @@ def test_a_blocked_child_and_its_commands_end(tmp_path, how):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_command_is_killed_with_what_its_shell_started():
+def test_a_command_is_killed_with_its_child_processes():
     command = subprocess.Popen(["sh", "-c", "sleep 200; true"])
     listed = Path(f"/proc/{command.pid}/task/{command.pid}/children")
     wait_for(lambda: listed.read_text().split())

@@ -1,4 +1,4 @@
-"""training.data on CSV files: what is read, what is refused, what is skipped and counted."""
+"""Tests of training.data on CSV files: reading, refused files, skipped and counted rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_samples_are_dicts_of_image_and_caption(tmp_path):
     assert tokenised.tolist() == [2, len(caption(2))]
 
 
-def test_without_a_transform_the_image_is_whole_after_its_file_is_closed(tmp_path):
+def test_without_a_transform_the_image_is_loaded_before_its_file_is_closed(tmp_path):
     image = read(write_csv(tmp_path, 1), transforms=None)[0]["image"]
     assert isinstance(image, Image.Image)
     assert image.resize((4, 4)).getpixel((0, 0)) is not None
@@ -55,7 +55,7 @@ def test_relative_paths_are_relative_to_the_working_directory(tmp_path, monkeypa
     assert read("elsewhere/rows.csv")[0]["image"].shape == (3, 8, 8)
 
 
-def test_captions_keep_quotes_commas_unicode_and_words_that_pandas_takes_for_nothing(tmp_path):
+def test_captions_keep_quotes_commas_unicode_and_words_that_pandas_reads_as_missing(tmp_path):
     write_csv(tmp_path, 1)
     wanted = ["None", "NA", 'a "quoted", comma', "Käse 🧀 奶酪", "two\nlines", "  spaces  "]
     image = tmp_path / "0.jpg"
@@ -66,14 +66,14 @@ def test_captions_keep_quotes_commas_unicode_and_words_that_pandas_takes_for_not
     assert [dataset[i]["text"] for i in range(len(dataset))] == wanted
 
 
-def test_a_tab_as_shells_hand_it_over_and_separators_of_several_characters(tmp_path):
+def test_an_escaped_tab_and_separators_of_several_characters(tmp_path):
     path = write_csv(tmp_path, 2)
     assert read(path, sep="\\t")[1]["text"] == caption(1)
     path.write_text(path.read_text().replace("\t", "||"))
     assert read(path, sep=r"\|\|")[1]["text"] == caption(1)
 
 
-def test_more_rows_than_are_read_at_once(tmp_path, monkeypatch):
+def test_files_with_more_rows_than_one_part(tmp_path, monkeypatch):
     monkeypatch.setattr("training.data.rows.csv_file._ROWS_AT_ONCE", 4)
     dataset = read(write_csv(tmp_path, 11))
     assert [dataset[i]["text"] for i in range(len(dataset))] == [caption(i) for i in range(11)]
@@ -98,7 +98,7 @@ def test_missing_file(tmp_path):
         ("filepath,title\na.jpg,one, more\n", ",", "line 2: 3 fields, and the header has 2"),
     ],
 )
-def test_unreadable_files_say_what_is_wrong(tmp_path, content, sep, message):
+def test_errors_of_unreadable_files(tmp_path, content, sep, message):
     path = tmp_path / "rows.csv"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"(?s){message}"):
@@ -112,7 +112,7 @@ def test_other_encodings_are_refused(tmp_path):
         read(path)
 
 
-def test_fewer_samples_than_a_step_takes(tmp_path):
+def test_fewer_samples_than_one_step_needs(tmp_path):
     with pytest.raises(ValueError, match=r"has 5 samples, and one step needs 8\. Use a smaller --batch-size"):
         train_data(write_csv(tmp_path, 5), batch_size=8)
 
@@ -132,8 +132,8 @@ def test_train_and_val_batches(tmp_path):
         assert batch["image"].mean((1, 2, 3)).round().tolist() == pytest.approx(batch["text"][:, 0].tolist(), abs=2)
 
 
-def spoil(path):
-    """Makes samples 1 to 6 of a CSV of 12 bad, each in its own way. Returns the counts by cause."""
+def damage_rows(path):
+    """Make samples 1 to 6 of a CSV of 12 bad, each in another way. Return the counts by cause."""
     folder = path.parent
     (folder / "1.jpg").unlink()
     (folder / "2.jpg").write_bytes(jpeg(2, size=64)[:600])
@@ -148,16 +148,16 @@ def spoil(path):
 
 @pytest.fixture
 def small_bombs(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 150)  # PIL itself only warns up to twice the limit
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 150)  # Pillow only warns up to twice the limit
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_rows_are_dropped_from_validation_and_counted(tmp_path, small_bombs, workers):
     path = write_csv(tmp_path, 12)
-    expected = spoil(path)
+    expected = damage_rows(path)
     val = val_data(path, workers=workers, batch_size=3)
-    # batch [3, 4, 5] has nothing left and is passed over
+    # batch [3, 4, 5] has no samples left and is dropped
     assert epoch_numbers(val) == [[0], [7, 8], [9, 10, 11]]
     assert val.skipped.counts() == expected
     assert val.skipped.total() == 6
@@ -165,9 +165,9 @@ def test_bad_rows_are_dropped_from_validation_and_counted(tmp_path, small_bombs,
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_rows_are_replaced_in_training_alike_on_any_number_of_workers(tmp_path, small_bombs):
+def test_training_replaces_bad_rows_by_the_same_ones_with_any_number_of_workers(tmp_path, small_bombs):
     path = write_csv(tmp_path, 12)
-    causes = spoil(path)
+    causes = damage_rows(path)
     seen = []
     for workers in (0, 2):
         train = train_data(path, workers=workers)
@@ -180,7 +180,7 @@ def test_bad_rows_are_replaced_in_training_alike_on_any_number_of_workers(tmp_pa
     assert {number for batch in seen[0] for number in batch} == {0, *range(7, 12)}
 
 
-def test_the_first_few_of_a_cause_are_logged_with_their_names(tmp_path, caplog):
+def test_the_first_bad_samples_of_each_cause_are_logged_with_their_names(tmp_path, caplog):
     path = write_csv(tmp_path, 12)
     for number in range(6):
         (tmp_path / f"{number}.jpg").unlink()
@@ -192,7 +192,7 @@ def test_the_first_few_of_a_cause_are_logged_with_their_names(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_usable_is_an_error_that_names_the_first_cause(tmp_path, workers):
+def test_data_without_usable_samples_are_an_error_that_names_the_first_cause(tmp_path, workers):
     path = write_csv(tmp_path, 6)
     for number in range(6):
         (tmp_path / f"{number}.jpg").unlink()
@@ -202,7 +202,7 @@ def test_nothing_usable_is_an_error_that_names_the_first_cause(tmp_path, workers
         list(val_data(path, workers=workers).dataloader)
 
 
-def test_a_long_useless_validation_set_stops_early(tmp_path):
+def test_a_long_validation_set_without_usable_samples_stops_early(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("filepath\ttitle\n" + "gone.jpg\ta caption 1\n" * (BAD_IN_A_ROW + 50))
     val = val_data(path)
@@ -254,12 +254,12 @@ def test_string_table():
     assert len(StringTable.concatenate([])) == 0
 
 
-def test_string_tables_are_as_large_as_their_text():
+def test_the_memory_of_a_string_table_is_that_of_its_text():
     table = StringTable(["x" * 90] * 1000)
     assert len(pickle.dumps(table)) < 1000 * (90 + 8) + 2000
 
 
-def test_single_rows_that_are_not_utf_8_or_too_long_are_bad_rows(tmp_path):
+def test_single_rows_that_are_not_utf_8_or_too_long_are_skipped(tmp_path):
     path = write_csv(tmp_path, 30)
     rows = path.read_bytes().splitlines()
     rows[1 + 4] = rows[1 + 4].replace(b"picture", b"pict\xfcre")
@@ -270,8 +270,8 @@ def test_single_rows_that_are_not_utf_8_or_too_long_are_bad_rows(tmp_path):
     assert val.skipped.counts() == {"corrupt_caption": 1, "huge_caption": 1}
 
 
-def test_paths_that_are_no_files_are_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "fifo")  # opening it would wait for ever
+def test_paths_of_pipes_folders_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")  # opening it would block
     (tmp_path / "link.jpg").symlink_to("/dev/zero")
     strange = [str(tmp_path / "fifo"), str(tmp_path / "link.jpg"), "pipe:touch ran", "https://host/a.jpg", "/dev/zero"]
     strange += [str(tmp_path), f"file://{tmp_path}/0.jpg", "a\0b.jpg", "x" * 5000]
@@ -289,10 +289,10 @@ def test_batches_name_their_samples(tmp_path):
     batches = list(train_data(path, workers=0).dataloader)
     for batch in batches:
         assert batch["key"] == [f"{tmp_path}/{n}.jpg (row {n + 1} of {path})" for n in batch["text"][:, 0].tolist()]
-    assert not any("/3.jpg" in key for batch in batches for key in batch["key"])  # another one came in its place
+    assert not any("/3.jpg" in key for batch in batches for key in batch["key"])  # another sample replaced it
 
 
-# --- rows that do not fit, and quotation marks
+# Rows that do not fit the header, and quotation marks
 
 
 def rows(dataset):
@@ -305,7 +305,7 @@ def write(tmp_path, text, name="rows.csv"):
 
 
 @pytest.mark.parametrize("end", ["", '\nc.jpg\tsays "bye"'])
-def test_quotation_marks_are_text_where_no_field_can_be_quoted(tmp_path, caplog, end):
+def test_quotation_marks_are_text_if_no_field_is_quoted(tmp_path, caplog, end):
     path = write(tmp_path, f'filepath\ttitle\na.jpg\t"Hello, world\nb.jpg\ttwo{end}\nd.jpg\tfour\n')
     with caplog.at_level(logging.WARNING):
         found = rows(read(path))
@@ -335,7 +335,7 @@ def test_a_quotation_mark_that_swallows_rows_is_an_error_with_the_line(tmp_path,
         read(path)
 
 
-def test_swallowed_rows_are_found_whatever_the_order_of_the_columns(tmp_path):
+def test_swallowed_rows_are_found_with_any_order_of_the_columns(tmp_path):
     path = write(tmp_path, 'title,filepath\n"Hello,a.jpg\nplain,b.jpg\n"y",c.jpg\nw,d.jpg\n')
     with pytest.raises(ValueError, match="line 2: a quotation mark opens a field that ends 2 lines later"):
         read(path, sep=",")
@@ -344,10 +344,10 @@ def test_swallowed_rows_are_found_whatever_the_order_of_the_columns(tmp_path):
         read(path, sep=",")
 
 
-def test_paths_without_an_extension_are_rows_where_the_files_exist(tmp_path, monkeypatch):
+def test_lines_with_paths_without_an_extension_are_rows_if_the_files_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = 'filepath\ttitle\nimg_a\t"one\nimg_b\ttwo\nimg_c\tsays "x"\nimg_d\t"four"\n'
-    assert len(read(write(tmp_path, text))) == 2  # nothing says that img_b is a path
+    assert len(read(write(tmp_path, text))) == 2  # img_b is not known to be a path
     for name in ("img_a", "img_b"):
         (tmp_path / name).write_bytes(jpeg(1))
     with pytest.raises(ValueError, match="line 2: a quotation mark"):
@@ -355,11 +355,11 @@ def test_paths_without_an_extension_are_rows_where_the_files_exist(tmp_path, mon
 
 
 @pytest.mark.parametrize(("sep", "end"), [("\t", "\n"), (",", "\n"), (",", "\r\n"), (";", "\r")])
-def test_captions_of_several_lines_that_a_csv_writer_quoted(tmp_path, sep, end):
+def test_quoted_captions_of_several_lines(tmp_path, sep, end):
     captions = ["two\nlines", f"a{sep} b\n{sep}c, see fig.3{sep} d\n", 'said "x"\n\n"y"', "\n", f"x{sep}y\nz{sep}w"]
     expected = [(f"{n}.jpg", text) for n, text in enumerate(captions)]
     with open(tmp_path / "rows.csv", "w", newline="") as file:
-        quoting = csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL  # which quotes the line ends of its own form
+        quoting = csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL  # minimal: only its own line ends
         writer = csv.writer(file, delimiter=sep, lineterminator=end, quoting=quoting)
         writer.writerows([("filepath", "title"), *expected])
     assert rows(read(tmp_path / "rows.csv", sep=sep)) == expected
@@ -376,7 +376,7 @@ def test_captions_of_several_lines_that_a_csv_writer_quoted(tmp_path, sep, end):
         ("a.jpg," + "x," * 9999 + "\n", "line 2: 10001 fields"),
     ],
 )
-def test_rows_that_do_not_fit_the_header_name_the_line_and_the_reason(tmp_path, text, message):
+def test_errors_of_rows_that_do_not_fit_the_header_name_the_line_and_the_reason(tmp_path, text, message):
     path = write(tmp_path, "filepath,title\n" + text)
     with pytest.raises(ValueError, match=message) as error:
         read(path, sep=",")
@@ -400,7 +400,7 @@ def test_separators_at_the_end_of_all_rows(tmp_path):
     assert rows(read(path, sep=",")) == [("a.jpg", "one"), ("b.jpg", "two")]
 
 
-# --- where images are
+# Folders of images
 
 
 def test_paths_relative_to_the_folder_of_the_file(tmp_path, monkeypatch, caplog):
@@ -420,7 +420,7 @@ def test_paths_relative_to_the_folder_of_the_file(tmp_path, monkeypatch, caplog)
         dataset[3]
 
 
-def test_finding_the_folder_costs_no_look_up_for_each_row(tmp_path, monkeypatch):
+def test_finding_the_folder_does_not_check_each_row(tmp_path, monkeypatch):
     looked = []
     isfile = os.path.isfile
     path = write(tmp_path, "filepath\ttitle\n" + "".join(f"{n}.jpg\ta {n}\n" for n in range(5000)))
@@ -429,13 +429,13 @@ def test_finding_the_folder_costs_no_look_up_for_each_row(tmp_path, monkeypatch)
     assert len(looked) <= 200
 
 
-def test_urls_say_what_downloads_them(tmp_path):
+def test_the_error_of_a_url_names_a_downloader(tmp_path):
     path = write(tmp_path, "filepath\ttitle\nhttps://host/a.jpg\tone\n")
     with pytest.raises(BadSample, match=r"missing_image: https://host/a.jpg.*URLs are not opened. img2dataset"):
         read(path)[0]
 
 
-def test_rows_of_one_path_are_one_image_in_evaluation(tmp_path):
+def test_rows_with_the_same_path_are_one_image_in_evaluation(tmp_path):
     path = write_csv(tmp_path, 3)
     path.write_text(path.read_text() + f"{tmp_path}/1.jpg\tanother caption 1\n")
     ids = [number for batch in val_data(path).dataloader for number in batch["image_id"].tolist()]

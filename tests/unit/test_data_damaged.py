@@ -1,4 +1,4 @@
-"""Randomly damaged shards, tables, lists and notes: samples are skipped and counted, or one error names the file."""
+"""Tests with randomly damaged shards, CSV files and lists: samples are skipped, or an error names the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def error_of(call) -> Exception | None:
-    """What the call raises of the kinds that readers may raise; None if it returns."""
+    """Return the exception of a call if a reader may raise it; None if the call returns."""
     try:
         call()
     except (ValueError, FileNotFoundError, BadSample) as error:
@@ -57,7 +57,7 @@ def error_of(call) -> Exception | None:
 
 
 def check_error(error: Exception | None, name: str) -> None:
-    """An error names the file, is short, and is not from one of Python's readers. A damaged path may lead nowhere."""
+    """Check that an error names the file, is short, and is not an exception of Python's readers."""
     assert error is None or len(str(error)) <= 500
     assert not isinstance(error, (UnicodeError, json.JSONDecodeError)), repr(error)
     assert error is None or isinstance(error, FileNotFoundError) or name in str(error), repr(error)
@@ -96,7 +96,7 @@ def zipped(data: bytes, folder) -> bytes:
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zip"])
-def test_tables(tmp_path, ending):
+def test_csv_files(tmp_path, ending):
     whole = csv_bytes(tmp_path)
     packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
     whole = zipped(whole, tmp_path) if ending == ".zip" else packed.get(ending, bytes)(whole)
@@ -115,7 +115,7 @@ def read_all(path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sizes.json", "0_stats.json", "__len__", "shards.txt"])
-def test_notes_next_to_the_shards(tmp_path, name):
+def test_lists_and_sizes_next_to_the_shards(tmp_path, name):
     write_tar(tmp_path / "0.tar", pairs([1]))
     contents = {
         "sizes.json": json.dumps({"0.tar": 10, "1.tar": 12}),
@@ -139,14 +139,14 @@ def test_images(tmp_path):
         assert error is None or (isinstance(error, BadSample) and len(str(error)) <= 500)
 
 
-# --- the length of messages
+# The length of messages
 
 
 MONSTERS = ["x" * 100_000, "\n" * 5000, "a\0b" * 3000, "\udc80é" * 3000, "/" * 5000, "%s %d" * 2000]
 
 
 def bounded(caplog, call) -> None:
-    """All that the call logs, and its error, has at most 500 characters on one line."""
+    """Check that log lines and the error of a call have at most 500 characters on one line."""
     caplog.clear()
     with caplog.at_level(logging.INFO):
         error = error_of(call)

@@ -1,4 +1,4 @@
-"""Order and augmentation are functions of (seed, epoch, sample): whatever the number of workers and ranks."""
+"""Tests that order and augmentation depend on (seed, epoch, sample) only, not on workers and ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train_data(path, **options):
 
 
 def draws(batch):
-    """What `noisy` drew from python's, numpy's and torch's generators, by sample."""
+    """Return what `noisy` drew from the generators of Python, NumPy and torch, by sample."""
     numbers = batch["text"][:, 0].tolist()
     return dict(zip(numbers, map(tuple, batch["image"].flatten(1)[:, :3].tolist()), strict=True))
 
@@ -40,7 +40,7 @@ def host_rng():
     )
 
 
-def test_sample_rng_seeds_all_generators_and_puts_them_back():
+def test_sample_rng_seeds_all_generators_and_restores_them():
     def draw(*key):
         with sample_rng(*key):
             return random.random(), np.random.rand(), float(torch.rand(()))
@@ -57,13 +57,13 @@ def test_sample_rng_seeds_all_generators_and_puts_them_back():
 
 
 def test_the_hash_does_not_change():
-    """Resumed runs rely on it; so do runs of several hosts."""
+    """Resumed runs and runs on several hosts rely on it."""
     assert stable_hash(0, 1, "a") == 6114769428825201109
     assert stable_hash("ab", "c") != stable_hash("a", "bc")
     assert 0 <= stable_hash("x") < 2**63
 
 
-def test_an_epoch_is_a_permutation_of_seed_and_epoch():
+def test_the_order_of_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch():
     sampler = TrainSampler(20, 4, rank=0, world_size=1, seed=0)
 
     def order(epoch):
@@ -81,7 +81,7 @@ def test_an_epoch_is_a_permutation_of_seed_and_epoch():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("samples", [32, 45])
-def test_the_ranks_steps_are_those_of_one_rank(samples, world_size):
+def test_steps_of_several_ranks_have_the_samples_of_one_rank(samples, world_size):
     alone = [{ref.row for ref in batch} for batch in TrainSampler(samples, 8, 0, 1, seed=5, epoch=2)]
     samplers = [TrainSampler(samples, 8 // world_size, rank, world_size, seed=5, epoch=2) for rank in range(world_size)]
     assert {len(sampler) for sampler in samplers} == {samples // 8} == {len(alone)}
@@ -90,7 +90,7 @@ def test_the_ranks_steps_are_those_of_one_rank(samples, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_in_order_once_over_the_ranks(world_size):
+def test_evaluation_reads_each_sample_once_and_in_order(world_size):
     samplers = [EvalSampler(10, 2, rank, world_size) for rank in range(world_size)]
     rows = [[ref.row for batch in sampler for ref in batch] for sampler in samplers]
     assert all(each == sorted(each) for each in rows)
@@ -109,7 +109,7 @@ def test_csv_order_and_augmentation_on_any_number_of_workers_and_ranks(tmp_path,
     assert expected != epoch_draws(train_data(path, batch_size=8, seed=4), 1)
 
     workers = train_data(path, batch_size=8, seed=3, workers=2)
-    epoch_draws(workers, 0)  # workers that have lived through an epoch
+    epoch_draws(workers, 0)  # workers that have already read an epoch
     assert epoch_numbers(workers, 1) == order
     assert epoch_draws(workers, 1) == expected
     workers.dataloader.close()
@@ -130,7 +130,7 @@ def test_shards_augmentation_on_any_number_of_workers_and_ranks(tmp_path, monkey
     options = {"train_num_samples": 16, "batch_size": 4}
     alone = train_data(shards, **options)
     expected = epoch_draws(alone, 1)
-    # equal keys in two shards are two samples
+    # samples with equal keys in two shards differ
     assert len(expected) == 16
     assert len(set(expected.values())) == 16
     assert expected != epoch_draws(alone, 2)
@@ -144,7 +144,7 @@ def test_shards_augmentation_on_any_number_of_workers_and_ranks(tmp_path, monkey
     assert second.items() <= expected.items()
 
 
-def test_a_sample_met_again_in_an_epoch_is_augmented_anew(tmp_path):
+def test_a_repeated_sample_in_an_epoch_is_augmented_differently(tmp_path):
     write_tar(tmp_path / "a.tar", pairs(range(4)))
     data = train_data(tmp_path / "a.tar", train_num_samples=8)
     seen = [set(draws(batch).items()) for batch in data.dataloader]
@@ -153,7 +153,7 @@ def test_a_sample_met_again_in_an_epoch_is_augmented_anew(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_host_rng_is_not_touched(tmp_path, workers):
+def test_the_generators_of_the_main_process_do_not_change(tmp_path, workers):
     path = write_csv(tmp_path, 8)
     data = train_data(path, workers=workers)
     before = host_rng()
@@ -164,7 +164,7 @@ def test_the_host_rng_is_not_touched(tmp_path, workers):
 
 
 class RandomTokenizer:
-    """Draws, as tokenizers do that shorten long captions at random."""
+    """A tokenizer that draws random numbers, as for shortening long captions."""
 
     reduction_fn = staticmethod(lambda tokens: tokens)
 
@@ -172,7 +172,7 @@ class RandomTokenizer:
         return torch.stack([torch.tensor([int(text.split()[-1]), int(torch.randint(2**30, ()))]) for text in captions])
 
 
-def test_random_tokenizers_draw_by_sample(tmp_path):
+def test_random_tokenizers_are_seeded_by_sample(tmp_path):
     path = write_csv(tmp_path, 8)
     seen = []
     for options in ({"batch_size": 8}, {"batch_size": 4, "workers": 2}):
@@ -184,7 +184,7 @@ def test_random_tokenizers_draw_by_sample(tmp_path):
     assert len({drawn for _, drawn in seen[0]}) == 8
 
 
-def test_workers_live_through_epochs_and_an_epoch_may_be_left_early(tmp_path):
+def test_workers_persist_over_epochs_also_if_one_ends_early(tmp_path):
     path = write_csv(tmp_path, 16)
     data, alone = train_data(path, workers=2), train_data(path)
     epoch_numbers(data, 0)
@@ -210,7 +210,7 @@ def test_a_first_epoch_other_than_0(tmp_path):
         assert first == epoch_numbers(train_data(source, **options), 3)
 
 
-def test_data_info_hands_the_epoch_on():
+def test_data_info_passes_the_epoch_to_sampler_and_workers():
     shared, sampler = SharedEpoch(1), TrainSampler(8, 4, 0, 1, seed=0)
     info = DataInfo(dataloader=[], sampler=sampler, shared_epoch=shared)
     info.set_epoch(7)

@@ -1,6 +1,6 @@
-"""Data that lie: damaged, missing and hostile shards, images and captions. What is whole is used, with its own caption.
+"""Tests with damaged, missing and malicious shards, images and captions. Intact samples keep their own caption.
 
-What is skipped is counted exactly, nothing that a file contains runs or is written anywhere, and memory is bounded.
+Skipped samples are counted exactly, data never run code or write files, and memory is bounded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from PIL import Image
 
 import open_clip
 from data_files import caption, data_args, epoch_numbers, jpeg, pairs, plain, tokenize, write_csv, write_tar
-from training.data import DataInfo, SkipCounter, TooManyBadSamples, expand_urls, get_data, get_dataset_size, report
+from training.data import (
+    DataInfo,
+    SkipCounter,
+    TooManyBadSamples,
+    expand_urls,
+    get_data,
+    get_dataset_size,
+    report_skips,
+)
 from training.data.shards import samples as shards_module
 from training.data.shards.samples import read_shard
 from training.data.shards.tar import TarStream
@@ -43,7 +51,7 @@ def train_data(source, **options):
 
 
 def used(data):
-    """The samples of one pass; each image must be its caption's."""
+    """Return the samples of one epoch, after checking that each image has its caption."""
     seen = []
     for batch in data.dataloader:
         numbers = batch["text"][:, 0].tolist()
@@ -66,16 +74,16 @@ def overwrite(path, start, data):
 NOISE = np.random.RandomState(0).bytes(1 << 16)
 
 
-# --- damage
+# Damage
 
 
-def test_ten_shards_of_which_four_are_damaged(tmp_path):
+def test_ten_shards_with_four_damaged_ones(tmp_path):
     for shard in range(10):
         write_tar(tmp_path / f"{shard}.tar", pairs(range(20 * shard, 20 * shard + 20)))
     (tmp_path / "sizes.json").write_text(json.dumps({f"{shard}.tar": 20 for shard in range(10)}))
     at = offsets(tmp_path / "1.tar")
     os.truncate(tmp_path / "1.tar", at["0012.txt"] + 100)
-    # from inside an image to inside another: 5 to 9 are not whole
+    # from the middle of an image to that of another one: 5 to 9 are damaged
     overwrite(tmp_path / "3.tar", at["0005.jpg"] + 600, NOISE[: at["0009.jpg"] + 600 - at["0005.jpg"] - 600])
     (tmp_path / "5.tar").unlink()
     (tmp_path / "7.tar").write_bytes(b"")
@@ -102,15 +110,15 @@ def test_noise_anywhere_never_mixes_samples(tmp_path, seed):
         start = random.randint(0, size - 5000)
         overwrite(path, start, random.bytes(random.randint(1, 4000)))
     data = val_data(path)
-    # an image with noise in it may be decoded, the one it is, with a caption that may have noise in it, its own
+    # an image or caption with noise in it may still be decoded, but they belong together
     for batch in data.dataloader:
         keys = [int(key.rpartition("/")[2]) + 10 for key in batch["key"]]
         assert batch["text"][:, 0].tolist() == keys
 
 
 @pytest.mark.parametrize("lost", ["0001.txt", "0001.jpg"])
-def test_halves_of_two_samples_of_one_name_are_not_joined(tmp_path, lost):
-    """Two shards that were put into one file repeat their names; damage takes what was between."""
+def test_parts_of_two_samples_with_the_same_name_are_not_joined(tmp_path, lost):
+    """Two concatenated shards repeat their names, and damage removes the members between them."""
     first, second = (write_tar(tmp_path / f"{n}.tar", pairs([n, n + 1])).read_bytes() for n in (10, 50))
     path = tmp_path / "both.tar"
     path.write_bytes(first + second)
@@ -125,7 +133,7 @@ def test_halves_of_two_samples_of_one_name_are_not_joined(tmp_path, lost):
     assert data.skipped.counts() == {"corrupt_shard": 1, cause: 1}
 
 
-def test_an_end_mark_parts_samples(tmp_path):
+def test_an_end_mark_separates_samples(tmp_path):
     image, text = (write_tar(tmp_path / f"{n}.tar", [pair]).read_bytes() for n, pair in enumerate(pairs([10])))
     path = tmp_path / "both.tar"
     path.write_bytes(image + text + write_tar(tmp_path / "2.tar", pairs([11])).read_bytes())
@@ -134,7 +142,7 @@ def test_an_end_mark_parts_samples(tmp_path):
     assert data.skipped.counts() == {"torn_sample": 1}
 
 
-def test_what_a_shared_shard_lost_is_counted_once(tmp_path):
+def test_lost_samples_of_a_shard_with_several_readers_are_counted_once(tmp_path):
     path = write_tar(tmp_path / "0.tar", pairs(range(20)))
     (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": 20}))
     os.truncate(path, offsets(path)["0013.jpg"])
@@ -144,7 +152,7 @@ def test_what_a_shared_shard_lost_is_counted_once(tmp_path):
     data.dataloader.close()
 
 
-def test_damage_beside_a_pair_leaves_it_whole(tmp_path):
+def test_damage_next_to_a_pair_does_not_lose_it(tmp_path):
     members = []
     for number in range(3):
         members += [(f"{number}.jpg", jpeg(number)), (f"{number}.txt", caption(number).encode())]
@@ -182,14 +190,14 @@ def test_names_of_any_length(tmp_path, form):
     data = val_data(path)
     batch = next(iter(data.dataloader))
     assert batch["key"] == [f"{path}/{folder}/0000", f"{path}/{folder}/0001"]
-    # each begins where its first header is: from there on it can be read again
+    # the offset is that of the first header, so reading can resume there
     second = list(read_shard(str(path)))[1]
     assert [s["__key__"] for s in read_shard(str(path), offset=second["__offset__"], is_first=False)] == [
         second["__key__"]
     ]
 
 
-def test_all_members_are_those_of_tarfile(tmp_path):
+def test_members_equal_those_of_tarfile(tmp_path):
     path = tmp_path / "a.tar"
     source = tmp_path / "source"
     (source / "käse").mkdir(parents=True)
@@ -210,10 +218,10 @@ def test_all_members_are_those_of_tarfile(tmp_path):
         assert stream.damaged_blocks == 0
 
 
-# --- sizes
+# Sizes
 
 
-def test_what_is_too_large_is_not_read(tmp_path, monkeypatch):
+def test_members_above_the_limits_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "CAPTION_LIMIT", 100)
     monkeypatch.setattr(shards_module, "IMAGE_LIMIT", 4000)
     members = [
@@ -242,7 +250,7 @@ def test_what_is_too_large_is_not_read(tmp_path, monkeypatch):
         (gzip.compress, "0.jpg", tarfile.XHDTYPE),
     ],
 )
-def test_a_compressed_giant_is_never_in_memory(tmp_path, monkeypatch, compress, name, kind):
+def test_a_large_compressed_member_is_never_in_memory(tmp_path, monkeypatch, compress, name, kind):
     monkeypatch.setattr(shards_module, "IMAGE_LIMIT", 1 << 20)
     giant = tarfile.TarInfo(name)
     giant.size, giant.type = 48 << 20, kind
@@ -251,7 +259,7 @@ def test_a_compressed_giant_is_never_in_memory(tmp_path, monkeypatch, compress, 
     packed.write_bytes(compress(giant.tobuf(tarfile.GNU_FORMAT) + bytes(giant.size) + behind))
     found = []
     tracemalloc.start()
-    with contextlib.suppress(BadSample):  # of the header that is none
+    with contextlib.suppress(BadSample):  # of the invalid header
         for sample in read_shard(str(packed), {"txt", "jpg"}):
             found.append(sample["__key__"])
     peak = tracemalloc.get_traced_memory()[1]
@@ -260,7 +268,7 @@ def test_a_compressed_giant_is_never_in_memory(tmp_path, monkeypatch, compress, 
     assert peak < 12 << 20  # (LZMA's own window is 8 MiB)
 
 
-def test_giant_headers_are_damage(tmp_path):
+def test_large_headers_count_as_damage(tmp_path):
     """A name or a pax record of gigabytes would be read into memory by tarfile."""
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
         path = tmp_path / "a.tar"
@@ -314,7 +322,7 @@ def gray(value, mode, size=40):
 
 
 def unusual_images():
-    """Images of about grey 100, of every kind that is merely unusual."""
+    """Return images of about grey 100 in unusual but valid formats."""
     palette = gray(100, "L").convert("P")
     frames = [gray(value, "L") for value in (100, 200, 250)]
     deep = Image.fromarray(np.full((40, 40), 100 * 257, np.uint16))
@@ -332,8 +340,8 @@ def unusual_images():
     }
 
 
-def test_what_is_merely_unusual_is_used(tmp_path):
-    """Through the model's own transforms, at grey 100; one bit at its two values."""
+def test_unusual_but_valid_images_are_used(tmp_path):
+    """Apply the model's own transforms to images of grey 100 (1-bit images have two values)."""
     images = unusual_images() | {"bit.png": image_bytes("PNG", gray(1, "1"))}
     for train in (False, True):
         transform = open_clip.image_transform(32, is_train=train, mean=(0, 0, 0), std=(1, 1, 1))
@@ -353,7 +361,7 @@ def test_what_is_merely_unusual_is_used(tmp_path):
         assert (seen, data.skipped.counts()) == (len(images), {})
 
 
-# --- trust
+# Trust
 
 
 class Evil:
@@ -398,7 +406,7 @@ def test_pickles_in_shards_do_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_members_never_lead_outside(tmp_path):
+def test_links_and_paths_in_a_shard_do_not_reach_other_files(tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("picture 66")
     inside = tmp_path / "inside"
@@ -457,7 +465,7 @@ def test_lists_of_shards(tmp_path):
         "ssh://host/a.tar",
     ],
 )
-def test_a_list_cannot_run_anything(tmp_path, monkeypatch, line):
+def test_a_list_cannot_run_commands(tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     names = tmp_path / "shards.txt"
     names.write_text(f"a.tar\n{line}\n")
@@ -480,14 +488,14 @@ def test_sizes_are_numbers_or_an_error(tmp_path, content):
         get_dataset_size(f"{tmp_path}/0.tar")
 
 
-def test_sizes_name_nothing_that_is_opened(tmp_path):
+def test_names_in_sizes_are_not_opened(tmp_path):
     shards = write_tar(tmp_path / "0.tar", pairs([1]))
     (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": 1, "pipe:touch ran": 5, "../x.tar": 7}))
     assert get_dataset_size(str(shards)) == (1, 1)
     assert used(val_data(shards)) == [1]
 
 
-# --- counting, and when to stop
+# Counting, and when to stop
 
 
 def counter(good=0, opened=0, limit=0.5, shards=(), **causes):
@@ -501,28 +509,28 @@ def counter(good=0, opened=0, limit=0.5, shards=(), **causes):
     return DataInfo(dataloader=[], skipped=skipped)
 
 
-def test_a_report_says_what_was_skipped_and_where():
-    found = report(counter(good=290, opened=3, shards=["a.tar", "b.tar"], corrupt_image=10, corrupt_shard=1))
+def test_a_report_names_causes_and_shards():
+    found = report_skips(counter(good=290, opened=3, shards=["a.tar", "b.tar"], corrupt_image=10, corrupt_shard=1))
     assert found.counts == {"corrupt_image": 10, "corrupt_shard": 1}
     assert (found.samples, found.bad, found.fraction) == (300, 10, pytest.approx(1 / 30))
     assert found.worst == {"a.tar": 11}
     assert str(found) == "Skipped: corrupt_image 10, corrupt_shard 1 of 300 samples; most in a.tar (11)"
-    assert str(report(counter(good=5))) == ""
-    assert report(DataInfo(dataloader=[])).fraction == 0
+    assert str(report_skips(counter(good=5))) == ""
+    assert report_skips(DataInfo(dataloader=[])).fraction == 0
 
 
-def test_above_the_fraction_the_run_stops_and_says_why():
-    assert report(counter(good=150, no_caption=150)).fraction == 0.5
+def test_a_bad_fraction_above_the_limit_stops_the_run():
+    assert report_skips(counter(good=150, no_caption=150)).fraction == 0.5
     with pytest.raises(TooManyBadSamples, match=r"50\.2% of the data.*--max-bad-fraction 0\.5.*no_caption 151 of 301"):
-        report(counter(good=150, no_caption=151))
-    assert report(counter(good=1, no_caption=99)).fraction == 0  # too few to tell
-    assert report(counter(good=1, limit=1.0, no_caption=999)).fraction == 0.999
-    # shards that are not there, of a size that nobody knows
+        report_skips(counter(good=150, no_caption=151))
+    assert report_skips(counter(good=1, no_caption=99)).fraction == 0  # too few to compare
+    assert report_skips(counter(good=1, limit=1.0, no_caption=999)).fraction == 0.999
+    # missing shards of unknown size
     with pytest.raises(TooManyBadSamples, match=r"60\.0% of the data.*missing_shard 12"):
-        report(counter(good=5000, opened=20, missing_shard=12))
+        report_skips(counter(good=5000, opened=20, missing_shard=12))
 
 
-def test_data_that_end_while_a_run_goes_on_are_an_error_and_no_hang(tmp_path):
+def test_data_that_disappear_during_a_run_are_an_error_and_not_a_hang(tmp_path):
     for shard in range(3):
         write_tar(tmp_path / f"{shard}.tar", pairs(range(4)))
     data = train_data(f"{tmp_path}/{{0..2}}.tar", train_num_samples=400)

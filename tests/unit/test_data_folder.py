@@ -1,4 +1,4 @@
-"""training.data on folders of classes: labels, captions, ImageNet's forms, and which data get_data makes of what."""
+"""Tests of training.data on folders of classes, and of the types of data that get_data infers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_same_files_and_labels_as_torchvision(tmp_path):
     assert pairs == theirs.samples
 
 
-def test_folders_that_are_none(tmp_path):
+def test_errors_of_folders_without_classes_or_images(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder \(looked for /"):
         ImageFolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no folders: it needs one for each class"):
@@ -70,7 +70,7 @@ def test_folders_that_are_none(tmp_path):
         ImageFolder(tmp_path)
 
 
-def test_an_empty_class_keeps_its_label_and_is_told(tmp_path, caplog):
+def test_an_empty_class_keeps_its_label_and_is_logged(tmp_path, caplog):
     write_classes(tmp_path, ["a", "c"])
     (tmp_path / "b").mkdir()
     with caplog.at_level(logging.WARNING):
@@ -79,7 +79,7 @@ def test_an_empty_class_keeps_its_label_and_is_told(tmp_path, caplog):
     assert "1 class folders have no images, first 'b'" in caplog.text
 
 
-def test_numbers_as_class_names_are_sorted_as_text_and_told(tmp_path, caplog):
+def test_numbers_as_class_names_are_sorted_as_text_and_logged(tmp_path, caplog):
     write_classes(tmp_path, ["2", "10"])
     with caplog.at_level(logging.WARNING):
         assert ImageFolder(tmp_path).classes == ["10", "2"]
@@ -93,16 +93,16 @@ def test_classified_images_for_evaluation(tmp_path):
     assert list(data) == ["imagenet-val", "zeroshot"]
     for each in data.values():
         batch = next(iter(each.dataloader))
-        assert batch["image"].shape == (3, 3, 8, 8)  # of four, one is bad
+        assert batch["image"].shape == (3, 3, 8, 8)  # one of four is bad
         assert batch["label"].dtype == torch.int64
         assert labels(each) == [0, 0, 1, 1, 1]
-        assert each.skipped.counts() == {"corrupt_image": 2}  # in each of two passes
+        assert each.skipped.counts() == {"corrupt_image": 2}  # in each of two epochs
         assert each.dataloader.classes == ["a", "b"]
         assert each.dataloader.num_samples == 6
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_evaluation_has_every_image_once_over_the_ranks(tmp_path, monkeypatch, world_size):
+def test_all_ranks_together_evaluate_each_image_once(tmp_path, monkeypatch, world_size):
     root = write_classes(tmp_path, ["a", "b", "c"], per_class=5)
     means = []
     for rank in range(world_size):
@@ -115,7 +115,7 @@ def test_evaluation_has_every_image_once_over_the_ranks(tmp_path, monkeypatch, w
     assert Counter(means) == Counter(expected)
 
 
-def test_imagenet_v2_labels_are_the_folders_names(tmp_path):
+def test_imagenet_v2_labels_are_the_folder_names(tmp_path):
     root = tmp_path / "ImageNetV2-matched-frequency"
     write_classes(root, ["0", "2", "10"], per_class=1)
     for location in (tmp_path, root):
@@ -163,26 +163,26 @@ def test_training_on_a_folder_captions_its_classes(tmp_path):
         (None, "synthetic", get_synthetic_dataset),
     ],
 )
-def test_the_form_of_the_data(path, dataset_type, expected):
+def test_the_type_of_the_data(path, dataset_type, expected):
     assert get_dataset_fn(path, dataset_type) is expected
 
 
-def test_a_folder_is_a_folder_of_classes(tmp_path):
+def test_a_folder_of_folders_is_an_imagefolder(tmp_path):
     assert get_dataset_fn(str(tmp_path), "auto") is get_imagefolder_dataset
 
 
-def test_unknown_forms_name_the_choices():
+def test_the_error_of_an_unknown_type_names_the_choices():
     with pytest.raises(ValueError, match=r"'pairs.parquet'.*webdataset, csv, imagefolder, synthetic, auto"):
         get_dataset_fn("pairs.parquet", "auto")
     with pytest.raises(ValueError, match="Unknown --dataset-type 'tfds': choose one of webdataset"):
         get_dataset_fn("pairs.csv", "tfds")
 
 
-def test_nothing_configured_is_no_data():
+def test_no_options_give_no_loaders():
     assert get_data(data_args(), (plain, plain)) == {}
 
 
-def test_the_form_of_each_source_follows_from_its_name(tmp_path):
+def test_the_type_of_each_source_is_inferred_from_its_name(tmp_path):
     write_classes(tmp_path / "classes", ["a", "b"])
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/0.tar").write_bytes(b"")
@@ -215,7 +215,7 @@ def test_the_form_of_each_source_follows_from_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("dataset_type", ["auto", "webdataset", "csv"])
-def test_training_on_shards_and_evaluating_on_a_table(tmp_path, dataset_type):
+def test_training_on_shards_and_evaluating_on_csv(tmp_path, dataset_type):
     shard = write_tar(tmp_path / "x.tar", pairs(range(8)))
     args = data_args(
         train_data=str(shard), train_num_samples=8, val_data=str(write_csv(tmp_path, 3)), dataset_type=dataset_type

@@ -1,4 +1,4 @@
-"""Loaders for scripts that pass a flat namespace (training.data.namespace)."""
+"""Tests of training.data.namespace: loaders for scripts that pass a flat namespace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.params import DataConfig, parse_args
 
 
 class EitherWay:
-    """`tokenize` of one caption or of a list; with `reduction_fn` it draws random numbers."""
+    """Tokenizes one caption or a list. With `reduction_fn` it draws random numbers."""
 
     def __init__(self, reduction_fn=None):
         self.reduction_fn = reduction_fn
@@ -90,6 +90,6 @@ def test_arguments_may_be_positional_or_named(tmp_path):
         assert images.shape == (4, 3, 8, 8)
 
 
-def test_workers_that_are_spawned_can_have_it():
+def test_tokenizer_and_transform_can_be_pickled_for_spawned_workers():
     assert pickle.loads(pickle.dumps(EachCaption(tokenize, CSV)))(["a 1"]).tolist() == [[1, 3]]
     assert pickle.loads(pickle.dumps(InRGB(plain))).preprocess is plain

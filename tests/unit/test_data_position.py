@@ -65,7 +65,7 @@ def take(data, epoch, count=None):
 
 
 def stored(state):
-    """Through a file, as a checkpoint has it."""
+    """Save and load the state, as in a checkpoint."""
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() < 20_000
@@ -73,12 +73,12 @@ def stored(state):
     return torch.load(file, weights_only=True)
 
 
-# --- the same run goes on
+# The same layout
 
 
 @pytest.mark.parametrize("kind", ["csv", "shards", "resampled"])
 @pytest.mark.parametrize("workers", [0, 2, 3])
-def test_what_comes_after_a_resume_is_what_would_have_come(tmp_path, monkeypatch, small_blocks, kind, workers):
+def test_a_resumed_epoch_has_the_batches_of_the_uninterrupted_one(tmp_path, monkeypatch, small_blocks, kind, workers):
     options = source(kind, tmp_path) | {"workers": workers}
     unbroken = loader(monkeypatch, options)
     whole = [take(unbroken, epoch) for epoch in (4, 5)]
@@ -123,7 +123,7 @@ def test_a_loaded_position_is_kept_until_it_is_used_or_the_epoch_ends(tmp_path, 
     take(data, 1, 3)
     state = data.state_dict()
     resumed = loader(monkeypatch, options)
-    resumed.load_state_dict([state])  # the epoch is in it
+    resumed.load_state_dict([state])  # includes the epoch
     assert stored(resumed.state_dict())["epoch"] == 1
     assert str(resumed.state_dict()) == str(state)  # a checkpoint before the first batch
     assert [content(batch) for batch in resumed.dataloader] == whole[3:]
@@ -137,7 +137,7 @@ def test_a_loaded_position_is_kept_until_it_is_used_or_the_epoch_ends(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["csv", "shards"])
-def test_the_position_is_that_of_the_training_loop_and_not_of_the_workers(tmp_path, monkeypatch, kind):
+def test_the_position_is_after_the_last_received_batch_not_the_last_prefetched_one(tmp_path, monkeypatch, kind):
     options = source(kind, tmp_path)
     data = loader(monkeypatch, options, workers=2)
     data.set_epoch(0)
@@ -155,7 +155,7 @@ def test_the_position_is_that_of_the_training_loop_and_not_of_the_workers(tmp_pa
         each.dataloader.close()
 
 
-def test_all_ranks_go_on(tmp_path, monkeypatch, small_blocks):
+def test_all_ranks_resume(tmp_path, monkeypatch, small_blocks):
     for kind in ("csv", "shards", "resampled"):
         options = source(kind, tmp_path) | {"batch_size": 2}
         whole, states = [], []
@@ -170,7 +170,7 @@ def test_all_ranks_go_on(tmp_path, monkeypatch, small_blocks):
             assert take(data, 2) == whole[rank][4:]
 
 
-def test_a_resume_does_not_read_the_epoch(tmp_path, monkeypatch):
+def test_a_resume_does_not_read_the_epoch_from_its_start(tmp_path, monkeypatch):
     """Reading starts at the offset in the tar and reads at most one block before the first sample."""
     from training.data.shards import tar as archives
 
@@ -191,7 +191,7 @@ def test_a_resume_does_not_read_the_epoch(tmp_path, monkeypatch):
     assert len(read) <= 2 * (8 + 2 * 4 + 1)
 
 
-def test_compressed_shards_and_pipes_too(tmp_path, monkeypatch, small_blocks):
+def test_resume_in_compressed_shards_and_pipes(tmp_path, monkeypatch, small_blocks):
     pytest.importorskip("webdataset")
     import bz2
     import gzip
@@ -212,7 +212,7 @@ def test_compressed_shards_and_pipes_too(tmp_path, monkeypatch, small_blocks):
         assert [batch[1] for batch in take(data, 0)] == whole[3:]
 
 
-def test_memory_of_a_block_is_bounded_in_bytes(tmp_path, monkeypatch):
+def test_a_block_is_limited_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("training.data.shards.reader.BLOCK_BYTES", 2000)
     write_tar(tmp_path / "0.tar", pairs(range(40)))
     options = {"train_data": str(tmp_path / "0.tar"), "train_num_samples": 40}
@@ -224,7 +224,7 @@ def test_memory_of_a_block_is_bounded_in_bytes(tmp_path, monkeypatch):
     assert take(data, 0) == whole[7:]
 
 
-# --- another number of ranks and workers
+# Another number of ranks and workers
 
 
 def layouts():
@@ -237,12 +237,12 @@ def keys(batches):
 
 @pytest.mark.parametrize("kind", ["csv", "shards"])
 @pytest.mark.parametrize(("before", "after"), list(itertools.permutations(range(5), 2))[::4])
-def test_the_rest_of_an_epoch_on_another_layout_has_nothing_twice(
+def test_the_rest_of_an_epoch_with_another_layout_repeats_no_sample(
     tmp_path, monkeypatch, small_blocks, kind, before, after
 ):
     options = source(kind, tmp_path)
     if kind == "shards":
-        options |= {"train_num_samples": 24}  # no more than each reader's share: unbroken, nothing comes twice
+        options |= {"train_num_samples": 24}  # at most each reader's part, so the uninterrupted epoch repeats no sample
     before, after = layouts()[before], layouts()[after]
     seen, states = [], []
     for rank in range(before[0]):
@@ -265,8 +265,8 @@ def test_the_rest_of_an_epoch_on_another_layout_has_nothing_twice(
     assert len(set(rest)) == len(rest) >= (1 if after[0] < 3 else 0)
 
 
-def test_a_rest_is_a_whole_one_when_shares_are_even(tmp_path, monkeypatch, small_blocks):
-    """8 shards of 12, of 2 x 2 readers and then of 1 x 2: all samples once in the epoch."""
+def test_the_rest_has_all_samples_if_the_readers_parts_are_equal(tmp_path, monkeypatch, small_blocks):
+    """8 shards of 12 samples, first with 2 x 2 readers and then with 1 x 2, give each sample once."""
     for shard in range(8):
         write_tar(tmp_path / f"{shard}.tar", pairs(range(12 * shard, 12 * shard + 12)))
     options = {"train_data": f"{tmp_path}/{{0..7}}.tar", "train_num_samples": 96}
@@ -280,13 +280,13 @@ def test_a_rest_is_a_whole_one_when_shares_are_even(tmp_path, monkeypatch, small
     data.load_state_dict(states)
     rest = keys(take(data, 1))
     assert Counter(seen + rest) == Counter(f"{tmp_path}/{s}.tar/{n:04d}" for s in range(8) for n in range(12))
-    # and that rest is gone on from exactly, on the same layout
+    # the rest can be resumed exactly with the same layout
     data.load_state_dict(states)
     first = take(data, 1, 5)
     state = stored(data.state_dict())
     data.load_state_dict([state])
     assert keys(first) + keys(take(data, 1)) == rest
-    # and on a third one without repeating
+    # and with a third layout without repeats
     data.dataloader.close()
     data = loader(monkeypatch, options, workers=0, batch_size=4)
     data.load_state_dict([state])
@@ -297,8 +297,8 @@ def test_a_rest_is_a_whole_one_when_shares_are_even(tmp_path, monkeypatch, small
     data.dataloader.close()
 
 
-def test_rows_on_another_layout_are_gone_on_from_exactly(tmp_path, monkeypatch):
-    """45 rows: the steps of any number of ranks are the same sets while the global batch is."""
+def test_rows_resume_exactly_with_another_layout(tmp_path, monkeypatch):
+    """With the same global batch, steps have the same samples on any number of ranks."""
     options = source("csv", tmp_path)
     alone = loader(monkeypatch, options, batch_size=8)
     steps = [set(batch[0]) for batch in take(alone, 3)]
@@ -330,7 +330,7 @@ def test_new_draws_for_the_rest_of_a_resampled_epoch(tmp_path, monkeypatch):
     assert take(other, 0) == rest[3:]
     other.dataloader.close()
     third = loader(monkeypatch, options, workers=0)
-    third.load_state_dict(states)  # 20 + 6 of 44 samples are seen
+    third.load_state_dict(states)  # 20 + 6 of 44 samples are read
     assert len(take(third, 0)) == 4
 
 
@@ -341,12 +341,12 @@ def test_a_finished_epoch_has_no_rest(tmp_path, monkeypatch):
         take(data, 0)
         other = loader(monkeypatch, options, workers=2, batch_size=3)
         other.load_state_dict([data.state_dict()])
-        assert len(take(other, 0)) <= (1 if kind == "csv" else 0)  # 45 rows: 44 were seen
+        assert len(take(other, 0)) <= (1 if kind == "csv" else 0)  # 44 of 45 rows were read
         assert keys(take(other, 1))
         other.dataloader.close()
 
 
-def test_other_data_start_the_epoch_from_the_beginning(tmp_path, monkeypatch, caplog):
+def test_with_other_data_the_epoch_starts_from_the_beginning(tmp_path, monkeypatch, caplog):
     options = source("csv", tmp_path)
     data = loader(monkeypatch, options)
     take(data, 2, 3)

@@ -1,4 +1,4 @@
-"""Ranks whose data differ: the same number of steps on all, one count of what was skipped, one end.
+"""Tests with ranks whose data differ: equal numbers of steps, one count of skipped samples, one end.
 
 Each step is an all-reduce, as in training: a rank that takes one more or one fewer would hang or fail.
 """
@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from data_files import caption, data_args, jpeg, pairs, plain, tokenize, write_csv, write_tar
 from gloo_ranks import run_ranks
-from training.data import TooManyBadSamples, get_data, report
+from training.data import TooManyBadSamples, get_data, report_skips
 
 
 def steps(data, epoch=0, count=None):
-    """The keys of each step's batches, after all ranks have taken it."""
+    """Return the keys of each step's batch, after an exchange with the other ranks."""
     data.set_epoch(epoch)
     found = []
     for batch in itertools.islice(data.dataloader, count):
@@ -43,7 +43,7 @@ def gathered(data):
 
 @contextlib.contextmanager
 def one_folder():
-    """The same on all ranks; rank 0 writes into it (`mine`) what all then read."""
+    """Return a folder that all ranks share; rank 0 (`mine`) writes the files."""
     with tempfile.TemporaryDirectory() as own:
         name = [own]
         dist.broadcast_object_list(name)
@@ -64,12 +64,12 @@ def half_as_large(rank, size):
         data = train(folder, "{0..3}.tar", train_num_samples=36, workers=1)
         found = [steps(data, epoch) for epoch in range(2)]
         data.dataloader.close()
-        said = report(data)
+        said = report_skips(data)
         return [[len(epoch) for epoch in found], found[0], str(said).replace(str(folder), ""), said.counts]
 
 
 def half_bad_rows(rank, size):
-    """A CSV half of which is not there: training and evaluation."""
+    """Train and evaluate on a CSV with half of the images missing."""
     with one_folder() as (folder, mine):
         path = write_csv(folder, 24) if mine else folder / "pairs.csv"
         for number in range(0, 24, 2) if mine else ():
@@ -78,14 +78,14 @@ def half_bad_rows(rank, size):
         data = train(folder, path.name)
         args = data_args(val_data=str(path), batch_size=2)
         val = get_data(args, (plain, plain), tokenizer=tokenize)["val"]
-        seen = sum(len(batch["key"]) for batch in val.dataloader)  # nobody waits for another inside
+        seen = sum(len(batch["key"]) for batch in val.dataloader)  # without an exchange between ranks
         total = torch.tensor(seen)
         dist.all_reduce(total)
         return [len(steps(data)), len(steps(data, 1)), int(total)]
 
 
 def too_many(rank, size):
-    """All bad samples are in what rank 1 reads. Both stop, with the same sentence."""
+    """All bad samples are on rank 1. Both ranks stop with the same message."""
     with one_folder() as (folder, mine):
         text = caption(1).encode()
         good = [(f"{n}.{kind}", data) for n in range(200) for kind, data in (("jpg", jpeg(1)), ("txt", text))]
@@ -98,7 +98,7 @@ def too_many(rank, size):
         sentences = []
         for number, _ in enumerate(data.dataloader):
             try:
-                report(data)
+                report_skips(data)
             except TooManyBadSamples as error:
                 sentences.append([number, str(error).replace(str(folder), "")])
                 break
@@ -107,7 +107,7 @@ def too_many(rank, size):
 
 
 def rest_of_an_uneven_epoch(rank, size):
-    """Two ranks begin an epoch of shards of 3 to 9 samples; both go on with another number of workers."""
+    """Two ranks start an epoch of shards of 3 to 9 samples, and resume it with another number of workers."""
     from training.data.shards import reader as reading
 
     reading.BLOCK_SAMPLES = 4
@@ -128,7 +128,7 @@ def rest_of_an_uneven_epoch(rank, size):
         return [len(rest), len(after), keys]
 
 
-def everything(rank, size):
+def run_all(rank, size):
     return {
         function.__name__: function(rank, size)
         for function in (half_as_large, half_bad_rows, too_many, rest_of_an_uneven_epoch)
@@ -137,10 +137,10 @@ def everything(rank, size):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(__file__, "everything", (2,), tmp_path_factory.mktemp("ranks"))[2]
+    return run_ranks(__file__, "run_all", (2,), tmp_path_factory.mktemp("ranks"))[2]
 
 
-def test_half_as_large_and_half_bad_makes_as_many_steps(ranks):
+def test_a_rank_with_fewer_and_bad_samples_makes_as_many_steps(ranks):
     results = [rank["half_as_large"] for rank in ranks]
     assert [result[0] for result in results] == [[9, 9], [9, 9]]
     for result in results:
@@ -153,11 +153,11 @@ def test_half_as_large_and_half_bad_makes_as_many_steps(ranks):
     assert "/0.tar (" not in results[0][2]
 
 
-def test_rows_of_which_half_are_bad(ranks):
+def test_rows_with_half_of_them_bad(ranks):
     assert [rank["half_bad_rows"] for rank in ranks] == [[6, 6, 12]] * 2
 
 
-def test_all_ranks_stop_alike(ranks):
+def test_all_ranks_stop_with_the_same_error(ranks):
     (first, own), (second, other) = (rank["too_many"] for rank in ranks)
     assert first == second
     assert "--max-bad-fraction 0.25" in first[0][1]
@@ -165,7 +165,7 @@ def test_all_ranks_stop_alike(ranks):
     assert own == 0 or other == 0
 
 
-def test_the_rest_of_an_uneven_epoch_ends_on_all_ranks_at_once_and_repeats_nothing(ranks):
+def test_the_rest_of_an_uneven_epoch_ends_on_all_ranks_together_without_repeats(ranks):
     (steps_0, after_0, keys_0), (steps_1, after_1, keys_1) = (rank["rest_of_an_uneven_epoch"] for rank in ranks)
     assert steps_0 == steps_1 >= 5
     assert after_0 == after_1 == 15

@@ -1,4 +1,4 @@
-"""Synthetic data."""
+"""Tests of synthetic data."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_no_files_are_needed():
     assert batches[0]["text"].dtype == torch.int64
 
 
-def test_validation_too():
+def test_validation_data():
     args = data_args(dataset_type="synthetic", train_num_samples=8, val_data="synthetic", val_num_samples=6)
     data = get_data(args, (plain, plain), tokenizer=count)
     assert [len(batch["image"]) for batch in data["val"].dataloader] == [4, 2]
 
 
-def test_fewer_than_a_batch():
+def test_fewer_samples_than_a_batch_are_an_error():
     args = data_args(dataset_type="synthetic", train_num_samples=3)
     with pytest.raises(ValueError, match=r"--train-num-samples 3.* has 3 samples, and one step needs 4"):
         get_data(args, (plain, plain))

@@ -1,4 +1,4 @@
-"""training.data on webdataset shards: the format, its names, what is damaged, and how readers share the shards."""
+"""Tests of training.data on webdataset shards: format, names, damage, and the division among readers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def flat(batches):
     return [number for batch in batches for number in batch]
 
 
-# --- names and sizes
+# Names and sizes
 
 
 def test_expand_urls():
@@ -95,7 +95,7 @@ def test_dataset_size(tmp_path):
         get_dataset_size(f"{tmp_path}/total/0.tar")
 
 
-# --- the format
+# The format
 
 
 def member(name, url="a.tar"):
@@ -108,14 +108,14 @@ def test_grouping():
     assert [(sample["__key__"], [key for key in sample if key[0] != "_"]) for sample in grouped] == [
         ("a", ["jpg", "txt"]),
         ("b", ["jpg", "txt"]),
-        ("b", ["jpg"]),  # again: another sample, whose caption is not the first one's
+        ("b", ["jpg"]),  # a repeated key is another sample
         ("x/c", ["en.txt", "txt"]),
     ]
     assert grouped[1]["jpg"] == b"b.JPG"
     assert grouped[0]["__url__"] == "a.tar"
 
 
-def test_equal_names_in_neighbouring_shards_and_end_marks_part_samples():
+def test_shard_boundaries_and_end_marks_separate_samples_with_equal_names():
     two = [member("a.jpg"), member("a.txt", "b.tar")]
     assert [sample["__url__"] for sample in group_by_keys_nothrow(two)] == ["a.tar", "b.tar"]
     # webdataset 1.x ends a shard with an entry that has no name
@@ -147,7 +147,7 @@ def test_filter_and_handler(caplog):
     assert "torn" in caplog.text
 
 
-def test_the_stage_reads_shards_and_asks_its_handler(tmp_path):
+def test_the_stage_reads_shards_and_calls_its_handler(tmp_path):
     whole = write_tar(tmp_path / "a.tar", pairs([1, 2]))
     shards = [{"url": str(tmp_path / "gone.tar")}, {"url": str(whole)}]
     errors = []
@@ -170,14 +170,14 @@ def test_stages_work_inside_a_webdataset_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tif"])
-def test_kinds_of_images(tmp_path, kind):
+def test_image_formats(tmp_path, kind):
     buffer = io.BytesIO()
     Image.open(io.BytesIO(jpeg(5))).save(buffer, {"tif": "TIFF"}.get(kind, kind))
     shard = write_tar(tmp_path / "a.tar", [(f"1.{kind}", buffer.getvalue()), ("1.txt", b"picture 5")])
     assert epoch_numbers(val_data(shard)) == [[5]]
 
 
-def test_folders_extra_files_and_notes_inside_a_shard(tmp_path):
+def test_folders_other_files_and_metadata_in_a_shard(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, [("__about__/x.txt", b"no sample"), ("in/1.json", b"{}"), *((f"in/{n}", d) for n, d in pairs([7]))])
     assert [sample["__key__"] for sample in read_shard(str(path))] == ["in/1", "in/0000"]
@@ -205,14 +205,14 @@ def test_a_failing_pipe_is_counted(tmp_path, capfd):
     ("exit 3", r"cannot be opened \(the command ended with exit status 3\)"),
     ("no-such-command", r"cannot be opened \(the command ended with exit status 127: there is no such command\)"),
 ])  # fmt: skip
-def test_a_command_that_fails_says_its_exit_status(command, reason):
+def test_the_error_of_a_command_has_its_exit_status(command, reason):
     pytest.importorskip("webdataset")
     with pytest.raises(BadSample, match=reason) as raised:
         list(read_shard(f"pipe:{command}"))
     assert raised.value.cause == "missing_shard"
 
 
-def test_an_image_and_a_caption_in_two_folders_are_told_that_one_is_needed(tmp_path, caplog):
+def test_the_log_says_that_image_and_caption_must_be_in_one_folder(tmp_path, caplog):
     members = [(f"{folder}/{name}", data) for name, data in pairs(range(4))
                for folder in ("texts" if name.endswith("txt") else "images",)]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
@@ -221,16 +221,16 @@ def test_an_image_and_a_caption_in_two_folders_are_told_that_one_is_needed(tmp_p
     assert "the sample has: txt (an image and its caption must be in one folder; this is 'texts')" in caplog.text
 
 
-def test_an_epoch_that_ends_inside_a_pipe_closes_it(tmp_path):
+def test_an_epoch_that_ends_within_a_pipe_closes_it(tmp_path):
     pytest.importorskip("webdataset")
-    write_tar(tmp_path / "a.tar", pairs(range(2500)))  # more than the shuffle waits for, and than a pipe holds
+    write_tar(tmp_path / "a.tar", pairs(range(2500)))  # more than a block, and more than the buffer of a pipe
     train = train_data(f"pipe:cat {tmp_path}/a.tar", train_num_samples=8)
     assert [len(batch) for batch in epoch_numbers(train)] == [4, 4]
     assert train.skipped.total() == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_stalled_command_does_not_outlive_a_read_that_is_interrupted(tmp_path):
+def test_a_blocked_command_is_killed_if_the_read_is_interrupted(tmp_path):
     pytest.importorskip("webdataset")
 
     def interrupt(*_):
@@ -248,11 +248,11 @@ def test_a_stalled_command_does_not_outlive_a_read_that_is_interrupted(tmp_path)
     wait_for(lambda: not is_running(number), 10)
 
 
-# --- damage
+# Damage
 
 
 def damaged(tmp_path, kind):
-    """A shard of 10 samples, damaged. Returns its path."""
+    """Write a damaged shard of 10 samples, and return its path."""
     path = write_tar(tmp_path / "bad.tar", pairs(range(10)))
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
@@ -285,13 +285,13 @@ def damaged(tmp_path, kind):
         ("no files", [], {"empty_shard": 1}),
     ],
 )
-def test_damaged_shards_give_what_is_whole(tmp_path, kind, kept, causes):
+def test_damaged_shards_give_their_intact_samples(tmp_path, kind, kept, causes):
     write_tar(tmp_path / "good.tar", pairs([100, 101]))
     val = val_data(f"{damaged(tmp_path, kind)}::{tmp_path}/good.tar")
     batches = list(val.dataloader)
     assert flat(batch["text"][:, 0].tolist() for batch in batches) == [*kept, 100, 101]
     assert val.skipped.counts() == causes
-    for batch in batches:  # never an image with another one's caption
+    for batch in batches:  # an image always has its own caption
         assert batch["image"].mean((1, 2, 3)).tolist() == pytest.approx(batch["text"][:, 0].tolist(), abs=4)
 
 
@@ -324,34 +324,34 @@ def test_bad_samples_are_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_without_captions_are_an_error_that_says_what_there_is(tmp_path, workers):
+def test_shards_without_captions_are_an_error_that_names_the_members(tmp_path, workers):
     members = [(f"{i}.{kind}", b"7") for i in range(BAD_IN_A_ROW) for kind in ("jpg", "cls")]
     shard = write_tar(tmp_path / "a.tar", members)
     train = train_data(shard, train_num_samples=100, workers=workers)
     others = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match=r"not one usable sample.*no caption.*the sample has: jpg, cls"):
         next(iter(train.dataloader))
-    assert set(multiprocessing.active_children()) <= others  # a loader that failed leaves no workers behind
+    assert set(multiprocessing.active_children()) <= others  # a loader that failed has ended its workers
     with pytest.raises(ValueError, match="not one usable sample"):
         list(val_data(shard, workers=workers).dataloader)
 
 
 @pytest.mark.parametrize("resampled", [False, True])
-def test_few_useless_samples_do_not_hang_either(tmp_path, resampled):
+def test_few_bad_samples_and_no_good_one_do_not_hang(tmp_path, resampled):
     shard = write_tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.cls", b"1"), ("2.txt", b"picture 2")])
     train = train_data(shard, train_num_samples=4, workers=2, dataset_resampled=resampled)
     with pytest.raises(ValueError, match=r"not one usable sample.*1: no caption"):
         next(iter(train.dataloader))
 
 
-def test_undecodable_images_only(tmp_path):
+def test_shards_with_corrupt_images_only_are_an_error(tmp_path):
     members = [(f"{i}.{kind}", b"picture 7") for i in range(5) for kind in ("jpg", "txt")]
     train = train_data(write_tar(tmp_path / "a.tar", members), train_num_samples=4)
     with pytest.raises(ValueError, match=f"{BAD_IN_A_ROW} bad ones.*corrupt_image"):
         next(iter(train.dataloader))
 
 
-def test_a_reader_whose_shard_is_empty_reads_another(tmp_path):
+def test_a_reader_with_an_empty_shard_reads_another_one(tmp_path):
     write_tar(tmp_path / "0.tar", pairs(range(12)))
     (tmp_path / "1.tar").write_bytes(b"")
     train = train_data(f"{tmp_path}/{{0..1}}.tar", train_num_samples=12, workers=2)
@@ -360,7 +360,7 @@ def test_a_reader_whose_shard_is_empty_reads_another(tmp_path):
     assert train.skipped.counts()["empty_shard"] >= 2
 
 
-# --- epochs
+# Epochs
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_batches_of_an_epoch(tmp_path, monkeypatch, samples, batch_size, workers
     assert loader.num_samples == batches * batch_size * world_size
 
 
-def test_sizes_beside_the_shards(tmp_path):
+def test_sizes_next_to_the_shards(tmp_path):
     shards = write_shards(tmp_path, 2, 8)
     with pytest.raises(ValueError, match=r"number of samples.*is unknown: give --train-num-samples"):
         train_data(shards)
@@ -403,7 +403,7 @@ def test_too_few_samples(tmp_path):
 
 
 @pytest.mark.parametrize(("shards", "per_shard", "workers"), [(4, 6, 2), (2, 12, 0), (2, 12, 3)])
-def test_an_epoch_of_training_has_every_sample_once(tmp_path, shards, per_shard, workers):
+def test_an_epoch_of_training_reads_each_sample_once(tmp_path, shards, per_shard, workers):
     train = train_data(write_shards(tmp_path, shards, per_shard), train_num_samples=24, workers=workers)
     epochs = [flat(epoch_numbers(train, epoch)) for epoch in (0, 1, 0)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
@@ -414,7 +414,7 @@ def test_an_epoch_of_training_has_every_sample_once(tmp_path, shards, per_shard,
 
 
 @pytest.mark.parametrize(("shards", "per_shard"), [(8, 3), (2, 12), (3, 8)])
-def test_ranks_and_workers_share_training_data(tmp_path, monkeypatch, shards, per_shard):
+def test_training_data_are_divided_among_ranks_and_workers(tmp_path, monkeypatch, shards, per_shard):
     path = write_shards(tmp_path, shards, per_shard)
     seen, lengths = Counter(), set()
     for rank in range(2):
@@ -423,13 +423,13 @@ def test_ranks_and_workers_share_training_data(tmp_path, monkeypatch, shards, pe
         lengths.add(len(batches))
         seen.update(flat(batches))
     assert lengths == {4}
-    if shards != 3:  # three shards are shared by four readers sample by sample, eight shards two by two
+    if shards != 3:  # four readers divide three shards by samples, and eight shards into pairs
         assert seen == Counter(range(24))
     assert set(seen) == set(range(24))
 
 
 @pytest.mark.parametrize(("shards", "workers"), [(5, 0), (5, 2), (1, 2), (2, 1)])
-def test_validation_has_every_sample_once_over_ranks_and_workers(tmp_path, monkeypatch, shards, workers):
+def test_ranks_and_workers_together_read_each_validation_sample_once(tmp_path, monkeypatch, shards, workers):
     path = write_shards(tmp_path, shards, 7)
     (tmp_path / "empty.tar").write_bytes(b"")
     seen, skipped = [], Counter()
@@ -448,10 +448,10 @@ def test_count_samples(tmp_path):
     assert count_samples(val_data(write_shards(tmp_path, 2, 5)).dataloader) == (10, 3)
 
 
-# --- shuffling and resampling
+# Shuffling and resampling
 
 
-def test_detshuffle2_is_a_permutation_of_seed_and_epoch():
+def test_detshuffle2_is_a_permutation_that_depends_on_seed_and_epoch():
     epoch = SharedEpoch(3)
     first = list(detshuffle2(20, 5, seed=1, epoch=epoch).run(range(100)))
     assert sorted(first) == list(range(100))
@@ -460,7 +460,7 @@ def test_detshuffle2_is_a_permutation_of_seed_and_epoch():
     assert list(detshuffle2(20, 5, seed=2, epoch=epoch).run(range(100))) != first
     epoch.set_value(4)
     assert list(detshuffle2(20, 5, seed=1, epoch=epoch).run(range(100))) != first
-    # what comes first comes from what the buffer held
+    # the first item is from the full buffer
     assert set(first[:10]) <= set(range(30))
 
 
@@ -491,7 +491,7 @@ def test_resampled_draws_differ_from_run_to_run_unless_deterministic():
     assert runs[0] != runs[1]
 
 
-def test_worker_seed_outside_of_workers_is_the_ranks(monkeypatch):
+def test_worker_seed_in_the_main_process_depends_on_the_rank(monkeypatch):
     assert pytorch_worker_seed(3) == 3
     monkeypatch.setattr("training.ranks.world", lambda: fake_world(2, 4))
     assert pytorch_worker_seed(3) == 5
@@ -505,11 +505,11 @@ def test_resampled_training_follows_the_factors(tmp_path):
     epochs = [flat(epoch_numbers(train, epoch)) for epoch in (0, 1, 0)]
     assert len(epochs[0]) == 600
     assert epochs[0] == epochs[2] != epochs[1]
-    share = sum(number >= 100 for number in epochs[0]) / 600
-    assert share == pytest.approx(0.75, abs=0.06)
+    fraction = sum(number >= 100 for number in epochs[0]) / 600
+    assert fraction == pytest.approx(0.75, abs=0.06)
 
 
-def test_readers_that_draw_one_shard_give_it_in_different_orders(tmp_path, monkeypatch):
+def test_readers_that_draw_the_same_shard_shuffle_it_differently(tmp_path, monkeypatch):
     shard = write_tar(tmp_path / "a.tar", pairs(range(40)))
     orders = []
     for rank in range(2):
@@ -523,13 +523,13 @@ def test_factors_need_resampling(tmp_path):
         train_data(write_shards(tmp_path, 1, 4), train_num_samples=4, train_data_upsampling_factors="2")
 
 
-def test_the_error_of_a_shard_is_typed(tmp_path):
+def test_a_failing_shard_raises_a_bad_sample(tmp_path):
     with pytest.raises(BadSample) as raised:
         list(read_shard(str(tmp_path / "gone.tar")))
     assert raised.value.cause == "missing_shard"
 
 
-# --- samples whose members are apart, names with dots
+# Samples whose members are not adjacent, names with dots
 
 
 def images_and_captions(numbers):
@@ -537,7 +537,7 @@ def images_and_captions(numbers):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_sample_whose_members_are_apart_is_counted_once(tmp_path, caplog, workers):
+def test_a_sample_whose_members_are_not_adjacent_is_counted_once(tmp_path, caplog, workers):
     images, captions = images_and_captions(range(20))
     whole = [member for pair in zip(images[4:], captions[4:], strict=True) for member in pair]
     shard = write_tar(tmp_path / "a.tar", [*images[:4], *whole, *captions[:4]])
@@ -555,7 +555,7 @@ def test_captions_before_images_and_in_another_folder(tmp_path):
     val = val_data(write_tar(tmp_path / "a.tar", [*captions, *images, *pairs([7])]))
     assert flat(epoch_numbers(val)) == [7]
     assert val.skipped.counts() == {"no_image": 3, "unsorted_shard": 1}
-    # a key that comes again with the same part is another sample
+    # a repeated key with the same member is another sample
     val = val_data(write_tar(tmp_path / "b.tar", [*images, *images, *pairs([7])]))
     assert flat(epoch_numbers(val)) == [7]
     assert val.skipped.counts() == {"no_caption": 6}
@@ -571,7 +571,7 @@ def test_a_run_on_unsorted_shards_ends_with_the_fix(tmp_path, count):
         next(iter(train_data(shard, train_num_samples=count).dataloader))
 
 
-def test_names_with_dots_say_where_the_key_ends(tmp_path, caplog):
+def test_the_log_says_where_the_key_of_a_name_with_dots_ends(tmp_path, caplog):
     members = [(f"2023.01.05_{n:04d}.{kind}", b"x") for n in range(2000) for kind in ("jpg", "txt")]
     val = val_data(write_tar(tmp_path / "a.tar", members))
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="not one usable sample"):
@@ -581,7 +581,7 @@ def test_names_with_dots_say_where_the_key_ends(tmp_path, caplog):
     assert max(len(record.getMessage()) for record in caplog.records) < 500
 
 
-# --- which shards
+# Lists of shards
 
 
 def test_wildcards_and_folders(tmp_path, monkeypatch):
@@ -609,7 +609,7 @@ def test_wildcards_and_folders(tmp_path, monkeypatch):
         assert flat(epoch_numbers(data)) == list(range(6))
 
 
-def test_img2datasets_statistics_give_the_number_of_samples(tmp_path, caplog):
+def test_the_number_of_samples_from_img2dataset_statistics(tmp_path, caplog):
     shards = write_shards(tmp_path, 3, 8)
     for number in range(3):
         stats = {"count": 10, "successes": 8, "failed_to_download": 2, "start_time": 1.5}
@@ -630,10 +630,10 @@ def test_img2datasets_statistics_give_the_number_of_samples(tmp_path, caplog):
             get_dataset_size(shards)
 
 
-# --- what is not a local file
+# URLs
 
 
-def test_schemes_that_nothing_opens_are_an_error_before_the_first_step(tmp_path):
+def test_unsupported_url_schemes_are_an_error_before_the_first_step(tmp_path):
     for option in ("train_data", "val_data"):
         args = data_args(**{option: "oss://bucket/i2d/{00000..00003}.tar"}, train_num_samples=256)
         with pytest.raises(ValueError, match=r"'pipe:ossutil cat oss://bucket/i2d/\{00000\.\.00003\}\.tar'"):
@@ -644,7 +644,7 @@ def test_schemes_that_nothing_opens_are_an_error_before_the_first_step(tmp_path)
         val_data(f"{write_tar(tmp_path / 'a.tar', pairs([1]))}::weird://host/a.tar")
 
 
-def test_s3_is_an_error_unless_fsspec_has_it(tmp_path, monkeypatch):
+def test_s3_is_an_error_unless_fsspec_supports_it(tmp_path, monkeypatch):
     monkeypatch.setattr("training.data.shards.remote.is_fsspec", lambda url: False)
     expected = r"'pipe:aws s3 cp s3://b/\{0\.\.1\}\.tar -', or install fsspec's package for s3 \(s3fs\)"
     with pytest.raises(ValueError, match=expected):
@@ -655,16 +655,16 @@ def test_s3_is_an_error_unless_fsspec_has_it(tmp_path, monkeypatch):
     (tmp_path / "shards.txt").write_text("s3://b/0.tar\npipe:x\n")
     with pytest.raises(ValueError, match=r"plain URLs \(([a-z, ]+)\)") as error:
         val_data(tmp_path / "shards.txt")
-    assert "s3" not in str(error.value).partition("plain URLs")[2].partition(")")[0]  # what cannot work is not offered
+    assert "s3" not in str(error.value).partition("plain URLs")[2].partition(")")[0]  # only schemes that work
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fsspec_opens_what_it_has_a_filesystem_for(tmp_path, workers):
+def test_fsspec_opens_the_schemes_of_its_filesystems(tmp_path, workers):
     fsspec = pytest.importorskip("fsspec")
     local = fsspec.get_filesystem_class("file")
 
     class Store(local):
-        """Local files under another scheme. A store has exceptions of its own."""
+        """Local files under another scheme, with exceptions that are not OSError."""
 
         protocol = "ourstore"
         cachable = False

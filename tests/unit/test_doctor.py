@@ -33,7 +33,7 @@ def test_labels_are_aligned():
     assert all(line[2 + width] == line[3 + width] == " " and line[4 + width] != " " for line in rows)
 
 
-def test_json_holds_the_same(capsys):
+def test_json_has_the_same_content(capsys):
     assert doctor.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["can_train"] is True
@@ -47,7 +47,7 @@ def test_json_holds_the_same(capsys):
     )
 
 
-def test_a_missing_package_stands_in_the_way_and_sets_the_exit_status(monkeypatch, capsys):
+def test_a_missing_package_is_an_obstacle_and_sets_the_exit_status(monkeypatch, capsys):
     monkeypatch.setitem(doctor.REQUIRED, "no-such-distribution", ("no_such_module", "nothing"))
     assert doctor.main([]) == 1
     text = capsys.readouterr().out
@@ -55,14 +55,14 @@ def test_a_missing_package_stands_in_the_way_and_sets_the_exit_status(monkeypatc
     assert text.rstrip().endswith("Training cannot run here.")
 
 
-def test_a_missing_optional_package_does_not(monkeypatch):
+def test_a_missing_optional_package_is_not_an_obstacle(monkeypatch):
     monkeypatch.setitem(doctor.OPTIONAL, "no-such-distribution", "nothing")
     report = doctor.examine()
     assert report.can_train
     assert report.optional["no-such-distribution"] is None
 
 
-def test_a_package_for_another_torch_is_found_out(monkeypatch, tmp_path):
+def test_a_package_for_another_torch_is_an_obstacle(monkeypatch, tmp_path):
     (tmp_path / "built_for_another.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(doctor.REQUIRED, "torchvision", ("built_for_another", "transforms"))
@@ -72,7 +72,7 @@ def test_a_package_for_another_torch_is_found_out(monkeypatch, tmp_path):
     assert torch.__version__ in obstacle
 
 
-def test_old_versions_stand_in_the_way(monkeypatch):
+def test_old_versions_are_obstacles(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     monkeypatch.setattr(doctor.sys, "version_info", (3, 9, 0))
     report = doctor.Report()
@@ -111,7 +111,7 @@ def test_an_npu_is_described_with_its_software(monkeypatch, tmp_path):
     assert report.environment["HCCL_EVENT_TIMEOUT"] == "600"
 
 
-def test_a_driver_that_raises_is_reported_and_survived(monkeypatch):
+def test_an_error_of_a_driver_is_a_problem_in_the_report(monkeypatch):
     def broken(self, index=None):
         raise RuntimeError("driver: error 507899\nmore lines")
 
@@ -123,7 +123,7 @@ def test_a_driver_that_raises_is_reported_and_survived(monkeypatch):
 
 
 @pytest.mark.parametrize("break_it", ["raise", "nan"])
-def test_a_step_that_fails_stands_in_the_way(monkeypatch, break_it):
+def test_a_failing_step_is_an_obstacle(monkeypatch, break_it):
     def step(self, closure=None):
         if break_it == "raise":
             raise RuntimeError("kernel missing")
@@ -168,7 +168,7 @@ def test_constraints_are_the_installed_versions(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--constraints", "--json"])
-def test_what_torch_npu_prints_does_not_get_between(tmp_path, flag):
+def test_the_output_of_torch_npu_is_not_part_of_the_report(tmp_path, flag):
     """Without the variables of CANN, torch_npu prints a warning during its import."""
     printed = "print('Warning: ASCEND_HOME_PATH environment variable is not set.')\nraise ImportError('libhccl.so')\n"
     text = run_doctor(tmp_path, flag, torch_npu=printed)

@@ -53,7 +53,7 @@ class Unsavable:
         raise RuntimeError("half-way")
 
 
-def test_a_save_is_read_back_and_leaves_nothing_else(tmp_path):
+def test_a_saved_file_can_be_loaded_and_is_the_only_file(tmp_path):
     path = tmp_path / "epoch_1.pt"
     pt_save({"epoch": 1, "weights": torch.arange(3.0)}, str(path))
     loaded = pt_load(str(path))
@@ -62,7 +62,7 @@ def test_a_save_is_read_back_and_leaves_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["epoch_1.pt"]
 
 
-def test_a_failing_save_keeps_the_old_file_and_removes_its_own(tmp_path):
+def test_a_failing_save_keeps_the_old_file_and_removes_the_temporary_one(tmp_path):
     path = tmp_path / "epoch_latest.pt"
     pt_save({"epoch": 1}, path)
     with pytest.raises(RuntimeError, match="half-way"):
@@ -71,7 +71,7 @@ def test_a_failing_save_keeps_the_old_file_and_removes_its_own(tmp_path):
     assert os.listdir(tmp_path) == ["epoch_latest.pt"]
 
 
-def test_the_file_is_replaced_only_when_it_is_whole_and_on_disk(tmp_path, monkeypatch):
+def test_the_file_is_replaced_only_when_it_is_complete_and_synced(tmp_path, monkeypatch):
     path = tmp_path / "epoch_latest.pt"
     pt_save({"epoch": 1}, path)
     events: list[str] = []
@@ -92,7 +92,7 @@ def test_the_file_is_replaced_only_when_it_is_whole_and_on_disk(tmp_path, monkey
 
 
 @posix
-def test_a_write_that_the_system_refuses_keeps_the_old_file(tmp_path):
+def test_a_failing_write_keeps_the_old_file(tmp_path):
     """Make writes fail as on a full disk: the process may not write files larger than 100 kB."""
     path = tmp_path / "epoch_latest.pt"
     pt_save({"epoch": 1}, path)
@@ -163,7 +163,7 @@ def test_urls_are_written_and_read_by_fsspec(tmp_path):
 
 
 @posix
-def test_s3_is_a_command_of_separate_arguments(run_folder, aws):
+def test_s3_runs_a_command_with_separate_arguments(run_folder, aws):
     assert remote_sync(str(run_folder), "s3://bucket/$(touch x); y", "s3") is True
     assert aws.read_text().splitlines() == [
         *("s3", "sync", str(run_folder), "s3://bucket/$(touch x); y"),
@@ -172,19 +172,19 @@ def test_s3_is_a_command_of_separate_arguments(run_folder, aws):
 
 
 @posix
-def test_a_failing_command_is_logged_and_false(run_folder, aws, monkeypatch, caplog):
+def test_a_failing_command_is_logged_and_returns_false(run_folder, aws, monkeypatch, caplog):
     monkeypatch.setenv("AWS_STATUS", "1")
     assert remote_sync(str(run_folder), "s3://bucket", "s3") is False
     assert "s3://bucket failed: no credentials" in caplog.text
 
 
-def test_a_missing_command_is_logged_and_false(run_folder, monkeypatch, caplog):
+def test_a_missing_command_is_logged_and_returns_false(run_folder, monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
     assert remote_sync(str(run_folder), "s3://bucket", "s3") is False
     assert "Install the AWS CLI" in caplog.text
 
 
-def test_fsspec_copies_what_is_new(run_folder, tmp_path):
+def test_fsspec_copies_new_files(run_folder, tmp_path):
     there = tmp_path / "there"
     assert remote_sync(str(run_folder), f"file://{there}", "fsspec") is True
     expected = {"out.log": b"line\n", "checkpoints/epoch_1.pt": b"one"}
@@ -217,7 +217,7 @@ def test_fsspec_removes_nothing(run_folder, tmp_path):
     assert files(there)["out.log"] == b"line\n"
 
 
-def test_errors_of_a_store_are_logged_and_false(run_folder, tmp_path, caplog):
+def test_errors_of_a_store_are_logged_and_return_false(run_folder, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     assert remote_sync(str(run_folder), f"file://{tmp_path}/file/there", "fsspec") is False
     assert "failed: " in caplog.text
@@ -225,12 +225,12 @@ def test_errors_of_a_store_are_logged_and_false(run_folder, tmp_path, caplog):
     assert "nosuchprotocol" in caplog.text
 
 
-def test_an_unknown_protocol_is_logged_and_false(run_folder, caplog):
+def test_an_unknown_protocol_is_logged_and_returns_false(run_folder, caplog):
     assert remote_sync(str(run_folder), "x", "ftp") is False
     assert "'ftp'" in caplog.text
 
 
-def test_syncing_goes_on_after_a_failure(monkeypatch):
+def test_syncing_continues_after_a_failure(monkeypatch):
     calls = []
 
     class Enough(Exception):

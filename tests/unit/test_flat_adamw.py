@@ -65,7 +65,7 @@ def stored(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def all_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     found = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = {p: name for name, p in model.named_parameters()}
     for p, state in optimizer.state.items():
@@ -94,7 +94,7 @@ def random_gradients(model: nn.Module, seed: int, scale: float = 1.0) -> None:
 
 @pytest.mark.parametrize("reference", [plain, fused])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_a_hundred_steps_are_torch_s(reference, dtype, tolerance):
+def test_a_hundred_steps_equal_those_of_torch(reference, dtype, tolerance):
     model, other = Late().to(dtype), Late().to(dtype)
     ours, theirs = flat(model), reference(other)
     for seed in range(100):
@@ -103,10 +103,10 @@ def test_a_hundred_steps_are_torch_s(reference, dtype, tolerance):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * (1 + seed % 7)
             optimizer.step()
-    assert_same(everything(model, ours), everything(other, theirs), tolerance)
+    assert_same(all_tensors(model, ours), all_tensors(other, theirs), tolerance)
 
 
-def test_groups_with_other_coefficients_have_their_own():
+def test_each_group_uses_its_own_coefficients():
     model, other = Late(), Late()
     ours, theirs = flat(model), plain(other)
     for optimizer in (ours, theirs):
@@ -116,23 +116,23 @@ def test_groups_with_other_coefficients_have_their_own():
         for each, optimizer in ((model, ours), (other, theirs)):
             random_gradients(each, seed)
             optimizer.step()
-    assert_same(everything(model, ours), everything(other, theirs), 1e-6)
+    assert_same(all_tensors(model, ours), all_tensors(other, theirs), 1e-6)
 
 
-def test_parameters_without_a_gradient_are_left_alone():
+def test_parameters_without_a_gradient_do_not_change():
     """Parameters that are used later have a smaller step count; those without a gradient have no state."""
     model, other = Late(), Late()
     ours, theirs = flat(model), plain(other)
     for use_late, steps in ((False, range(2)), (True, range(2, 5)), (False, range(5, 6)), (True, range(6, 8))):
         train(model, ours, steps, use_late)
         train(other, theirs, steps, use_late)
-    assert_same(everything(model, ours), everything(other, theirs), 1e-6)
+    assert_same(all_tensors(model, ours), all_tensors(other, theirs), 1e-6)
     assert not any(p in ours.state for p in model.unused.parameters())
     assert torch.equal(model.unused.weight, Late().unused.weight)
     assert (ours.state[model.first.weight]["step"], ours.state[model.late.weight]["step"]) == (8, 5)
 
 
-def test_a_group_added_later_is_trained_too():
+def test_a_group_that_is_added_later_is_trained():
     model, other = Late(), Late()
     optimizers = []
     for each, kind in ((model, FlatAdamW), (other, torch.optim.AdamW)):
@@ -140,10 +140,10 @@ def test_a_group_added_later_is_trained_too():
         optimizer.add_param_group({"params": [each.late.weight], "lr": 0.5})
         train(each, optimizer, range(3))
         optimizers.append(optimizer)
-    assert_same(everything(model, optimizers[0]), everything(other, optimizers[1]), 1e-6)
+    assert_same(all_tensors(model, optimizers[0]), all_tensors(other, optimizers[1]), 1e-6)
 
 
-def test_norm_and_scale_are_those_of_torch_s_clipping():
+def test_norm_and_scale_equal_those_of_clip_grad_norm():
     model, other = Late(), Late()
     ours, theirs = flat(model), plain(other)
     for seed in range(4):
@@ -156,7 +156,7 @@ def test_norm_and_scale_are_those_of_torch_s_clipping():
             else:
                 assert norm == pytest.approx(nn.utils.clip_grad_norm_(other.parameters(), 1.0).item(), rel=1e-6)
             optimizer.step()
-    assert_same(everything(model, ours), everything(other, theirs), 1e-5)
+    assert_same(all_tensors(model, ours), all_tensors(other, theirs), 1e-5)
 
 
 # Number of launches
@@ -173,7 +173,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layers", [2, 40])
-def test_operators_do_not_grow_with_the_number_of_parameters(layers):
+def test_the_number_of_operators_does_not_depend_on_the_number_of_parameters(layers):
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(layers)])
     optimizer = flat(model)
     for seed in range(2):
@@ -195,28 +195,28 @@ def test_operators_do_not_grow_with_the_number_of_parameters(layers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
-def test_a_skipped_step_changes_nothing_and_the_next_is_as_if_it_had_not_been(dtype, before, value):
+def test_a_skipped_step_changes_nothing_and_has_no_effect_on_the_next_one(dtype, before, value):
     model, reference = Late().to(dtype), Late().to(dtype)
     ours, theirs = flat(model), flat(reference)
     for each, optimizer in ((model, ours), (reference, theirs)):
         train(each, optimizer, range(before), use_late=before != 3)
-    weights = everything(model, ours)
+    weights = all_tensors(model, ours)
     for p in model.parameters():
         p.grad = torch.full_like(p, value)
     ours.scale_gradients(torch.tensor(float("nan")))
     ours.found_inf = torch.tensor(True)
     ours.step()
-    found = everything(model, ours)
+    found = all_tensors(model, ours)
     assert_same({name: found[name] for name in weights}, weights)
     assert all(not value.any() for name, value in found.items() if name not in weights and "master" not in name)
     assert ours.found_inf is None, "it is for one step"
     for each, optimizer in ((model, ours), (reference, theirs)):
         train(each, optimizer, range(5, 8))
-    expected = everything(reference, theirs)
-    assert_same({name: value for name, value in everything(model, ours).items() if name in expected}, expected)
+    expected = all_tensors(reference, theirs)
+    assert_same({name: value for name, value in all_tensors(model, ours).items() if name in expected}, expected)
 
 
-def test_a_finite_step_with_the_flag_is_the_step_without():
+def test_a_step_with_found_inf_0_equals_a_step_without_found_inf():
     model, other = Late(), Late()
     ours, theirs = flat(model), flat(other)
     for seed in range(3):
@@ -225,14 +225,14 @@ def test_a_finite_step_with_the_flag_is_the_step_without():
         ours.found_inf = torch.tensor(0.0)
         ours.step()
         theirs.step()
-    assert_same(everything(model, ours), everything(other, theirs))
+    assert_same(all_tensors(model, ours), all_tensors(other, theirs))
 
 
 # Half precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_weights_are_the_rounded_fp32_ones(dtype):
+def test_half_precision_weights_are_the_rounded_fp32_weights(dtype):
     """Small gradients, whose squares underflow in float16, and updates below the precision of the weights."""
     model = Late().to(dtype)
     other = copy.deepcopy(model).float()
@@ -252,7 +252,7 @@ def test_half_weights_are_the_rounded_fp32_ones(dtype):
         assert torch.equal(p, state["master_weight"].to(dtype))
 
 
-def test_weights_that_others_set_are_followed():
+def test_weights_that_were_set_from_outside_are_used():
     """The clamp of logit_scale does this, and loading a model after the optimizer was created."""
     model = Late().bfloat16()
     optimizer = flat(model)
@@ -277,7 +277,7 @@ def test_weights_that_others_set_are_followed():
 
 @pytest.mark.parametrize("make_first", [plain, fused, flat])
 @pytest.mark.parametrize("make_second", [plain, fused, flat])
-def test_states_move_both_ways(make_first, make_second):
+def test_states_are_compatible_in_both_directions(make_first, make_second):
     model, reference = Late(), Late()
     straight = plain(reference)
     train(reference, straight, range(2), use_late=False)
@@ -291,10 +291,10 @@ def test_states_move_both_ways(make_first, make_second):
     state["param_groups"] = [{**group, **kept} for group, kept in zip(state["param_groups"], own, strict=True)]
     after.load_state_dict(state)
     train(model, after, range(4, 8))
-    assert_same(everything(model, after), everything(reference, straight), 1e-5)
+    assert_same(all_tensors(model, after), all_tensors(reference, straight), 1e-5)
 
 
-def test_a_saved_state_has_the_layout_of_torch_s():
+def test_a_saved_state_has_the_layout_of_torch():
     model, reference = Late(), Late()
     ours, theirs = flat(model), fused(reference)
     train(model, ours, range(2))
@@ -309,7 +309,7 @@ def test_a_saved_state_has_the_layout_of_torch_s():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_resumed_run_has_the_bits_of_the_unbroken_one(dtype):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(dtype):
     whole, model = Late().to(dtype), Late().to(dtype)
     straight, before = flat(whole), flat(model)
     train(whole, straight, range(6))
@@ -321,7 +321,7 @@ def test_a_resumed_run_has_the_bits_of_the_unbroken_one(dtype):
     resumed.load_state_dict(weights)
     after.load_state_dict(state)
     train(resumed, after, range(3, 6))
-    assert_same(everything(resumed, after), everything(whole, straight))
+    assert_same(all_tensors(resumed, after), all_tensors(whole, straight))
 
 
 def test_states_that_do_not_fit_are_errors():
@@ -346,7 +346,7 @@ def test_states_that_do_not_fit_are_errors():
     lambda model: model.bfloat16(),
     lambda model: setattr(model.first.weight, "data", model.first.weight.data.clone()),
 ])  # fmt: skip
-def test_parameters_that_moved_are_an_error(change):
+def test_parameters_that_were_moved_are_an_error(change):
     model = Late()
     optimizer = flat(model)
     change(model)

@@ -17,7 +17,7 @@ def test_parameters_keep_values_shapes_and_identity():
     assert all(p.is_leaf and p.requires_grad for p in parameters)
 
 
-def test_fill_casts_and_zeroes_what_is_missing():
+def test_fill_casts_and_writes_zeros_for_none():
     like = [torch.ones(3), torch.ones(2, 2)]
     flat = FlatTensors(like, dtype=torch.bfloat16)
     flat.fill([torch.full((3,), 1.5), torch.ones(2, 2)])

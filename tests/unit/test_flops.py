@@ -28,26 +28,26 @@ def forward(model: nn.Module) -> float:
     return flops.profile_torch(model, text_size, image_size)
 
 
-def test_training_is_three_times_the_forward_pass_but_for_the_images_own_gradient(model):
+def test_training_is_three_forward_passes_less_the_gradient_of_the_images(model):
     assert PATCH_EMBEDDING > 0
     assert flops.training_flops(model) == 3 * forward(model) - PATCH_EMBEDDING
 
 
-def test_a_locked_tower_goes_forward_only(model):
+def test_a_locked_tower_counts_its_forward_pass_only(model):
     image_size, _ = flops.input_sizes(model)
     image = flops.profile_torch_image(model, image_size)
     model.lock_image_tower()
     assert flops.training_flops(model) == image + 3 * (forward(model) - image)
 
 
-def test_what_is_computed_twice_counts_once(model):
+def test_repeated_computation_counts_once(model):
     expected = flops.training_flops(model)
     model.set_grad_checkpointing()
     assert flops.training_flops(model) == expected
     assert model.visual.transformer.grad_checkpointing, "it is switched on again"
 
 
-def test_patches_that_are_dropped_do_not_count(tmp_path):
+def test_dropped_patches_do_not_count(tmp_path):
     dropping = open_clip.create_model(tiny_clip.folder(tmp_path / "m", vision={"patch_dropout": 0.5}), output_dict=True)
     assert flops.training_flops(dropping.train()) < flops.training_flops(dropping.eval())
 
@@ -57,7 +57,7 @@ def test_a_teacher_s_forward_pass_is_added(model, tmp_path):
     assert flops.training_flops(model, teacher) == flops.training_flops(model) + forward(teacher)
 
 
-def test_counting_leaves_the_model_and_the_random_numbers_alone(model):
+def test_counting_does_not_change_the_model_or_the_generators(model):
     state, before = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
     flops.training_flops(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -70,7 +70,7 @@ def test_counting_leaves_the_model_and_the_random_numbers_alone(model):
     ("precision", "fp32_matmul", "asked"),
     [("amp_bf16", "high", torch.bfloat16), ("fp32", "highest", torch.float32), ("fp32", "high", None)],
 )
-def test_pairs_at_the_peak_of_the_dtype_that_is_computed_in(model, monkeypatch, precision, fp32_matmul, asked):
+def test_pairs_at_the_peak_of_the_dtype_of_the_matrix_products(model, monkeypatch, precision, fp32_matmul, asked):
     seen = []
     monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index: seen.append(dtype) or 1e12)
     found = flops.pairs_at_peak(model, None, precision, fp32_matmul, CPU)
@@ -80,7 +80,7 @@ def test_pairs_at_the_peak_of_the_dtype_that_is_computed_in(model, monkeypatch, 
         assert (found, seen) == (1e12 / flops.training_flops(model), [asked])
 
 
-def test_nothing_is_counted_where_the_peak_is_not_known(model, monkeypatch):
+def test_nothing_is_counted_if_the_peak_is_unknown(model, monkeypatch):
     monkeypatch.setattr(flops, "training_flops", lambda *_: pytest.fail("counted"))
     assert flops.pairs_at_peak(model, None, "amp_bf16", "high", CPU) is None
 

@@ -1,11 +1,9 @@
-"""Workers of a loader: whether the next batch is there, and ending those that are blocked."""
+"""Tests of the workers of a loader: whether the next batch is ready, and how blocked workers end."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from training.data.loader import Collate, Loader
 from training.data.skips import SkipCounter
 
 
-def loader_of(dataset: Dataset, workers: int) -> Loader:
-    """8 batches of one sample."""
+def make_loader(dataset: Dataset, workers: int) -> Loader:
+    """Return a loader of 8 batches of one sample."""
     return Loader(
         dataset, source="numbers", workers=workers, seed=0, num_samples=8, num_batches=8, skipped=SkipCounter(workers),
         collate=Collate(), batch_sampler=[[index] for index in range(8)],
@@ -26,7 +24,7 @@ def loader_of(dataset: Dataset, workers: int) -> Loader:
 
 
 class Blocked(Dataset):
-    """Its second sample never comes: a command is waited for."""
+    """Blocks at its second sample, while it waits for a command."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,8 +41,8 @@ class Blocked(Dataset):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_loader_whose_workers_are_blocked_closes(tmp_path):
-    loader = loader_of(Blocked(tmp_path), workers=2)
+def test_close_ends_blocked_workers(tmp_path):
+    loader = make_loader(Blocked(tmp_path), workers=2)
     batches = iter(loader)
     assert next(batches)["number"].tolist() == [0]
     assert not loader._is_next_ready()
@@ -66,8 +64,8 @@ class Numbers(Dataset):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_whether_the_next_batch_is_there(workers):
-    loader = loader_of(Numbers(), workers)
+def test_whether_the_next_batch_is_ready(workers):
+    loader = make_loader(Numbers(), workers)
     batches = iter(loader)
     for index in range(7):
         assert next(batches)["number"].tolist() == [index]
@@ -77,22 +75,7 @@ def test_whether_the_next_batch_is_there(workers):
     loader.close()
 
 
-def test_without_workers_it_is_not_known():
-    loader = loader_of(Numbers(), 0)
+def test_without_workers_the_next_batch_is_not_known_to_be_ready():
+    loader = make_loader(Numbers(), 0)
     next(iter(loader))
     assert not loader._is_next_ready()
-
-
-@pytest.mark.parametrize("module", ["csv_data", "image_folder", "synthetic"])
-def test_rows_do_not_import_the_code_of_shards(module):
-    folder = Path(sys.modules[Loader.__module__].__file__).parent
-    seen: set[str] = set()
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            source = (folder / f"{name}.py").read_text(encoding="utf-8")
-            pending += re.findall(r"^from training\.data\.(\w+) import", source, re.MULTILINE)
-    assert "loader" in seen
-    assert not seen & {"archives", "shards", "reading", "shard_position", "webdataset_data"}

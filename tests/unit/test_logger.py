@@ -68,7 +68,7 @@ def test_debug_and_host(root, tmp_path):
     assert (tmp_path / "out.log").read_text().endswith(f" | {socket.gethostname()} | DEBUG | seen\n")
 
 
-def test_a_second_setup_replaces_the_first_and_leaves_handlers_of_others(root, tmp_path):
+def test_a_second_setup_replaces_the_first_and_keeps_other_handlers(root, tmp_path):
     other = logging.NullHandler()
     root.addHandler(other)
     setup_logging(str(tmp_path / "a.log"), logging.INFO)
@@ -80,7 +80,7 @@ def test_a_second_setup_replaces_the_first_and_leaves_handlers_of_others(root, t
     assert other in root.handlers
 
 
-def test_the_log_is_continued_by_a_resumed_run(root, tmp_path):
+def test_a_resumed_run_appends_to_the_log(root, tmp_path):
     (tmp_path / "out.log").write_text("before\n")
     setup_logging(str(tmp_path / "out.log"), logging.INFO)
     logging.info("after")
@@ -104,7 +104,7 @@ def test_tensorboard_gets_numbers_under_their_prefix(tmp_path):
     assert set(seen) == {"train/loss", "train/lr", "train/n", "bare"}
 
 
-def test_results_are_a_line_an_evaluation_and_appended(tmp_path):
+def test_each_evaluation_appends_one_line_of_results(tmp_path):
     writer = MetricsWriter(LoggingConfig(), tmp_path, True)
     writer.write_results({"val_loss": torch.tensor(1.5), "image_to_text_R@1": np.float32(0.5), "num_samples": 7}, 1)
     path = tmp_path / "checkpoints" / "results.jsonl"
@@ -117,7 +117,7 @@ def test_results_are_a_line_an_evaluation_and_appended(tmp_path):
     ]
 
 
-def test_numbers_of_every_kind_and_nothing_else():
+def test_only_numbers_of_any_type_are_kept():
     metrics = {"f": 1.5, "i": 2, "b": True, "t": torch.tensor([2.5]), "n": np.float64(3.5), "a": np.array([[4.5]]),
                "vector": torch.ones(2), "empty": np.array([]), "none": None, "text": "x"}  # fmt: skip
     found = run_logger._keep_numbers(metrics)
@@ -148,14 +148,14 @@ def test_wandb_gets_options_and_numbers(tmp_path, wandb):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_all_is_both(tmp_path, wandb):
+def test_report_to_all_writes_to_both(tmp_path, wandb):
     with MetricsWriter(LoggingConfig(report_to="all"), tmp_path, True) as writer:
         writer.write({"loss": 0.5}, 10)
     assert [call[0] for call in wandb] == ["init", "log", "finish"]
     assert scalars(tmp_path / "tensorboard") == {"loss": [(10, 0.5)]}
 
 
-def test_a_missing_package_is_an_error_that_says_so(tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
         MetricsWriter(LoggingConfig(report_to="tensorboard,wandb"), tmp_path, True)
@@ -164,7 +164,7 @@ def test_a_missing_package_is_an_error_that_says_so(tmp_path, monkeypatch):
         MetricsWriter(LoggingConfig(report_to="tensorboard"), tmp_path, True)
 
 
-def test_a_closed_writer_is_quiet(tmp_path):
+def test_a_closed_writer_does_nothing(tmp_path):
     writer = MetricsWriter(LoggingConfig(report_to="tensorboard"), tmp_path, True)
     writer.close()
     writer.close()

@@ -143,7 +143,7 @@ def test_retrieval_metrics(kind, count, rows, monkeypatch):
     assert metrics.retrieval_metrics(image, text) == pytest.approx(by_definition(image, text))
 
 
-def test_equal_candidates_rank_by_position_wherever_they_are(monkeypatch):
+def test_equal_candidates_are_ranked_by_position_in_any_block(monkeypatch):
     """Ten repeated texts have bit-identical similarities in every block, so the ranks are exact."""
     monkeypatch.setattr(metrics, "GALLERY_ROWS", 128)
     monkeypatch.setattr(metrics, "QUERY_ROWS", 64)
@@ -156,7 +156,7 @@ def test_equal_candidates_rank_by_position_wherever_they_are(monkeypatch):
     assert found["text_to_image_R@1"] == pytest.approx(1 / 35)
 
 
-def test_features_that_are_all_alike_give_chance():
+def test_equal_features_give_the_metrics_of_chance():
     found = metrics.retrieval_metrics(torch.ones(20, 3), torch.ones(20, 3))
     assert (found["image_to_text_R@1"], found["text_to_image_R@5"]) == (0.05, 0.25)
 
@@ -173,7 +173,7 @@ def test_no_pairs_and_unequal_numbers_are_errors():
         metrics.retrieval_metrics(torch.zeros(2, 3), torch.zeros(4, 3))
 
 
-def test_blocks_hold_everything_and_waste_little():
+def test_blocks_are_large_enough_and_not_much_larger():
     for rows in (1, 63, 64, 65, 511, 513, 8192, 8193, 50_000):
         gallery, queries = metrics._block_sizes(rows)
         assert gallery % queries == 0
@@ -182,7 +182,7 @@ def test_blocks_hold_everything_and_waste_little():
         assert blocks * gallery - rows < blocks * queries
 
 
-def test_accuracy_counts_the_right_ones():
+def test_accuracy_counts_correct_samples():
     output = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]])
     target = torch.tensor([2, 1, 0])
     assert metrics.accuracy(output, target) == [1.0]

@@ -74,7 +74,7 @@ def test_adamw_has_two_groups_in_the_order_of_the_parameters(model):
         assert (group["lr"], group["betas"], group["eps"]) == (5e-4, (0.9, 0.98), 1e-6)
 
 
-def test_adamw_without_a_namespace_has_torch_s_defaults(model):
+def test_adamw_without_options_has_the_defaults_of_torch(model):
     group = create_optimizer(model, OptimConfig(), "cpu").param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.999), 1e-8)
 
@@ -89,7 +89,7 @@ def test_a_group_may_be_empty():
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
 
 
-def test_nothing_to_train_is_an_error(model):
+def test_a_model_without_trainable_parameters_is_an_error(model):
     with pytest.raises(ValueError, match="no trainable parameter"):
         create_optimizer(model.requires_grad_(False), config(), "cpu")
 
@@ -112,13 +112,20 @@ def test_the_form_follows_option_device_and_dtype(model, monkeypatch, choice, sk
 @pytest.mark.parametrize(("form", "dtype"), [
     ("torch", torch.float16), ("off", torch.float16), ("npu", torch.float16), ("npu", torch.bfloat16),
 ])  # fmt: skip
-def test_forms_that_do_not_train_a_dtype_are_refused(model, form, dtype):
+def test_forms_that_do_not_support_a_dtype_are_refused(model, form, dtype):
     with pytest.raises(ValueError, match=f"--fused-optimizer {form} .* Use --fused-optimizer auto"):
         create_optimizer(model.to(dtype), config("--fused-optimizer", form), "cpu")
 
 
+@pytest.mark.parametrize("name", ["sgd", "lamb", "adafactor"])
+def test_timm_optimizers_refuse_float16_weights(model, name):
+    with pytest.raises(ValueError, match=f"--opt timm/{name} keeps its state in .* float16.* Use --opt adamw"):
+        create_optimizer(model.half(), config("--opt", f"timm/{name}", "--lr", "0.1"), "cpu")
+    create_optimizer(model.bfloat16(), config("--opt", f"timm/{name}", "--lr", "0.1"), "cpu")
+
+
 @pytest.mark.parametrize(("first", "second"), [("torch", "off"), ("off", "torch")])
-def test_states_move_between_fused_and_unfused(model, first, second):
+def test_states_are_compatible_between_fused_and_unfused(model, first, second):
     """A run that changes the implementation after half of the steps gives the same weights."""
     unbroken = copy.deepcopy(model)
     straight = create_optimizer(unbroken, config("--fused-optimizer", "off"), "cpu")
@@ -132,7 +139,7 @@ def test_states_move_between_fused_and_unfused(model, first, second):
     after = create_optimizer(model, config("--fused-optimizer", second, "--lr", "0.5"), "cpu")
     after.load_state_dict(torch.load(stored, weights_only=True))
     assert {group["fused"] for group in after.param_groups} == {True if second == "torch" else None}
-    assert {group["lr"] for group in after.param_groups} == {5e-4}, "the rest of the groups is the checkpoint's"
+    assert {group["lr"] for group in after.param_groups} == {5e-4}, "the checkpoint has the learning rate"
     for seed in range(3, 6):
         step(unbroken, straight, seed)
         step(model, after, seed)
@@ -140,7 +147,7 @@ def test_states_move_between_fused_and_unfused(model, first, second):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_loading_leaves_the_given_state_as_it_was(model):
+def test_loading_does_not_change_the_given_state(model):
     optimizer = create_optimizer(model, config("--fused-optimizer", "off"), "cpu")
     step(model, optimizer)
     state = optimizer.state_dict()
@@ -148,21 +155,21 @@ def test_loading_leaves_the_given_state_as_it_was(model):
     assert {group["fused"] for group in state["param_groups"]} == {None}
 
 
-def test_a_state_of_other_groups_is_torch_s_error(model):
+def test_a_state_with_other_groups_raises_the_error_of_torch(model):
     optimizer = create_optimizer(model, config(), "cpu")
     other = torch.optim.AdamW(model.parameters()).state_dict()
     with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(other)
 
 
-def test_timm_optimizers_get_the_options_and_the_model_s_exceptions(model):
+def test_timm_optimizers_get_the_options_and_the_names_without_decay(model):
     optimizer = create_optimizer(
         model, config("--opt", "timm/sgd", "--lr", "0.3", "--momentum", "0.7", "--wd", "0.1"), "cpu"
     )
     assert type(optimizer).__name__ == "SGD"
     decay = {name for names_, group in zip(names(model, optimizer), optimizer.param_groups, strict=True)
              for name in names_ if group["weight_decay"] > 0}  # fmt: skip
-    assert decay == {"linear.weight", "ln_wide", "relative_bias_table"}, "no_weight_decay() is asked"
+    assert decay == {"linear.weight", "ln_wide", "relative_bias_table"}, "no_weight_decay() is used"
     assert {(group["lr"], group["momentum"]) for group in optimizer.param_groups} == {(0.3, 0.7)}
     step(model, optimizer)
 
@@ -179,7 +186,7 @@ def test_timm_optimizers_keep_their_own_defaults(model):
     assert (given.defaults["betas"], given.defaults["eps"]) == ((0.5, 0.6), 0.1)
 
 
-def test_unknown_optimizers_are_errors_with_the_nearest(model):
+def test_errors_of_unknown_optimizers_have_similar_names(model):
     with pytest.raises(ValueError, match="timm/lamb"):
         create_optimizer(model, OptimConfig(opt="timm/lambb", lr=0.1), "cpu")
     with pytest.raises(ValueError, match="Unknown --opt 'sgd'"):

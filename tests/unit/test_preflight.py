@@ -132,6 +132,9 @@ BEFORE_A_MODEL = {
     "moments that float16 does not hold": (
         lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Use",
     ),
+    "a timm optimizer for float16": (
+        lambda i, t: ["--precision", "fp16", "--opt", "timm/lamb", "--lr", 1e-4], ValueError, "Use --opt adamw",
+    ),
     "an unknown teacher": (
         lambda i, t: ["--distill-model", "ViT-B-23", "--distill-pretrained", "x"], RuntimeError, "ViT-B-32",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 
@@ -69,11 +70,11 @@ def test_profile_model_needs_no_memory(monkeypatch):
     assert row["mparams"] == round(profiler.count_params(built[0]) / 1e6, 2)
 
 
-def test_a_square_image_is_one_number():
+def test_the_size_of_a_square_image_is_one_number():
     assert profiler.profile_model("tiny-square")["image_size"] == 32
 
 
-def test_parts_beside_the_towers_are_counted(monkeypatch):
+def test_parts_outside_of_the_towers_are_counted(monkeypatch):
     class Captioner(torch.nn.Module):
         """Two towers and a decoder of one layer."""
 
@@ -93,7 +94,7 @@ def test_parts_beside_the_towers_are_counted(monkeypatch):
     assert row["image_gflops"] == 0.0
 
 
-def test_an_unknown_name_brings_the_nearest():
+def test_the_error_of_an_unknown_name_has_similar_names():
     with pytest.raises(ValueError, match=r"Unknown model 'ViT-B-23'.*ViT-B-32"):
         profiler.profile_model("ViT-B-23")
 
@@ -107,7 +108,7 @@ def test_other_profilers_are_refused(name, says):
 # Measuring
 
 
-def test_measuring_runs_on_the_device_and_takes_its_share_of_the_peak(monkeypatch):
+def test_measuring_computes_speed_and_the_fraction_of_the_peak(monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index=None: {torch.float32: 1e6}[dtype])
     ticks = iter(range(1000))
     monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(ticks) / 2)  # half a second per run
@@ -142,7 +143,21 @@ def test_command_writes_a_table(tmp_path, capsys):
     assert printed[2].startswith("tiny  ")
 
 
-def test_rows_are_in_the_file_as_they_come(tmp_path, monkeypatch):
+def test_the_warnings_about_random_weights_are_hidden_during_the_command_only(monkeypatch):
+    factory_logger = logging.getLogger("open_clip.factory")
+    before, levels = factory_logger.level, []
+
+    def profile(*_):
+        levels.append(factory_logger.level)
+        return dict.fromkeys(profiler.COLUMNS, 1)
+
+    monkeypatch.setattr(profiler, "_profile", profile)
+    assert profiler.main(["--model", "tiny"]) == 0
+    assert levels == [logging.ERROR]
+    assert factory_logger.level == before != logging.ERROR
+
+
+def test_rows_are_written_to_the_file_one_by_one(tmp_path, monkeypatch):
     path, seen = tmp_path / "results.csv", []
     profile = profiler.profile_model
 
@@ -155,7 +170,7 @@ def test_rows_are_in_the_file_as_they_come(tmp_path, monkeypatch):
     assert seen == [[], ["tiny-square"]]
 
 
-def test_all_skips_towers_that_are_not_built_with_one_line_each(tmp_path, monkeypatch, caplog):
+def test_all_skips_unsupported_towers_with_one_line_each(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(config, "list_models", lambda: ["tiny", "tiny-timm"])
     monkeypatch.setattr(profiler, "_build", refuse_timm(profiler._build))
     with caplog.at_level("INFO"):
@@ -166,7 +181,7 @@ def test_all_skips_towers_that_are_not_built_with_one_line_each(tmp_path, monkey
     ]
 
 
-def test_a_named_model_that_is_not_built_sets_the_exit_status(monkeypatch):
+def test_an_unsupported_named_model_sets_the_exit_status(monkeypatch):
     monkeypatch.setattr(profiler, "_build", refuse_timm(profiler._build))
     assert profiler.main(["--model", "tiny,tiny-timm"]) == 1
 
@@ -180,7 +195,7 @@ def refuse_timm(build):
     return refusing
 
 
-def test_measured_columns_follow(tmp_path, capsys):
+def test_measured_columns_are_in_the_file_and_the_table(tmp_path, capsys):
     path = tmp_path / "r.csv"
     assert (
         profiler.main(
@@ -205,7 +220,7 @@ def test_measured_columns_follow(tmp_path, capsys):
         (["--model", "tiny", "--measure", "--device", "abacus"], "Unknown device 'abacus'"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_any_work(arguments, message, tmp_path, capsys):
+def test_wrong_options_are_refused_before_any_work(arguments, message, tmp_path, capsys):
     path = tmp_path / "results.csv"
     with pytest.raises(SystemExit) as stopped:
         profiler.main([*arguments, "--results-file", str(path)])

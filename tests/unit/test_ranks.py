@@ -36,7 +36,7 @@ ALL_VARIABLES = [
 def no_launcher(monkeypatch):
     for name in ALL_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(ranks, "_world", None)
+    monkeypatch.setattr(ranks._joined, "world", None)
 
 
 def set_env(monkeypatch, **variables):
@@ -52,7 +52,7 @@ def config(device="cpu", **options):
 
 
 @pytest.mark.parametrize("launcher", list(ranks.LAUNCHERS))
-def test_every_launcher_is_understood(monkeypatch, launcher):
+def test_variables_of_every_launcher(monkeypatch, launcher):
     rank, size, local = ranks.LAUNCHERS[launcher]
     set_env(monkeypatch, **{rank: 5, size: 8, local: 1})
     assert ranks.world_info_from_env() == (1, 5, 8)
@@ -64,12 +64,12 @@ def test_without_a_launcher_there_is_one_process():
     assert not distributed.is_using_distributed()
 
 
-def test_torchrun_inside_slurm_counts_and_nothing_is_mixed(monkeypatch):
+def test_torchrun_inside_slurm_uses_only_the_variables_of_torchrun(monkeypatch):
     set_env(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=1, SLURM_LOCALID=0, RANK=3, WORLD_SIZE=4, LOCAL_RANK=3)
     assert ranks.world_info_from_env() == (3, 3, 4)
 
 
-def test_mpirun_inside_slurm_counts(monkeypatch):
+def test_mpirun_inside_slurm_uses_the_variables_of_mpi(monkeypatch):
     set_env(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0)
     set_env(monkeypatch, OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=1)
     assert ranks.world_info_from_env() == (1, 1, 2)
@@ -87,7 +87,7 @@ def test_a_salloc_shell_is_one_process(monkeypatch):
         ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 must be at least 0 and less than WORLD_SIZE=2"),
     ],
 )
-def test_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
+def test_errors_name_invalid_variables(monkeypatch, variables, message):
     set_env(monkeypatch, **variables)
     with pytest.raises(RuntimeError, match=message):
         ranks.world_info_from_env()
@@ -145,7 +145,7 @@ def two_ranks(monkeypatch):
         torch.distributed, "init_process_group", lambda backend, **kwargs: joined.update(kwargs, backend=backend)
     )
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
-    monkeypatch.setattr(ranks, "_host_group", None)
+    monkeypatch.setattr(ranks._joined, "host_group", None)
     return joined
 
 
@@ -155,7 +155,7 @@ def fake_cuda(monkeypatch, current):
     monkeypatch.setattr(devices.CudaDevice, "set_device", lambda self, index: current.append(index))
 
 
-def test_the_backend_is_the_devices_and_the_device_is_current_before_joining(monkeypatch, two_ranks):
+def test_the_device_gives_the_backend_and_is_current_before_joining(monkeypatch, two_ranks):
     current = []
     fake_cuda(monkeypatch, current)
     world = ranks.init(config(device="cuda"))
@@ -173,20 +173,20 @@ def test_no_set_device_rank_leaves_the_index_to_the_launcher(monkeypatch, two_ra
     assert ranks.init(config(device="cuda", no_set_device_rank=True)).device == torch.device("cuda:0")
 
 
-def test_a_device_with_an_index_for_every_rank_is_warned_about(monkeypatch, two_ranks, caplog):
+def test_a_device_index_with_several_ranks_is_warned_about(monkeypatch, two_ranks, caplog):
     fake_cuda(monkeypatch, [])
     assert ranks.init(config(device="cuda:0")).device == torch.device("cuda:0")
     assert "each rank gets another device" in caplog.text
 
 
-def test_an_explicit_backend_and_url_win(monkeypatch, two_ranks):
+def test_a_given_backend_and_url_are_used(monkeypatch, two_ranks):
     fake_cuda(monkeypatch, [])
     ranks.init(config(device="cuda", dist_backend="gloo", dist_url="tcp://h:1", dist_timeout=90))
     assert (two_ranks["backend"], two_ranks["init_method"]) == ("gloo", "tcp://h:1")
     assert two_ranks["timeout"].total_seconds() == 90
 
 
-def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypatch, two_ranks):
+def test_npu_waits_longer_for_the_first_collective_unless_the_user_set_the_time(monkeypatch, two_ranks):
     monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "")
     monkeypatch.delenv("HCCL_CONNECT_TIMEOUT")
     monkeypatch.setattr(devices.CpuDevice, "collective_env", devices.NpuDevice.collective_env)
@@ -206,18 +206,18 @@ def test_npu_waits_longer_for_the_first_collective_unless_the_user_said(monkeypa
         ("npu:hccl", "names no backend for the device of this run, cpu"),
     ],
 )
-def test_a_backend_that_cannot_serve_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
+def test_a_backend_that_does_not_support_the_device_is_an_error(monkeypatch, two_ranks, backend, message):
     with pytest.raises(ValueError, match=message):
         ranks.init(config(dist_backend=backend))
     assert two_ranks == {}
 
 
-def test_a_backend_by_device_is_understood(monkeypatch, two_ranks):
+def test_a_backend_per_device(monkeypatch, two_ranks):
     ranks.init(config(dist_backend="cpu:gloo,cuda:nccl"))
     assert two_ranks["backend"] == "cpu:gloo,cuda:nccl"
 
 
-def test_no_rendezvous_says_what_to_export(monkeypatch, two_ranks):
+def test_the_error_of_a_missing_rendezvous_names_the_variables(monkeypatch, two_ranks):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(RuntimeError, match=r"MASTER_ADDR not set.*tcp://HOST:PORT"):
         ranks.init(config())
@@ -235,7 +235,7 @@ ranks.init(DistributedConfig(device="cpu", dist_timeout={timeout}))
 
 
 @pytest.mark.parametrize(("launcher", "start"), [("torchrun", "torchrun"), ("SLURM", "srun"), ("Open MPI", "mpirun")])
-def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
+def test_the_error_of_missing_processes_names_their_number_and_the_launcher(launcher, start):
     rank, size, local = ranks.LAUNCHERS[launcher]
     port = free_port()
     variables = {rank: "0", size: "2", local: "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -254,7 +254,7 @@ def test_it_says_whom_it_waits_for_and_why_when_nobody_comes(launcher, start):
     assert last.endswith(advice)
 
 
-def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, caplog):
+def test_one_process_of_each_host_logs_that_it_waits(monkeypatch, two_ranks, caplog):
     def joins(*_, **__):
         raise RuntimeError("joined")
 
@@ -267,7 +267,7 @@ def test_one_process_of_each_host_says_that_it_waits(monkeypatch, two_ranks, cap
         assert caplog.text.count("Waiting for all of them") == expected
 
 
-def test_another_failure_to_join_is_no_timeout(monkeypatch, two_ranks):
+def test_other_failures_to_join_are_not_reported_as_timeouts(monkeypatch, two_ranks):
     def fails(*_, **__):
         raise RuntimeError("the address is in use " + 1000 * "x ")
 
@@ -316,7 +316,7 @@ gathered = d.all_gather_object("x" * (1 + 999 * world.rank))
 d.barrier()
 import os
 result = [world.rank, world.local_rank, world.world_size, world.backend, broadcast, [len(x) for x in gathered],
-          d.is_master(world), os.environ["WORLD_SIZE"]]
+          world.is_master, os.environ["WORLD_SIZE"]]
 d.shutdown()
 print(json.dumps(result))
 """
@@ -341,7 +341,7 @@ def leave_during_a_collective(rank, world_size):
     ranks.shutdown()
 
 
-def test_leaving_frees_the_tensors_of_a_collective_that_still_runs(tmp_path):
+def test_shutdown_during_a_collective_does_not_block(tmp_path):
     """Before torch 2.8 the destructor of the group waits, holding the GIL, for a thread of gloo that needs it."""
     run_ranks(__file__, "leave_during_a_collective", (2,), tmp_path)
 

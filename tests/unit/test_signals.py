@@ -24,7 +24,7 @@ KINDS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_before():
+def restore_handlers():
     before = {number: signal.getsignal(number) for number in KINDS}
     yield
     for number, handler in before.items():
@@ -36,7 +36,7 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), list(zip(KINDS, (143, 143, 130), strict=True)))
-def test_while_things_are_built_a_signal_ends_the_process(number, status):
+def test_a_signal_during_the_setup_ends_the_process(number, status):
     with pytest.raises(SystemExit) as stopped, StopSignals():
         send(number)
     assert isinstance(stopped.value, Stopped)
@@ -44,7 +44,7 @@ def test_while_things_are_built_a_signal_ends_the_process(number, status):
 
 
 @pytest.mark.parametrize("number", KINDS)
-def test_while_steps_are_made_it_is_noted_and_said(number, capfd):
+def test_a_signal_during_training_is_recorded_and_reported(number, capfd):
     with StopSignals() as stop, stop.deferred():
         send(number)
         assert stop.received == number
@@ -55,7 +55,7 @@ def test_while_steps_are_made_it_is_noted_and_said(number, capfd):
     assert capfd.readouterr().err == f"{number.name}: saving after this step, then stopping. {key} stops at once.\n"
 
 
-def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+def test_a_second_ctrl_c_stops_immediately(monkeypatch):
     monkeypatch.setattr(signals, "_MIN_BETWEEN_CTRL_C", -1.0)
     with StopSignals() as stop, stop.deferred():
         send(signal.SIGINT)
@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
             send(signal.SIGINT)
 
 
-def test_an_evaluation_is_left_at_once_also_for_a_signal_that_came_before():
+def test_a_signal_before_or_during_an_evaluation_ends_it_immediately():
     with StopSignals() as stop, stop.deferred():
         with pytest.raises(Stopped), stop.at_once():
             send(signal.SIGUSR1)
@@ -71,7 +71,7 @@ def test_an_evaluation_is_left_at_once_also_for_a_signal_that_came_before():
             pytest.fail("it does not begin")
 
 
-def test_handlers_are_put_back_unless_the_process_is_about_to_end():
+def test_handlers_are_restored_unless_the_process_is_about_to_end():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
@@ -81,7 +81,7 @@ def test_handlers_are_put_back_unless_the_process_is_about_to_end():
     send(signal.SIGTERM)  # torchrun ends the other processes when one ends: not a failure
 
 
-def test_another_thread_listens_to_nothing():
+def test_in_another_thread_signals_are_not_handled():
     seen = []
     thread = threading.Thread(target=lambda: seen.append(StopSignals().__enter__()._previous))
     thread.start()
@@ -147,7 +147,7 @@ signals.exit_with(143)
 """
 
 
-def test_the_process_exits_whatever_its_workers_and_threads_do():
+def test_the_process_exits_with_blocked_workers_and_threads():
     done = subprocess.run(
         [sys.executable, "-c", EXITS], env=processes.environment(), capture_output=True, text=True, timeout=100,
         check=False,
@@ -155,7 +155,7 @@ def test_the_process_exits_whatever_its_workers_and_threads_do():
     assert (done.returncode, done.stdout, done.stderr) == (143, "exits\n", "")
 
 
-def test_a_wait_for_data_is_broken_off_when_no_batch_comes_after_a_signal():
+def test_a_wait_for_data_is_interrupted_after_a_signal():
     def wait(stop: StopSignals) -> None:
         with stop.deferred(), stop.waiting_for_data():
             send(signal.SIGTERM)
@@ -167,7 +167,7 @@ def test_a_wait_for_data_is_broken_off_when_no_batch_comes_after_a_signal():
     assert stopped.value.code == 143
 
 
-def test_a_batch_that_comes_soon_after_a_signal_is_taken():
+def test_a_batch_that_arrives_soon_after_a_signal_is_returned():
     with StopSignals() as stop, stop.deferred():
         with stop.waiting_for_data():
             send(signal.SIGTERM)
@@ -175,7 +175,7 @@ def test_a_batch_that_comes_soon_after_a_signal_is_taken():
     assert stop.received == signal.SIGTERM
 
 
-def test_a_signal_to_another_process_breaks_off_a_wait_for_data():
+def test_a_signal_to_another_process_interrupts_a_wait_for_data():
     def wait(stop: StopSignals) -> None:
         with stop.deferred(), stop.waiting_for_data():
             time.sleep(60)
@@ -207,7 +207,7 @@ def take(agreement: Agreement, batch: object, next_is_ready: bool, may_end_early
         return stopped.name
 
 
-def test_alone_a_signal_stops_before_the_next_batch():
+def test_with_one_process_a_signal_stops_before_the_next_batch():
     with StopSignals() as stop, stop.deferred():
         agreement = Agreement(stop)
         assert take(agreement, 1, False) == 1
@@ -254,7 +254,7 @@ def test_ranks_stop_before_the_same_batch(tmp_path):
 
 def a_rank_waits(rank: int, world_size: int) -> list:
     """Rank 1 arrives after the time limit of a wait."""
-    ranks._timeout = 1.0
+    ranks._joined.timeout = 1.0
     if rank == 1:
         time.sleep(3)
     try:

@@ -13,19 +13,19 @@ import torch
 API = json.loads((Path(__file__).parents[1] / "parity/fixtures/training_api_3.3.0.json").read_text(encoding="utf-8"))
 NAMES = [(module, name, parameters) for module, names in API.items() for name, parameters in names.items()]
 
-# What is there in order to say no, with what to use instead: how it is called, and what it says.
+# Names that exist only to be refused: their arguments, and the advice in the error.
 REFUSED = {
-    "training.profiler.profile_fvcore": ({"model": None}, "it does not count attention. Use torch"),
-    "training.profiler.profile_fvcore_image": ({"model": None}, "it does not count attention. Use torch"),
-    "training.profiler.profile_fvcore_text": ({"model": None}, "it does not count attention. Use torch"),
-    "training.profiler.profile_model": ({"model_name": "RN50", "profiler": "fvcore"}, "it does not count attention. Use torch"),
+    "training.profiler.profile_fvcore": ({"model": None}, "not count attention. Use torch"),
+    "training.profiler.profile_fvcore_image": ({"model": None}, "not count attention. Use torch"),
+    "training.profiler.profile_fvcore_text": ({"model": None}, "not count attention. Use torch"),
+    "training.profiler.profile_model": ({"model_name": "RN50", "profiler": "fvcore"}, "not count attention. Use torch"),
     "training.distributed.init_distributed_device_so": ({"horovod": True}, "Start the processes with torchrun"),
 }
 
 
 @pytest.mark.parametrize(("module", "name", "parameters"), NAMES, ids=[f"{module}.{name}" for module, name, _ in NAMES])
 def test_names_and_parameters(module, name, parameters):
-    """The same parameters in the same places, under both names of the package; what is ours alone stands behind."""
+    """Both packages have the name, with the same parameters in the same order. Our own parameters come last."""
     found = getattr(importlib.import_module(module), name)
     assert getattr(importlib.import_module(module.replace("training", "open_clip_train", 1)), name) is found
     signature = inspect.signature(found).parameters
@@ -35,7 +35,7 @@ def test_names_and_parameters(module, name, parameters):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_says_what_to_use(name):
+def test_refused_names_say_what_to_use_instead(name):
     module, _, function = name.rpartition(".")
     arguments, reason = REFUSED[name]
     with pytest.raises(ValueError, match=reason):
@@ -50,8 +50,8 @@ def test_batches_of_scripts_are_tuples(names):
     moved = to_device(members, torch.device("cpu"), torch.bfloat16, names)
     assert list(moved) == list(names)
     assert (moved["image"].dtype, moved[names[1]].dtype) == (torch.bfloat16, torch.int64)
-    as_it_is = to_device({"text": members[1], "weight": members[0]}, torch.device("cpu"))
-    assert torch.equal(as_it_is["weight"], members[0])
+    unchanged = to_device({"text": members[1], "weight": members[0]}, torch.device("cpu"))
+    assert torch.equal(unchanged["weight"], members[0])
 
 
 def test_weights_of_a_list_of_shards_are_a_list():

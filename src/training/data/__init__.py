@@ -9,50 +9,51 @@ are functions of (seed, epoch, sample), see `training.data.sampling`. The read p
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.batches import normalization_of
 from training.data.dataset_types import dataset_type_of
+from training.data.datasets import (
+    get_csv_dataset,
+    get_dataset_fn,
+    get_imagefolder_dataset,
+    get_imagenet,
+    get_labelled_folder,
+    get_synthetic_dataset,
+    get_wds_dataset,
+)
 from training.data.loader import DataInfo
 from training.data.namespace import from_namespace
-from training.data.open_clip_stages import (
-    CsvDataset,
-    ResampledShards2,
-    SyntheticDataset,
-    count_samples,
-    detshuffle2,
-    pytorch_worker_seed,
-)
-from training.data.rows.csv_file import get_csv_dataset
-from training.data.rows.image_folder import ImageFolder, get_imagefolder_dataset, get_imagenet, get_labelled_folder
-from training.data.rows.synthetic import get_synthetic_dataset
+from training.data.rows.image_folder import ImageFolder
 from training.data.sampling import SharedEpoch
-from training.data.shards.dataset import get_wds_dataset
 from training.data.shards.lists import expand_urls, get_dataset_size
-from training.data.shards.samples import (
-    filter_no_caption_or_no_image,
-    group_by_keys_nothrow,
-    log_and_continue,
-    tarfile_to_samples_nothrow,
-)
-from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report
+from training.data.shards.samples import filter_no_caption_or_no_image, group_by_keys_nothrow
+from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report_skips
 from training.params import DataConfig
+
+# Names of open_clip_train.data that only scripts use. They are imported on first use.
+_STAGES = (
+    "CsvDataset",
+    "ResampledShards2",
+    "SyntheticDataset",
+    "count_samples",
+    "detshuffle2",
+    "log_and_continue",
+    "pytorch_worker_seed",
+    "tarfile_to_samples_nothrow",
+)
 
 __all__ = [
     "BadSample",
-    "CsvDataset",
     "DataInfo",
     "ImageFolder",
-    "ResampledShards2",
     "SharedEpoch",
     "SkipCounter",
     "SkipReport",
-    "SyntheticDataset",
     "TooManyBadSamples",
-    "count_samples",
     "dataset_type_of",
-    "detshuffle2",
     "expand_urls",
     "filter_no_caption_or_no_image",
     "get_csv_dataset",
@@ -65,27 +66,19 @@ __all__ = [
     "get_synthetic_dataset",
     "get_wds_dataset",
     "group_by_keys_nothrow",
-    "log_and_continue",
-    "pytorch_worker_seed",
-    "report",
-    "tarfile_to_samples_nothrow",
+    "report_skips",
+    *_STAGES,
 ]
 
-_DATASETS: dict[str, Callable[..., DataInfo]] = {
-    "webdataset": get_wds_dataset,
-    "csv": get_csv_dataset,
-    "imagefolder": get_imagefolder_dataset,
-    "synthetic": get_synthetic_dataset,
-}
+
+def __getattr__(name: str) -> Any:
+    if name not in _STAGES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("training.data.open_clip_stages"), name)
 
 
-def get_dataset_fn(data_path: str | None, dataset_type: str) -> Callable[..., DataInfo]:
-    """Return the function that makes a loader of `dataset_type`; "auto" infers it from the path, see `dataset_type_of`.
-
-    Raises:
-        ValueError: the type is unknown, or is "auto" and cannot be inferred from the path.
-    """
-    return _DATASETS[dataset_type if dataset_type in _DATASETS else dataset_type_of(data_path, dataset_type)]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def get_data(

@@ -1,4 +1,4 @@
-"""Data loaders: collation, workers, and the replacement of bad samples."""
+"""The data loader of rows and shards: batches, worker processes, and the read position after each batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.utils.data._utils import signal_handling
 from open_clip import device
 from training import children, ranks
 from training.batches import Normalization
-from training.data.position import Position, RowPosition
-from training.data.sampling import EvalSampler, SampleRef, SharedEpoch, TrainSampler, sample_rng, stable_hash
-from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
+from training.data.position import Position
+from training.data.sampling import SharedEpoch, stable_hash
+from training.data.skips import SkipCounter
 from training.signals import Agreement, Stopped
 
 logger = logging.getLogger(__name__)
@@ -154,14 +154,14 @@ class Loader(DataLoader):
             logger.error("%s Other ranks may have usable samples.", message)
 
     def _training_batches(self, position: Position) -> Iterator[dict[str, Any]]:
-        position.begin()
+        position.begin_epoch()
         batches = self._batches()
         while True:
             batch = self.agreement.take(lambda: next(batches, None), self._is_next_ready, position.may_end_early)
             if batch is None:
                 batches.close()  # type: ignore[attr-defined]  # a generator
                 return
-            position.received(batch.pop(AFTER, None))
+            position.record_batch(batch.pop(AFTER, None))
             yield batch
 
     def _batches(self) -> Iterator[dict[str, Any] | None]:
@@ -252,105 +252,6 @@ class Collate:
         if isinstance(values[0], str):
             return values if self.tokenizer is None else self.tokenizer(values)
         return self.column(tuple(values))
-
-
-class SkipBadSamples(Dataset):
-    """A map-style data set without bad samples, whose random transforms depend on (seed, epoch, row) only.
-
-    In training a bad sample is replaced by another one, drawn from (seed, epoch, row), so the result does not depend on
-    the number of workers and ranks. In evaluation it becomes None, which `Collate` drops.
-    """
-
-    def __init__(self, dataset: Dataset, *, source: str, seed: int, is_train: bool, skipped: SkipCounter) -> None:
-        self.dataset = dataset
-        self.length = len(dataset)  # type: ignore[arg-type]
-        self.source = source
-        self.seed = seed
-        self.is_train = is_train
-        self.skipped = skipped
-        self.streak = BadStreak(source, None if ranks.world().distributed else BAD_IN_A_ROW)  # one per worker
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the wrapped data set, such as `classes` and `captions`."""
-        if name.startswith("__") or "dataset" not in vars(self):  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, ref: SampleRef) -> dict[str, Any] | None:
-        row, epoch = ref
-        streak = BadStreak(self.source) if self.is_train else self.streak
-        for attempt in range(BAD_IN_A_ROW):
-            try:
-                with sample_rng(self.seed, epoch, row):
-                    sample = self.dataset[row]
-            except BadSample as bad:
-                self.skipped.add_bad(bad)
-                streak.add_bad(bad)
-            else:
-                streak.add_good()
-                self.skipped.add_good()
-                return sample
-            if not self.is_train:
-                return None
-            row = stable_hash("replacement", self.seed, epoch, ref.row, attempt) % self.length
-        raise AssertionError("BadStreak.add_bad raises first.")
-
-
-def map_loader(
-    dataset: Dataset,
-    args: Any,
-    *,
-    is_train: bool,
-    source: str,
-    epoch: int = 0,
-    tokenizer: Any = None,
-    classes: list[str] | None = None,
-) -> DataInfo:
-    """Return the loader of a map-style data set.
-
-    In training it is shuffled and has the same length on all ranks. In evaluation the samples come in order.
-
-    Args:
-        dataset: samples by index; may raise BadSample.
-        args: batch_size, workers, seed (params.DataConfig).
-        is_train: whether the loader is for training.
-        source: name of the data for messages.
-        epoch: the first epoch.
-        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
-        classes: class names, for `Loader.classes`.
-
-    Raises:
-        ValueError: the training data have fewer samples than one batch on every rank.
-    """
-    world = ranks.world()
-    seed = getattr(args, "seed", 0)
-    skipped = SkipCounter(args.workers, max_bad_fraction=getattr(args, "max_bad_fraction", 1.0))
-    size = len(dataset)  # type: ignore[arg-type]
-    sampler: TrainSampler | EvalSampler
-    position = None
-    if is_train:
-        check_one_batch(size, args.batch_size, world.world_size, source)
-        sampler = TrainSampler(size, args.batch_size, world.rank, world.world_size, seed, epoch)
-        position = RowPosition(sampler, source)
-    else:
-        sampler = EvalSampler(size, args.batch_size, world.rank, world.world_size)
-    loader = Loader(
-        SkipBadSamples(dataset, source=source, seed=seed, is_train=is_train, skipped=skipped),
-        source=source,
-        workers=args.workers,
-        seed=seed,
-        num_samples=size,
-        num_batches=len(sampler),
-        skipped=skipped,
-        collate=Collate(tokenizer),
-        batch_sampler=sampler,
-        classes=classes,
-        position=position,
-    )
-    return DataInfo(loader, sampler=sampler, skipped=skipped)
 
 
 def check_one_batch(num_samples: int, batch_size: int, world_size: int, source: str) -> None:

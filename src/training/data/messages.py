@@ -1,4 +1,4 @@
-"""Log lines and errors of bounded length, whatever the data contain."""
+"""Limits the length of log lines and errors that quote data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def quote(text: object, limit: int = NAME_LIMIT) -> str:
     return f"'{shorten(text, limit)}'"
 
 
-def join(values: list[str], count: int, limit: int = 40) -> str:
+def join_first(values: list[str], count: int, limit: int = 40) -> str:
     """Return the first `count` values, shortened, and the number of the others."""
     shown = ", ".join(shorten(value, limit) for value in values[:count])
     return shown if len(values) <= count else f"{shown} and {len(values) - count} more"

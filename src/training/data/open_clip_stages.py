@@ -1,11 +1,13 @@
 """Classes and functions of open_clip_train.data for scripts: pipeline stages, and data sets of pairs.
 
-The stages also work in a `webdataset.DataPipeline`. This project does not use them.
+The stages also work in a `webdataset.DataPipeline`. Nothing in this project imports this module; `training.data` gives
+its names to scripts.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,11 +15,14 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import ranks
-from training.data.rows import csv_file as csv_data
-from training.data.rows import synthetic
+from training.data.messages import shorten
+from training.data.rows import csv_file, synthetic
 from training.data.sampling import SharedEpoch, stable_hash
 from training.data.shards.lists import expand_urls
-from training.data.shards.samples import Sample
+from training.data.shards.samples import Sample, TooLarge, read_shard, too_large
+from training.data.skips import BadSample
+
+logger = logging.getLogger(__name__)
 
 
 def pytorch_worker_seed(increment: int = 0) -> int:
@@ -27,6 +32,29 @@ def pytorch_worker_seed(increment: int = 0) -> int:
     if worker is not None:
         return worker.seed + increment * max(1, worker.num_workers) + rank * worker.num_workers
     return rank + increment
+
+
+def log_and_continue(exn: Exception) -> bool:
+    """Log the exception and return True, which tells webdataset to continue."""
+    logger.warning("Handling webdataset error (%s). Ignoring.", shorten(repr(exn), 400))
+    return True
+
+
+def tarfile_to_samples_nothrow(
+    src: Iterable[Sample], handler: Callable[[Exception], bool] = log_and_continue
+) -> Iterator[Sample]:
+    """Yield the samples of shards {"url": ...}. If `handler(exception)` returns False, the iteration ends."""
+    for shard in src:
+        try:
+            for sample in read_shard(shard["url"]):
+                large = next((key for key, value in sample.items() if isinstance(value, TooLarge)), None)
+                if large is None:
+                    yield sample
+                elif not handler(too_large(sample, large)):
+                    return
+        except BadSample as bad:
+            if not handler(bad):
+                break
 
 
 def _epoch_value(epoch: int | SharedEpoch) -> int:
@@ -131,7 +159,7 @@ def count_samples(dataloader: Iterable[Any]) -> tuple[int, int]:
     return samples, batches
 
 
-class CsvDataset(csv_data.CsvDataset):
+class CsvDataset(csv_file.CsvDataset):
     """The rows of a CSV file as pairs `(transforms(PIL image), tokenizer([caption])[0])`."""
 
     def __init__(

@@ -14,7 +14,7 @@ that the uninterrupted run would have got, from any position in an epoch. With o
 (If an epoch of shards has more samples than a reader's part of the shards, the reader starts over and repeats samples.
 This also holds for uninterrupted runs.)
 
-This module has the interface and the position in rows; `training.data.shards.position` has the position in shards.
+`Position` is the interface. `training.data.rows.position` and `training.data.shards.position` implement it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
-
-from training.data.sampling import TrainSampler
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ class Position(ABC, Generic[StateT]):
         self._loaded: StateT | None = None
         self._marked: tuple[StateT | None, StateT | None] = (None, None)
 
-    def begin(self) -> None:
+    def begin_epoch(self) -> None:
         """Start an epoch: at the loaded position if that is in this epoch, otherwise at the start of the epoch."""
         epoch = self._epoch()
         is_resumed = self._loaded is not None and self._loaded.epoch == epoch
@@ -75,7 +73,7 @@ class Position(ABC, Generic[StateT]):
         self._start(self._current, is_resumed)
 
     @abstractmethod
-    def received(self, after: Any) -> None:
+    def record_batch(self, after: Any) -> None:
         """Record that the training loop gets the next batch. `after` is the position that came with the batch."""
 
     def mark(self) -> None:
@@ -125,47 +123,3 @@ class Position(ABC, Generic[StateT]):
 
     @abstractmethod
     def _from_state_dicts(self, states: Sequence[StateDict]) -> StateT: ...
-
-
-@dataclass
-class RowState(EpochState):
-    """How many samples of the epoch's order all ranks together have read."""
-
-    samples: int = 0
-
-
-class RowPosition(Position[RowState]):
-    """The position in a shuffled list of rows."""
-
-    def __init__(self, sampler: TrainSampler, source: str) -> None:
-        super().__init__(source)
-        self.sampler = sampler
-
-    def received(self, after: Any) -> None:
-        assert self._current is not None
-        self._current.samples += self.sampler.batch_size * self.sampler.world_size
-
-    def _epoch(self) -> int:
-        return self.sampler.epoch
-
-    def _set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-
-    def _initial_state(self, epoch: int) -> RowState:
-        return RowState(epoch)
-
-    def _start(self, state: RowState, is_resumed: bool) -> None:
-        self.sampler.start = state.samples
-
-    def _to_state_dict(self, state: RowState) -> StateDict:
-        return {
-            "form": "rows",
-            "seed": self.sampler.seed,
-            "size": self.sampler.num_samples,
-            "resampled": False,
-            "epoch": state.epoch,
-            "samples": state.samples,
-        }
-
-    def _from_state_dicts(self, states: Sequence[StateDict]) -> RowState:
-        return RowState(states[0]["epoch"], max(state["samples"] for state in states))

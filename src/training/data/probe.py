@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from training.data.loader import AFTER, Loader, SkipBadSamples
+from training.data.loader import AFTER, Loader
+from training.data.rows.loader import SkipBadSamples
 from training.data.shards.dataset import ShardBatches
 from training.data.skips import BAD_IN_A_ROW, BadStreak, NoUsableSamples, SkipCounter
 

@@ -89,7 +89,7 @@ class SkipCounter:
     Args:
         workers: of the data loader.
         shards: names, for the counts by shard.
-        max_bad_fraction: limit for `report`.
+        max_bad_fraction: limit for `report_skips`.
     """
 
     def __init__(self, workers: int = 0, shards: Sequence[str] = (), max_bad_fraction: float = 1.0) -> None:
@@ -163,7 +163,7 @@ class SkipReport:
 
     @property
     def fraction(self) -> float:
-        """The share of bad samples, or of missing and empty shards if that is larger. 0 if too few have been read.
+        """The fraction of bad samples, or of missing and empty shards if that is larger; 0 if too few were read.
 
         Shards are considered because, without a sizes.json, the number of samples in a missing shard is unknown.
         """
@@ -182,7 +182,7 @@ class SkipReport:
         return skipped if len(skipped) <= MESSAGE_LIMIT else skipped[: MESSAGE_LIMIT - 4] + " ..."
 
 
-def report(data: Any) -> SkipReport:
+def report_skips(data: Any) -> SkipReport:
     """Return the counts of `data` (a DataInfo) over all ranks. This is a collective call.
 
     Raises:

@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 
 from open_clip import progress
 from training.data.images import load_image
-from training.data.loader import DataInfo, map_loader, tokenizes_randomly
-from training.data.messages import join, quote, shorten
-from training.data.namespace import CSV, takes_namespace
+from training.data.loader import DataInfo, tokenizes_randomly
+from training.data.messages import join_first, quote, shorten
 from training.data.rows import csv_lines
+from training.data.rows.loader import make_row_loader
 from training.data.rows.string_table import StringTable
 from training.data.sampling import stable_hash
 from training.data.skips import CAPTION_LIMIT, BadSample
+from training.params import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -299,7 +300,7 @@ def _check_header(filename: str, header: list[str], keys: tuple[str, str], sep: 
         raise ValueError(f"{filename} is not UTF-8: its header is not. Convert it, e.g. with iconv.")
     wrong = f"{filename} has no column {' nor '.join(quote(key, 40) for key in missing)}"
     if len(header) > 1:
-        columns = join([f"'{name}'" for name in header], 5)
+        columns = join_first([f"'{name}'" for name in header], 5)
         raise ValueError(f"{wrong}. Its columns: {columns}. Name them with --csv-img-key and --csv-caption-key.")
     others = [other for other in _SEPARATORS if other != sep]
     fits = [other for other in others if set(keys) <= {name.strip() for name in header[0].split(other)}]
@@ -309,29 +310,20 @@ def _check_header(filename: str, header: list[str], keys: tuple[str, str], sep: 
     raise ValueError(f"{wrong}: it has one column only, {column}. The separator is probably not {sep!r}. {fix}.")
 
 
-@takes_namespace(CSV)
-def get_csv_dataset(
-    args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
+def make_csv_loader(
+    cfg: DataConfig, preprocess: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """Return the loader of a CSV file, `args.train_data` or `args.val_data`.
-
-    Args:
-        args: params.DataConfig, or a flat namespace.
-        preprocess_fn: PIL image -> tensor.
-        is_train: whether the loader is for training.
-        epoch: the first epoch.
-        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
-    """
-    filename = args.train_data if is_train else args.val_data
+    """Return the loader of a CSV file; see `training.data.datasets.get_csv_dataset`."""
+    filename = cfg.train_data if is_train else cfg.val_data
     if not filename:
         raise ValueError(f"No CSV file: {'--train-data' if is_train else '--val-data'} is not given.")
     dataset = CsvDataset(
         filename,
-        preprocess_fn,
-        img_key=args.csv_img_key,
-        caption_key=args.csv_caption_key,
-        sep=args.csv_separator,
+        preprocess,
+        img_key=cfg.csv_img_key,
+        caption_key=cfg.csv_caption_key,
+        sep=cfg.csv_separator,
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
         image_ids=not is_train,
     )
-    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=shorten(filename))
+    return make_row_loader(dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=shorten(filename))

@@ -82,12 +82,12 @@ def has_swallowed_rows(text: str, column: int, layout: Layout, paths: PathForm) 
     for number, line in enumerate(lines):
         parts = line.split(layout.sep)
         if number == 0:
-            place, is_whole = layout.path_column - column, len(parts) == layout.columns - column
-            is_whole = is_whole and place > 0
+            path_index, is_row = layout.path_column - column, len(parts) == layout.columns - column
+            is_row = is_row and path_index > 0
         else:
-            place = layout.path_column
-            is_whole = len(parts) == layout.columns or (number == len(lines) - 1 and 1 < len(parts) < layout.columns)
-        if is_whole and place < len(parts) and paths.fits(parts[place]):
+            path_index = layout.path_column
+            is_row = len(parts) == layout.columns or (number == len(lines) - 1 and 1 < len(parts) < layout.columns)
+        if is_row and path_index < len(parts) and paths.fits(parts[path_index]):
             return True
     return False
 

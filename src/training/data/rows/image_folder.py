@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, Subset
 
 from open_clip import progress
 from training.data.images import load_image
-from training.data.loader import DataInfo, map_loader, tokenizes_randomly
+from training.data.loader import DataInfo, tokenizes_randomly
 from training.data.messages import quote, shorten
-from training.data.namespace import FOLDER, LABELLED, takes_namespace
+from training.data.rows.loader import make_row_loader
 from training.data.rows.string_table import StringTable
+from training.params import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -139,54 +140,43 @@ def _list_images(folder: Path) -> list[str]:
     ]
 
 
-@takes_namespace(FOLDER)
-def get_imagefolder_dataset(
-    args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
+def make_captioned_loader(
+    cfg: DataConfig, preprocess: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """Return the loader of `args.train_data` or `args.val_data`, a folder of classes. Captions follow CAPTION."""
-    root = args.train_data if is_train else args.val_data
+    """Return the loader of images with captions; see `training.data.datasets.get_imagefolder_dataset`."""
+    root = cfg.train_data if is_train else cfg.val_data
     if not root:
         raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")
     tokenizer_per_sample = tokenizer if tokenizes_randomly(tokenizer) else None
-    dataset = ImageFolder(root, preprocess_fn, caption=CAPTION, tokenizer=tokenizer_per_sample)
+    dataset = ImageFolder(root, preprocess, caption=CAPTION, tokenizer=tokenizer_per_sample)
     source, classes = shorten(root), dataset.classes
-    return map_loader(
-        dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, classes=classes
+    return make_row_loader(
+        dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, classes=classes
     )
 
 
-@takes_namespace(LABELLED)
-def get_labelled_folder(
-    args: Any, preprocess_fn: Callable[[Any], Any], root: str | os.PathLike[str], numbered: bool = False
+def make_labelled_loader(
+    cfg: DataConfig, preprocess: Callable[[Any], Any], root: str | os.PathLike[str], numbered: bool = False
 ) -> DataInfo:
-    """Return an evaluation loader of {"image", "label"} for a folder of classes, named in `dataloader.classes`."""
-    dataset = ImageFolder(root, preprocess_fn, numbered=numbered)
-    return map_loader(dataset, args, is_train=False, source=shorten(root), classes=dataset.classes)
+    """Return an evaluation loader of images with labels; see `training.data.datasets.get_labelled_folder`."""
+    dataset = ImageFolder(root, preprocess, numbered=numbered)
+    return make_row_loader(dataset, cfg, is_train=False, source=shorten(root), classes=dataset.classes)
 
 
-@takes_namespace(LABELLED)
-def get_imagenet(args: Any, preprocess_fns: Sequence[Callable[[Any], Any]], split: str) -> DataInfo:
-    """Return the loader of a labeled split of ImageNet, for evaluation.
-
-    Args:
-        args: params.DataConfig, or a flat namespace, with the folder as imagenet_train, imagenet_val or imagenet_v2.
-            The first two have one folder per class. The third is the folder in ImageNet-V2's archive, or its parent.
-        preprocess_fns: (train, val), PIL image -> tensor.
-        split: "val" and "v2" give all images in order, "train" at most 50 random images of each class, shuffled.
-    """
-    if split not in ("train", "val", "v2"):
-        raise ValueError(f"No ImageNet split {split!r}: there are 'train', 'val' and 'v2'.")
-    root = getattr(args, f"imagenet_{split}", None)
+def make_imagenet_loader(
+    cfg: DataConfig, preprocess_fns: Sequence[Callable[[Any], Any]], split: str, root: str | None
+) -> DataInfo:
+    """Return the loader of the folder `root` of an ImageNet split; see `training.data.datasets.get_imagenet`."""
     if not root:
         raise ValueError(f"The folder of ImageNet's {split} split is not given. Set imagenet_{split}.")
     if split == "v2":
         inside = [Path(root, name) for name in _IMAGENET_V2_FOLDERS if Path(root, name).is_dir()]
-        root = inside[0] if inside else root
-    if split == "train":
-        folder = ImageFolder(root, preprocess_fns[0])
-        chosen = _choose_per_class(folder.labels, _IMAGENET_TRAIN_IMAGES, getattr(args, "seed", 0))
-        return map_loader(Subset(folder, chosen), args, is_train=False, source=shorten(root), classes=folder.classes)
-    return get_labelled_folder(args, preprocess_fns[1], root, numbered=split == "v2")
+        return make_labelled_loader(cfg, preprocess_fns[1], inside[0] if inside else root, numbered=True)
+    if split == "val":
+        return make_labelled_loader(cfg, preprocess_fns[1], root)
+    folder = ImageFolder(root, preprocess_fns[0])
+    subset = Subset(folder, _choose_per_class(folder.labels, _IMAGENET_TRAIN_IMAGES, cfg.seed))
+    return make_row_loader(subset, cfg, is_train=False, source=shorten(root), classes=folder.classes)
 
 
 def _choose_per_class(labels: torch.Tensor, count: int, seed: int) -> list[int]:

@@ -23,12 +23,12 @@ class StringTable:
     @classmethod
     def concatenate(cls, tables: list[StringTable]) -> StringTable:
         """Return one table with the strings of all."""
-        whole = cls()
+        table = cls()
         if tables:
-            lengths = torch.cat([torch.diff(table._offsets) for table in tables])
-            whole._bytes = torch.cat([table._bytes for table in tables])
-            whole._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(lengths, 0)])
-        return whole
+            lengths = torch.cat([torch.diff(part._offsets) for part in tables])
+            table._bytes = torch.cat([part._bytes for part in tables])
+            table._offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(lengths, 0)])
+        return table
 
     @staticmethod
     def _encode(strings: Iterable[str]) -> tuple[bytes, np.ndarray]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from training.data.loader import DataInfo, map_loader, tokenizes_randomly
-from training.data.namespace import SYNTHETIC, takes_namespace
+from training.data.loader import DataInfo, tokenizes_randomly
+from training.data.rows.loader import make_row_loader
+from training.params import DataConfig
 
 
 class SyntheticDataset(Dataset):
@@ -43,28 +44,16 @@ class SyntheticDataset(Dataset):
         return {"image": image, "text": text, "key": f"synthetic {index}"}
 
 
-@takes_namespace(SYNTHETIC)
-def get_synthetic_dataset(
-    args: Any, preprocess_fn: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
+def make_synthetic_loader(
+    cfg: DataConfig, preprocess: Callable[[Any], Any], is_train: bool, epoch: int = 0, tokenizer: Any = None
 ) -> DataInfo:
-    """Return a loader of synthetic samples.
-
-    In training there are `args.train_num_samples` samples, 100 by default. In evaluation there are
-    `args.val_num_samples`, by default as many as in training.
-
-    Args:
-        args: params.DataConfig, or a flat namespace.
-        preprocess_fn: PIL image -> tensor.
-        is_train: whether the loader is for training.
-        epoch: the first epoch.
-        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
-    """
-    sizes = [args.train_num_samples if is_train else args.val_num_samples, args.train_num_samples, 100]
+    """Return a loader of synthetic samples; see `training.data.datasets.get_synthetic_dataset`."""
+    sizes = [cfg.train_num_samples if is_train else cfg.val_num_samples, cfg.train_num_samples, 100]
     dataset = SyntheticDataset(
-        transform=preprocess_fn,
+        transform=preprocess,
         dataset_size=next(size for size in sizes if size is not None),
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
     )
     option = "--train-num-samples" if is_train else "--val-num-samples"
     source = f"synthetic data ({option} {len(dataset)})"
-    return map_loader(dataset, args, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source)
+    return make_row_loader(dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source)

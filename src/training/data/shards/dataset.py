@@ -21,7 +21,6 @@ from training import ranks
 from training.data.images import load_image
 from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
-from training.data.namespace import SHARDS, takes_namespace
 from training.data.sampling import SharedEpoch, sample_rng
 from training.data.shards.lists import expand_urls, get_dataset_size, shard_sizes
 from training.data.shards.position import ReaderLayout, ResumeRequest, ShardPosition, ShardState
@@ -29,6 +28,7 @@ from training.data.shards.reader import ReadPosition, ShardPlan, ShardReader, Sh
 from training.data.shards.remote import check_schemes, is_local
 from training.data.shards.samples import CAPTION_KEY, IMAGE_KEYS, Sample
 from training.data.skips import BadSample, SkipCounter
+from training.params import DataConfig
 
 
 class ShardBatch(NamedTuple):
@@ -139,53 +139,25 @@ class _ShardCollate(Collate):
         return None if collated is None else {**collated, AFTER: batch.after}
 
 
-@takes_namespace(SHARDS)
-def get_wds_dataset(
-    args: Any,
-    preprocess_img: Callable[[Any], Any],
+def make_shard_loader(
+    cfg: DataConfig,
+    preprocess: Callable[[Any], Any],
     is_train: bool,
     epoch: int = 0,
     floor: bool = False,
     tokenizer: Any = None,
 ) -> DataInfo:
-    """Return the loader of webdataset shards, `args.train_data` or `args.val_data`.
-
-    In training, an epoch has --train-num-samples samples (by default the number in sizes.json or `__len__`), rounded to
-    the same number of full batches for every worker of every rank. In evaluation, every sample is read once.
-
-    Args:
-        args: params.DataConfig, or a flat namespace.
-        preprocess_img: PIL image -> tensor.
-        is_train: whether the loader is for training.
-        epoch: the first epoch.
-        floor: round the number of samples down instead of up.
-        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
-
-    Raises:
-        FileNotFoundError: all shards are local files, and none of them exists.
-        ValueError: there are no shards, their number of samples is unknown in training, or less than a batch.
-    """
-    source = args.train_data if is_train else args.val_data
-    if not source:
-        raise ValueError(f"No shards: {'--train-data' if is_train else '--val-data'} is not given.")
-    factors = getattr(args, "train_data_upsampling_factors", None) if is_train else None
-    resampled = is_train and getattr(args, "dataset_resampled", False)
-    if factors is not None and not resampled:
-        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
-    urls, weights = expand_urls(source, factors)
-    _check_present(urls, str(source))
+    """Return the loader of webdataset shards; see `training.data.datasets.get_wds_dataset`."""
+    shards, source = _find_shards(cfg, is_train)
+    num_batches, num_samples = _epoch_size(cfg, shards, source, floor)
     world = ranks.world()
-    num_batches, num_samples = _epoch_size(args, urls, source, is_train, resampled, floor)
-    seed = getattr(args, "seed", 0)
-    shards = ShardSet(urls, seed, is_train, resampled, weights, shard_sizes(urls), single_rank=not world.distributed)
-    layout = ReaderLayout(world.rank, world.world_size, max(1, args.workers), args.batch_size, num_batches)
-    source = shorten(source)  # for messages
-    skipped = SkipCounter(args.workers, urls, getattr(args, "max_bad_fraction", 1.0))
+    layout = ReaderLayout(world.rank, world.world_size, max(1, cfg.workers), cfg.batch_size, num_batches)
+    skipped = SkipCounter(cfg.workers, shards.urls, cfg.max_bad_fraction)
     shared_epoch, resume = SharedEpoch(epoch), ResumeRequest()
     dataset = ShardBatches(
         shards,
         layout,
-        transform=preprocess_img,
+        transform=preprocess,
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
         shared_epoch=shared_epoch,
         resume=resume,
@@ -195,8 +167,8 @@ def get_wds_dataset(
     loader = Loader(
         dataset,
         source=source,
-        workers=args.workers,
-        seed=seed,
+        workers=cfg.workers,
+        seed=cfg.seed,
         num_samples=num_samples,
         num_batches=num_batches,
         skipped=skipped,
@@ -206,29 +178,44 @@ def get_wds_dataset(
     return DataInfo(loader, shared_epoch=shared_epoch, skipped=skipped)
 
 
-def _epoch_size(
-    args: Any, urls: list[str], source: str, is_train: bool, resampled: bool, floor: bool
-) -> tuple[int, int]:
+def _find_shards(cfg: DataConfig, is_train: bool) -> tuple[ShardSet, str]:
+    """Return the shards of the training or validation data, and the name of the data for messages."""
+    source = cfg.train_data if is_train else cfg.val_data
+    if not source:
+        raise ValueError(f"No shards: {'--train-data' if is_train else '--val-data'} is not given.")
+    factors = cfg.train_data_upsampling_factors if is_train else None
+    resampled = is_train and cfg.dataset_resampled
+    if factors is not None and not resampled:
+        raise ValueError("--train-data-upsampling-factors needs --dataset-resampled.")
+    urls, weights = expand_urls(source, factors)
+    _check_present(urls, str(source))
+    single_rank = not ranks.world().distributed
+    shards = ShardSet(urls, cfg.seed, is_train, resampled, weights, shard_sizes(urls), single_rank)
+    return shards, shorten(source)
+
+
+def _epoch_size(cfg: DataConfig, shards: ShardSet, source: str, floor: bool) -> tuple[int, int]:
     """Return (batches per rank, samples over all ranks). In evaluation, both are 0 if unknown."""
-    workers, global_batch = max(1, args.workers), args.batch_size * ranks.world().world_size
-    num_samples = args.train_num_samples if is_train else args.val_num_samples
+    world_size, workers = ranks.world().world_size, max(1, cfg.workers)
+    global_batch = cfg.batch_size * world_size
+    num_samples = cfg.train_num_samples if shards.endless else cfg.val_num_samples
     if num_samples is None:
-        num_samples = get_dataset_size(urls)[0]
-    if not is_train:
+        num_samples = get_dataset_size(shards.urls)[0]
+    if not shards.endless:
         return math.ceil((num_samples or 0) / global_batch), num_samples or 0
     if num_samples is None:
         raise ValueError(
-            f"The number of samples in {shorten(source)} is unknown: give --train-num-samples, or put a sizes.json "
+            f"The number of samples in {source} is unknown: give --train-num-samples, or put a sizes.json "
             '({"00000.tar": 1000, ...}), img2dataset\'s _stats.json of every shard, or a file __len__ with the total '
             "number next to the shards."
         )
-    if not resampled:
-        check_one_batch(num_samples, args.batch_size, ranks.world().world_size, shorten(source))
-    whole = math.floor if floor else math.ceil
-    batches = whole(num_samples / global_batch)
-    per_worker = whole(batches / workers)
+    if not shards.resampled:
+        check_one_batch(num_samples, cfg.batch_size, world_size, source)
+    to_integer = math.floor if floor else math.ceil
+    batches = to_integer(num_samples / global_batch)
+    per_worker = to_integer(batches / workers)
     if per_worker == 0:
-        raise ValueError(f"{shorten(source)} has {batches} batches per epoch, and --workers is {workers}. Use fewer.")
+        raise ValueError(f"{source} has {batches} batches per epoch, and --workers is {workers}. Use fewer.")
     return per_worker * workers, per_worker * workers * global_batch
 
 

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from training.data.messages import join, quote, shorten
+from training.data.messages import join_first, quote, shorten
 from training.data.shards.remote import is_fsspec, is_local, open_stream, openable
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def shard_sizes(urls: Sequence[str]) -> dict[str, int]:
             raise ValueError(f"{shorten(path)} is not a table of numbers ({shorten(error)}).") from error
         missing = [os.path.basename(url) for url in inside if url not in found]
         if missing:
-            logger.warning("%s has no size for %d shards: %s.", shorten(path), len(missing), join(missing, 3))
+            logger.warning("%s has no size for %d shards: %s.", shorten(path), len(missing), join_first(missing, 3))
     return found
 
 
@@ -219,7 +219,7 @@ def _size_by_stats(folder: str, urls: Sequence[str]) -> int | None:
     if missing and len(missing) < len(urls):
         logger.warning(
             "%s: %d of %d shards have no _stats.json: %s. The number of samples is unknown.",
-            shorten(folder) or ".", len(missing), len(urls), join(missing, 3),
+            shorten(folder) or ".", len(missing), len(urls), join_first(missing, 3),
         )  # fmt: skip
     return None if missing else total
 

@@ -146,7 +146,7 @@ class ShardPosition(Position[ShardState]):
     def may_end_early(self) -> bool:  # type: ignore[override]
         return self._current is not None and self._current.plans is not None
 
-    def received(self, after: Any) -> None:
+    def record_batch(self, after: Any) -> None:
         assert self._current is not None
         worker, *position = after
         self._current.positions[worker] = ReadPosition(*position)
@@ -165,7 +165,7 @@ class ShardPosition(Position[ShardState]):
     def _start(self, state: ShardState, is_resumed: bool) -> None:
         self.resume.is_pending.fill_(is_resumed)
         if is_resumed:
-            # A copy, because without workers the data set would see the changes that `received` makes.
+            # A copy, because without workers the data set would see the changes that `record_batch` makes.
             self.resume.state = replace(state, positions=list(state.positions), batches_read=list(state.batches_read))
 
     def _to_state_dict(self, state: ShardState) -> StateDict:

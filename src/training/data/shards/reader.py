@@ -1,18 +1,25 @@
 """The order in which samples are read from shards, and how reading continues from any position.
 
-The data flow from shards to batches of one worker ("reader"):
+How the samples of one shard get into a batch. A reader is one worker process of one rank (`ReaderLayout`):
 
-    ShardSet.plan(epoch, number, reader, readers)    which shards this reader reads, in order: a ShardPlan
-      -> ShardRead, ShardRead, ...                   one reading of one shard, or of every N-th sample of it
-        -> read_shard (training.data.shards)         tar members, grouped into samples; damage becomes a BadSample
-          -> ShardReader._usable_samples             counts bad samples and drops them
-            -> ShardReader._shuffled                 shuffles blocks, and adds the ReadPosition after each sample
-              -> ShardBatches (webdataset_data)      decodes images, and makes batches
-                -> Loader                            takes the ReadPosition out of each batch, for the checkpoint
+    ShardSet                     all shards, with the seed and the weights
+      .plan(epoch, number, reader, readers)
+    ShardPlan                    the shards that this reader reads, in order; the next plan follows when it is read
+      ShardRead                  one reading of one shard: all of its samples, or every N-th one
+        samples.read_shard       tar members -> samples of encoded bytes; damage raises BadSample at the end
+    ShardReader
+      ._usable_samples           drops and counts bad samples; BadStreak ends the run after too many in a row
+      ._stream                   the usable samples of all reads of a plan
+      ._shuffled                 blocks of 2,048 samples, each shuffled by (seed, epoch, position of the block)
+      .samples                   (sample, ReadPosition after it)
+    dataset.ShardBatches         decodes images and captions, and groups samples into ShardBatch(samples, after)
+    data.loader.Loader           moves batches to the training process, takes `after` out of each one, and calls
+    position.ShardPosition       .record_batch(after): what state_dict saves, one ReadPosition per worker
+                                 .load_state_dict -> ResumeRequest (in shared memory): where ShardBatches starts next
 
-To resume at a `ReadPosition`, a reader opens the shard in which the block starts, seeks to the first sample of the
-block (one seek in a local tar), and reads the block again. So it reads at most one block before the first sample, as
-in a cold start, wherever in the epoch the position is.
+To resume at a ReadPosition, a reader opens the shard in which the block starts, seeks to the first sample of the block
+(one seek in a local tar), and reads the block again. So it reads at most one block before the first sample, as in a
+cold start, wherever in the epoch the position is.
 """
 
 from __future__ import annotations
@@ -201,7 +208,7 @@ class _Block:
 class ShardReader:
     """The usable samples of a reader's plans, encoded, each with the read position after it.
 
-    A sample is a dict of `training.data.shards.read_shard` with "__shard__" and "__read_id__" of its shard read. Bad
+    A sample is a dict of `samples.read_shard` with "__shard__" and "__read_id__" of its shard read. Bad
     samples and shards are counted and dropped.
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import logging
 import lzma
 import re
 import tarfile
@@ -19,12 +18,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.data.messages import join, quote, shorten
+from training.data.messages import join_first, quote, shorten
 from training.data.shards.remote import is_local
-from training.data.shards.tar import Member, TarStream, opened
+from training.data.shards.tar import Member, TarStream, open_tar
 from training.data.skips import CAPTION_LIMIT, IMAGE_LIMIT, BadSample
-
-logger = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "tif", "tiff")  # the image of a sample is the first of these that it has
 CAPTION_KEY = "txt"
@@ -33,12 +30,6 @@ _EXIT_STATUS = re.compile(r"\bexit (\d+) \(read\)")  # in webdataset's error of 
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # metadata that webdataset writes into a shard
 
 Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
-
-
-def log_and_continue(exn: Exception) -> bool:
-    """Log the exception and return True, which tells webdataset to continue."""
-    logger.warning("Handling webdataset error (%s). Ignoring.", shorten(repr(exn), 400))
-    return True
 
 
 def filter_no_caption_or_no_image(sample: Sample) -> bool:
@@ -200,7 +191,7 @@ class _MemberReader:
         """
         damage = False
         try:
-            with opened(self.url) as stream:
+            with open_tar(self.url) as stream:
                 self.stream = stream
                 stream.start_at(self.offset)
                 for member in stream:
@@ -257,23 +248,6 @@ class _MemberReader:
         return BadSample("corrupt_shard", self.url, f"it cannot be read after {self.count} files ({reason})")
 
 
-def tarfile_to_samples_nothrow(
-    src: Iterable[Sample], handler: Callable[[Exception], bool] = log_and_continue
-) -> Iterator[Sample]:
-    """Yield the samples of shards {"url": ...}. If `handler(exception)` returns False, the iteration ends."""
-    for shard in src:
-        try:
-            for sample in read_shard(shard["url"]):
-                large = next((key for key, value in sample.items() if isinstance(value, TooLarge)), None)
-                if large is None:
-                    yield sample
-                elif not handler(too_large(sample, large)):
-                    return
-        except BadSample as bad:
-            if not handler(bad):
-                break
-
-
 def why_unusable(sample: Sample) -> BadSample | None:
     """Return why a sample of `read_shard` is not a pair of an image and a caption; None if it is."""
     name = f"{sample['__url__']}/{sample['__key__']}"
@@ -302,10 +276,10 @@ def _describe_members(sample: Sample) -> str:
         return "nothing"
     usable = (CAPTION_KEY, *IMAGE_KEYS)
     if any("." in extension and extension.rpartition(".")[2] in usable for extension in extensions):
-        return f"{join(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
+        return f"{join_first(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
     folder = sample["__key__"].rpartition("/")[0]
     hint = f" (an image and its caption must be in one folder; this is {quote(folder, 30)})" if folder else ""
-    return join(extensions, 5, 15) + hint
+    return join_first(extensions, 5, 15) + hint
 
 
 def too_large(sample: Sample, key: str) -> BadSample:

@@ -1,6 +1,6 @@
 """Reads tar archives as a stream of members, from files and pipes, compressed or not, also if they are damaged.
 
-Python's tarfile reads long names and pax records into memory whatever size they claim, decompresses bz2 and xz without
+Python's tarfile reads long names and pax records of any claimed size into memory, decompresses bz2 and xz without
 a limit, and skips damage silently. This reader reads the contents of a member only on request, gives its offset, and
 continues after damage at the next valid header.
 """
@@ -39,7 +39,7 @@ _FORMATS: dict[bytes, Callable[[Any], Any]] = {
 
 
 @contextlib.contextmanager
-def opened(url: str) -> Iterator[TarStream]:
+def open_tar(url: str) -> Iterator[TarStream]:
     """Open the archive at a path or URL."""
     if is_local(url):
         with open(url, "rb", buffering=_BUFFER) as local:

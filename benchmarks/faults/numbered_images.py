@@ -1,4 +1,4 @@
-"""Shared code of the scripts about data: images that encode the number of their caption, and shards of them."""
+"""Shared code of the scripts about data: images whose color is the number in their caption, and shards of them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from PIL import Image  # noqa: E402
 from data_files import data_args  # noqa: E402
 from training.data import DataInfo, get_data  # noqa: E402
 
-_STEP = 25  # of a channel's value, for each decimal digit
+_STEP = 25  # difference of a channel's values for two consecutive digits
 
 
 @functools.cache
 def picture(number: int, size: int = 16) -> bytes:
     """Make a JPEG of one color, whose red, green and blue encode the last three digits of `number`."""
-    color = tuple(number // 10**place % 10 * _STEP for place in (2, 1, 0))
+    color = tuple(number // 10**digit % 10 * _STEP for digit in (2, 1, 0))
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), color).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
@@ -47,7 +47,7 @@ def tokenize(captions: list[str]) -> torch.Tensor:
 
 
 def mismatched(batch: dict[str, Any]) -> int:
-    """Count the images of a batch that have another caption."""
+    """Count the images of a batch that have the caption of another one."""
     digits = (batch["image"] / _STEP).round().long()
     numbers = (digits * torch.tensor([100, 10, 1])).sum(1)
     return int((numbers != batch["text"][:, 0] % 1000).sum())

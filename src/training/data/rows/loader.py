@@ -1,0 +1,112 @@
+"""The loader of data sets whose samples have an index, and the replacement of bad samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from training import ranks
+from training.data.loader import Collate, DataInfo, Loader, check_one_batch
+from training.data.rows.position import RowPosition
+from training.data.sampling import EvalSampler, SampleRef, TrainSampler, sample_rng, stable_hash
+from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
+from training.params import DataConfig
+
+
+class SkipBadSamples(Dataset):
+    """A map-style data set without bad samples, whose random transforms depend on (seed, epoch, row) only.
+
+    In training a bad sample is replaced by another one, drawn from (seed, epoch, row), so the result does not depend on
+    the number of workers and ranks. In evaluation it becomes None, which `Collate` drops.
+    """
+
+    def __init__(self, dataset: Dataset, *, source: str, seed: int, is_train: bool, skipped: SkipCounter) -> None:
+        self.dataset = dataset
+        self.length = len(dataset)  # type: ignore[arg-type]
+        self.source = source
+        self.seed = seed
+        self.is_train = is_train
+        self.skipped = skipped
+        self.streak = BadStreak(source, None if ranks.world().distributed else BAD_IN_A_ROW)  # one per worker
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the wrapped data set, such as `classes` and `captions`."""
+        if name.startswith("__") or "dataset" not in vars(self):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, ref: SampleRef) -> dict[str, Any] | None:
+        row, epoch = ref
+        streak = BadStreak(self.source) if self.is_train else self.streak
+        for attempt in range(BAD_IN_A_ROW):
+            try:
+                with sample_rng(self.seed, epoch, row):
+                    sample = self.dataset[row]
+            except BadSample as bad:
+                self.skipped.add_bad(bad)
+                streak.add_bad(bad)
+            else:
+                streak.add_good()
+                self.skipped.add_good()
+                return sample
+            if not self.is_train:
+                return None
+            row = stable_hash("replacement", self.seed, epoch, ref.row, attempt) % self.length
+        raise AssertionError("BadStreak.add_bad raises first.")
+
+
+def make_row_loader(
+    dataset: Dataset,
+    cfg: DataConfig,
+    *,
+    is_train: bool,
+    source: str,
+    epoch: int = 0,
+    tokenizer: Any = None,
+    classes: list[str] | None = None,
+) -> DataInfo:
+    """Return the loader of a map-style data set.
+
+    In training it is shuffled and has the same length on all ranks. In evaluation the samples come in order.
+
+    Args:
+        dataset: samples by index; may raise BadSample.
+        cfg: batch_size, workers, seed and max_bad_fraction are used.
+        is_train: whether the loader is for training.
+        source: name of the data for messages.
+        epoch: the first epoch.
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
+        classes: class names, for `Loader.classes`.
+
+    Raises:
+        ValueError: the training data have fewer samples than one batch on every rank.
+    """
+    world = ranks.world()
+    skipped = SkipCounter(cfg.workers, max_bad_fraction=cfg.max_bad_fraction)
+    size = len(dataset)  # type: ignore[arg-type]
+    sampler: TrainSampler | EvalSampler
+    position = None
+    if is_train:
+        check_one_batch(size, cfg.batch_size, world.world_size, source)
+        sampler = TrainSampler(size, cfg.batch_size, world.rank, world.world_size, cfg.seed, epoch)
+        position = RowPosition(sampler, source)
+    else:
+        sampler = EvalSampler(size, cfg.batch_size, world.rank, world.world_size)
+    loader = Loader(
+        SkipBadSamples(dataset, source=source, seed=cfg.seed, is_train=is_train, skipped=skipped),
+        source=source,
+        workers=cfg.workers,
+        seed=cfg.seed,
+        num_samples=size,
+        num_batches=len(sampler),
+        skipped=skipped,
+        collate=Collate(tokenizer),
+        batch_sampler=sampler,
+        classes=classes,
+        position=position,
+    )
+    return DataInfo(loader, sampler=sampler, skipped=skipped)
