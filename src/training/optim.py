@@ -59,7 +59,7 @@ def check_name(opt: str) -> None:
         raise ValueError(f"Unknown --opt {opt!r}. Use adamw or timm/NAME.")
     import timm.optim
 
-    name, known = name.removeprefix("timm/"), timm.optim.list_optimizers()
+    name, known = name.removeprefix("timm/"), [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
         near = ", ".join(f"timm/{match}" for match in closest(name, known))
         raise ValueError(f"--opt {opt!r}: timm has no such optimizer.{near and f' Similar names: {near}.'}")
