@@ -21,8 +21,11 @@ args = params.parse_args(
 )
 args.distributed, args.rank, args.world_size = False, 0, 1
 transforms = (open_clip.image_transform(224, is_train=True), open_clip.image_transform(224, is_train=False))
-# This project's own command hands its loader sections instead of the flat namespace that scripts hand over.
-options = params.sections(args).data if hasattr(params, "sections") else args
+options = args
+if hasattr(params, "sections"):  # as this project's training command does: uint8 images, normalized on the device
+    from open_clip_train.batches import to_pixels
+
+    options, transforms = params.sections(args).data, tuple(map(to_pixels, transforms))
 loader = get_data(options, transforms, epoch=0, tokenizer=open_clip.get_tokenizer("ViT-B-32"))["train"].dataloader
 start = 0.0
 for number, _ in enumerate(loader):
