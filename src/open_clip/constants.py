@@ -16,5 +16,8 @@ TRANSFORMERS_CONFIG_NAME = "config.json"
 TRANSFORMERS_PREPROCESSOR_NAME = "preprocessor_config.json"
 TRANSFORMERS_WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 
+# Sizes that OpenAI's archives store next to the weights.
+OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
+
 # Total stride of a ModifiedResNet: image pixels per row of its last stage.
 RESNET_STRIDE = 32

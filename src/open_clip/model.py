@@ -17,6 +17,7 @@ from torch import nn
 
 from . import aliases
 from .config import CLIPTextCfg, CLIPVisionCfg
+from .constants import OPENAI_SIZES
 from .convert.layout import to_custom_text_layout as convert_to_custom_text_state_dict
 from .convert.openai_sizes import infer_text_cfg, infer_vision_cfg
 from .model_inputs import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
@@ -390,7 +391,7 @@ def build_model_around_openai_weights(
     cast_dtype: torch.dtype | None = torch.float16,
 ) -> CLIP:
     """Do as `build_model_from_openai_state_dict`, but without copying tensors that already have the right dtype."""
-    state_dict = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    state_dict = {k: v for k, v in state_dict.items() if k not in OPENAI_SIZES}
     # On the meta device, because the archive has all weights.
     with torch.device("meta"):
         model = CLIP(

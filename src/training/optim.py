@@ -61,7 +61,7 @@ def check_name(opt: str) -> None:
 
     name, known = name.removeprefix("timm/"), [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
-        near = ", ".join(f"timm/{match}" for match in closest(name, known))
+        near = ", ".join(f"timm/{match}" for match in closest(name, map(str, known)))
         raise ValueError(f"--opt {opt!r}: timm has no such optimizer.{near and f' Similar names: {near}.'}")
 
 

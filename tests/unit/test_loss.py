@@ -165,7 +165,7 @@ def test_logits_are_not_stored():
     """For 4096 pairs, one matrix of logits has 64 MB and the gradients 4 MB. The process may grow by 40 MB."""
     script = """
 import resource, torch
-from open_clip import pairwise
+from open_clip.loss import pairwise
 from open_clip.loss import ClipLoss, SigLipLoss
 pairwise.TILE_ELEMENTS = 2**18
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -18,6 +18,7 @@ from torch import nn
 import open_clip
 import tiny_clip
 from hub_server import use_hub
+from open_clip.pretrained.registry import read_registry
 from open_clip.push_to_hf_hub import generate_readme, save_for_hf
 
 push = importlib.import_module("open_clip.push_to_hf_hub")  # the attribute with this name is the function
@@ -386,7 +387,7 @@ def test_weights_with_quick_gelu(hub, registered, monkeypatch):
     """They are pushed with QuickGELU, whatever the model name."""
     name, weights, _ = registered
     row = {"url": "", "hf_hub": "org/w/", "quick_gelu": True, **PREPROCESS}
-    monkeypatch.setitem(open_clip.pretrained._registry(), name, {"tag": row})
+    monkeypatch.setitem(read_registry(), name, {"tag": row})
     hub.put("org/w", {PICKLE: Path(weights).read_bytes()})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

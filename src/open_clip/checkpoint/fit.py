@@ -65,40 +65,6 @@ def put_weights(
     return _load_fitted(model, _fit(model, state_dict, source), strict, device, source)
 
 
-def _fit(model: nn.Module, state_dict: StateDict, source: str) -> StateDict:
-    """Convert a state dict to the model's layout, sizes and prefix, as far as possible."""
-    expected = model.state_dict().keys()
-    fitted = fit_state_dict(model, state_dict)
-    if not expected <= fitted.keys():
-        stripped = strip_to_fit(state_dict, expected, lambda weights: convert_state_dict(model, weights), source)
-        if stripped is not None:
-            fitted = fit_state_dict(model, stripped)
-    return drop_extras(fitted, expected)
-
-
-def _load_fitted(model: nn.Module, state_dict: StateDict, strict: bool, device: str | torch.device, source: str) -> Any:
-    """Load weights that have the model's names. A model on the meta device removes them from `state_dict`."""
-    expected = model.state_dict()
-    mismatch = compare(expected, state_dict)
-    if mismatch.wrong_shapes or (strict and mismatch):
-        advice = _advise(state_dict, expected, mismatch)
-        raise RuntimeError(f"{source} does not fit {type(model).__name__}: {mismatch} {advice}")
-    if mismatch:
-        logger.warning("%s fits %s only in part: %s", source, type(model).__name__, mismatch)
-    if any(value.is_meta for value in expected.values()):
-        return assign_weights(model, state_dict, expected, device, source)
-    return model.load_state_dict(state_dict, strict=False)
-
-
-def _advise(state_dict: StateDict, expected: StateDict, mismatch: Mismatch) -> str:
-    """Say what probably caused the mismatch, and how to fix it."""
-    if mismatch.unexpected == ["logit_bias"] and not mismatch.missing:
-        return "It was trained with a logit bias. Build the model with init_logit_bias=-10 (SigLIP)."
-    prefix = "".join(common_prefixes(state_dict)[-1:])
-    named = f"All names start with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
-    return named + (explain_mismatch(state_dict, expected) or "Is it a checkpoint of another model?")
-
-
 def load_tower_checkpoint(
     model: nn.Module,
     tower: str,
@@ -141,6 +107,40 @@ def load_tower_checkpoint(
         logger.warning("%s fits the %s tower only in part: %s", checkpoint_path, tower, mismatch)
     incompatible = model.load_state_dict({k: v for k, v in state_dict.items() if k in expected}, strict=False)
     return type(incompatible)(mismatch.missing, mismatch.unexpected)
+
+
+def _fit(model: nn.Module, state_dict: StateDict, source: str) -> StateDict:
+    """Convert a state dict to the model's layout, sizes and prefix, as far as possible."""
+    expected = model.state_dict().keys()
+    fitted = fit_state_dict(model, state_dict)
+    if not expected <= fitted.keys():
+        stripped = strip_to_fit(state_dict, expected, lambda weights: convert_state_dict(model, weights), source)
+        if stripped is not None:
+            fitted = fit_state_dict(model, stripped)
+    return drop_extras(fitted, expected)
+
+
+def _load_fitted(model: nn.Module, state_dict: StateDict, strict: bool, device: str | torch.device, source: str) -> Any:
+    """Load weights that have the model's names. A model on the meta device removes them from `state_dict`."""
+    expected = model.state_dict()
+    mismatch = compare(expected, state_dict)
+    if mismatch.wrong_shapes or (strict and mismatch):
+        advice = _advise(state_dict, expected, mismatch)
+        raise RuntimeError(f"{source} does not fit {type(model).__name__}: {mismatch} {advice}")
+    if mismatch:
+        logger.warning("%s fits %s only in part: %s", source, type(model).__name__, mismatch)
+    if any(value.is_meta for value in expected.values()):
+        return assign_weights(model, state_dict, expected, device, source)
+    return model.load_state_dict(state_dict, strict=False)
+
+
+def _advise(state_dict: StateDict, expected: StateDict, mismatch: Mismatch) -> str:
+    """Say what probably caused the mismatch, and how to fix it."""
+    if mismatch.unexpected == ["logit_bias"] and not mismatch.missing:
+        return "It was trained with a logit bias. Build the model with init_logit_bias=-10 (SigLIP)."
+    prefix = "".join(common_prefixes(state_dict)[-1:])
+    named = f"All names start with {prefix[:60]!r}. " if prefix and len(state_dict) > 1 else ""
+    return named + (explain_mismatch(state_dict, expected) or "Is it a checkpoint of another model?")
 
 
 def _select_tower(state_dict: StateDict, tower: str, expected: StateDict) -> StateDict:

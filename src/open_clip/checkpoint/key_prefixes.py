@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from ..constants import OPENAI_SIZES
+
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("module.", "model.")
 
 # Entries of old files that are not weights: the causal mask, and three sizes of OpenAI's models.
 _MASK = "attn_mask"
-OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size", _MASK)
+OPENAI_EXTRAS = (*OPENAI_SIZES, _MASK)
 # Parameters and buffers that a file may lack.
 _MAY_LACK = ("logit_bias", "num_batches_tracked")
 

@@ -21,14 +21,26 @@ from .original import (
 from .transformers_clip import from_transformers, is_transformers
 
 
-def drop_position_ids(state_dict: StateDict) -> StateDict:
-    """Drop the tensors 0, 1, 2, ... that older releases of transformers stored with the weights."""
-    return {key: value for key, value in state_dict.items() if not key.endswith("embeddings.position_ids")}
+def load_big_vision_weights(model: nn.Module, checkpoint_path: str | os.PathLike) -> Any:
+    """Load the weights of a big_vision `.npz` (SigLIP, CLIPA) into a model, as `load_checkpoint` does.
+
+    Returns:
+        The incompatible keys (there are none).
+
+    Raises:
+        ValueError: the file is damaged, or its names are not those of big_vision.
+        RuntimeError: names or shapes do not match the model.
+    """
+    arrays = read_npz(checkpoint_path)
+    if not is_big_vision(arrays):
+        found = ", ".join(list(arrays)[:4])
+        raise ValueError(f"{checkpoint_path} is not a big_vision model with two towers. It has {found}.")
+    return model.load_state_dict(fit_state_dict(model, arrays))
 
 
 def convert_foreign(model: nn.Module, state_dict: StateDict) -> StateDict:
     """Convert weights in the layout of another project to that of CLIP or CustomTextCLIP. Others are unchanged."""
-    state_dict = drop_position_ids(state_dict)
+    state_dict = _drop_position_ids(state_dict)
     if is_big_vision(state_dict):
         return from_big_vision(model, state_dict)
     if is_mobile_clip(state_dict):
@@ -64,6 +76,11 @@ def fit_state_dict(model: nn.Module, state_dict: StateDict) -> StateDict:
     return state_dict
 
 
+def _drop_position_ids(state_dict: StateDict) -> StateDict:
+    """Drop the tensors 0, 1, 2, ... that older releases of transformers stored with the weights."""
+    return {key: value for key, value in state_dict.items() if not key.endswith("embeddings.position_ids")}
+
+
 def _fit_scalars(model: nn.Module, state_dict: StateDict) -> None:
     for name in ("logit_scale", "logit_bias"):
         target = getattr(model, name, None)
@@ -80,20 +97,3 @@ def _has_same_text_width(model: nn.Module, state_dict: StateDict) -> bool:
     target = getattr(getattr(model, "text", model), "positional_embedding", None)
     table = next((v for k, v in state_dict.items() if k in ("positional_embedding", "text.positional_embedding")), None)
     return table is not None and target is not None and table.shape[-1] == target.shape[-1]
-
-
-def load_big_vision_weights(model: nn.Module, checkpoint_path: str | os.PathLike) -> Any:
-    """Load the weights of a big_vision `.npz` (SigLIP, CLIPA) into a model, as `load_checkpoint` does.
-
-    Returns:
-        The incompatible keys (there are none).
-
-    Raises:
-        ValueError: the file is damaged, or its names are not those of big_vision.
-        RuntimeError: names or shapes do not match the model.
-    """
-    arrays = read_npz(checkpoint_path)
-    if not is_big_vision(arrays):
-        found = ", ".join(list(arrays)[:4])
-        raise ValueError(f"{checkpoint_path} is not a big_vision model with two towers. It has {found}.")
-    return model.load_state_dict(fit_state_dict(model, arrays))

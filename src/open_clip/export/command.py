@@ -35,7 +35,7 @@ from .graphs import Tower, build_towers, default_context_length
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "fp16")
+GRAPH_PRECISIONS = ("fp32", "fp16")
 # Largest accepted difference, relative to the largest feature.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CHECKED_BATCHES = (1, 2, 5)
@@ -193,7 +193,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for the graphs; created if missing")
     parser.add_argument("--format", default="onnx", choices=FORMATS, help="onnx, or .pt2 of torch.export")
     parser.add_argument("--batch-size", type=int, default=None, metavar="N", help="fixed batch size; default: any")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="precision of weights and images")
+    parser.add_argument("--precision", default="fp32", choices=GRAPH_PRECISIONS, help="precision of weights and images")
     parser.add_argument("--opset", type=int, default=OPSET, help="ONNX opset; ATC of CANN 8 supports up to 18")
     parser.add_argument("--normalize", action="store_true", help="return normalized features")
     parser.add_argument("--image-size", type=int, nargs="+", default=None, help="pixels: side, or height and width")

@@ -26,7 +26,6 @@ from .hub import download_pretrained_from_hf, has_hf_hub
 
 logger = logging.getLogger(__name__)
 
-
 DEFAULT_CACHE_DIR = "~/.cache/clip"
 _CHUNK = 1 << 20  # bytes read at a time
 _TIMEOUT = 60  # seconds without a byte before a connection counts as lost

@@ -19,44 +19,6 @@ _SAFE_ALTERNATIVE = {
 }
 
 
-def has_hf_hub(necessary: bool = False) -> bool:
-    """Whether huggingface_hub is installed. With `necessary`, raise RuntimeError if it is not."""
-    present = importlib.util.find_spec("huggingface_hub") is not None
-    if necessary and not present:
-        raise RuntimeError(
-            "Weights on the Hugging Face Hub need the package huggingface_hub. Install it: pip install huggingface_hub."
-        )
-    return present
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that huggingface_hub raises if the hub, the network or the disk fails.
-
-    These are OSError and the base classes of its HTTP library, which depends on the version of huggingface_hub.
-    """
-    from huggingface_hub.utils import HfHubHTTPError
-
-    return (OSError, *HfHubHTTPError.__bases__)
-
-
-def shorten_error(error: BaseException) -> str:
-    """Format an error in at most 200 characters: those of the hub continue with advice that does not apply here."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
-
-
-def _check_hub_name(model_id: str, filename: str | None, revision: str | None) -> None:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id, re.ASCII) or ".." in model_id:
-        raise ValueError(
-            f"{model_id!r} is not the name of a repository on the Hugging Face Hub. Expected ORGANISATION/NAME."
-        )
-    for name in (filename, revision):
-        parts = name.split("/") if name else ()
-        if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
-            raise ValueError(
-                f"{name!r} is not a valid file or revision of {model_id}: it would point outside the repository."
-            )
-
-
 def download_pretrained_from_hf(
     model_id: str,
     filename: str | None = None,
@@ -105,6 +67,44 @@ def download_pretrained_from_hf(
         f"No {' or '.join(candidates)} of {at} in the local cache or on the Hugging Face Hub ({'; '.join(reasons)}). "
         "Set HF_ENDPOINT=https://... to use a mirror, or download the file elsewhere and pass its path."
     ) from last
+
+
+def has_hf_hub(necessary: bool = False) -> bool:
+    """Whether huggingface_hub is installed. With `necessary`, raise RuntimeError if it is not."""
+    present = importlib.util.find_spec("huggingface_hub") is not None
+    if necessary and not present:
+        raise RuntimeError(
+            "Weights on the Hugging Face Hub need the package huggingface_hub. Install it: pip install huggingface_hub."
+        )
+    return present
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that huggingface_hub raises if the hub, the network or the disk fails.
+
+    These are OSError and the base classes of its HTTP library, which depends on the version of huggingface_hub.
+    """
+    from huggingface_hub.utils import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)
+
+
+def shorten_error(error: BaseException) -> str:
+    """Format an error in at most 200 characters: those of the hub continue with advice that does not apply here."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+
+
+def _check_hub_name(model_id: str, filename: str | None, revision: str | None) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id, re.ASCII) or ".." in model_id:
+        raise ValueError(
+            f"{model_id!r} is not the name of a repository on the Hugging Face Hub. Expected ORGANISATION/NAME."
+        )
+    for name in (filename, revision):
+        parts = name.split("/") if name else ()
+        if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
+            raise ValueError(
+                f"{name!r} is not a valid file or revision of {model_id}: it would point outside the repository."
+            )
 
 
 def _reason(error: Exception) -> BaseException:

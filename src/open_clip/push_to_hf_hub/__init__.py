@@ -25,7 +25,7 @@ from ..factory import create_model, create_model_from_pretrained, get_tokenizer
 from ..formats.whole_file import replacing, write_text
 from ..model_inputs import get_model_preprocess_cfg
 from ..pretrained import has_hf_hub, hub_errors, shorten_error
-from ..recipe import apply_overrides, check_untrusted, read_recipe
+from ..recipe import TAG_PREPROCESS_KEYS, apply_overrides, check_untrusted, read_recipe
 from ..transformer.layers import QuickGELU
 from .model_card import generate_readme
 from .tokenizer_files import save_tokenizer
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-_PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")  # the image size is part of model_cfg
 _WEIGHTS_NAMES = {
     True: (HF_SAFE_WEIGHTS_NAME,),
     False: (HF_WEIGHTS_NAME,),
@@ -66,7 +65,8 @@ def save_config_for_hf(model: nn.Module, config_path: str | os.PathLike, model_c
     preprocess_cfg = get_model_preprocess_cfg(model)
     config = {
         "model_cfg": dict(model_config),
-        "preprocess_cfg": {key: preprocess_cfg[key] for key in _PREPROCESS_KEYS if key in preprocess_cfg},
+        # The image size is part of model_cfg.
+        "preprocess_cfg": {key: preprocess_cfg[key] for key in TAG_PREPROCESS_KEYS if key in preprocess_cfg},
     }
     try:
         text = json.dumps(config, indent=2, allow_nan=False)

@@ -13,6 +13,21 @@ EncodeFn = Callable[[str], list[int]]
 MaskFn = Callable[..., torch.LongTensor]
 
 
+def check_context_length(context_length: int | None) -> int:
+    """Return `context_length`. Raise ValueError if it is not a positive number."""
+    if not context_length or context_length < 0:
+        raise ValueError(
+            f"context_length={context_length!r} is not a positive number of tokens. "
+            "Pass context_length to the tokenizer or to the call."
+        )
+    return context_length
+
+
+def to_tensor(ids: np.ndarray, context_length: int) -> torch.LongTensor:
+    """Convert ids of any integer dtype to int64 [batch, context_length]."""
+    return torch.from_numpy(ids.astype(np.int64).reshape(-1, context_length))  # type: ignore[return-value]
+
+
 def simple_mask_tokenize(
     texts: str | Iterable[str], context_length: int, sot_token_id: int, eot_token_id: int, encode_fn: EncodeFn
 ) -> torch.LongTensor:
@@ -118,18 +133,3 @@ def _fill_rows(rows: list[list[int]], context_length: int, sot_token_id: int, eo
 
 def _encode_all(texts: str | Iterable[str], encode_fn: EncodeFn) -> list[list[int]]:
     return [encode_fn(text) for text in ([texts] if isinstance(texts, str) else texts)]
-
-
-def check_context_length(context_length: int | None) -> int:
-    """Return `context_length`. Raise ValueError if it is not a positive number."""
-    if not context_length or context_length < 0:
-        raise ValueError(
-            f"context_length={context_length!r} is not a positive number of tokens. "
-            "Pass context_length to the tokenizer or to the call."
-        )
-    return context_length
-
-
-def to_tensor(ids: np.ndarray, context_length: int) -> torch.LongTensor:
-    """Convert ids of any integer dtype to int64 [batch, context_length]."""
-    return torch.from_numpy(ids.astype(np.int64).reshape(-1, context_length))  # type: ignore[return-value]
