@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,12 +159,12 @@ class Loader(DataLoader):
         while True:
             batch = self.agreement.take(lambda: next(batches, None), self._is_next_ready, position.may_end_early)
             if batch is None:
-                batches.close()  # type: ignore[attr-defined]  # a generator
+                batches.close()
                 return
             position.record_batch(batch.pop(AFTER, None))
             yield batch
 
-    def _batches(self) -> Iterator[dict[str, Any] | None]:
+    def _batches(self) -> Generator[dict[str, Any] | None, None, None]:
         try:
             yield from super().__iter__()
         except (GeneratorExit, Stopped):  # the epoch ends early, or the run saves first: keep the workers

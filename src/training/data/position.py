@@ -49,20 +49,18 @@ def _copy(state: StateT | None) -> StateT | None:
 
 
 class Position(ABC, Generic[StateT]):
-    """The read position of a training loader.
-
-    Attributes:
-        may_end_early: whether the current epoch may have fewer batches on one rank than on another. If so, the ranks
-            must agree on its end.
-    """
-
-    may_end_early = False
+    """The read position of a training loader."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self._current: StateT | None = None  # of the running epoch, or of the latest one
         self._loaded: StateT | None = None
         self._marked: tuple[StateT | None, StateT | None] = (None, None)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether the epoch may have fewer batches on one rank than on another: the ranks must agree on its end."""
+        return False
 
     def begin_epoch(self) -> None:
         """Start an epoch: at the loaded position if that is in this epoch, otherwise at the start of the epoch."""

@@ -120,7 +120,7 @@ def _image_folders(filename: str, images: StringTable) -> tuple[str, ...]:
     folder = os.path.dirname(filename)
     if not folder or "://" in filename or os.path.abspath(folder) == os.getcwd():
         return ("",)
-    for path in itertools.islice((images[i] for i in range(len(images))), _ROWS_TO_FIND_FOLDER):
+    for path in itertools.islice(images, _ROWS_TO_FIND_FOLDER):
         if not path or "\0" in path or os.path.isabs(path) or os.path.isfile(path):
             continue
         if os.path.isfile(os.path.join(folder, path)):

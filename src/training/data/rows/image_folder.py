@@ -92,7 +92,7 @@ class ImageFolder(Dataset):
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        return list(zip(self.paths, self.targets, strict=True))  # type: ignore[call-overload]
+        return list(zip(self.paths, self.targets, strict=True))
 
     imgs = samples
 

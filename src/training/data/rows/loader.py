@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 
@@ -14,6 +14,14 @@ from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
 from training.params import DataConfig
 
 
+class IndexedSamples(Protocol):
+    """A map-style data set. Its items are dicts, and bad ones raise `BadSample`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
 class SkipBadSamples(Dataset):
     """A map-style data set without bad samples, whose random transforms depend on (seed, epoch, row) only.
 
@@ -21,9 +29,11 @@ class SkipBadSamples(Dataset):
     the number of workers and ranks. In evaluation it becomes None, which `Collate` drops.
     """
 
-    def __init__(self, dataset: Dataset, *, source: str, seed: int, is_train: bool, skipped: SkipCounter) -> None:
+    def __init__(
+        self, dataset: IndexedSamples, *, source: str, seed: int, is_train: bool, skipped: SkipCounter
+    ) -> None:
         self.dataset = dataset
-        self.length = len(dataset)  # type: ignore[arg-type]
+        self.length = len(dataset)
         self.source = source
         self.seed = seed
         self.is_train = is_train
@@ -60,7 +70,7 @@ class SkipBadSamples(Dataset):
 
 
 def make_row_loader(
-    dataset: Dataset,
+    dataset: IndexedSamples,
     cfg: DataConfig,
     *,
     is_train: bool,
@@ -74,7 +84,7 @@ def make_row_loader(
     In training it is shuffled and has the same length on all ranks. In evaluation the samples come in order.
 
     Args:
-        dataset: samples by index; may raise BadSample.
+        dataset: samples by index.
         cfg: batch_size, workers, seed and max_bad_fraction are used.
         is_train: whether the loader is for training.
         source: name of the data for messages.
@@ -87,7 +97,7 @@ def make_row_loader(
     """
     world = ranks.world()
     skipped = SkipCounter(cfg.workers, max_bad_fraction=cfg.max_bad_fraction)
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     sampler: TrainSampler | EvalSampler
     position = None
     if is_train:

@@ -143,7 +143,7 @@ class ShardPosition(Position[ShardState]):
         self.resume = resume
 
     @property
-    def may_end_early(self) -> bool:  # type: ignore[override]
+    def may_end_early(self) -> bool:
         return self._current is not None and self._current.plans is not None
 
     def record_batch(self, after: Any) -> None:
