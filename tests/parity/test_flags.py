@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from open_clip.loss.modules import DIST_IMPLS
 from training import params, precision
-from training.params.flags import PRECISIONS, build_parser
+from training.params.flags import build_parser
 
 FIXTURE = Path(__file__).parent / "fixtures" / "train_flags_3.3.0.json"
 THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
@@ -70,5 +71,7 @@ def test_timm_optimizers_keep_their_own_defaults():
     assert (args.lr, args.beta1, args.beta2, args.eps) == (None, None, None, None)
 
 
-def test_precisions_are_those_that_the_device_layer_knows():
-    assert PRECISIONS == precision.PRECISIONS
+def test_choices_that_the_library_has_are_taken_from_it():
+    choices = {action.dest: action.choices for action in build_parser()._actions}
+    assert choices["precision"] is precision.PRECISIONS
+    assert choices["loss_dist_impl"] is DIST_IMPLS

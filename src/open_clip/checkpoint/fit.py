@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16", "amp_bfloat16")
+PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 
 # Keys under which training programs store weights, averaged weights (EMA) last. They may be nested.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema", "ema")
