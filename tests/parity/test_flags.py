@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from open_clip.loss.modules import DIST_IMPLS
+from open_clip.transform import pipeline
 from training import params, precision
 from training.params.flags import build_parser
 
@@ -75,3 +76,5 @@ def test_choices_that_the_library_has_are_taken_from_it():
     choices = {action.dest: action.choices for action in build_parser()._actions}
     assert choices["precision"] is precision.PRECISIONS
     assert choices["loss_dist_impl"] is DIST_IMPLS
+    assert choices["image_interpolation"] is pipeline.INTERPOLATIONS
+    assert choices["image_resize_mode"] is pipeline.RESIZE_MODES

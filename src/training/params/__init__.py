@@ -1,7 +1,7 @@
 """The options of the training command.
 
-`config` declares them. `parse_args` reads the command line into a flat namespace, and `sections` makes a `TrainConfig`
-of it, whose sections the components take.
+`config` declares them. `parse_args` reads the command line into a flat namespace, and `sections` splits it into a
+`TrainConfig`, whose sections the components take.
 """
 
 from training.params.checks import validate

@@ -1,8 +1,8 @@
 """The options of the training command: one frozen dataclass per component, one field per option.
 
 A field is the only place where an option has its name, type, default, help text and allowed values (see
-`training.params.option`). `training.params.flags` makes the parser of these fields, and `training.params.checks` checks
-values against them.
+`training.params.option`). `training.params.flags` makes the parser from these fields, and `training.params.checks`
+checks values against them. To add an option, add a field here, and its default to `tests/parity/test_flags.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_type_hints
 from open_clip.checkpoint.fit import PRECISIONS
 from open_clip.loss.modules import DIST_IMPLS
 from open_clip.text_groups import MAX_GROUPS
+from open_clip.transform.pipeline import INTERPOLATIONS, RESIZE_MODES
 from training.params.option import option
 
 DATASET_TYPES = ("webdataset", "csv", "imagefolder", "synthetic", "auto")
@@ -152,10 +153,9 @@ class ModelConfig:
         "the weights")
     image_std: tuple[float, float, float] | None = option(None, metavar="X", group="preprocessing", help=
         "standard deviation that divides each channel, in the same form")
-    image_interpolation: str | None = option(
-        None, choices=("bicubic", "bilinear", "random"), group="preprocessing", help=
+    image_interpolation: str | None = option(None, choices=INTERPOLATIONS, group="preprocessing", help=
         "interpolation used to resize images; random chooses one per image, in training only")
-    image_resize_mode: str | None = option(None, choices=("shortest", "longest", "squash"), group="preprocessing", help=
+    image_resize_mode: str | None = option(None, choices=RESIZE_MODES, group="preprocessing", help=
         "resizing in evaluation. shortest: fit the short side and crop; longest: fit the long side and pad; squash: "
         "ignore the aspect ratio")
     aug_cfg: dict[str, Any] = option({}, metavar="KEY=VALUE", group="preprocessing", help=
