@@ -15,7 +15,7 @@ from training.params.flags import build_parser
 FIXTURE = Path(__file__).parent / "fixtures" / "train_flags_3.3.0.json"
 THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
 
-# Where ours differ in default: decided from the device that is there.
+# Options with another default than in open_clip. It depends on the device.
 DIFFERENT = {"device": "auto", "precision": None}
 # Options that only this project has. A new one is added here and to the docs.
 OURS = {
@@ -57,12 +57,12 @@ def test_vit_models_have_their_own_betas(model):
 
 
 @pytest.mark.parametrize("model", ["RN50", "convnext_base", "xlm-roberta-base"])
-def test_other_models_have_adam_s_betas(model):
+def test_other_models_have_the_betas_of_adam(model):
     args = params.parse_args(["--model", model])
     assert (args.lr, args.beta1, args.beta2, args.eps) == (5e-4, 0.9, 0.999, 1e-8)
 
 
-def test_given_values_win_over_the_model_s():
+def test_given_values_override_the_defaults_of_the_model():
     args = params.parse_args(["--model", "ViT-B-32", "--beta2", "0.95", "--lr", "0"])
     assert (args.lr, args.beta1, args.beta2, args.eps) == (0.0, 0.9, 0.95, 1e-6)
 

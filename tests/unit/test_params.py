@@ -139,7 +139,7 @@ def test_two_parses_do_not_share_a_default():
 
 
 @pytest.mark.parametrize("word", ["use_timm", "=1"])
-def test_aug_cfg_refuses_what_is_no_pair(capsys, word):
+def test_aug_cfg_refuses_words_that_are_not_pairs(capsys, word):
     assert "KEY=VALUE" in refusal(capsys, "--aug-cfg", word)
 
 
@@ -210,13 +210,13 @@ def test_refused_options_say_what_to_use(capsys, argv, instead):
         (["--no-such-option"], "--no-such-option"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_an_error_with_the_reason(capsys, argv, words):
+def test_invalid_options_are_errors_with_the_reason(capsys, argv, words):
     message = refusal(capsys, *argv)
     assert words in message
     assert len(message) < 700, "the reason must not drown in the list of options"
 
 
-def test_validate_raises_value_error_on_a_namespace_made_by_hand():
+def test_validate_raises_value_error_for_other_namespaces():
     args = parse_args([])
     args.batch_size = -2
     with pytest.raises(ValueError, match="--batch-size must be 1 or more, got -2"):
@@ -237,7 +237,7 @@ def test_validate_raises_value_error_on_a_namespace_made_by_hand():
         ["--epochs", "0", "--save-frequency", "0"],
     ],
 )
-def test_what_can_be_is_no_error(argv):
+def test_valid_combinations_are_accepted(argv):
     assert sections(parse_args(argv))
 
 
@@ -296,7 +296,7 @@ def test_an_option_without_effect_is_named_once(argv, named):
         ["--train-data", "pipe:cat a", "--dataset-type", "csv", "--dataset-resampled", "--train-num-samples", "5"],
     ],
 )  # fmt: skip
-def test_an_option_of_data_has_an_effect_where_a_name_says_its_type(argv):
+def test_the_type_in_a_file_name_decides_which_data_options_have_an_effect(argv):
     found = warnings_for(parse_args(argv))
     assert not [line for line in found if "has no effect: the data" in line or "samples has no effect" in line]
 
@@ -332,7 +332,7 @@ def test_with_several_processes():
     assert warnings_for(args, 1) == ["--loss-dist-impl has no effect: there is one process"]
 
 
-def test_help_has_every_option_with_words_and_the_facts_that_surprise(capsys):
+def test_help_describes_every_option_and_the_surprising_facts(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(["--help"])
     assert stop.value.code == 0
