@@ -8,7 +8,8 @@ import torch
 
 from open_clip import device as devices
 from training import ranks
-from training.params import DistributedConfig
+from training.params import DistributedConfig, read_section
+from training.params.config import UnsupportedConfig
 from training.ranks import set_device, world_info_from_env
 
 __all__ = [
@@ -50,19 +51,14 @@ def is_using_distributed() -> bool:
 
 def init_distributed_device(args: Any) -> torch.device:
     """Call `ranks.init` with a flat namespace and set its distributed, world_size, rank, local_rank and device."""
-    found = init_distributed_device_so(
-        device=args.device,
-        dist_backend=getattr(args, "dist_backend", None),
-        dist_url=getattr(args, "dist_url", None),
-        horovod=getattr(args, "horovod", False),
-        no_set_device_rank=getattr(args, "no_set_device_rank", False),
-    )
-    args.distributed = found["distributed"]
-    args.world_size = found["world_size"]
-    args.rank = found["global_rank"]
-    args.local_rank = found["local_rank"]
-    args.device = found["device"]
-    return torch.device(args.device)
+    _refuse_horovod(read_section(UnsupportedConfig, args).horovod)
+    here = ranks.init(read_section(DistributedConfig, args))
+    args.distributed = here.distributed
+    args.world_size = here.world_size
+    args.rank = here.rank
+    args.local_rank = here.local_rank
+    args.device = str(here.device)
+    return here.device
 
 
 def init_distributed_device_so(
@@ -73,8 +69,7 @@ def init_distributed_device_so(
     no_set_device_rank: bool = False,
 ) -> dict[str, Any]:
     """Call `ranks.init` with keywords; return {"device", "global_rank", "local_rank", "world_size", "distributed"}."""
-    if horovod:
-        raise ValueError("--horovod is not supported. Start the processes with torchrun.")
+    _refuse_horovod(horovod)
     here = ranks.init(
         DistributedConfig(
             device=device, dist_backend=dist_backend, dist_url=dist_url, no_set_device_rank=no_set_device_rank
@@ -87,6 +82,11 @@ def init_distributed_device_so(
         "world_size": here.world_size,
         "distributed": here.distributed,
     }
+
+
+def _refuse_horovod(horovod: bool) -> None:
+    if horovod:
+        raise ValueError("--horovod is not supported. Start the processes with torchrun.")
 
 
 def broadcast_object(args: Any, obj: Any, src: int = 0) -> Any:

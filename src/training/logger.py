@@ -61,15 +61,17 @@ class MetricsWriter:
         is_master: bool,
         run_config: Mapping[str, Any] | None = None,
         resume: bool = False,
+        name: str | None = None,
     ) -> None:
         """Open the reports.
 
         Args:
-            cfg: `report_to`, `name` and `wandb_*` are used.
+            cfg: `report_to` and `wandb_*` are used.
             directory: LOGS/NAME; None: write no files.
             is_master: whether this process writes.
             run_config: options to show with the run in W&B.
             resume: continue the W&B run with this name.
+            name: name and id of the run in W&B; None: W&B chooses them.
 
         Raises:
             ModuleNotFoundError: a package that `report_to` needs is not installed.
@@ -86,7 +88,7 @@ class MetricsWriter:
             if wanted & {"tensorboard", "all"}:
                 self._tensorboard = _open_tensorboard(directory / "tensorboard")
         if wanted & {"wandb", "all"}:
-            self._wandb = _open_wandb(cfg, directory, dict(run_config or {}), resume)
+            self._wandb = _open_wandb(cfg, name, directory, dict(run_config or {}), resume)
 
     def write(self, metrics: Mapping[str, Any], step: int, prefix: str = "") -> None:
         """Report the numbers in `metrics` at `step` as `prefix/name` ("train/loss"). Other values are ignored."""
@@ -149,7 +151,9 @@ def _open_tensorboard(directory: Path) -> Any:
     return SummaryWriter(str(directory))
 
 
-def _open_wandb(cfg: LoggingConfig, directory: Path | None, run_config: dict[str, Any], resume: bool) -> Any:
+def _open_wandb(
+    cfg: LoggingConfig, name: str | None, directory: Path | None, run_config: dict[str, Any], resume: bool
+) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -158,8 +162,8 @@ def _open_wandb(cfg: LoggingConfig, directory: Path | None, run_config: dict[str
         ) from error
     return wandb.init(
         project=cfg.wandb_project_name,
-        name=cfg.name,
-        id=cfg.name,
+        name=name,
+        id=name,
         notes=cfg.wandb_notes,
         tags=[],
         dir=None if directory is None else str(directory),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from training.evaluate import evaluate
 from training.flops import pairs_at_peak
 from training.objective import create_objective
 from training.optim import create_optimizer
-from training.params import CheckpointConfig, EvalConfig, LoggingConfig, ModelConfig, TrainConfig, sections
+from training.params import CheckpointConfig, LoggingConfig, ModelConfig, TrainConfig, sections
 from training.params.checks import step_range
 from training.ranks import World
 from training.signals import Agreement, Stopped, StopSignals
@@ -51,7 +50,7 @@ def run(options: argparse.Namespace, world: World, signals: StopSignals) -> None
     folder, resume_from = run_folder.prepare(cfg.checkpoint, world)
     run_folder.start_log(cfg, options, world, folder)
     if cfg.logging.copy_codebase and folder is not None and world.is_master:
-        run_folder.copy_codebase(options)
+        run_folder.copy_codebase(cfg.checkpoint)
     metrics_writer = run_folder.create_metrics_writer(cfg, options, world, folder, resume_from)
     with metrics_writer as writer, run_folder.keep_remote_copy(cfg.checkpoint, world, folder):
         _train_and_evaluate(cfg, world, folder, resume_from, writer, signals)
@@ -103,7 +102,7 @@ def _train_and_evaluate(
     try:
         if trainer is None:
             # Whatever the frequencies say: this epoch counts as the last one.
-            _evaluate(state, data, dataclasses.replace(cfg.eval, epochs=state.epoch), tokenizer, writer)
+            _evaluate(state, data, _evaluation_options(cfg, epochs=state.epoch), tokenizer, writer)
         else:
             with _tracing(cfg.logging, world, folder) as around_step, signals.deferred():
                 _train(cfg, state, trainer, data, tokenizer, saver, writer, around_step, signals)
@@ -264,7 +263,7 @@ def _train(
             stop(number)
         try:
             with signals.at_once():
-                _evaluate(state, data, cfg.eval, tokenizer, writer)
+                _evaluate(state, data, _evaluation_options(cfg, epochs), tokenizer, writer)
         except Stopped:
             # The others may be in the midst of it and know nothing.
             if saver is not None:
@@ -276,10 +275,15 @@ def _train(
         trainer.guard.check_run()
 
 
+def _evaluation_options(cfg: TrainConfig, epochs: int) -> argparse.Namespace:
+    """Return what `evaluate` reads: the section, the precision of the run, and its last epoch."""
+    return argparse.Namespace(**vars(cfg.eval), precision=cfg.model.precision, epochs=epochs)
+
+
 def _evaluate(
     state: TrainState,
     data: Mapping[str, DataInfo],
-    cfg: EvalConfig,
+    cfg: argparse.Namespace,
     tokenizer: Any,
     writer: logs.MetricsWriter,
 ) -> None:

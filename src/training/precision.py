@@ -1,4 +1,8 @@
-"""Precisions of a run (--precision): dtypes, support by devices, autocast and gradient scaler."""
+"""Precisions of a run (--precision): dtypes, support by devices, autocast and gradient scaler.
+
+amp*: weights in fp32, autocast to half precision. bf16, fp16: weights in half precision, normalization in fp32 (done by
+the model). pure_*: everything in half precision.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,9 @@ import torch
 
 import open_clip
 from open_clip import device as devices
+from open_clip.checkpoint.fit import PRECISIONS
 
 logger = logging.getLogger(__name__)
-
-# amp*: weights in fp32, autocast to half precision. bf16, fp16: weights in half precision, normalization in fp32 (done
-# by the model). pure_*: everything in half precision.
-PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 
 
 def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:

@@ -121,7 +121,7 @@ def _check_packages(cfg: TrainConfig) -> None:
 def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
     """List the packages that the options need: (package, option or path that needs it)."""
     wanted = set(reporters(cfg.logging.report_to))
-    if wanted & {"tensorboard", "all"} and cfg.logging.logs is not None:
+    if wanted & {"tensorboard", "all"} and cfg.checkpoint.logs is not None:
         yield "tensorboard", f"--report-to {cfg.logging.report_to}"
     if wanted & {"wandb", "all"}:
         yield "wandb", f"--report-to {cfg.logging.report_to}"

@@ -43,9 +43,7 @@ def complete(cfg: TrainConfig, world: World) -> TrainConfig:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, precision=chosen),
-        eval=dataclasses.replace(cfg.eval, precision=chosen),
         checkpoint=dataclasses.replace(cfg.checkpoint, name=name),
-        logging=dataclasses.replace(cfg.logging, name=name),
     )
 
 
@@ -127,9 +125,9 @@ def _decided(cfg: TrainConfig, world: World) -> dict[str, Any]:
     }
 
 
-def copy_codebase(args: Any) -> str:
-    """Copies the packages that run to LOGS/NAME/code, in place of an earlier copy; the path."""
-    target = Path(args.logs) / args.name / "code"
+def copy_codebase(args: CheckpointConfig | argparse.Namespace) -> str:
+    """Copy the packages that run to LOGS/NAME/code, replace an earlier copy, and return the path."""
+    target = Path(str(args.logs)) / str(args.name) / "code"
     for package in (open_clip, sys.modules["training"]):
         source = Path(package.__file__ or "").parent
         shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
@@ -164,4 +162,5 @@ def create_metrics_writer(
     cfg: TrainConfig, options: argparse.Namespace, world: World, folder: Path | None, resume_from: str | None
 ) -> logs.MetricsWriter:
     run_config = {**vars(options), **_decided(cfg, world)}
-    return logs.MetricsWriter(cfg.logging, folder, world.is_master, run_config, resume=resume_from is not None)
+    resumes, name = resume_from is not None, cfg.checkpoint.name
+    return logs.MetricsWriter(cfg.logging, folder, world.is_master, run_config, resume=resumes, name=name)

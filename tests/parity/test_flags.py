@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from open_clip.loss.modules import DIST_IMPLS
+from open_clip.transform import pipeline
 from training import params, precision
-from training.params.flags import PRECISIONS, build_parser
+from training.params.flags import build_parser
 
 FIXTURE = Path(__file__).parent / "fixtures" / "train_flags_3.3.0.json"
 THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
 
-# Where ours differ in default: decided from the device that is there.
+# Options with another default than in open_clip. It depends on the device.
 DIFFERENT = {"device": "auto", "precision": None}
 # Options that only this project has. A new one is added here and to the docs.
 OURS = {
@@ -55,12 +57,12 @@ def test_vit_models_have_their_own_betas(model):
 
 
 @pytest.mark.parametrize("model", ["RN50", "convnext_base", "xlm-roberta-base"])
-def test_other_models_have_adam_s_betas(model):
+def test_other_models_have_the_betas_of_adam(model):
     args = params.parse_args(["--model", model])
     assert (args.lr, args.beta1, args.beta2, args.eps) == (5e-4, 0.9, 0.999, 1e-8)
 
 
-def test_given_values_win_over_the_model_s():
+def test_given_values_override_the_defaults_of_the_model():
     args = params.parse_args(["--model", "ViT-B-32", "--beta2", "0.95", "--lr", "0"])
     assert (args.lr, args.beta1, args.beta2, args.eps) == (0.0, 0.9, 0.95, 1e-6)
 
@@ -70,5 +72,9 @@ def test_timm_optimizers_keep_their_own_defaults():
     assert (args.lr, args.beta1, args.beta2, args.eps) == (None, None, None, None)
 
 
-def test_precisions_are_those_that_the_device_layer_knows():
-    assert PRECISIONS == precision.PRECISIONS
+def test_choices_that_the_library_has_are_taken_from_it():
+    choices = {action.dest: action.choices for action in build_parser()._actions}
+    assert choices["precision"] is precision.PRECISIONS
+    assert choices["loss_dist_impl"] is DIST_IMPLS
+    assert choices["image_interpolation"] is pipeline.INTERPOLATIONS
+    assert choices["image_resize_mode"] is pipeline.RESIZE_MODES

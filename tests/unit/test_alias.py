@@ -105,7 +105,7 @@ def test_worker_processes_find_what_they_are_to_run():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             print(get_default_params.__module__, pool.apply(get_default_params, ("ViT",))["beta2"])
     """)
-        == "training.params 0.98\n"
+        == "training.params.config 0.98\n"
     )
 
 

@@ -137,8 +137,8 @@ def test_other_processes_and_runs_without_a_folder_write_nothing(tmp_path):
 
 
 def test_wandb_gets_options_and_numbers(tmp_path, wandb):
-    cfg = LoggingConfig(report_to="wandb", name="run", wandb_notes="why", wandb_project_name="p")
-    with MetricsWriter(cfg, tmp_path, True, run_config={"lr": 1}, resume=True) as writer:
+    cfg = LoggingConfig(report_to="wandb", wandb_notes="why", wandb_project_name="p")
+    with MetricsWriter(cfg, tmp_path, True, run_config={"lr": 1}, resume=True, name="run") as writer:
         writer.write({"loss": 0.5}, 10, "train")
     (_, options), log, finish = wandb
     assert (options["project"], options["name"], options["id"], options["notes"]) == ("p", "run", "run", "why")

@@ -393,6 +393,7 @@ def test_a_run_whose_last_save_fails_is_an_error(inputs, tmp_path, monkeypatch):
 
 def test_a_run_without_a_name_has_that_of_open_clip(inputs, tmp_path):
     arguments = options(inputs, tmp_path, "--dataset-type", "synthetic", "--train-num-samples", 8, "--epochs", 1)
+    arguments.append("--copy-codebase")
     position = arguments.index("--name")
     main.main(arguments[:position] + arguments[position + 2 :])
     (folder,) = tmp_path.iterdir()
@@ -401,6 +402,7 @@ def test_a_run_without_a_name_has_that_of_open_clip(inputs, tmp_path):
     assert rest.startswith("local-dir--")
     assert rest.endswith("-lr_0.0005-b_4-j_0-p_fp32")
     assert (folder / "checkpoints/epoch_1.pt").exists()
+    assert (folder / "code/training/main.py").exists()
 
 
 def test_a_run_that_writes_nothing(inputs, tmp_path, monkeypatch):

@@ -8,10 +8,9 @@ import os
 from training.data.messages import quote, shorten
 from training.data.shards.lists import SHARD_ENDINGS, is_list
 from training.params.checks import CSV_NAME, SHARD_NAME
+from training.params.config import DATASET_TYPES
 
 logger = logging.getLogger(__name__)
-
-TYPES = ("webdataset", "csv", "imagefolder", "synthetic")
 
 
 def dataset_type_of(path: str | None, dataset_type: str) -> str:
@@ -24,8 +23,8 @@ def dataset_type_of(path: str | None, dataset_type: str) -> str:
     Raises:
         ValueError: the type is unknown, or is "auto" and the name implies none.
     """
-    choices = ", ".join([*TYPES, "auto"])
-    if dataset_type not in (*TYPES, "auto"):
+    choices = ", ".join(DATASET_TYPES)
+    if dataset_type not in DATASET_TYPES:
         raise ValueError(f"Unknown --dataset-type {quote(dataset_type)}: choose one of {choices}.")
     source = path or ""
     types = _types_of_name(source)

@@ -3,8 +3,9 @@
 Such scripts call `get_data` and the `get_*_dataset` functions with a flat namespace, and expect the behavior of
 open_clip_train: batches `[images, texts]` (or `[images, labels]`), a tokenizer that is called with one caption at a
 time, and RGB images where open_clip_train converts them. `takes_namespace` makes functions of a `DataConfig` accept a
-namespace as well. No other module handles namespaces. For both kinds of callers, bad samples are skipped and positions
-can be saved.
+namespace as well. `training.params.namespace` reads the options, with the default of the flag for an option that the
+namespace lacks. For both kinds of callers, bad samples are skipped and counted (`max_bad_fraction`), and positions can
+be saved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch.utils.data import default_collate
 
 from training.data.loader import Collate, DataInfo, Loader
-from training.params import DataConfig
+from training.params import DataConfig, read_section
 
 PREPROCESS_PARAMETERS = ("preprocess_fn", "preprocess_img", "preprocess_fns")
 
@@ -33,9 +34,8 @@ class NamespaceConfig(DataConfig):
 
 
 def from_namespace(args: Any) -> NamespaceConfig:
-    """Read the data options from the attributes of an object. A missing option has the default of its flag."""
-    values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(NamespaceConfig)}
-    return NamespaceConfig(**values)
+    """Read the data options of a flat namespace."""
+    return read_section(NamespaceConfig, args)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The options of the training command."""
+"""The options of the training command.
+
+`config` declares them. `parse_args` reads the command line into a flat namespace, and `sections` splits it into a
+`TrainConfig`, whose sections the components take.
+"""
 
 from training.params.checks import validate
 from training.params.config import (
@@ -14,11 +18,9 @@ from training.params.config import (
     TrainConfig,
     default_values,
     get_default_params,
-    parse_args,
-    sections,
-    warnings_for,
 )
 from training.params.flags import ParseKwargs
+from training.params.namespace import parse_args, read_section, sections, warnings_for
 
 __all__ = [
     "CheckpointConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "default_values",
     "get_default_params",
     "parse_args",
+    "read_section",
     "sections",
     "validate",
     "warnings_for",

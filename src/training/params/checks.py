@@ -1,63 +1,20 @@
-"""Checks of the training command's options: invalid options (`validate`) and useless ones (`without_effect`)."""
+"""Rules between the training command's options: invalid combinations (`validate`), useless ones (`without_effect`)."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from training.params.flags import (
-    FP32_MATMULS,
-    FUSED_OPTIMIZERS,
-    LOSS_DIST_IMPLS,
-    LR_SCHEDULERS,
-    ON_SAVE_FAILURE,
-    PRECISIONS,
-    PROFILE_LEVELS,
-)
+from training.params.config import SECTIONS, DataConfig
+from training.params.option import flag, options_of
 
 REPORTERS = ("tensorboard", "wandb", "all")
 # File names whose extension determines the type of the data.
 CSV_NAME = re.compile(r"\.(csv|tsv)(\.(gz|bz2|xz|zip|zst))?$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)(\s+-)?$")
-
-_REFUSED = {
-    "horovod": "Horovod is not supported. Start the same command with `torchrun --nproc_per_node N -m training.main`.",
-    "trace": "A traced model cannot be trained. Train without --trace and call `open_clip.trace_model(model)` on the "
-    "result.",
-    "use_bnb_linear": "The int8 layers of bitsandbytes are not supported. To save memory use --precision amp_bf16 or "
-    "bf16, and --grad-checkpointing.",
-}
-
-_AT_LEAST_ONE = (
-    *("batch_size", "accum_freq", "log_every_n_steps", "train_num_samples", "val_num_samples"),
-    *("force_context_length", "remote_sync_frequency", "keep_last"),
-)
-_AT_LEAST_ZERO = (
-    *("workers", "seed", "epochs", "epochs_cooldown", "warmup", "save_frequency", "val_frequency"),
-    *("save_every_n_steps", "max_bad_steps", "text_groups"),
-    *("zeroshot_frequency", "lock_image_unlocked_groups", "lock_text_unlocked_layers"),
-    *("lr", "wd", "lr_cooldown_end", "lr_cooldown_power", "coca_caption_loss_weight", "coca_contrastive_loss_weight"),
-)
-_POSITIVE = ("eps", "grad_clip_norm", "dist_timeout")
-_FRACTIONS = ("max_bad_fraction",)
-_BELOW_ONE = ("beta1", "beta2", "momentum", "force_patch_dropout", "ema_decay")
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "precision": PRECISIONS,
-    "fp32_matmul": FP32_MATMULS,
-    "lr_scheduler": LR_SCHEDULERS,
-    "loss_dist_impl": LOSS_DIST_IMPLS,
-    "fused_optimizer": FUSED_OPTIMIZERS,
-    "on_save_failure": ON_SAVE_FAILURE,
-    "profile_level": PROFILE_LEVELS,
-}
-
-
-def flag(name: str) -> str:
-    """Return the flag of an option: 'batch_size' -> '--batch-size'."""
-    return "--" + name.replace("_", "-")
 
 
 def writes_nothing(logs: str | None) -> bool:
@@ -65,9 +22,9 @@ def writes_nothing(logs: str | None) -> bool:
     return not logs or logs.lower() == "none"
 
 
-def trains(args: Any) -> bool:
-    """Return whether the run has training data; otherwise it only evaluates. args: DataConfig or flat namespace."""
-    return bool(args.train_data) or args.dataset_type == "synthetic"
+def trains(data: DataConfig | argparse.Namespace) -> bool:
+    """Return whether the run has training data; otherwise it only evaluates."""
+    return bool(data.train_data) or data.dataset_type == "synthetic"
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -76,32 +33,12 @@ def validate(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is not supported, a value is out of range, or options contradict each other.
     """
-    for name, reason in _REFUSED.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{flag(name)}: {reason}")
-    _check_ranges(args)
+    for section in SECTIONS:
+        for name, declared in options_of(section).items():
+            declared.check(flag(name), getattr(args, name))
     _check_images(args)
     _check_names(args)
     _check_combinations(args)
-
-
-def _check_ranges(args: argparse.Namespace) -> None:
-    rules: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
-        (_AT_LEAST_ONE, lambda x: x >= 1, "1 or more"),
-        (_AT_LEAST_ZERO, lambda x: x >= 0, "0 or more"),
-        (_POSITIVE, lambda x: x > 0, "more than 0"),
-        (_FRACTIONS, lambda x: 0 <= x <= 1, "at least 0 and at most 1"),
-        (_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    ]
-    for names, holds, wanted in rules:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{flag(name)} must be {wanted}, got {value}.")
-    for name, choices in _CHOICES.items():
-        value = getattr(args, name)
-        if value is not None and value not in choices:
-            raise ValueError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
 
 
 def _check_images(args: argparse.Namespace) -> None:
@@ -214,7 +151,7 @@ def without_effect(args: argparse.Namespace, defaults: dict[str, Any], world_siz
         for applies, names, reason in rules(args, world_size):
             if not applies:
                 found += [f"{flag(name)} has no effect: {reason}" for name in given(*names)]
-    if getattr(args, "torchscript", False):
+    if args.torchscript:
         found.append(
             "--torchscript has no effect: the model trains in eager mode, with the same results. "
             "Use --torchcompile to compile it"
