@@ -16,7 +16,7 @@ import torch
 
 import open_clip
 from open_clip import device as devices
-from open_clip.checkpoint.fit import PRECISIONS
+from open_clip.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, get_type_hints
 
-from open_clip.checkpoint.fit import PRECISIONS
 from open_clip.loss.modules import DIST_IMPLS
+from open_clip.precision import PRECISIONS
 from open_clip.text_groups import MAX_GROUPS
 from open_clip.transform.pipeline import INTERPOLATIONS, RESIZE_MODES
 from training.params.option import option
