@@ -109,7 +109,7 @@ def readers(name: str) -> list[Callable[[Path], Any]]:
     import open_clip
     from open_clip.checkpoint.files import load_state_dict
     from open_clip.recipe import read_recipe
-    from training.checkpoint.state import load_checkpoint
+    from training.checkpoint.weights import load_checkpoint
 
     if name == CONFIGS[0]:
         return [lambda path: read_recipe(f"local-dir:{path.parent}", None, None)]

@@ -13,7 +13,7 @@ import signal
 import torch
 from harness import STEPS, Runs, differences, main
 
-from training.checkpoint.state import get_latest_checkpoint
+from training.checkpoint.latest import get_latest_checkpoint
 
 
 def measure(runs: Runs) -> tuple[dict, bool]:

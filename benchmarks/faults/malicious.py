@@ -25,7 +25,7 @@ from harness import Runs, main
 import open_clip
 from open_clip.checkpoint.files import load_state_dict
 from training import file_utils
-from training.checkpoint import state as checkpoint
+from training.checkpoint import weights
 
 OTHERS = (ValueError, RuntimeError, OSError)
 
@@ -91,16 +91,16 @@ def loaders(folder: Path, model: str) -> dict[str, Callable[[Path], Any]]:
     def latest(path: Path) -> Any:
         (folder / "run").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "run/epoch_1.pt")
-        return checkpoint.get_latest_checkpoint(folder / "run")
+        return latest.get_latest_checkpoint(folder / "run")
 
     def most_recent(path: Path) -> Any:
         (folder / "recent").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "recent/epoch_latest.pt")
-        return checkpoint.get_latest_checkpoint(folder / "recent")
+        return latest.get_latest_checkpoint(folder / "recent")
 
     clip = open_clip.create_model(model)
     return {
-        "--resume FILE": checkpoint.load_checkpoint,
+        "--resume FILE": weights.load_checkpoint,
         "--resume latest": latest,
         "--resume latest, epoch_latest.pt": most_recent,
         "pt_load": file_utils.pt_load,

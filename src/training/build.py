@@ -17,6 +17,7 @@ from open_clip import progress
 from open_clip.timm_model import TimmModel
 from training import ranks, scheduler
 from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
+from training.precision import Precision
 from training.ranks import World
 
 logger = logging.getLogger(__name__)
@@ -29,23 +30,23 @@ Transform = Callable[[Any], torch.Tensor]
 
 
 def build_model(
-    cfg: ModelConfig, objective: ObjectiveConfig, precision: str, device: torch.device
+    cfg: ModelConfig, objective: ObjectiveConfig, precision: Precision
 ) -> tuple[nn.Module, Transform, Transform]:
     """Build the model and its transforms.
 
     Towers are locked after their weights are loaded.
 
     Returns:
-        The model on `device`, in training mode, with dict outputs and weights in the dtype of `precision`; the training
-        transform; the validation transform.
+        The model on the device of `precision`, in training mode, with dict outputs; the training transform; the
+        validation transform.
     """
     model: Any  # any class with the methods of CLIP
     with progress.watch(f"Building {cfg.model}"):
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             cfg.model,
             cfg.pretrained,
-            precision=precision,
-            device=device,
+            precision=precision.name,
+            device=precision.device,
             force_quick_gelu=cfg.force_quick_gelu,
             force_custom_text=cfg.force_custom_text,
             force_patch_dropout=cfg.force_patch_dropout,
@@ -103,9 +104,7 @@ def synchronise_batch_norms(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def build_teacher(
-    cfg: ObjectiveConfig, precision: str, device: torch.device, cache_dir: str | None = None
-) -> nn.Module | None:
+def build_teacher(cfg: ObjectiveConfig, precision: Precision, cache_dir: str | None = None) -> nn.Module | None:
     """Build the teacher, frozen and in evaluation mode; None without --distill-model."""
     if cfg.distill_model is None:
         return None
@@ -113,8 +112,8 @@ def build_teacher(
         teacher = open_clip.create_model(
             cfg.distill_model,
             cfg.distill_pretrained,
-            precision=precision,
-            device=device,
+            precision=precision.name,
+            device=precision.device,
             cache_dir=cache_dir,
             output_dict=True,
             require_pretrained=True,
@@ -135,10 +134,10 @@ def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, cfg: ScheduleConfig, optim: OptimConfig, steps_per_epoch: int
-) -> scheduler.Scheduler | None:
-    """Build the learning rate schedule over all epochs; None with --skip-scheduler."""
+) -> scheduler.Scheduler:
+    """Build the learning rate schedule over all epochs. With --skip-scheduler it does not change the rates."""
     if cfg.skip_scheduler:
-        return None
+        return scheduler.unchanged_lr(optimizer)
     base_lr = optimizer.param_groups[0]["lr"] if optim.lr is None else optim.lr
     steps = steps_per_epoch * cfg.epochs
     if cfg.lr_scheduler == "cosine":

@@ -8,7 +8,7 @@ ExponentialMovingAverage does the same with num_updates. Averaging is due to Pol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,29 @@ from torch import Tensor, nn
 _CHUNK = 64  # parameters per operation, which limits the memory for their differences
 
 
-class WeightAverage:
+class NoAverage:
+    """An average that is switched off. It has the interface of WeightAverage."""
+
+    is_enabled = False
+
+    def update(self, number: int, skipped: Tensor | bool = False) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class WeightAverage(NoAverage):
     """The average of a model's trainable parameters. Frozen parameters and buffers are not averaged."""
+
+    is_enabled = True
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Start from the current weights.
@@ -32,17 +53,19 @@ class WeightAverage:
         self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self, number: int, skipped: Tensor | None = None) -> None:
+    def update(self, number: int, skipped: Tensor | bool = False) -> None:
         """Update the average after update `number` (from 0) of the weights.
 
         The host does not wait: to skip, the difference is multiplied by 0 on the device.
 
         Args:
-            skipped: bool scalar on the device, whether the update of the weights was skipped.
+            skipped: whether the update of the weights was skipped; may be a bool scalar on the device.
         """
         weight: Any = 1 - min(self.decay, (1 + number) / (10 + number))
-        if skipped is not None:
+        if isinstance(skipped, Tensor):
             weight = torch.where(skipped, 0.0, weight).float()
+        elif skipped:
+            return
         weights, averages = list(self._parameters.values()), list(self._averages.values())
         for start in range(0, len(weights), _CHUNK):
             part = averages[start : start + _CHUNK]
@@ -65,25 +88,20 @@ class WeightAverage:
             for name, p in self._parameters.items():
                 p.data = own[name]
 
-    def restart(self) -> None:
-        """Start again from the current weights of the model."""
-        for name, p in self._parameters.items():
-            self._averages[name].copy_(p.detach())
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages by the names of their parameters."""
+        return dict(self._averages)
 
-    def state_dict(self, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state dict of the averaged model: `model_state` of the bare model, updated with the averages."""
-        return {**model_state, **self._averages}
-
-    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Load the averages.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the averages from weights by name, which may have more entries.
 
         Raises:
             ValueError: a parameter is missing, so the averages are of another model.
         """
-        missing = [name for name in self._averages if name not in weights]
+        missing = [name for name in self._averages if name not in state_dict]
         if missing:
             raise ValueError(
                 f"The averaged weights of the checkpoint are of another model: they lack {', '.join(missing[:3])}."
             )
         for name, average in self._averages.items():
-            average.copy_(weights[name])
+            average.copy_(state_dict[name])

@@ -1,129 +1,90 @@
-"""Evaluation of a model during training: validation loss, retrieval, zero-shot accuracy.
-
-The data are split over the ranks. In the loops over batches no rank waits for another, so the ranks may have different
-numbers of batches, or none. The results are combined after each loop.
-"""
+"""Evaluation of a model during training, by the evaluators that are due."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import open_clip
-from open_clip import collectives, progress
 from open_clip.utils import evaluating
-from training import precision as precisions
-from training.batches import to_device
-from training.metrics import AverageMeter, retrieval_metrics
-from training.objective import as_outputs
-from training.ranks import barrier, world
-from training.zero_shot import is_due, zero_shot_eval
+from training.evaluators.retrieval import RetrievalEvaluator
+from training.evaluators.zero_shot import ImageNetEvaluator, ZeroShotEvaluator
+from training.params import EvalConfig
+from training.precision import Precision
 
 
-def evaluate(
-    model: nn.Module,
-    data: Mapping[str, Any],
-    epoch: int,
-    args: Any,
-    tokenizer: Callable[[list[str]], Tensor] | None = None,
-) -> dict[str, float]:
-    """Run the evaluations that are due at `epoch`. Collective: every rank calls this.
+class Evaluator(Protocol):
+    """Evaluates a model on data that were given to its constructor."""
+
+    def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
+        """Yield (name, value) of each metric, over all ranks. Collective: every rank calls this.
+
+        Args:
+            model: not wrapped by DDP, in evaluation mode.
+            epoch: number of completed epochs.
+        """
+        ...
+
+
+# All evaluators: (names of data sets, of which it needs at least one; the option with its frequency; its class).
+EVALUATORS: tuple[tuple[tuple[str, ...], str, Callable[..., Evaluator]], ...] = (
+    (("imagenet-val", "imagenet-v2"), "zeroshot_frequency", ImageNetEvaluator),
+    (("zeroshot",), "zeroshot_frequency", ZeroShotEvaluator),
+    (("val",), "val_frequency", RetrievalEvaluator),
+)
+
+
+@dataclass(frozen=True)
+class ScheduledEvaluator:
+    """An evaluator that is due every `frequency` epochs; 0: never."""
+
+    evaluator: Evaluator
+    frequency: int
+
+    def is_due(self, epoch: int, is_last: bool) -> bool:
+        return self.frequency > 0 and (is_last or epoch % self.frequency == 0)
+
+
+def create_evaluators(
+    data: Mapping[str, Any], cfg: EvalConfig, precision: Precision, tokenizer: Callable[[list[str]], Tensor]
+) -> list[ScheduledEvaluator]:
+    """Create the evaluators that have data.
+
+    Args:
+        data: any of "val", "imagenet-val", "imagenet-v2" and "zeroshot", each with a `.dataloader`.
+
+    Raises:
+        ValueError, FileNotFoundError: the data do not fit an evaluator, see there.
+    """
+    return [
+        ScheduledEvaluator(create(data, cfg, precision, tokenizer), getattr(cfg, frequency))
+        for names, frequency, create in EVALUATORS
+        if any(name in data for name in names)
+    ]
+
+
+def evaluators_due(scheduled: Sequence[ScheduledEvaluator], epoch: int, is_last: bool) -> list[Evaluator]:
+    """Return the evaluators to run after `epoch` epochs. After the last epoch all are due that are ever due."""
+    return [each.evaluator for each in scheduled if each.is_due(epoch, is_last)]
+
+
+def evaluate(model: nn.Module, evaluators: Sequence[Evaluator], epoch: int) -> dict[str, float]:
+    """Run the evaluators. Collective: every rank calls this.
 
     The training mode of each module is restored afterwards.
 
     Args:
         model: not wrapped by DDP.
-        data: any of "val", "imagenet-val", "imagenet-v2" and "zeroshot", each with a `.dataloader`.
         epoch: number of completed epochs.
-        args: params.EvalConfig, or a flat namespace with the same names.
 
     Returns:
-        Metrics over all ranks, with the names of open_clip. {} if nothing is due.
+        The metrics over all ranks, by name.
     """
+    metrics: dict[str, float] = {}
     with evaluating(model), torch.no_grad():
-        metrics = zero_shot_eval(model, data, epoch, args, tokenizer)
-        if "val" in data and is_due(args.val_frequency, epoch, args):
-            metrics |= _validate(model, data["val"].dataloader, epoch, args)
+        for evaluator in evaluators:
+            metrics.update(evaluator.run(model, epoch))
     return metrics
-
-
-def _validate(model: nn.Module, dataloader: Any, epoch: int, args: Any) -> dict[str, float]:
-    """Compute retrieval metrics, losses, num_samples and epoch.
-
-    clip_val_loss is the contrastive loss within each batch, averaged over the samples, so it depends on the batch size.
-    Captioners have two more losses. val_generative_loss includes padding, as in open_clip, although captioners are not
-    trained to predict it. val_caption_loss is the mean over the tokens of the captions, as in training.
-    """
-    here, device = world(), next(model.parameters()).device
-    precision = args.precision or precisions.resolve(None, device)
-    autocast, input_dtype = precisions.get_autocast(precision, device.type), open_clip.get_input_dtype(precision)
-    contrastive = open_clip.ClipLoss()
-    losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
-    pad_id = getattr(model, "pad_id", 0)
-    image_features, text_features, image_ids = [], [], []
-    total, normalization = getattr(dataloader, "num_samples", None), getattr(dataloader, "normalization", None)
-    with progress.Task("Evaluating the validation data", total, "samples") as task:
-        for batch in dataloader:
-            if isinstance(batch, Mapping) and "image_id" in batch:
-                image_ids.append(batch["image_id"])
-            batch = to_device(batch, device, input_dtype, normalization=normalization)
-            with autocast():
-                outputs = as_outputs(model(batch["image"], batch["text"]))
-            image, text = outputs["image_features"].float(), outputs["text_features"].float()
-            loss = contrastive(image, text, outputs["logit_scale"].float())
-            losses["clip_val_loss"].update(loss.item(), len(image))
-            generative = maybe_compute_generative_loss(outputs)
-            if generative is not None:
-                losses["val_generative_loss"].update(generative.item(), len(image))
-                num_tokens = int((outputs["labels"] != pad_id).sum())
-                caption = maybe_compute_generative_loss(outputs, pad_id)
-                if caption is not None and num_tokens:
-                    losses["val_caption_loss"].update(caption.item(), num_tokens)
-            # On the host, which has more memory.
-            image_features.append(image.cpu())
-            text_features.append(text.cpu())
-            task.advance(len(image) * here.world_size)
-    averages, num_samples = _average_over_ranks(losses, device, here.distributed)
-    if not num_samples:
-        raise ValueError(f"{getattr(dataloader, 'source', 'The validation data')}: not one usable sample.")
-    none = torch.zeros(0, 0)
-    with progress.watch(f"Ranking {num_samples:,} pairs"):
-        metrics = retrieval_metrics(
-            torch.cat(image_features) if image_features else none,
-            torch.cat(text_features) if text_features else none,
-            device,
-            here.distributed,
-            torch.cat(image_ids) if image_ids else None,
-        )
-    return metrics | averages | {"epoch": epoch, "num_samples": num_samples}
-
-
-def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int | None = None) -> Tensor | None:
-    """Compute the cross entropy of a captioner; None for other models.
-
-    Args:
-        model_out: with "logits" [B, L, vocabulary] and "labels" [B, L] if the model is a captioner.
-        pad_id: label to ignore.
-    """
-    if "logits" not in model_out or "labels" not in model_out:
-        return None
-    logits = model_out["logits"].float().transpose(1, 2)
-    return F.cross_entropy(logits, model_out["labels"], ignore_index=-100 if pad_id is None else pad_id)
-
-
-def _average_over_ranks(
-    losses: Mapping[str, AverageMeter], device: torch.device, distributed: bool
-) -> tuple[dict[str, float], int]:
-    """Return the averages over all ranks of the losses with samples, and the number of samples of the first loss."""
-    sums = torch.tensor([meter.sum for meter in losses.values()], dtype=torch.float32, device=device)
-    counts = torch.tensor([int(meter.count) for meter in losses.values()], dtype=torch.int64, device=device)
-    if distributed:
-        barrier()  # wait for slower ranks first, because collectives of the device have a time limit
-        sums, counts = collectives.all_reduce(sums), collectives.all_reduce(counts)
-    pairs = zip(losses, sums.tolist(), counts.tolist(), strict=True)
-    averages = {name: total / count for name, total, count in pairs if count}
-    return averages, int(counts[0])

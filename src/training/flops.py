@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip import device as devices
 from open_clip.modified_resnet import AttentionPool2d
-from training import precision as precisions
+from training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -174,11 +174,9 @@ def _no_grad_checkpointing(model: nn.Module) -> Iterator[None]:
             module.grad_checkpointing = True
 
 
-def pairs_at_peak(
-    model: nn.Module, teacher: nn.Module | None, precision: str, fp32_matmul: str, device: torch.device
-) -> float | None:
+def pairs_at_peak(model: nn.Module, teacher: nn.Module | None, precision: Precision, fp32_matmul: str) -> float | None:
     """Return how many image-text pairs per second the chip could train on at its peak FLOP/s; None if unknown."""
-    dtype = precisions.dtype_of(precision, device)
+    dtype, device = precision.compute_dtype, precision.device
     kind = devices.get(device)
     peak = None if (dtype, fp32_matmul) == _WITHOUT_PEAK else kind.peak_flops(dtype, device.index)
     if peak is None:

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_clip import device as devices
 from open_clip.transformer import attention, blocks
 from training.flat_tensors import FlatTensors
-from training.precision import dtype_of
+from training.precision import Precision
 
 # Parameters that a layer passes to F.linear, where autocast would cast them.
 _LINEAR_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -36,7 +35,7 @@ _LINEAR_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def create(
-    model: nn.Module, precision: str, device: torch.device, flats: Sequence[FlatTensors] = ()
+    model: nn.Module, precision: Precision, flats: Sequence[FlatTensors] = ()
 ) -> Callable[[], contextlib.AbstractContextManager]:
     """Return a function that makes a context for the forward and backward pass of a step.
 
@@ -45,12 +44,13 @@ def create(
 
     Args:
         model: the bare module, already on its device.
+        precision: of the run.
         flats: buffers of the optimizer that hold the parameters, if any. A buffer is converted in one launch.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if not precision.startswith("amp") or compiled or not devices.get(device).converts_weights_once:
+    if compiled or not precision.converts_weights_once:
         return contextlib.nullcontext
-    return HalfWeights(model, dtype_of(precision, device), flats).lent
+    return HalfWeights(model, precision.compute_dtype, flats).lent
 
 
 class HalfWeights:

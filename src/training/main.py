@@ -11,8 +11,8 @@ from open_clip import device as devices
 from open_clip import progress
 from training import logger as logs
 from training import loop, preflight, ranks
+from training.checkpoint.latest import get_latest_checkpoint, natural_key
 from training.checkpoint.rng import random_seed
-from training.checkpoint.state import get_latest_checkpoint, natural_key
 from training.params import parse_args, sections
 from training.run_folder import copy_codebase
 from training.signals import Stopped, StopSignals, exit_with
@@ -23,16 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command with the given options (`sys.argv[1:]` where None).
+    """Run the command.
+
+    Args:
+        args: the options; None: `sys.argv[1:]`.
 
     Raises:
-        SystemExit: for options that cannot be; and, as signals.Stopped, where a signal has stopped the run.
-        FileExistsError: where the run's folder has another run already.
-        ValueError, FileNotFoundError, RuntimeError: what is wrong with data, weights, device..., with its mend.
+        SystemExit: an option is invalid; as signals.Stopped: a signal has stopped the run.
+        FileExistsError: the run's folder has another run.
+        ValueError, FileNotFoundError, RuntimeError: what is wrong with data, weights, device..., and how to fix it.
     """
     options = parse_args(args)
     logs.setup_logging(None, logging.DEBUG if options.debug else logging.INFO)
-    world = ranks.world()  # of one process, until it joins the others
+    world = ranks.world()  # a single process, until it joins the others
     with StopSignals() as signals:
         try:
             cfg = sections(options)
@@ -53,14 +56,14 @@ def main(args: list[str] | None = None) -> None:
             raise
         except Exception as error:
             _log_end(error, options.debug)
-            # Nothing collective now, leaving the group included: the others wait elsewhere. The launcher ends them.
+            # Leaving the process group is collective, and the other ranks wait elsewhere. The launcher ends them.
             if not ranks.world().distributed:
                 ranks.shutdown()
             raise
 
 
 def _log_end(error: Exception, debug: bool) -> None:
-    """A sentence alone for what its reader can fix; the traceback too for what may be a bug, and with --debug."""
+    """Log why the run ends. Add the traceback if the error may be a bug, and with --debug."""
     if devices.is_out_of_memory(error):
         logger.error(
             "Out of memory: %s Try --grad-checkpointing, or a smaller --batch-size with a larger --accum-freq.", error
@@ -75,13 +78,13 @@ def _log_end(error: Exception, debug: bool) -> None:
     own_files = Path(open_clip.__file__).parents[1]
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     is_ours = isinstance(error, RuntimeError) and raised_in.is_relative_to(own_files)
-    is_for_reader = is_ours or isinstance(error, (ValueError, OSError, NotImplementedError, ImportError))
-    where = " (--debug shows where.)" if is_for_reader and not debug else ""
-    logger.error("The run ends: %s%s%s", error, advice, where, exc_info=debug or not is_for_reader)
+    is_for_user = is_ours or isinstance(error, (ValueError, OSError, NotImplementedError, ImportError))
+    where = " (--debug shows where.)" if is_for_user and not debug else ""
+    logger.error("The run ends: %s%s%s", error, advice, where, exc_info=debug or not is_for_user)
 
 
 def _text_with_causes(error: BaseException | None) -> str:
-    """The texts of an error and of those that it was raised from, which may have been shortened in its own."""
+    """Return the texts of an error and of its causes, which its own text may shorten."""
     texts = []
     while error is not None:
         texts.append(str(error))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,80 @@ from open_clip import device as devices
 from open_clip.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision of a run on one type of device. `create` makes it; everything that needs a dtype gets the object.
+
+    Attributes:
+        name: one of PRECISIONS.
+        device: the device of the model.
+    """
+
+    name: str
+    device: torch.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return dtype_of(self.name, self.device)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of most weights."""
+        return weights_dtype(self.name)
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype of images; None: keep theirs."""
+        return open_clip.get_input_dtype(self.name)
+
+    @property
+    def is_autocast(self) -> bool:
+        return _is_autocast(self.name)
+
+    @property
+    def converts_weights_once(self) -> bool:
+        """Whether weights are converted once per step instead of by autocast at each use, see `half_weights`."""
+        return self.is_autocast and devices.get(self.device).converts_weights_once
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Create the context for forward passes and losses. It has no effect unless the precision is amp*."""
+        if not self.is_autocast:
+            return contextlib.nullcontext()
+        return devices.get(self.device).autocast(self.compute_dtype)
+
+    def grad_scaler(self, **kwargs: Any) -> Any:
+        """Create a gradient scaler. It is disabled unless the precision is "amp" and the device computes in fp16."""
+        scaler = devices.get(self.device).grad_scaler(**kwargs) if self.name == "amp" else None
+        return disabled_scaler() if scaler is None else scaler
+
+
+def create(name: str | None, device: str | torch.device) -> Precision:
+    """Create the precision with this name, or the default of the device for None.
+
+    Raises:
+        ValueError: the precision is unknown, or the device does not support it.
+    """
+    device = torch.device(device)
+    kind = devices.get(device)
+    if name is None:
+        return Precision(kind.default_precision, device)
+    dtype = dtype_of(name, device)
+    if not kind.supports(dtype):
+        raise ValueError(
+            f"Precision {name!r} needs {dtype}, which {device} does not support. "
+            f"Use one of {', '.join(available(device))}."
+        )
+    if name == "amp" and dtype is torch.bfloat16:
+        logger.info("Precision amp on %s is autocast to bfloat16, without a gradient scaler.", kind.type)
+    return Precision(name, device)
+
+
+def disabled_scaler() -> torch.amp.GradScaler:
+    """Create a gradient scaler that does not scale: its `step` calls that of the optimizer."""
+    return torch.amp.GradScaler("cpu", enabled=False)
 
 
 def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:
@@ -43,26 +118,6 @@ def available(device: str | torch.device) -> list[str]:
     return [precision for precision in PRECISIONS if kind.supports(dtype_of(precision, device))]
 
 
-def resolve(precision: str | None, device: str | torch.device) -> str:
-    """Return the given precision after checking it, or the default of the device.
-
-    Raises:
-        ValueError: the precision is unknown, or the device does not support it.
-    """
-    kind = devices.get(device)
-    if precision is None:
-        return kind.default_precision
-    dtype = dtype_of(precision, device)
-    if not kind.supports(dtype):
-        raise ValueError(
-            f"Precision {precision!r} needs {dtype}, which {device} does not support. "
-            f"Use one of {', '.join(available(device))}."
-        )
-    if precision == "amp" and dtype is torch.bfloat16:
-        logger.info("Precision amp on %s is autocast to bfloat16, without a gradient scaler.", kind.type)
-    return precision
-
-
 def get_autocast(
     precision: str, device_type: str | torch.device = "auto"
 ) -> Callable[[], contextlib.AbstractContextManager]:
@@ -70,11 +125,10 @@ def get_autocast(
     if device_type == "auto":
         device_type = devices.best()
     dtype = dtype_of(precision, device_type)
-    if not precision.startswith("amp"):
+    if not _is_autocast(precision):
         return contextlib.nullcontext
     return functools.partial(devices.get(device_type).autocast, dtype)
 
 
-def grad_scaler(precision: str, device: str | torch.device, **kwargs: Any) -> Any:
-    """Create a gradient scaler for the precision "amp"; None for other precisions."""
-    return devices.get(device).grad_scaler(**kwargs) if precision == "amp" else None
+def _is_autocast(precision: str) -> bool:
+    return precision.startswith("amp")

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.recipe import read_recipe
-from training import file_utils, optim, precision, ranks, zero_shot
+from training import file_utils, optim, precision, ranks
 from training.checkpoint import rng
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
 from training.data.probe import read_first_batch
 from training.data.shards.tar import is_local
 from training.data.skips import NoUsableSamples
+from training.evaluators import class_names
 from training.params import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
 from training.params.checks import reporters, trains
 
@@ -57,9 +58,9 @@ def check_options(cfg: TrainConfig) -> None:
             flag = "--" + name.replace("_", "-")
             raise FileNotFoundError(f"{flag} {folder}: no such folder (looked for {os.path.abspath(folder)}).")
     if data.zeroshot_data:
-        zero_shot.read_templates(cfg.eval.zeroshot_templates)
+        class_names.read_templates(cfg.eval.zeroshot_templates)
         if cfg.eval.zeroshot_classnames is not None:
-            zero_shot.read_text(cfg.eval.zeroshot_classnames, "--zeroshot-classnames")
+            class_names.read_text(cfg.eval.zeroshot_classnames, "--zeroshot-classnames")
     resume = cfg.checkpoint.resume
     if resume not in (None, "latest") and not ranks.restarts() and not file_utils.check_exists(str(resume)):
         raise FileNotFoundError(
@@ -197,16 +198,13 @@ def _vocab_size(model: Any) -> int | None:
 
 
 def check_evaluation_data(model: nn.Module, data: Mapping[str, Any], cfg: EvalConfig, device: torch.device) -> None:
-    """Check class names, templates and a few samples of each evaluation set.
+    """Check a few samples of each evaluation set.
 
     Collective: every rank reads from its part of the data, and all ranks raise the same error.
 
     Raises:
-        ValueError: no rank has a usable sample among the first ones of a set, or names, templates or token ids do not
-            fit.
-        FileNotFoundError: the file of class names or templates does not exist.
+        ValueError: no rank has a usable sample among the first ones of a set, or token ids do not fit.
     """
-    zero_shot.check_data(data, cfg)
     for key, info in data.items():
         frequency = cfg.val_frequency if key == "val" else cfg.zeroshot_frequency
         if key == "train" or frequency == 0:

@@ -24,7 +24,6 @@ from torch import nn
 from open_clip import config, factory, progress
 from open_clip import device as devices
 from open_clip.formats.whole_file import replacing
-from open_clip.model import get_input_dtype
 from open_clip.utils import check_folder
 from training import precision as precisions
 from training.flops import (
@@ -193,26 +192,25 @@ def measure_model(
         the fraction of the chip's peak FLOP/s in this precision (0 to 1; None if the peak is unknown).
     """
     kind = devices.get(device)
-    precision = precisions.resolve(precision, device)
-    autocast = precisions.get_autocast(precision, device)
-    model = _build(model_name, device, precision)
+    chosen = precisions.create(precision, device)
+    model = _build(model_name, device, chosen.name)
     image_size, text_size = input_sizes(model)
-    image = example_image(model, image_size, batch_size).to(get_input_dtype(precision) or torch.float32)
+    image = example_image(model, image_size, batch_size).to(chosen.weights_dtype)
     text = example_text(model, text_size, batch_size)
     kind.reset_peak_memory(device.index)
     times = []
     for _ in range(WARMUP_RUNS + MEASURED_RUNS):
         started = time.perf_counter()
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), chosen.autocast():
             model(image, text)
         kind.synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARMUP_RUNS:])
-    peak = kind.peak_flops(precisions.dtype_of(precision, device), device.index)
+    peak = kind.peak_flops(chosen.compute_dtype, device.index)
     memory = kind.memory(device.index)
     return {
         "device": kind.name(device.index),
-        "precision": precision,
+        "precision": chosen.name,
         "batch_size": batch_size,
         "images_per_s": round(batch_size / seconds, 1),
         "ms_per_batch": round(seconds * 1e3, 2),
@@ -266,7 +264,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.names = config.list_models() if options.model == "all" else _names(options.model)
         options.device = devices.resolve(options.device) if options.measure else None
         if options.measure:
-            options.precision = precisions.resolve(options.precision, options.device)
+            options.precision = precisions.create(options.precision, options.device).name
         if options.results_file:
             _check_results_file(Path(options.results_file))
     except (ValueError, RuntimeError, OSError) as error:

@@ -9,6 +9,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,54 @@ import open_clip
 from open_clip import device as devices
 from open_clip.formats.whole_file import write_text
 from open_clip.utils import check_folder
-from training import children, file_utils, precision, ranks
+from training import children, file_utils, ranks
 from training import logger as logs
-from training.checkpoint.state import get_latest_checkpoint
-from training.params import CheckpointConfig, TrainConfig, warnings_for
+from training import precision as precisions
+from training.checkpoint.latest import get_latest_checkpoint
+from training.params import CheckpointConfig, TrainConfig, sections, warnings_for
+from training.precision import Precision
 from training.ranks import World
 
 logger = logging.getLogger(__name__)
 
 
-def complete(cfg: TrainConfig, world: World) -> TrainConfig:
-    """The sections with what was left open decided: the precision by the device, the run's name by its options."""
-    chosen = precision.resolve(cfg.model.precision, world.device)
+@dataclass(frozen=True)
+class Run:
+    """What is known about a run before anything is built.
+
+    Attributes:
+        cfg: the options, with the name of the run and of its precision.
+        folder: LOGS/NAME; None: nothing is written.
+        resume_from: the checkpoint to load; None: start from the beginning.
+    """
+
+    cfg: TrainConfig
+    world: World
+    precision: Precision
+    folder: Path | None
+    resume_from: str | None
+
+
+def open_run(options: argparse.Namespace, world: World) -> Run:
+    """Name the run, create its folder, find the checkpoint to resume from, and start the log.
+
+    Raises:
+        FileExistsError: the folder has another run.
+        ValueError: the device does not support the precision, or no checkpoint in the folder can be read.
+    """
+    cfg = sections(options)
+    precision = precisions.create(cfg.model.precision, world.device)
+    cfg = _complete(cfg, precision)
+    folder, resume_from = _prepare(cfg.checkpoint, world)
+    run = Run(cfg, world, precision, folder, resume_from)
+    _start_log(run, options)
+    if cfg.logging.copy_codebase and folder is not None and world.is_master:
+        _copy_packages(folder / "code")
+    return run
+
+
+def _complete(cfg: TrainConfig, precision: Precision) -> TrainConfig:
+    """Return the options with the name of the precision, and a name for the run if none was given."""
     name = cfg.checkpoint.name
     if name is None:
         parts = [
@@ -37,28 +74,28 @@ def complete(cfg: TrainConfig, world: World) -> TrainConfig:
             f"lr_{cfg.optim.lr}",
             f"b_{cfg.data.batch_size}",
             f"j_{cfg.data.workers}",
-            f"p_{chosen}",
+            f"p_{precision.name}",
         ]
         name = ranks.broadcast_object("-".join(parts))  # clocks differ
     return dataclasses.replace(
         cfg,
-        model=dataclasses.replace(cfg.model, precision=chosen),
+        model=dataclasses.replace(cfg.model, precision=precision.name),
         checkpoint=dataclasses.replace(cfg.checkpoint, name=name),
     )
 
 
-def prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | None]:
-    """(LOGS/NAME with its sub-folders made, or None where nothing is written; the checkpoint to resume from, or None).
+def _prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | None]:
+    """Create the folder. Return (LOGS/NAME, checkpoint to resume from), each may be None.
 
-    The master looks and tells the others: they may see the file system at another moment.
+    The master looks for files and tells the other ranks, which may see the file system in another state.
     """
     folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
     found: tuple[bool, str | None] = (False, None)
     if world.is_master:
-        taken = folder is not None and (folder / "out.log").exists() and not ranks.restarts()
-        found = (taken and cfg.resume is None, _find_checkpoint(cfg, folder))
-    taken, resume_from = ranks.broadcast_object(found)
-    if taken:
+        is_taken = folder is not None and (folder / "out.log").exists() and not ranks.restarts()
+        found = (is_taken and cfg.resume is None, _find_checkpoint(cfg, folder))
+    is_taken, resume_from = ranks.broadcast_object(found)
+    if is_taken:
         raise FileExistsError(
             f"{folder} has a run already. Choose another --name, or continue that run with --resume latest."
         )
@@ -73,7 +110,7 @@ def prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | Non
 
 def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:
     if cfg.resume != "latest":
-        # What a restart goes on from is this run's own, whatever it began with.
+        # After a restart by torchrun the run continues from its own checkpoint, not from that of --resume.
         own = get_latest_checkpoint(folder / "checkpoints") if folder is not None and ranks.restarts() else None
         return own or cfg.resume
     latest = None
@@ -84,8 +121,9 @@ def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:
     return latest
 
 
-def start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, folder: Path | None) -> None:
-    """Text log to the screen and the run's folder, one for the run or one a machine, and the options to params.txt."""
+def _start_log(run: Run, options: argparse.Namespace) -> None:
+    """Start the text log on the screen and in the folder, one per run or machine. Write the options to params.txt."""
+    cfg, world, folder = run.cfg, run.world, run.folder
     local = cfg.logging.log_local
     writes = world.is_local_master if local else world.is_master
     level = logging.DEBUG if cfg.logging.debug else logging.INFO if writes else logging.WARNING
@@ -94,8 +132,10 @@ def start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, folde
     if not world.is_master:
         return
     kind = devices.get(world.device)
-    logger.info("Run %s on %d x %s (%s), precision %s.", cfg.checkpoint.name, world.world_size, world.device.type,
-             kind.name(world.device.index), cfg.model.precision)  # fmt: skip
+    logger.info(
+        "Run %s on %d x %s (%s), precision %s.",
+        cfg.checkpoint.name, world.world_size, world.device.type, kind.name(world.device.index), run.precision.name,
+    )  # fmt: skip
     for note in kind.notes():
         logger.info("%s", note)
     if cfg.distributed.deterministic:
@@ -103,21 +143,23 @@ def start_log(cfg: TrainConfig, options: argparse.Namespace, world: World, folde
     warn(kind.environment_warnings(), world)
     warn((f"{sentence}." for sentence in warnings_for(options, world.world_size)), world)
     if folder is not None:
-        lines = [f"{name}: {value}\n" for name, value in sorted({**vars(options), **_decided(cfg, world)}.items())]
+        lines = [f"{name}: {value}\n" for name, value in sorted(_values(run, options).items())]
         write_text(folder / "params.txt", "".join(lines))
 
 
 def warn(sentences: Iterable[str], world: World) -> None:
-    """Logs warnings that hold for all ranks once."""
+    """Log warnings that hold for all ranks, on the master."""
     for sentence in sentences if world.is_master else ():
         logger.warning("%s", sentence)
 
 
-def _decided(cfg: TrainConfig, world: World) -> dict[str, Any]:
-    """Options whose values were decided here, and this run's processes."""
+def _values(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options with the values that were decided here, and the processes of the run."""
+    world = run.world
     return {
-        "name": cfg.checkpoint.name,
-        "precision": cfg.model.precision,
+        **vars(options),
+        "name": run.cfg.checkpoint.name,
+        "precision": run.precision.name,
         "device": str(world.device),
         "dist_backend": world.backend,
         "world_size": world.world_size,
@@ -126,19 +168,23 @@ def _decided(cfg: TrainConfig, world: World) -> dict[str, Any]:
 
 
 def copy_codebase(args: CheckpointConfig | argparse.Namespace) -> str:
-    """Copy the packages that run to LOGS/NAME/code, replace an earlier copy, and return the path."""
-    target = Path(str(args.logs)) / str(args.name) / "code"
+    """Copy the source of both packages to LOGS/NAME/code and return its path. Files of an earlier copy are replaced."""
+    return str(_copy_packages(Path(str(args.logs)) / str(args.name) / "code"))
+
+
+def _copy_packages(target: Path) -> Path:
     for package in (open_clip, sys.modules["training"]):
         source = Path(package.__file__ or "").parent
         shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     logger.info("Copied the source to %s", target)
-    return str(target)
+    return target
 
 
 @contextlib.contextmanager
-def keep_remote_copy(cfg: CheckpointConfig, world: World, folder: Path | None) -> Iterator[None]:
-    """Keeps a remote copy of the run's folder up to date, by a process of its own, and completes it at the end."""
-    if cfg.remote_sync is None or folder is None or not world.is_master:
+def keep_remote_copy(run: Run) -> Iterator[None]:
+    """Keep a remote copy of the folder up to date with a child process, and complete it at the end of the run."""
+    cfg, folder = run.cfg.checkpoint, run.folder
+    if cfg.remote_sync is None or folder is None or not run.world.is_master:
         yield
         return
     remote = f"{cfg.remote_sync.rstrip('/')}/{cfg.name}"
@@ -146,21 +192,19 @@ def keep_remote_copy(cfg: CheckpointConfig, world: World, folder: Path | None) -
         raise RuntimeError(f"--remote-sync: the first copy to {remote} failed (the reason is logged above).")
     process = file_utils.start_sync_process(cfg.remote_sync_frequency, str(folder), remote, cfg.remote_sync_protocol)
     process.start()
-    remote_is_due = True
+    copies_at_end = True
     try:
         yield
     except KeyboardInterrupt:  # a second Ctrl-C
-        remote_is_due = False
+        copies_at_end = False
         raise
     finally:
         children.end([process], seconds=0)
-        if remote_is_due and not file_utils.remote_sync(str(folder), remote, cfg.remote_sync_protocol):
+        if copies_at_end and not file_utils.remote_sync(str(folder), remote, cfg.remote_sync_protocol):
             logger.error("The last copy to %s failed: it may lack the newest files of %s.", remote, folder)
 
 
-def create_metrics_writer(
-    cfg: TrainConfig, options: argparse.Namespace, world: World, folder: Path | None, resume_from: str | None
-) -> logs.MetricsWriter:
-    run_config = {**vars(options), **_decided(cfg, world)}
-    resumes, name = resume_from is not None, cfg.checkpoint.name
-    return logs.MetricsWriter(cfg.logging, folder, world.is_master, run_config, resume=resumes, name=name)
+def create_metrics_writer(run: Run, options: argparse.Namespace) -> logs.MetricsWriter:
+    is_resumed, name = run.resume_from is not None, run.cfg.checkpoint.name
+    values = _values(run, options)
+    return logs.MetricsWriter(run.cfg.logging, run.folder, run.world.is_master, values, resume=is_resumed, name=name)

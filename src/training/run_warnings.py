@@ -68,7 +68,7 @@ def schedule(cfg: ScheduleConfig, lr: float, steps_per_epoch: int) -> Iterator[s
 
 
 def jump_of_learning_rate(
-    optimizer: torch.optim.Optimizer, own: scheduler.Scheduler | None, checkpoint: Mapping[str, Any], step: int
+    optimizer: torch.optim.Optimizer, own: scheduler.Scheduler, checkpoint: Mapping[str, Any], step: int
 ) -> Iterator[str]:
     """Warn if the schedule of a resumed run differs from that of the checkpoint.
 
@@ -79,7 +79,7 @@ def jump_of_learning_rate(
         step: completed steps of the checkpoint.
     """
     groups = checkpoint.get("optimizer", {}).get("param_groups", [])
-    if own is None or not groups or step == 0:
+    if not groups or step == 0:
         return
     before = float(groups[0].get("lr", math.nan))
     now = scheduler.rate_at(own, optimizer, step - 1)

@@ -32,6 +32,11 @@ def _after_warmup(
     return schedule
 
 
+def unchanged_lr(optimizer: torch.optim.Optimizer) -> Scheduler:
+    """Create a schedule that keeps the learning rates of the optimizer."""
+    return lambda step: optimizer.param_groups[0]["lr"]
+
+
 def const_lr(optimizer: torch.optim.Optimizer, base_lr: float, warmup_length: int, steps: int) -> Scheduler:
     """Create a schedule: warmup, then base_lr. `steps` is not used; all schedules have the same first parameters."""
     return _after_warmup(optimizer, base_lr, warmup_length, lambda step: base_lr)

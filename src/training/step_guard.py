@@ -30,6 +30,7 @@ from open_clip import device as devices
 from open_clip.formats.whole_file import write_text
 from training import ranks
 from training.flat_adamw import FlatAdamW
+from training.gradients import gradient_norm
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,43 @@ class TooManyBadSteps(ValueError):
     """Raised when too many steps were skipped because the loss or gradient was not finite."""
 
 
-class StepGuard:
+class NoGuard:
+    """A guard that never skips a step. It has the interface of StepGuard."""
+
+    bad: Tensor | bool = False
+    skipped: Tensor | bool = False
+    _zero = torch.zeros(())
+
+    def begin(self, number: int, batches: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def mark(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Return 0, because `step` does not need the norm."""
+        return self._zero
+
+    def step(self, optimizer: torch.optim.Optimizer, scaler: Any, norm: Tensor) -> None:
+        scaler.step(optimizer)
+
+    def counters(self) -> dict[str, Tensor]:
+        return {}
+
+    def check(self, numbers: Mapping[str, float]) -> None:
+        pass
+
+    def check_run(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class StepGuard(NoGuard):
     """Decides whether to skip each step, and counts the skipped ones.
 
     After `max_in_a_row` bad steps in a row (0: no limit) every further step is skipped as well, so the weights have not
@@ -87,46 +124,58 @@ class StepGuard:
         if self._statistics:
             self._before = [buffer.clone() for buffer in self._statistics]
 
-    def marked(self, loss: Tensor) -> Tensor:
+    def mark(self, loss: Tensor) -> Tensor:
         """Return the loss times 1, or times NaN if it is not finite or the limit of bad steps is reached."""
         self._loss_is_bad = ~torch.isfinite(loss.detach())
         stopped = self._counts[1] >= self.max_in_a_row if self.max_in_a_row else torch.zeros_like(self._loss_is_bad)
         return loss * torch.where(self._loss_is_bad | stopped, self._nan, self._one)
 
-    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-        """Call `optimizer.step` unless the gradient norm is not finite. All ranks decide the same."""
-        self.bad = self.skipped = ~torch.isfinite(norm)
-        if self._on_device:
-            optimizer.found_inf = self.bad.to(self._flag_dtype)  # type: ignore[attr-defined]
-            optimizer.step()
-        elif not self.bad:
-            optimizer.step()
-        self._count()
+    def norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Return the gradient norm, from which `step` decides."""
+        return gradient_norm(optimizer)
 
-    def scaled_step(self, optimizer: torch.optim.Optimizer, scaler: Any, norm: Tensor) -> None:
-        """Do the same as `step` with a gradient scaler, which skips steps whose gradients overflow.
+    def step(self, optimizer: torch.optim.Optimizer, scaler: Any, norm: Tensor) -> None:
+        """Update the weights unless the gradient norm is not finite. All ranks decide the same.
+
+        Args:
+            scaler: a gradient scaler, after `unscale_` and before `update`. It may be disabled.
+        """
+        is_bad = ~torch.isfinite(norm)
+        if scaler.is_enabled():
+            is_bad, is_skipped = self._step_with_scaler(optimizer, scaler, is_bad)
+        else:
+            self._step_unless(is_bad, optimizer)
+            is_skipped = is_bad
+        self.bad, self.skipped = is_bad, is_skipped
+        self._count(is_bad, is_skipped)
+
+    def _step_unless(self, is_bad: Tensor, optimizer: Any) -> None:
+        if self._on_device:
+            optimizer.found_inf = is_bad.to(self._flag_dtype)
+            optimizer.step()
+        elif not is_bad:
+            optimizer.step()
+
+    def _step_with_scaler(self, optimizer: Any, scaler: Any, overflows: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the scaler decide, which skips steps whose gradients overflow. Return (step is bad, step is skipped).
 
         A skipped step counts as an overflow. It counts as bad only if the loss of a rank is not finite or the scale has
         fallen to 1. A scaler with `overflowed` (open_clip.device.npu_scaler) may skip a step whose norm is finite.
         """
-        self.skipped = ~torch.isfinite(norm)
         loss_is_bad = self._loss_is_bad.float()
         if ranks.world().distributed:
             dist.all_reduce(loss_is_bad, dist.ReduceOp.MAX)
         factor = scaler.scale(torch.ones_like(loss_is_bad))
         scaler.step(optimizer)
-        if getattr(scaler, "overflowed", False):
-            self.skipped = torch.ones_like(self.skipped)
-        scaler.update()
-        self.bad = self.skipped & ((loss_is_bad > 0) | (factor <= 1))
-        self._count()
+        is_skipped = torch.ones_like(overflows) if getattr(scaler, "overflowed", False) else overflows
+        return is_skipped & ((loss_is_bad > 0) | (factor <= 1)), is_skipped
 
-    def _count(self) -> None:
+    def _count(self, is_bad: Tensor, is_skipped: Tensor) -> None:
         skipped, in_a_row, overflows = self._counts.unbind()
-        bad = self.bad.long()
-        self._counts = torch.stack([skipped + bad, (in_a_row + 1) * bad, overflows + (self.skipped.long() - bad)])
+        bad = is_bad.long()
+        self._counts = torch.stack([skipped + bad, (in_a_row + 1) * bad, overflows + (is_skipped.long() - bad)])
         for buffer, before in zip(self._statistics, self._before, strict=bool(self._before)):
-            torch.where(self.skipped, before, buffer, out=buffer)
+            torch.where(is_skipped, before, buffer, out=buffer)
 
     def counters(self) -> dict[str, Tensor]:
         """Return scalars on the device by the names of COUNTERS: bad steps, those in a row, overflows of the scaler."""
@@ -155,8 +204,13 @@ class StepGuard:
             "try --precision amp_bf16 or fp32, or a lower --lr."
         )
 
-    def check(self, bad_in_a_row: int) -> None:
-        """Raise TooManyBadSteps if the limit is reached. Each rank first writes the sample keys of these steps."""
+    def check(self, numbers: Mapping[str, float]) -> None:
+        """Raise TooManyBadSteps if the limit is reached. Each rank first writes the sample keys of these steps.
+
+        Args:
+            numbers: the values of `counters`, on the host.
+        """
+        bad_in_a_row = int(numbers["bad_in_a_row"])
         if not self.max_in_a_row or bad_in_a_row < self.max_in_a_row:
             return
         steps = list(self._keys)[-bad_in_a_row:][: self.max_in_a_row]
@@ -174,7 +228,7 @@ class StepGuard:
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self._counts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        bad, _, overflows = state["counts"].tolist()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        bad, _, overflows = state_dict["counts"].tolist()
         self._steps, self._skipped_before = 0, bad + overflows
-        self._counts = state["counts"].to(self._counts.device)
+        self._counts = state_dict["counts"].to(self._counts.device)

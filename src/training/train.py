@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import open_clip
 from training import evaluate as evaluation
 from training import half_weights
-from training import precision as precisions
 from training.batches import TextGrouping
 from training.checkpoint.state import TrainState
 from training.epoch import run_epoch
-from training.evaluate import maybe_compute_generative_loss
+from training.evaluators.retrieval import maybe_compute_generative_loss
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
+from training.precision import disabled_scaler
+from training.progress import Progress
 from training.ranks import world
+from training.scheduler import unchanged_lr
+from training.script_options import evaluation_options, precision_of, tokenizer_of
 from training.trainer import Trainer, unwrap_model
 
 __all__ = [
@@ -33,12 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 def postprocess_clip_output(model_out: Any) -> Outputs:
-    """The first three of a model's tuple by name: image_features, text_features, logit_scale."""
+    """Return the first three outputs of a model by name: image_features, text_features, logit_scale."""
     return {name: model_out[index] for index, name in enumerate(("image_features", "text_features", "logit_scale"))}
 
 
 def backward(total_loss: Tensor, scaler: Any) -> None:
-    """The backward pass, of the scaled loss where there is a gradient scaler."""
+    """Run the backward pass of the loss, scaled by the gradient scaler unless that is None."""
     (total_loss if scaler is None else scaler.scale(total_loss)).backward()
 
 
@@ -50,14 +53,26 @@ def evaluate(
     tb_writer: Any = None,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
 ) -> dict[str, float]:
-    """`training.evaluate.evaluate`, whose metrics the master also logs and writes.
+    """Run the evaluations that are due at `epoch`. The master logs and writes the metrics. Every rank calls this.
 
-    Every rank calls it: evaluation is spread over them.
+    Args:
+        epoch: number of completed epochs.
+        args: a namespace with epochs, precision, val_frequency, zeroshot_frequency; with save_logs and checkpoint_path
+            to append to results.jsonl in that folder; and with the name `model` if no tokenizer is given.
+        tb_writer: a writer of TensorBoard.
 
-    args: as there, and save_logs, checkpoint_path: whether and in which folder results.jsonl gets a line.
-    tb_writer: of TensorBoard.
+    Returns:
+        Metrics over all ranks. {} if nothing is due.
     """
-    metrics = evaluation.evaluate(unwrap_model(model), data, epoch, args, tokenizer)
+    model = unwrap_model(model)
+    evaluators = evaluation.create_evaluators(
+        data,
+        evaluation_options(args),
+        precision_of(args, next(model.parameters()).device),
+        tokenizer_of(args) if tokenizer is None else tokenizer,
+    )
+    due = evaluation.evaluators_due(evaluators, epoch, is_last=epoch == args.epochs)
+    metrics = evaluation.evaluate(model, due, epoch)
     if not metrics or not world().is_master:
         return metrics
     logger.info("Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
@@ -70,7 +85,7 @@ def evaluate(
 
 
 class _ScalarWriter:
-    """A TensorBoard writer with MetricsWriter's `write`."""
+    """A TensorBoard writer with the interface of `training.progress.Writer`."""
 
     def __init__(self, tensorboard: Any) -> None:
         self._tensorboard = tensorboard
@@ -92,34 +107,38 @@ def train_one_epoch(
     args: Any,
     tb_writer: Any = None,
 ) -> None:
-    """`run_epoch` with the parameters that it has in open_clip_train, for scripts.
+    """Train one epoch with `training.epoch.run_epoch`.
 
-    loss: an objective, or a module of open_clip.create_loss, with `dist_model` as the teacher of a distillation loss.
-    args: device, precision, accum_freq, grad_clip_norm, log_every_n_steps, skip_scheduler. tb_writer: of TensorBoard.
+    Steps with a loss that is not finite are not skipped.
+
+    Args:
+        loss: an objective, or a module from open_clip.create_loss.
+        scaler: None: no gradient scaling.
+        dist_model: teacher of a distillation loss.
+        args: a namespace with device, precision, accum_freq, grad_clip_norm, log_every_n_steps, skip_scheduler.
+        tb_writer: a writer of TensorBoard.
     """
-    device = torch.device(args.device)
-    precision = precisions.resolve(args.precision, device)
+    precision = precision_of(args, torch.device(args.device))
+    bare = unwrap_model(model)
     trainer = Trainer(
         model=model,
         objective=loss if isinstance(loss, Objective) else LossModule(loss, dist_model),
         optimizer=optimizer,
-        device=device,
-        scaler=scaler,
-        scheduler=None if args.skip_scheduler else scheduler,
-        autocast=precisions.get_autocast(precision, device.type),
-        half_weights=half_weights.create(unwrap_model(model), precision, device),
-        input_dtype=open_clip.get_input_dtype(args.precision),
-        group_text=TextGrouping([unwrap_model(model), dist_model], device),
+        precision=precision,
+        scaler=disabled_scaler() if scaler is None else scaler,
+        scheduler=unchanged_lr(optimizer) if args.skip_scheduler or scheduler is None else scheduler,
+        half_weights=half_weights.create(bare, precision),
+        group_text=TextGrouping([bare, dist_model], precision.device),
         accum_freq=args.accum_freq,
-        grad_clip_norm=args.grad_clip_norm,
+        grad_clip_norm=math.inf if args.grad_clip_norm is None else args.grad_clip_norm,
     )
     loader = data["train"].dataloader
     state = TrainState(
-        model=unwrap_model(model),
-        device=device,
+        model=bare,
+        device=precision.device,
         steps_per_epoch=loader.num_batches // args.accum_freq,
         samples_per_epoch=loader.num_samples,
         epoch=epoch,
     )
     writer = None if tb_writer is None else _ScalarWriter(tb_writer)
-    run_epoch(trainer, data["train"], state, args.log_every_n_steps, writer)
+    run_epoch(trainer, data["train"], state, Progress(precision.device, args.log_every_n_steps, writer))

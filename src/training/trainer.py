@@ -1,4 +1,4 @@
-"""One step of training: batches on the device in, updated weights and their losses out.
+"""One optimizer step: forward, loss, backward, clip, step. The batches are on the device, and so are the losses.
 
 The host never waits for the device inside a step.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,86 +16,88 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.checkpoint import rng
-from training.ema import WeightAverage
-from training.flat_adamw import FlatAdamW
-from training.gradients import clip_gradients, gradient_norm
+from training.ema import NoAverage
+from training.gradients import clip_gradients
 from training.objective import SHARED, Objective, Outputs, concatenate
-from training.step_guard import StepGuard
+from training.precision import Precision, disabled_scaler
+from training.step_guard import NoGuard
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound, arXiv:2103.00020, section 2.5
-Batch = Mapping[str, Any]  # tensors on the device; and "key", a list of the samples' names
+Batch = Mapping[str, Any]  # tensors on the device, and under "key" the list of the samples' names
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP's wrapper."""
+    """Return the model inside the wrapper of DDP, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _keep_lr(number: int) -> None:
+    pass
 
 
 @dataclass
 class Trainer:
-    """Updates a model's weights, batch by batch.
+    """Updates the weights of a model, step by step. A part that a run does not need is an object that does nothing.
 
-    model: to be called, so DDP's wrapper where there is one.
-    scaler: of fp16 gradients; None without.
-    scheduler: sets the learning rate for a step; None leaves it as it is.
-    autocast: makes the context for forward passes and losses. input_dtype: of images; None as they come.
-    group_text: applied to the texts of a batch before they are moved to the device, see batches.TextGrouping.
-    half_weights: makes the context for forward and backward passes in which weights are converted once.
-    accum_freq: batches of one step, see `_accumulate`. grad_clip_norm: bound of the gradient's global 2-norm.
-    pairs_at_peak: what a device could do in a second, for the log's MFU; None where that is not known.
-    guard: skips steps whose numbers are not finite; None: they are taken as they are.
-    average: of the weights, updated after each step; None without.
-    rehearses: the first step is preceded by one that changes nothing, see `rehearse`.
+    Attributes:
+        model: the model to call: wrapped by DDP if there are several processes.
+        objective: computes named losses.
+        precision: gives the device, the context of forward passes and the dtype of images.
+        scaler: gradient scaler. A disabled one does not scale.
+        scheduler: called with the number of each step, sets its learning rate.
+        half_weights: creates the context in which weights are converted once per step, see `training.half_weights`.
+        group_text: applied to the texts of a batch before they are moved to the device, see `batches.TextGrouping`.
+        accum_freq: batches per step, see `_accumulate`.
+        grad_clip_norm: upper bound of the global 2-norm of the gradient; inf: no bound.
+        guard: decides whether to skip a step, see `training.step_guard`.
+        average: moving average of the weights, updated after each step.
+        rehearses: before the first step, make one that changes nothing, see `_rehearse`.
     """
 
     model: nn.Module
     objective: Objective
     optimizer: torch.optim.Optimizer
-    device: torch.device
-    scaler: Any = None
-    scheduler: Callable[[int], Any] | None = None
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    precision: Precision
+    scaler: Any = field(default_factory=disabled_scaler)
+    scheduler: Callable[[int], Any] = _keep_lr
     half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    input_dtype: torch.dtype | None = None
     group_text: Callable[[Any], Any] | None = None
     accum_freq: int = 1
-    grad_clip_norm: float | None = None
-    pairs_at_peak: float | None = None
-    guard: StepGuard | None = None
-    average: WeightAverage | None = None
+    grad_clip_norm: float = math.inf
+    guard: NoGuard = field(default_factory=NoGuard)
+    average: NoAverage = field(default_factory=NoAverage)
     rehearses: bool = False
 
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
             raise ValueError(
-                "DDP with static_graph counts every backward pass from its second step on, and so would take the "
-                "gradients of a part of the batches: with accumulation make it without static_graph."
+                "DDP with static_graph counts every backward pass from its second step on, so with gradient "
+                "accumulation it would use the gradients of some of the batches only. Create it without static_graph."
             )
 
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
     def step(self, batches: list[Batch], number: int) -> Outputs:
-        """Update `number` (from 0) of the weights, from `accum_freq` batches on the device; the losses, there too."""
-        if self.scheduler is not None:
-            self.scheduler(number)
+        """Make step `number` (from 0) with `accum_freq` batches on the device. Return the losses, on the device."""
+        self.scheduler(number)
         if self.rehearses:
-            self.rehearse(batches)
-        if self.guard is not None:
-            self.guard.begin(number, batches)
-        self.optimizer.zero_grad()  # to None or to zero, as the optimizer prefers
+            self._rehearse(batches)
+        self.guard.begin(number, batches)
+        self.optimizer.zero_grad()  # sets None or zero, as the optimizer prefers
         losses = self.backward(batches)
         self._update()
-        logit_scale = getattr(unwrap_model(self.model), "logit_scale", None)
-        if logit_scale is not None:
-            with torch.no_grad():
-                logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        if self.average is not None:
-            self.average.update(number, None if self.guard is None else self.guard.skipped)
+        _clamp_logit_scale(unwrap_model(self.model))
+        self.average.update(number, self.guard.skipped)
         return losses
 
-    def rehearse(self, batches: list[Batch]) -> None:
-        """Forward and backward, of which nothing remains but DDP's buckets, for a resumed run of several processes.
+    def _rehearse(self, batches: list[Batch]) -> None:
+        """Run forward and backward passes that change only DDP's buckets, for a resumed run of several processes.
 
-        DDP arranges gradients anew after its first backward pass, and how they are arranged decides in which order the
-        ranks' are added up. The unbroken run did so long ago; without this the first step would round differently.
+        After its first backward pass DDP arranges the gradients in other buckets. The buckets determine the order in
+        which the gradients of the ranks are added. In an uninterrupted run this happened in the first step of all, so
+        without the rehearsal the first step after a resume would round differently.
         """
         self.rehearses = False
         state, buffers = rng.torch_state(self.device), [buffer.clone() for buffer in self.model.buffers()]
@@ -105,30 +107,31 @@ class Trainer:
             buffer.copy_(before)
 
     def backward(self, batches: list[Batch]) -> Outputs:
-        """Adds the gradient of the loss over the samples of all batches (times the scaler's factor); the losses."""
+        """Add the gradient of the loss over the samples of all batches, times the loss scale. Return the losses."""
         with self.half_weights():
             losses = self._backward_one(batches[0]) if len(batches) == 1 else self._accumulate(batches)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _backward_one(self, batch: Batch) -> Outputs:
-        with self.autocast():
+        with self.precision.autocast():
             outputs = self.objective.features(self.model, batch)
             losses = self.objective.losses({**outputs, **self.objective.targets(batch)})
         self._scaled(losses["loss"]).backward()
         return losses
 
     def _accumulate(self, batches: list[Batch]) -> Outputs:
-        """One loss over the samples of k batches, each other's negatives, in the memory of one (arXiv:2101.06983).
+        """Compute one loss over the samples of k batches in the memory of one batch (arXiv:2101.06983).
 
-        All batches but the last go forward without keeping activations. The loss is taken once, on the features of all,
-        and gives the features' gradients. Then each batch goes forward again, and backward with its part of them. The
-        cost is k - 1 forward passes beyond those of one large batch. Random numbers are replayed, so that dropout drops
-        the same the second time; a layer that counts what it sees (BatchNorm) counts it twice.
+        All samples are negatives of each other. All batches but the last are first run forward without keeping
+        activations. Then the loss is computed on the features of all batches, which gives the gradients of the
+        features. Finally each batch is run forward again, and backward from its part of these gradients. This costs
+        k - 1 more forward passes than one large batch. Random states are restored, so that dropout is the same the
+        second time. A layer that updates statistics in the forward pass (BatchNorm) does so twice.
 
-        The gradients of the scalars (logit_scale) come whole from the one loss and go in with the last backward pass.
-        That is the only pass through DDP's wrapper, which then averages over the ranks what all passes have added up,
-        and waits for every parameter. The others go past it, and the graph kept from the first phase is one of them:
-        DDP would have to be told at its forward that it comes last.
+        The gradients of scalars (logit_scale) come from the one loss, and are added in the last backward pass. Only
+        this pass goes through DDP's wrapper, which then averages the sums of all passes over the ranks and waits for
+        every parameter. The other passes bypass the wrapper. The last batch's graph, kept from the first phase, is one
+        of them, because DDP would have to know at its forward pass that its backward pass comes last.
         """
         bare = unwrap_model(self.model)
         states, parts = [], []
@@ -157,48 +160,42 @@ class Trainer:
         return losses
 
     def _features(self, model: nn.Module, batch: Batch) -> Outputs:
-        # A context for each call: within one, autocast would reuse the casts of weights that it made without gradient.
-        with self.autocast():
+        # One context per call: autocast caches casts of weights, and would reuse those made without gradients.
+        with self.precision.autocast():
             return self.objective.features(model, batch)
 
     def _losses_of_all(self, leaves: Outputs, batches: list[Batch]) -> Outputs:
-        with self.autocast():
+        with self.precision.autocast():
             targets = concatenate([self.objective.targets(batch) for batch in batches])
             losses = self.objective.losses({**leaves, **targets})
         self._scaled(losses["loss"]).backward()
         return losses
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        if self.guard is not None:
-            loss = self.guard.marked(loss)
-        return loss if self.scaler is None else self.scaler.scale(loss)
+        return self.scaler.scale(self.guard.mark(loss))
 
     def _update(self) -> None:
-        is_flat = isinstance(self.optimizer, FlatAdamW)  # its gradients are read once, so the scaler comes first
-        if self.scaler is not None and (is_flat or self.grad_clip_norm is not None):
-            self.scaler.unscale_(self.optimizer)  # the bound is of the true gradient
+        self.scaler.unscale_(self.optimizer)  # before the norm, which is that of the true gradient
         norm = self._clip()
-        if self.guard is not None:
-            norm = gradient_norm(self.optimizer) if norm is None else norm
-            if self.scaler is None:
-                self.guard.step(self.optimizer, norm)
-            else:
-                self.guard.scaled_step(self.optimizer, self.scaler, norm)
-        elif self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.guard.step(self.optimizer, self.scaler, norm)
+        self.scaler.update()
 
-    def _clip(self) -> Tensor | None:
-        """The gradient norm before it was bounded; None where it has no bound."""
-        if self.grad_clip_norm is None:
-            return None
+    def _clip(self) -> Tensor:
+        """Clip the gradients, and return their norm before clipping."""
+        if self.grad_clip_norm == math.inf:
+            return self.guard.norm(self.optimizer)
         return clip_gradients(self.optimizer, self.model.parameters(), self.grad_clip_norm)
 
 
+def _clamp_logit_scale(model: nn.Module) -> None:
+    logit_scale = getattr(model, "logit_scale", None)
+    if isinstance(logit_scale, Tensor):
+        with torch.no_grad():
+            logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
 def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs]]:
-    """Gradients of what all samples share, and for each batch those of its rows. 0 for what the loss does not use."""
+    """Return the gradients of SHARED outputs, and those of each batch's rows. They are 0 for unused outputs."""
     whole = {
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         for name, leaf in leaves.items()
@@ -210,6 +207,6 @@ def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs
 
 
 def _backward(outputs: Outputs, gradients: Outputs) -> None:
-    """Continues the backward pass from gradients of some of the outputs."""
+    """Continue the backward pass from the gradients of some of the outputs."""
     if gradients:
         torch.autograd.backward([outputs[name] for name in gradients], list(gradients.values()))

@@ -32,7 +32,8 @@ def make_batch(step: int, device: torch.device, dtype: torch.dtype | None) -> di
 def make_trainer(chosen: str, device: torch.device, form: str = "auto") -> Trainer:
     torch.manual_seed(0)
     model: Any = open_clip.CLIP(**tiny_clip.config(), output_dict=True)
-    weights = precision.weights_dtype(chosen)
+    kind = precision.create(chosen, device)
+    weights = kind.weights_dtype
     if chosen.startswith("pure_"):
         model = model.to(weights)
     elif weights != torch.float32:
@@ -43,20 +44,18 @@ def make_trainer(chosen: str, device: torch.device, form: str = "auto") -> Train
         model=model,
         objective=ContrastiveObjective(),
         optimizer=optimizer,
-        device=device,
-        scaler=precision.grad_scaler(chosen, device),
-        autocast=precision.get_autocast(chosen, device),
-        input_dtype=open_clip.get_input_dtype(chosen),
+        precision=kind,
+        scaler=kind.grad_scaler(),
         guard=StepGuard(model, optimizer, device),
     )
 
 
 def train(chosen: str, device: torch.device, form: str = "auto", steps: int = 30) -> list[float]:
     trainer = make_trainer(chosen, device, form)
-    losses = [
-        trainer.step([make_batch(step, device, trainer.input_dtype)], step)["loss"].float() for step in range(steps)
-    ]
-    assert trainer.guard is not None
+    losses = []
+    for step in range(steps):
+        batch = make_batch(step, device, trainer.precision.input_dtype)
+        losses.append(trainer.step([batch], step)["loss"].float())
     trainer.guard.check_run()
     assert devices.get(device).supports(torch.float32)
     return torch.stack(losses).tolist()

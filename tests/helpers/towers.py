@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training import precision
 from training.checkpoint.state import TrainState
+from training.epoch import run_epoch
+from training.progress import Progress
 
 CPU = torch.device("cpu")
+FP32 = precision.create("fp32", CPU)
 SIZE = 4  # samples per batch
 
 
@@ -73,3 +77,9 @@ def state_of(model: nn.Module, count: int, accum_freq: int = 1, **values) -> Tra
     return TrainState(
         model=model, device=CPU, steps_per_epoch=count // accum_freq, samples_per_epoch=count * SIZE, **values
     )
+
+
+def train_epoch(trainer, data, state, every: int = 100, writer=None, **options) -> None:
+    """Train an epoch that reports to `writer` every few steps. `options`: of run_epoch."""
+    progress = state.parts.setdefault("progress", Progress(CPU, every, writer))
+    run_epoch(trainer, data, state, progress, **options)

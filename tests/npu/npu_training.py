@@ -69,14 +69,14 @@ def make_trainer(
     # A large eps, because otherwise AdamW scales rounding errors of zero gradients up to the size of a normal step.
     cfg = OptimConfig(lr=2e-3, eps=1e-4, fused_optimizer=fused_optimizer)
     optimizer = create_optimizer(model, cfg, device)
+    kind = precision.create(chosen, device)
     return Trainer(
         model=build.parallelise(model, DistributedConfig(), ranks.world()) if linked else model,
         objective=objective,
         optimizer=optimizer,
-        device=device,
-        scaler=precision.grad_scaler(chosen, device, **scaler),
-        autocast=precision.get_autocast(chosen, device),
-        half_weights=half_weights.create(model, chosen, device, getattr(optimizer, "flats", ())),
+        precision=kind,
+        scaler=kind.grad_scaler(**scaler),
+        half_weights=half_weights.create(model, kind, getattr(optimizer, "flats", ())),
         grad_clip_norm=1.0,
     )
 

@@ -23,8 +23,7 @@ def train(name: str, device: torch.device) -> tuple[list[float], Calls]:
         model=model,
         objective=create_objective(ObjectiveConfig(siglip=model.logit_bias is not None), model),
         optimizer=create_optimizer(model, OptimConfig(lr=1e-3, eps=1e-3), device),
-        device=device,
-        autocast=precision.get_autocast("fp32", device),
+        precision=precision.create("fp32", device),
     )
     batches = [move(families.batch(model, step), device) for step in range(STEPS)]
     losses = [trainer.step([batch], step)["loss"].detach().clone() for step, batch in enumerate(batches[:-1])]

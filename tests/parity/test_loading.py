@@ -65,7 +65,7 @@ def test_training_resumes_from_it(tmp_path, writer):
     checkpoint = torch.load(FIXTURES / f"loading_{writer}.pt", weights_only=True)
     model = open_clip.create_model(tiny_clip.folder(tmp_path))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    state = TrainState(model=model, device=torch.device("cpu"), optimizer=optimizer, steps_per_epoch=2)
+    state = TrainState(model=model, device=torch.device("cpu"), parts={"optimizer": optimizer}, steps_per_epoch=2)
     state.load_state_dict(checkpoint)
     assert state.epoch == 1
     moments = [checkpoint["optimizer"]["state"][i]["exp_avg"] for i in range(len(list(model.parameters())))]

@@ -10,7 +10,8 @@ import torch
 
 from open_clip import CLIP
 from recorded_model import MODEL
-from training.checkpoint.state import TrainState, load_checkpoint
+from training.checkpoint.state import TrainState
+from training.checkpoint.weights import load_checkpoint
 from training.optim import create_optimizer
 from training.params import OptimConfig
 
@@ -28,7 +29,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state_of(**values) -> TrainState:
     model = CLIP(**MODEL, output_dict=True)
     optimizer = create_optimizer(model, OptimConfig(lr=5e-4, beta1=0.9, beta2=0.999, eps=1e-8), CPU)
-    return TrainState(model=model, device=CPU, name="recorded", optimizer=optimizer, **values)
+    return TrainState(model=model, device=CPU, name="recorded", parts={"optimizer": optimizer}, **values)
 
 
 def test_weights_optimizer_and_position_are_taken_over(recorded):
@@ -38,7 +39,7 @@ def test_weights_optimizer_and_position_are_taken_over(recorded):
     assert (state.epoch, state.step, state.samples_seen) == (2, 8, 32)
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, theirs["state_dict"][name]), name
-    moments = state.optimizer.state_dict()["state"]
+    moments = state.parts["optimizer"].state_dict()["state"]
     assert moments.keys() == theirs["optimizer"]["state"].keys()
     for index, moment in theirs["optimizer"]["state"].items():
         assert torch.equal(moments[index]["exp_avg"], moment["exp_avg"])

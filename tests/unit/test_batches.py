@@ -217,9 +217,9 @@ def test_the_command_trains_and_evaluates_on_pixels(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, "to_device", move)
 
-    from training import evaluate, zero_shot
+    from training.evaluators import retrieval, zero_shot
 
-    for module, name in ((epoch, "train"), (evaluate, "val"), (zero_shot, "zeroshot")):
+    for module, name in ((epoch, "train"), (retrieval, "val"), (zero_shot, "zeroshot")):
         watch(module, name)
     pairs, classes = write_pairs(tmp_path / "csv", 8), write_classes(tmp_path / "classes", 1)
     main.main([

@@ -1,4 +1,4 @@
-"""Tests of training.evaluate in one process and over uneven ranks: values, names, and when it is due."""
+"""Tests of training.evaluate and its evaluators in one process and over uneven ranks: values, names, what is due."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from gloo_ranks import run_ranks
-from training import zero_shot
-from training.evaluate import evaluate, maybe_compute_generative_loss
+from training import evaluate as evaluation
+from training import precision, train
+from training.evaluators import zero_shot
+from training.evaluators.retrieval import maybe_compute_generative_loss
 from training.metrics import retrieval_metrics
+from training.params import EvalConfig
 
+EPOCHS = 3
 CLASSES = [f"class {letter}" for letter in "abcdefghi"]
 WIDTH = len(CLASSES)
 # Batch sizes of each rank.
@@ -72,9 +76,15 @@ def tokenizer(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[float(f"class {letter}" in caption) for letter in "abcdefghi"] for caption in captions])
 
 
-def args(**changes) -> SimpleNamespace:
-    defaults = {"val_frequency": 1, "zeroshot_frequency": 1, "epochs": 3, "precision": "fp32"}
-    return SimpleNamespace(**(defaults | {"zeroshot_classnames": None, "zeroshot_templates": "simple"} | changes))
+OPTIONS = EvalConfig(val_frequency=1, zeroshot_frequency=1, zeroshot_templates="simple")
+
+
+def scheduled(data: dict, cfg: EvalConfig = OPTIONS, chosen: str = "fp32") -> list[evaluation.ScheduledEvaluator]:
+    return evaluation.create_evaluators(data, cfg, precision.create(chosen, "cpu"), tokenizer)
+
+
+def evaluate(model: nn.Module, data: dict, chosen: str = "fp32") -> dict[str, float]:
+    return evaluation.evaluate(model, [each.evaluator for each in scheduled(data, chosen=chosen)], 1)
 
 
 def cases(rank: int, world_size: int) -> dict:
@@ -83,13 +93,13 @@ def cases(rank: int, world_size: int) -> dict:
     for fewest in (1, 100):
         zero_shot.FEWEST_CLASSES_TO_SPLIT = fewest
         data = data_of(rank, world_size)
-        results[str(fewest)] = evaluate(Model(captioner=True), data, 1, args(), tokenizer)
+        results[str(fewest)] = evaluate(Model(captioner=True), data)
     return results
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, float]:
-    return evaluate(Model(captioner=True), data_of(0, 1), 1, args(), tokenizer)
+    return evaluate(Model(captioner=True), data_of(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +155,48 @@ def test_ranks_with_uneven_parts_get_the_metrics_of_the_whole(ranks, alone, worl
     ],
 )
 def test_what_is_due(val, zeroshot, epoch, loss, accuracy):
-    found = evaluate(Model(), data_of(0, 1), epoch, args(val_frequency=val, zeroshot_frequency=zeroshot), tokenizer)
+    """EPOCHS is the last epoch. Scripts get the same with the options in a namespace."""
+    options = {"val_frequency": val, "zeroshot_frequency": zeroshot, "zeroshot_templates": "simple"}
+    due = evaluation.evaluators_due(scheduled(data_of(0, 1), EvalConfig(**options)), epoch, is_last=epoch == EPOCHS)
+    found = evaluation.evaluate(Model(), due, epoch)
     assert ("clip_val_loss" in found, "zeroshot-top1" in found) == (loss, accuracy)
     assert "val_generative_loss" not in found
     assert found.get("epoch", epoch) == epoch
+    args = SimpleNamespace(epochs=EPOCHS, precision="fp32", **options)
+    assert train.evaluate(Model(), data_of(0, 1), epoch, args, tokenizer=tokenizer) == found
+
+
+def test_an_evaluator_of_ones_own_is_a_class_and_a_line_in_the_list(monkeypatch):
+    class Counter:
+        def __init__(self, data, cfg, precision, tokenizer):
+            self.loader = data["val"].dataloader
+
+        def run(self, model, epoch):
+            yield "num_batches", len(self.loader)
+
+    monkeypatch.setattr(evaluation, "EVALUATORS", ((("val",), "val_frequency", Counter),))
+    assert evaluate(Model(), data_of(0, 1)) == {"num_batches": 3}
+    assert scheduled({}) == []
 
 
 def test_the_model_is_left_as_it_was():
     model = Model().train()
     model.dropout.eval()
-    first = evaluate(model, data_of(0, 1), 1, args(), tokenizer)
+    first = evaluate(model, data_of(0, 1))
     assert (model.training, model.dropout.training) == (True, False)
     assert model.modes == [(False, False)] * 3
-    assert first == evaluate(model, data_of(0, 1), 1, args(), tokenizer)
+    assert first == evaluate(model, data_of(0, 1))
 
 
 def test_the_mode_comes_back_after_a_failure_and_nothing_to_evaluate_is_one():
     model = Model().train()
     with pytest.raises(ValueError, match="not one usable sample"):
-        evaluate(model, {"val": SimpleNamespace(dataloader=Loader())}, 1, args(), tokenizer)
+        evaluate(model, {"val": SimpleNamespace(dataloader=Loader())})
     assert model.training
 
 
 def test_amp_changes_little(alone):
-    found = evaluate(Model(captioner=True), data_of(0, 1), 1, args(precision="amp_bf16"), tokenizer)
+    found = evaluate(Model(captioner=True), data_of(0, 1), "amp_bf16")
     assert found["clip_val_loss"] != alone["clip_val_loss"]
     assert found["clip_val_loss"] == pytest.approx(alone["clip_val_loss"], rel=0.05)
 

@@ -11,6 +11,7 @@ import families
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import ObjectiveConfig, OptimConfig
+from training.precision import create
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ def test_a_step_trains_every_parameter(name: str) -> None:
         model=model,
         objective=create_objective(ObjectiveConfig(siglip=model.logit_bias is not None), model),
         optimizer=create_optimizer(model, OptimConfig(lr=1e-3, wd=0.0), CPU),
-        device=CPU,
+        precision=create("fp32", CPU),
     )
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     loss = trainer.step([families.batch(model, 0)], 0)["loss"].item()

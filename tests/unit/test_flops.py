@@ -12,6 +12,7 @@ import open_clip
 import tiny_clip
 from open_clip import device as devices
 from training import flops
+from training.precision import create
 
 CPU = torch.device("cpu")
 PATCHES, WIDTH = 16, 32  # of tiny_clip: 32 / 8 squared
@@ -73,7 +74,7 @@ def test_counting_does_not_change_the_model_or_the_generators(model):
 def test_pairs_at_the_peak_of_the_dtype_of_the_matrix_products(model, monkeypatch, precision, fp32_matmul, asked):
     seen = []
     monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index: seen.append(dtype) or 1e12)
-    found = flops.pairs_at_peak(model, None, precision, fp32_matmul, CPU)
+    found = flops.pairs_at_peak(model, None, create(precision, CPU), fp32_matmul)
     if asked is None:
         assert (found, seen) == (None, []), "the table has no peak of TF32 and HF32"
     else:
@@ -82,12 +83,12 @@ def test_pairs_at_the_peak_of_the_dtype_of_the_matrix_products(model, monkeypatc
 
 def test_nothing_is_counted_if_the_peak_is_unknown(model, monkeypatch):
     monkeypatch.setattr(flops, "training_flops", lambda *_: pytest.fail("counted"))
-    assert flops.pairs_at_peak(model, None, "amp_bf16", "high", CPU) is None
+    assert flops.pairs_at_peak(model, None, create("amp_bf16", CPU), "high") is None
 
 
 def test_a_model_that_cannot_be_counted_trains_without_mfu(model, monkeypatch, caplog):
     monkeypatch.setattr(devices.CpuDevice, "peak_flops", lambda self, dtype, index: 1e12)
     monkeypatch.setattr(type(model), "forward", lambda self, image, text: {"image_features": image.sum().item()})
     with caplog.at_level(logging.INFO):
-        assert flops.pairs_at_peak(model, None, "amp_bf16", "high", CPU) is None
+        assert flops.pairs_at_peak(model, None, create("amp_bf16", CPU), "high") is None
     assert "no MFU" in caplog.text

@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gloo_ranks import run_ranks
 from open_clip import device as devices
-from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
+from towers import CPU, FP32, SIZE, Towers, Writer, batches_of, data_of, state_of, train_epoch
+from training.checkpoint.saver import NullSaver
 from training.ema import WeightAverage
-from training.epoch import run_epoch
 from training.flat_adamw import FlatAdamW
 from training.objective import ContrastiveObjective
-from training.step_guard import StepGuard, TooManyBadSteps
+from training.progress import Progress
+from training.step_guard import NoGuard, StepGuard, TooManyBadSteps
 from training.trainer import Trainer
 
 
@@ -31,7 +32,11 @@ def trainer_of(model: nn.Module, form: str = "fused", folder=None, limit: int = 
         optimizer = torch.optim.AdamW(bare.parameters(), lr=0.01, fused=form == "fused" or None)
     guard = StepGuard(bare, optimizer, CPU, limit, folder, remembered=8)
     average = WeightAverage(bare, 0.9)
-    return Trainer(model, ContrastiveObjective(), optimizer, CPU, guard=guard, average=average, **options)
+    return Trainer(model, ContrastiveObjective(), optimizer, FP32, guard=guard, average=average, **options)
+
+
+def parts_of(trainer: Trainer) -> dict:
+    return {"optimizer": trainer.optimizer, "guard": trainer.guard, "average": trainer.average}
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -40,7 +45,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     found = {name: value.clone() for name, value in bare.state_dict().items()}
     for number, state in enumerate(trainer.optimizer.state.values()):
         found |= {f"{number} {name}": value.clone() for name, value in state.items()}
-    averages = trainer.average.state_dict(bare.state_dict())
+    averages = trainer.average.state_dict()
     return found | {f"average {name}": value.clone() for name, value in averages.items()}
 
 
@@ -108,7 +113,7 @@ def test_a_fused_kernel_that_cannot_skip_is_not_called_for_a_bad_step(blind_fuse
 def test_a_good_step_is_the_one_without_a_guard(form):
     model = Towers()
     guarded, plain = trainer_of(model, form), trainer_of(copy.deepcopy(model), form)
-    plain.guard = None
+    plain.guard = NoGuard()
     for number, batch in enumerate(batches_of(3)):
         assert torch.equal(guarded.step([batch], number)["loss"], plain.step([batch], number)["loss"])
     assert_same(everything(guarded), everything(plain))
@@ -142,7 +147,7 @@ def test_bad_losses_are_left_out_of_the_means_and_counted_in_the_log(caplog):
     losses = [reference.step([batch], 0)["loss"].item() for batch in good]
     data.dataloader[2] = bad(data.dataloader[2])
     with caplog.at_level(logging.INFO):
-        run_epoch(trainer_of(model), data, state_of(model, 4), log_every_n_steps=100, writer=writer)
+        train_epoch(trainer_of(model), data, state_of(model, 4), writer=writer)
     assert writer[-1][2]["skipped_steps"] == 1
     assert writer[-1][2]["loss"] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-6)
     assert "Bad steps: 1" in caplog.messages[-1]
@@ -158,7 +163,7 @@ def test_too_many_in_a_row_stop_the_run_where_it_was_and_name_the_samples(tmp_pa
     for number in range(2):
         after_two.step([data.dataloader[number]], number)
     with pytest.raises(TooManyBadSteps, match="3 steps in a row"):
-        run_epoch(trainer, data, state_of(model, 8), log_every_n_steps=100)
+        train_epoch(trainer, data, state_of(model, 8))
     assert_same(everything(trainer), everything(after_two))
     named = json.loads((tmp_path / "bad_steps-0.json").read_text())
     assert named == {str(step): [f"{step}-{i}" for i in range(SIZE)] for step in (2, 3, 4)}
@@ -195,7 +200,7 @@ def test_without_a_limit_it_goes_on(tmp_path):
     model, data = Towers(), data_of(6)
     data.dataloader[1:5] = [bad(batch) for batch in data.dataloader[1:5]]
     trainer = trainer_of(model, folder=tmp_path, limit=0)
-    run_epoch(trainer, data, state_of(model, 6), log_every_n_steps=1)
+    train_epoch(trainer, data, state_of(model, 6), 1)
     assert trainer.guard.counters()["skipped_steps"] == 4
     assert list(tmp_path.iterdir()) == []
 
@@ -206,15 +211,20 @@ class Scaler:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
+    def is_enabled(self):
+        return True
+
     def scale(self, value):
         return value * self.factor
 
-    def step(self, optimizer):
+    def unscale_(self, optimizer):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         self.found = any(not torch.isfinite(gradient).all() for gradient in gradients)
+        for gradient in gradients:
+            gradient /= self.factor
+
+    def step(self, optimizer):
         if not self.found:
-            for gradient in gradients:
-                gradient /= self.factor
             optimizer.step()
 
     def update(self):
@@ -302,7 +312,7 @@ def test_the_average_follows_its_formula():
         average.update(number, torch.tensor(number == 4))
         decay = min(0.5, (1 + number) / (10 + number)) if number != 4 else 1.0
         expected = decay * expected + (1 - decay) * model.weight.detach()
-    torch.testing.assert_close(average.state_dict({})["weight"], expected)
+    torch.testing.assert_close(average.state_dict()["weight"], expected)
 
 
 def test_the_model_computes_with_the_average_for_a_while():
@@ -313,13 +323,12 @@ def test_the_model_computes_with_the_average_for_a_while():
         model[1].weight.add_(1)
     own = model[1].weight.data_ptr()
     average.update(100)
-    mean = average.state_dict(model.state_dict())["1.weight"]
+    mean = average.state_dict()["1.weight"]
     assert mean.dtype == torch.float32, "in half precision small changes would be lost"
     with average.in_place():
         assert torch.equal(model[1].weight, mean.bfloat16())
         assert model[1].weight.dtype == torch.bfloat16
     assert model[1].weight.data_ptr() == own
-    assert list(average.state_dict(model.state_dict())) == list(model.state_dict()), "a whole model's weights"
     with pytest.raises(ValueError, match="another model"):
         average.load_state_dict({"0.weight": torch.zeros(1)})
 
@@ -328,44 +337,44 @@ def test_averaged_weights_are_saved_and_resumed_and_begin_where_there_are_none()
     model = Towers()
     trainer = trainer_of(model)
     state = state_of(model, 4)
-    state.average, state.guard = trainer.average, trainer.guard
+    state.parts |= {"average": trainer.average, "guard": trainer.guard}
     for number, batch in enumerate(batches_of(2)):
         trainer.step([batch], number)
     saved = copy.deepcopy(state.state_dict())
     other = Towers()
     other.logit_scale.data.fill_(3.0)
     resumed = state_of(other, 4)
-    resumed.average = WeightAverage(other, 0.9)
+    resumed.parts["average"] = average = WeightAverage(other, 0.9)
     resumed.load_state_dict(saved)
-    ours, theirs = resumed.average.state_dict({}), trainer.average.state_dict({})
+    ours, theirs = average.state_dict(), trainer.average.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     del saved["state_dict_ema"]
     resumed.load_state_dict(saved)
-    assert torch.equal(resumed.average.state_dict({})["logit_scale"], model.logit_scale.float())
+    assert torch.equal(average.state_dict()["logit_scale"], model.logit_scale.float())
 
 
 def test_the_epoch_goes_on_in_its_midst_with_the_same_log():
     """A checkpoint of step 3 of 7 is enough to make the other four steps and to log the same values."""
     whole, writer, saved = Towers(), Writer(), {}
     trainer, state = trainer_of(whole), state_of(whole, 7)
-    state.optimizer, state.guard, state.average = trainer.optimizer, trainer.guard, trainer.average
+    state.parts |= parts_of(trainer)
 
-    def save() -> float:
-        if state.step == 3:
-            saved.update(copy.deepcopy(state.state_dict()))
-        return 0.0
+    class Saver(NullSaver):
+        def after_step(self) -> None:
+            if state.step == 3:
+                saved.update(copy.deepcopy(state.state_dict()))
 
     data = data_of(7)
     data.dataloader[1] = bad(data.dataloader[1])
-    run_epoch(trainer, data, state, 5, writer, after_step=save)
+    train_epoch(trainer, data, state, 5, writer, saver=Saver())
 
     again, rest = Towers(), Writer()
     resumed, state = trainer_of(again), state_of(again, 7)
-    state.optimizer, state.guard, state.average = resumed.optimizer, resumed.guard, resumed.average
+    state.parts |= {**parts_of(resumed), "progress": Progress(CPU, 5, rest)}
     state.load_state_dict(saved)
     assert (state.epoch, state.step, state.epoch_step, state.epoch_samples) == (0, 3, 3, 3 * SIZE)
     data = SimpleNamespace(dataloader=data_of(7).dataloader[3:], set_epoch=lambda epoch: None, skipped=None)
-    run_epoch(resumed, data, state, 5, rest)
+    train_epoch(resumed, data, state)
     assert_same(everything(resumed), everything(trainer))
     assert [step for step, *_ in rest] == [5, 6]
     for ours, theirs in zip(rest, writer[1:], strict=True):

@@ -27,6 +27,7 @@ from training.params import ObjectiveConfig
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
+AMP = precision.create("amp_bf16", CPU)
 CUSTOM = {"block_type": "custom", "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_fc": True}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -60,8 +61,7 @@ def trainer_of(model: Any, converts: bool, flats: tuple[FlatTensors, ...] = ()) 
         model=model,
         objective=create_objective(ObjectiveConfig(), bare),
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        device=CPU,
-        autocast=precision.get_autocast("amp_bf16", CPU),
+        precision=AMP,
         half_weights=HalfWeights(bare, torch.bfloat16, flats).lent if converts else contextlib.nullcontext,
     )
 
@@ -199,12 +199,12 @@ def test_the_model_has_its_own_weights_outside_of_a_step():
     block.register_forward_hook(lambda module, args, output: seen.append(module.mlp.c_fc.weight))
     block.mlp.c_fc.register_forward_hook(lambda module, args, output: seen.append(module.weight.dtype))
     with trainer.half_weights():
-        with trainer.autocast():
+        with trainer.precision.autocast():
             model(**make_batches()[0])
         assert all(a is b for a, b in zip(parameters_of(model), own, strict=True))
     assert seen == [torch.bfloat16, block.mlp.c_fc.weight]
     assert all(block.lent_weights is None for block in model.modules() if isinstance(block, LENDABLE))
-    with trainer.autocast():
+    with trainer.precision.autocast():
         model(**make_batches()[0])
     assert seen[2:] == [torch.float32, block.mlp.c_fc.weight]
 
@@ -257,19 +257,19 @@ def gaining_cpu(monkeypatch):
 
 @pytest.mark.parametrize("chosen", ["fp32", "bf16", "pure_bf16"])
 def test_precisions_without_autocast_have_no_effect(gaining_cpu, chosen):
-    assert half_weights.create(make_model(), chosen, CPU) is contextlib.nullcontext
+    assert half_weights.create(make_model(), precision.create(chosen, CPU)) is contextlib.nullcontext
 
 
 def test_the_device_decides(gaining_cpu, monkeypatch):
-    assert half_weights.create(make_model(), "amp_bf16", CPU) is not contextlib.nullcontext
+    assert half_weights.create(make_model(), AMP) is not contextlib.nullcontext
     monkeypatch.undo()
-    assert half_weights.create(make_model(), "amp_bf16", CPU) is contextlib.nullcontext
+    assert half_weights.create(make_model(), AMP) is contextlib.nullcontext
 
 
 def test_a_compiled_model_is_left_to_the_compiler(gaining_cpu):
     model = make_model()
     model.compile(backend="eager")
-    assert half_weights.create(model, "amp_bf16", CPU) is contextlib.nullcontext
+    assert half_weights.create(model, AMP) is contextlib.nullcontext
 
 
 def test_a_model_without_our_blocks():

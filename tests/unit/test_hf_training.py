@@ -36,9 +36,7 @@ def make_trainer(model: torch.nn.Module) -> Trainer:
         model=model.train(),
         objective=create_objective(ObjectiveConfig(), model),
         optimizer=create_optimizer(model, cfg, CPU),
-        device=CPU,
-        scaler=None,
-        autocast=precision.get_autocast("fp32", CPU),
+        precision=precision.create("fp32", CPU),
         grad_clip_norm=1.0,
     )
 

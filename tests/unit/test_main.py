@@ -15,8 +15,8 @@ import torch
 import open_clip
 from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
-from training import file_utils, loop, main, precision, ranks
-from training.checkpoint.state import natural_key
+from training import components, file_utils, loop, main, precision, ranks
+from training.checkpoint.latest import natural_key
 from training.data.rows import csv_file as csv_data
 from training.objective import ContrastiveObjective
 from training.params import parse_args
@@ -220,7 +220,7 @@ def no_model(*_, **__):
 
 def test_what_torch_compile_lacks_is_said_before_a_model_is_built(inputs, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(devices.CpuDevice, "why_not_compile", lambda self: "the compiler is missing.")
-    monkeypatch.setattr(loop, "build_model", no_model)
+    monkeypatch.setattr(components, "build_model", no_model)
     with pytest.raises(ModuleNotFoundError, match="--torchcompile: the compiler is missing"):
         train(inputs, tmp_path / "logs", "--torchcompile")
     assert not (tmp_path / "logs").exists()
@@ -251,7 +251,7 @@ def test_a_known_code_in_an_error_gets_its_hint(inputs, tmp_path, monkeypatch, s
             raise RuntimeError("Joining the others failed (HCCL function ...)") from error
         raise error
 
-    monkeypatch.setattr(loop, "build_model", fail)
+    monkeypatch.setattr(components, "build_model", fail)
     with pytest.raises(RuntimeError):
         train(inputs, tmp_path)
     assert "Wait 10 s" in (tmp_path / "run/out.log").read_text()
@@ -297,14 +297,14 @@ def stopped(inputs: Inputs, logs: Path, *more: object) -> SystemExit:
 
 
 def test_a_run_that_is_told_to_stop_in_a_step_goes_on_after_it(inputs, plain, tmp_path, monkeypatch):
-    step = loop.Trainer.step
+    step = components.Trainer.step
 
     def told(self, batches, number):
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches, number)
 
-    monkeypatch.setattr(loop.Trainer, "step", told)
+    monkeypatch.setattr(components.Trainer, "step", told)
     assert stopped(inputs, tmp_path).code == 143
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")] == ["epoch_0_step_2.pt"]
     train(inputs, tmp_path, "--resume", "latest")
@@ -349,7 +349,7 @@ def test_told_to_stop_in_an_evaluation_it_saves_too(inputs, plain, tmp_path, mon
 
 
 def test_told_to_stop_while_the_model_is_built_it_ends(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(components, "build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert stopped(inputs, tmp_path).code == 143
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 

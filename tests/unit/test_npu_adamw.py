@@ -214,8 +214,8 @@ def test_a_checkpoint_with_different_step_counts_raises_with_a_fix():
     train(uneven, theirs, range(1), use_late=False)
     for steps in (range(0), range(1)):  # the late layer has no state, and later another count
         train(uneven, theirs, steps)
-        saved = TrainState(uneven, torch.device("cpu"), optimizer=theirs).state_dict()
+        saved = TrainState(uneven, torch.device("cpu"), parts={"optimizer": theirs}).state_dict()
         model = Late()
-        ours = TrainState(model, torch.device("cpu"), optimizer=guarded(model))
+        ours = TrainState(model, torch.device("cpu"), parts={"optimizer": guarded(model)})
         with pytest.raises(ValueError, match="not all at the same step"):
             ours.load_state_dict(saved)

@@ -17,8 +17,9 @@ import torch
 from gloo_ranks import run_ranks
 from open_clip import progress
 from train_runs import write_classes, write_csv, write_model, write_shards
-from training import data, loop, main, preflight, ranks
+from training import components, data, loop, main, precision, preflight, ranks
 from training.data.probe import SAMPLES, read_first_batch
+from training.evaluate import create_evaluators
 from training.params import parse_args, sections
 
 
@@ -93,7 +94,7 @@ def no_step(monkeypatch):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fail the test if a run builds a model."""
-    monkeypatch.setattr(loop, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(components, "build_model", lambda *_, **__: pytest.fail("a model was built"))
 
 
 def text_file(folder: Path, name: str, content: str) -> Path:
@@ -247,7 +248,7 @@ def test_data_that_are_never_evaluated_are_not_tried(inputs, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_data_are_opened(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "get_data", lambda *_, **__: pytest.fail("data were opened"))
+    monkeypatch.setattr(components, "get_data", lambda *_, **__: pytest.fail("data were opened"))
     with pytest.raises(ValueError, match="another model"):
         main.main(training_options(inputs, tmp_path, "--resume", other_checkpoint(tmp_path)))
 
@@ -337,7 +338,7 @@ def test_ids_of_the_data_are_compared_with_the_vocabulary(inputs):
 def test_the_warning_about_classes_comes_once(inputs, caplog):
     made = {"imagenet-val": loaders(inputs)["csv imagenet-val"]}
     for _ in range(3):
-        preflight.check_evaluation_data(torch.nn.Identity(), made, parse_eval(), torch.device("cpu"))
+        create_evaluators(made, parse_eval(), precision.create("fp32", "cpu"), lambda captions: captions)
     assert caplog.text.count("has 4 class folders, but ImageNet has 1000") == 1
 
 
@@ -419,13 +420,13 @@ def test_siglip_starts_from_weights_without_a_bias_at_its_own(inputs, tmp_path, 
     log_of(inputs, tmp_path / "clip")
     weights = tmp_path / "clip/run/checkpoints/epoch_1.pt"
     started = []
-    build = loop._build_trainer
+    create = components.create_objective
 
-    def noting(cfg, world, state, *more):
-        started.append(state.model.logit_bias.item())
-        return build(cfg, world, state, *more)
+    def noting(cfg, model, teacher):
+        started.append(model.logit_bias.item())
+        return create(cfg, model, teacher)
 
-    monkeypatch.setattr(loop, "_build_trainer", noting)
+    monkeypatch.setattr(components, "create_objective", noting)
     log = log_of(inputs, tmp_path / "siglip", "--siglip", "--pretrained", weights, "--ema-decay", 0.5)
     assert started == [-10.0]
     assert log.count("the weights have no logit_bias, so it starts at -10") == 1

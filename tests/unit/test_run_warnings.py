@@ -130,7 +130,7 @@ def test_no_rate_to_compare_with(checkpoint):
     optimizer = optimizer_at(0.125)
     own = scheduler.cosine_lr(optimizer, 5e-4, 3, 40)
     assert list(run_warnings.jump_of_learning_rate(optimizer, own, checkpoint, 20)) == []
-    assert list(run_warnings.jump_of_learning_rate(optimizer, None, checkpoint_of(2, 20), 20)) == []
+    assert list(run_warnings.jump_of_learning_rate(optimizer, scheduler.unchanged_lr(optimizer), checkpoint, 20)) == []
 
 
 @pytest.mark.parametrize(

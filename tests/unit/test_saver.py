@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from training import file_utils
-from training.checkpoint.saver import HostCopy, Saver
-from training.checkpoint.state import TrainState, get_latest_checkpoint, natural_key
+from training.checkpoint.latest import get_latest_checkpoint, natural_key
+from training.checkpoint.saver import HostCopy, NullSaver, Saver
+from training.checkpoint.state import TrainState
 from training.params import CheckpointConfig
 
 CPU = torch.device("cpu")
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 def state_of(**values) -> TrainState:
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
-    return TrainState(model=model, device=CPU, optimizer=torch.optim.AdamW(model.parameters()), **values)
+    return TrainState(model=model, device=CPU, parts={"optimizer": torch.optim.AdamW(model.parameters())}, **values)
 
 
 def saver_of(folder: Path, state: TrainState, epochs: int = 9, **options) -> Saver:
@@ -42,7 +44,7 @@ def run(saver: Saver, epochs: int, steps_per_epoch: int = 4) -> None:
         state.step += 1
         state.epoch, state.epoch_step = epoch, 0
         saver.after_epoch()
-        saver.evaluated()
+        saver.after_evaluation()
     saver.finish()
 
 
@@ -155,13 +157,38 @@ def test_a_failing_save_ends_the_run_where_that_is_asked_for(tmp_path, monkeypat
         saver.after_step()
 
 
+@pytest.mark.parametrize(("error", "is_written"), [(None, True), (ValueError, True), (KeyboardInterrupt, False)])
+def test_the_end_of_a_run_waits_for_the_writer_except_after_a_second_ctrl_c(tmp_path, monkeypatch, error, is_written):
+    go, save = threading.Event(), file_utils.pt_save
+    monkeypatch.setattr(file_utils, "pt_save", lambda *args: (go.wait(10), save(*args))[1])
+    with contextlib.suppress(*([] if error is None else [error])), saver_of(tmp_path, state_of(epoch=1)) as saver:
+        saver.after_epoch()
+        threading.Timer(0.3, go.set).start()
+        if error is not None:
+            raise error
+    assert (names(tmp_path) == ["epoch_1.pt"]) == is_written
+    go.set()
+    saver.close()
+
+
+def test_a_saver_without_a_folder_does_nothing():
+    with NullSaver() as saver:
+        saver.after_step()
+        saver.after_epoch()
+        saver.after_evaluation()
+        saver.stop(is_collective=True)
+        saver.finish()
+    assert saver.take_waited() == 0
+    assert {name for name in vars(Saver) if not name.startswith("_")} <= set(dir(NullSaver))
+
+
 def test_a_stop_saves_what_is_not_saved_yet(tmp_path):
     state = state_of(step=7, epoch=1)
     saver = saver_of(tmp_path, state)
-    saver.stop(together=True)
+    saver.stop(is_collective=True)
     assert names(tmp_path) == ["epoch_1_step_7.pt"]
     modified = (tmp_path / "epoch_1_step_7.pt").stat().st_mtime_ns
-    saver.stop(together=True)
+    saver.stop(is_collective=True)
     assert (tmp_path / "epoch_1_step_7.pt").stat().st_mtime_ns == modified
 
 
@@ -171,7 +198,7 @@ def test_a_stop_in_an_evaluation_asks_nobody(tmp_path, monkeypatch):
     saver.after_epoch()
     assert names(tmp_path) == []
     monkeypatch.setattr(TrainState, "state_dict", lambda self: pytest.fail("collective"))
-    saver.stop(together=False)
+    saver.stop(is_collective=False)
     assert torch.load(tmp_path / "epoch_2_step_8.pt", weights_only=True)["epoch"] == 2
 
 

@@ -14,6 +14,7 @@ from open_clip.text_groups import GroupedText, group_by_length
 from open_clip.transformer.text import TextTransformer
 from training.batches import TextGrouping, to_device
 from training.objective import ContrastiveObjective
+from training.precision import create
 from training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def losses_of_steps(accum_freq: int, max_groups: int) -> list[float]:
     text_cfg = {"context_length": 77, "width": 16, "heads": 2, "layers": 2}
     model = open_clip.CLIP(8, vision, text_cfg, output_dict=True).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    trainer = Trainer(model, ContrastiveObjective(), optimizer, CPU, accum_freq=accum_freq)
+    trainer = Trainer(model, ContrastiveObjective(), optimizer, create("fp32", CPU), accum_freq=accum_freq)
     grouping = TextGrouping([model], CPU, max_groups)
     generator = torch.Generator().manual_seed(2)
     losses = []

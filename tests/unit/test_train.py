@@ -14,19 +14,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gloo_ranks import run_ranks
-from towers import CPU, SIZE, Towers, Writer, batches_of, data_of, state_of
+from towers import CPU, FP32, SIZE, Towers, Writer, batches_of, data_of, state_of, train_epoch
 from training.checkpoint import rng
 from training.data.skips import BadSample, SkipCounter
-from training.epoch import run_epoch
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective
 from training.params import ObjectiveConfig
+from training.progress import Progress
 from training.train import train_one_epoch
 from training.trainer import Trainer, unwrap_model
 
 
 def trainer_of(model: nn.Module, objective=None, **options) -> Trainer:
     optimizer = torch.optim.SGD(unwrap_model(model).parameters(), lr=0.1)
-    return Trainer(model, objective or ContrastiveObjective(), optimizer, CPU, **options)
+    return Trainer(model, objective or ContrastiveObjective(), optimizer, FP32, **options)
 
 
 def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -180,6 +180,9 @@ class Scaler:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
+    def is_enabled(self):
+        return True
+
     def scale(self, loss):
         self.calls.append("scale")
         return loss * 8
@@ -212,10 +215,21 @@ def test_the_bound_is_of_the_true_gradient_and_not_of_the_scaled_one(count):
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_without_a_bound_the_scaler_unscales_by_itself():
+def test_the_scaler_unscales_without_a_bound_too():
     scaler = Scaler()
     trainer_of(Towers(), scaler=scaler).step(batches_of(1), 0)
-    assert scaler.calls == ["scale", "step", "update"]
+    assert scaler.calls == ["scale", "unscale", "step", "update"]
+
+
+def test_a_disabled_scaler_and_a_guard_that_never_skips_change_nothing():
+    model, (batch,) = Towers(), batches_of(1)
+    reference = copy.deepcopy(model)
+    trainer_of(model).step([batch], 0)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    ContrastiveObjective().losses(reference(**batch))["loss"].backward()
+    optimizer.step()
+    for found, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("start", "end"), [(9.0, math.log(100)), (-3.0, 0.0)])
@@ -235,7 +249,7 @@ def test_an_epoch_counts_schedules_and_reports(caplog):
     reference = trainer_of(copy.deepcopy(model))
     expected = [reference.step([batch], i)["loss"].item() for i, batch in enumerate(data.dataloader)]
     with caplog.at_level(logging.INFO):
-        run_epoch(trainer, data, state, log_every_n_steps=3, writer=writer)
+        train_epoch(trainer, data, state, 3, writer)
     assert data.epochs == [2]
     assert steps == [10, 11, 12, 13, 14]
     assert (state.epoch, state.step, state.samples_seen) == (3, 15, 60)
@@ -260,15 +274,16 @@ def test_skipped_samples_are_in_the_line(caplog):
     for number in range(3):
         data.skipped.add_bad(BadSample("corrupt_image", f"{number}.png", "truncated"))
     with caplog.at_level(logging.INFO):
-        run_epoch(trainer_of(model), data, state_of(model, 1))
+        train_epoch(trainer_of(model), data, state_of(model, 1))
     assert "Skipped: corrupt_image 3" in caplog.messages[-1]
 
 
 def test_the_share_of_the_peak_is_reported_where_that_is_known(caplog):
     model, writer = Towers(), Writer()
-    trainer = trainer_of(model, pairs_at_peak=1000.0)
+    state = state_of(model, 1)
+    state.parts["progress"] = Progress(CPU, writer=writer, pairs_at_peak=1000.0)
     with caplog.at_level(logging.INFO):
-        run_epoch(trainer, data_of(1), state_of(model, 1), writer=writer)
+        train_epoch(trainer_of(model), data_of(1), state)
     (_, _, numbers) = writer[0]
     assert numbers["mfu"] == numbers["samples_per_second_per_gpu"] / 1000
     assert f" MFU: {numbers['mfu']:.1%} " in caplog.messages[-1]
@@ -277,7 +292,7 @@ def test_the_share_of_the_peak_is_reported_where_that_is_known(caplog):
 def test_an_incomplete_last_step_is_left_out():
     model, data = Towers(), data_of(5)
     trainer, state, writer = trainer_of(model, accum_freq=2), state_of(model, 5, 2), Writer()
-    run_epoch(trainer, data, state, log_every_n_steps=100, writer=writer)
+    train_epoch(trainer, data, state, writer=writer)
     assert (state.step, state.samples_seen) == (2, 4 * SIZE)
     assert [step for step, _, _ in writer] == [0, 1]
 
@@ -285,7 +300,7 @@ def test_an_incomplete_last_step_is_left_out():
 def test_no_batch_at_all_is_an_error():
     model = Towers()
     with pytest.raises(RuntimeError, match="--accum-freq"):
-        run_epoch(trainer_of(model, accum_freq=3), data_of(2), state_of(model, 3, 3))
+        train_epoch(trainer_of(model, accum_freq=3), data_of(2), state_of(model, 3, 3))
 
 
 def test_the_host_waits_for_the_device_only_when_it_reports(monkeypatch):
@@ -297,7 +312,7 @@ def test_the_host_waits_for_the_device_only_when_it_reports(monkeypatch):
         )
     model = Towers()
     trainer = trainer_of(model, grad_clip_norm=1.0, accum_freq=2)
-    run_epoch(trainer, data_of(8), state_of(model, 8, 2), log_every_n_steps=100, writer=Writer())
+    train_epoch(trainer, data_of(8), state_of(model, 8, 2), writer=Writer())
     assert fetched == ["tolist", "tolist"], "one for the first step, one for the last"
 
 

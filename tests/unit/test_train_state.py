@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from gloo_ranks import run_ranks
+from training.checkpoint.latest import get_latest_checkpoint, natural_key
 from training.checkpoint.rng import random_seed
 from training.checkpoint.saver import Saver
-from training.checkpoint.state import TrainState, get_latest_checkpoint, load_checkpoint, load_weights, natural_key
+from training.checkpoint.state import TrainState
+from training.checkpoint.weights import load_checkpoint, load_weights
 from training.params import CheckpointConfig
 
 CPU = torch.device("cpu")
@@ -36,19 +38,20 @@ def state_of(seed: int = 0, scaler: Scaler | None = None, **values) -> TrainStat
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    return TrainState(model=model, device=CPU, name="run", optimizer=optimizer, scaler=scaler, **values)
+    parts = {"optimizer": optimizer} | ({} if scaler is None else {"scaler": scaler})
+    return TrainState(model=model, device=CPU, name="run", parts=parts, **values)
 
 
 def train(state: TrainState, steps: int) -> list[float]:
     """Make steps that use every random generator and return their losses."""
     losses = []
-    assert state.optimizer is not None
+    optimizer = state.parts["optimizer"]
     for _ in range(steps):
         x = torch.randn(8, 3) * random.random() + float(np.random.rand())
         loss = state.model(x).square().mean()
-        state.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        state.optimizer.step()
+        optimizer.step()
         state.step += 1
         losses.append(loss.item())
     return losses
@@ -63,7 +66,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     restored = state_of(seed=9, scaler=Scaler())
     random_seed(1)
     restored.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True))
-    assert (restored.epoch, restored.step, restored.samples_seen, restored.scaler.scale) == (3, 3, 120, 4.0)
+    assert (restored.epoch, restored.step, restored.samples_seen, restored.parts["scaler"].scale) == (3, 3, 120, 4.0)
     assert train(restored, 5) == expected
     for ours, theirs in zip(restored.model.parameters(), unbroken.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -86,7 +89,7 @@ def test_a_checkpoint_of_open_clip_resumes(prefix):  # tests/parity/test_trainin
     saved["state_dict"] = {prefix + name: value for name, value in saved["state_dict"].items()}
     ours = state_of(seed=5, scaler=Scaler(7.0), steps_per_epoch=2, samples_per_epoch=16)
     ours.load_state_dict(copy.deepcopy(saved))
-    assert (ours.epoch, ours.step, ours.samples_seen, ours.scaler.scale) == (2, 4, 32, 7.0)
+    assert (ours.epoch, ours.step, ours.samples_seen, ours.parts["scaler"].scale) == (2, 4, 32, 7.0)
     random_seed(0)
     expected = train(theirs, 2)
     random_seed(0)
@@ -116,7 +119,7 @@ def test_a_checkpoint_of_another_model_says_what_differs_and_changes_nothing():
 def test_another_optimizers_state_says_so():
     saved = state_of().state_dict()
     ours = state_of()
-    ours.optimizer = torch.optim.AdamW([{"params": [p]} for p in ours.model.parameters()])
+    ours.parts["optimizer"] = torch.optim.AdamW([{"params": [p]} for p in ours.model.parameters()])
     with pytest.raises(ValueError, match="--opt"):
         ours.load_state_dict(saved)
 
@@ -135,7 +138,7 @@ def test_a_scaler_of_another_kind_keeps_what_is_its_own():
 
     ours = state_of(scaler=Other())
     ours.load_state_dict(state_of(scaler=Scaler(4.0)).state_dict())
-    assert (ours.scaler.scale, ours.scaler.dynamic) == (4.0, True)
+    assert (ours.parts["scaler"].scale, ours.parts["scaler"].dynamic) == (4.0, True)
 
 
 def test_evaluation_needs_no_optimizer():

@@ -1,4 +1,4 @@
-"""Tests of training.zero_shot: when it is due, class names, templates, and errors in their files."""
+"""Tests of zero-shot evaluation: when it is due, class names, templates, and errors in their files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-from training import zero_shot
+from training import precision, zero_shot
+from training.evaluators.class_names import read_classnames, read_templates
+from training.evaluators.zero_shot import ImageNetEvaluator, classify
+from training.params import EvalConfig
 
 CLASSES = ["blue", "green_one", "red"]
+FP32 = precision.create("fp32", "cpu")
 
 
 class Model(nn.Module):
@@ -127,19 +131,20 @@ def test_frequency_and_the_last_epoch(frequency, epoch, due):
 def test_a_part_of_imagenets_folders_is_a_warning_and_more_than_all_an_error(caplog):
     few = data(Loader([0], [0], 3, CLASSES), "imagenet-val")
     with caplog.at_level(logging.WARNING):
-        zero_shot.check_data(few, args())
+        ImageNetEvaluator(few, EvalConfig(), FP32, tokenizer_for(CLASSES))
     assert "3 class folders" in caplog.text
     assert "position" in caplog.text
+    many = data(Loader([0], [0], 3, [str(n) for n in range(1001)]), "imagenet-v2")
     with pytest.raises(ValueError, match=r"1001 class folders.*1000"):
-        zero_shot.check_data(data(Loader([0], [0], 3, [str(n) for n in range(1001)]), "imagenet-v2"), args())
+        ImageNetEvaluator(many, EvalConfig(), FP32, tokenizer_for(CLASSES))
 
 
 def test_names_from_json(tmp_path):
     path = tmp_path / "names.json"
     path.write_text(json.dumps(["azure", "lime", "crimson"]))
-    assert zero_shot.read_classnames(str(path), CLASSES) == ["azure", "lime", "crimson"]
+    assert read_classnames(str(path), CLASSES) == ["azure", "lime", "crimson"]
     path.write_text(json.dumps({"red": "crimson", "blue": "azure", "green_one": "lime", "grey": "ash"}))
-    assert zero_shot.read_classnames(str(path), CLASSES) == ["azure", "lime", "crimson"]
+    assert read_classnames(str(path), CLASSES) == ["azure", "lime", "crimson"]
 
 
 @pytest.mark.parametrize(
@@ -157,30 +162,30 @@ def test_names_from_json(tmp_path):
 def test_wrong_class_names(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        zero_shot.read_classnames(str(tmp_path / name), CLASSES)
+        read_classnames(str(tmp_path / name), CLASSES)
 
 
 def test_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--zeroshot-classnames .*gone.txt"):
-        zero_shot.read_classnames(str(tmp_path / "gone.txt"), CLASSES)
+        read_classnames(str(tmp_path / "gone.txt"), CLASSES)
     with pytest.raises(FileNotFoundError, match=r"--zeroshot-templates .*gone.txt"):
-        zero_shot.read_templates(str(tmp_path / "gone.txt"))
+        read_templates(str(tmp_path / "gone.txt"))
     (tmp_path / "latin").write_bytes(b"\xe9t\xe9 {}")
     with pytest.raises(ValueError, match="not UTF-8"):
-        zero_shot.read_templates(str(tmp_path / "latin"))
+        read_templates(str(tmp_path / "latin"))
     (tmp_path / "templates").write_text("a {}\na photo\n")
     with pytest.raises(ValueError, match=r"line 2.*'a photo'"):
-        zero_shot.read_templates(str(tmp_path / "templates"))
+        read_templates(str(tmp_path / "templates"))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="no template"):
-        zero_shot.read_templates(str(tmp_path / "empty"))
+        read_templates(str(tmp_path / "empty"))
 
 
 def test_templates_by_name():
-    assert zero_shot.read_templates(None) == zero_shot.read_templates("openai") == OPENAI_IMAGENET_TEMPLATES
-    assert zero_shot.read_templates("simple") == SIMPLE_IMAGENET_TEMPLATES
+    assert read_templates(None) == read_templates("openai") == OPENAI_IMAGENET_TEMPLATES
+    assert read_templates("simple") == SIMPLE_IMAGENET_TEMPLATES
 
 
 def test_no_image_is_an_error():
     with pytest.raises(ValueError, match="no image to classify"):
-        zero_shot.run(Model(3), torch.eye(3), [], args())
+        classify(Model(3), torch.eye(3), [], FP32)

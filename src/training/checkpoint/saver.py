@@ -1,8 +1,8 @@
-"""When a run is saved, and how: from a copy on the host, written behind the back of the training loop.
+"""When a run is saved, and how: a thread writes the file from a copy in host memory.
 
-A save costs the loop the copy of the state to the host; on an accelerator only its being queued. A thread waits for the
-copy and writes it. At most one save is under way: the next one waits for it, and so does the end of the run. A crash in
-between loses that save, and no other.
+A save delays the training loop by the copy of the state to the host; on an accelerator, only by the start of this copy.
+A thread waits for the copy and writes it. At most one save is in progress: the next one waits for it, and so does the
+end of the run. A crash loses only the save in progress.
 """
 
 from __future__ import annotations
@@ -20,75 +20,78 @@ from torch import Tensor
 
 from open_clip import device as devices
 from training import file_utils, ranks
-from training.checkpoint.state import NUMBERED, TrainState
+from training.checkpoint.latest import NUMBERED
+from training.checkpoint.state import TrainState
 from training.params import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
 
-class HostCopy:
-    """Copies of nested containers whose tensors are on the host, in memory that is kept for the next copy."""
+class NullSaver:
+    """A saver that writes nothing, for runs without a folder. It has the interface of Saver.
 
-    def __init__(self, device: torch.device) -> None:
-        self._row = devices.get(device)
-        self._buffers: dict[tuple, Tensor] = {}
+    Its context ends with the run.
+    """
 
-    def take(self, nested: Any) -> tuple[Any, Callable[[], None]]:
-        """(the copy, a function that returns when the tensors in it are there). Waits for no device."""
-        made: dict[tuple, Tensor] = {}
+    def take_waited(self) -> float:
+        """Return how many seconds the loop has waited for saving since the last call."""
+        return 0.0
 
-        def copy(value: Any, path: tuple) -> Any:
-            if isinstance(value, dict):
-                return {key: copy(item, (*path, key)) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return type(value)(copy(item, (*path, i)) for i, item in enumerate(value))
-            if not isinstance(value, Tensor):
-                return value
-            # One tensor under two names is one in the file, too.
-            same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-            if same not in made or value.numel() == 0:
-                made[same] = self._fill(path, value.detach())
-            return made[same]
+    def after_step(self) -> None:
+        """Save what is due after a step."""
 
-        copied = copy(nested, ())
-        return copied, self._row.mark()
+    def after_epoch(self) -> None:
+        """Save what is due after an epoch. Call it before the evaluation."""
 
-    def _fill(self, path: tuple, value: Tensor) -> Tensor:
-        buffer = self._buffers.get(path)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            # Pinned where that lets the copy run beside the host; small ones on the host come and go.
-            pinned = self._row.pin_memory and value.device.type == self._row.type
-            buffer = self._buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-        return buffer.copy_(value, non_blocking=True)
+    def after_evaluation(self) -> None:
+        """Call this before the weights change again."""
+
+    def stop(self, is_collective: bool) -> None:
+        """Save the current step, unless it is saved already, and wait until it is on disk."""
+
+    def finish(self) -> None:
+        """Wait for the save in progress, at the end of a successful run."""
+
+    def close(self) -> None:
+        """Wait for the save in progress, at the end of any run. An error of the save has been logged."""
+
+    def __enter__(self) -> NullSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a second Ctrl-C do not wait for the writer; its temporary file is removed at the next start.
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.close()
 
 
-class Saver:
-    """Writes a run's checkpoints into a folder as the options say. Every rank calls its methods; the master writes.
+class Saver(NullSaver):
+    """Writes the checkpoints of a run to a folder, as the options say. Every rank calls its methods; the master writes.
 
-    After `epochs` epochs the run is over: that save must succeed, whatever --on-save-failure says.
+    The save after the last epoch must succeed, whatever --on-save-failure says.
     """
 
     def __init__(self, cfg: CheckpointConfig, folder: Path, state: TrainState, epochs: int) -> None:
+        """Create it. `epochs`: of the whole run."""
         self.cfg = cfg
         self.folder = folder
         self.state = state
         self.epochs = epochs
-        self.waited = 0.0  # seconds, since `take_waited`
+        self._waited = 0.0  # seconds, since the last `take_waited`
         self._copy = HostCopy(state.device)
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
-        self._saved_at: int | None = None  # the step of the last save that was begun
-        self._at_epoch_end: dict[str, Any] | None = None
+        self._saved_at: int | None = None  # step of the last save that was started
+        self._at_epoch_end: dict[str, Any] | None = None  # the checkpoint, during the evaluation
 
     def take_waited(self) -> float:
-        """How long the loop has waited for saving since the last call, in seconds."""
-        waited, self.waited = self.waited, 0.0
+        waited, self._waited = self._waited, 0.0
         return waited
 
     def after_step(self) -> None:
-        """Saves where --save-every-n-steps asks for it.
+        """Save if --save-every-n-steps says so.
 
-        Raises OSError or RuntimeError for a save that failed, unless the run is to go on without it.
+        Raises:
+            OSError, RuntimeError: the last save failed, and --on-save-failure is "stop".
         """
         self._raise_if_failed()
         every = self.cfg.save_every_n_steps
@@ -96,12 +99,15 @@ class Saver:
             self._save([self._step_file()])
 
     def after_epoch(self) -> None:
-        """Saves what is due after an epoch, and remembers what `stop` needs of the others during the evaluation."""
+        """Save what is due after an epoch, and keep the state for a `stop` during the evaluation.
+
+        The evaluation may fail, and `stop` cannot ask other ranks for their states then.
+        """
         state, cfg = self.state, self.cfg
         every = cfg.save_every_n_steps
-        due = state.epoch == self.epochs or (cfg.save_frequency > 0 and state.epoch % cfg.save_frequency == 0)
-        files = [self.folder / f"epoch_{state.epoch}.pt"] if due else []
-        if not due and every and state.step % every == 0:
+        is_due = state.epoch == self.epochs or (cfg.save_frequency > 0 and state.epoch % cfg.save_frequency == 0)
+        files = [self.folder / f"epoch_{state.epoch}.pt"] if is_due else []
+        if not is_due and every and state.step % every == 0:
             files = [self._step_file()]
         if cfg.save_most_recent:
             files.append(self.folder / "epoch_latest.pt")
@@ -110,31 +116,35 @@ class Saver:
         if files:
             self._save(files, self._at_epoch_end)
 
-    def evaluated(self) -> None:
-        """The evaluation after an epoch is over, and the weights will move again."""
+    def after_evaluation(self) -> None:
         self._at_epoch_end = None
 
-    def stop(self, together: bool) -> None:
-        """Saves the present step, if it is not saved yet, and waits until it is on the disk.
+    def stop(self, is_collective: bool) -> None:
+        """Save the current step, unless it is saved already, and wait until it is on disk.
 
-        together: whether all ranks call this. In an evaluation they may not: then nothing is asked of the others.
+        Args:
+            is_collective: whether all ranks call this. During an evaluation they may not: then nothing is gathered.
 
-        Raises OSError, RuntimeError: where that fails.
+        Raises:
+            OSError, RuntimeError: saving failed.
         """
         if self._saved_at != self.state.step or self._error is not None:
-            if not together and self._at_epoch_end is None:
+            if not is_collective and self._at_epoch_end is None:
                 return
-            self._save([self._step_file()], None if together else self._at_epoch_end)
+            self._save([self._step_file()], None if is_collective else self._at_epoch_end)
         self.finish()
 
     def finish(self) -> None:
-        """Waits for what is being written. Raises OSError, RuntimeError: where the last save failed."""
+        """Wait for the save in progress.
+
+        Raises:
+            OSError, RuntimeError: the last save failed.
+        """
         self._wait()
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Waits for what is being written, at the end of a run that may have failed; its failure is only logged."""
         self._wait()
 
     def _step_file(self) -> Path:
@@ -166,12 +176,12 @@ class Saver:
                 logger.info("Saved %s in %.1f s.", file, time.perf_counter() - start)
                 self._remove_older(file)
             self._error = None
-        except Exception as error:  # for the loop, which looks for it
+        except Exception as error:  # raised in the training loop
             self._error = error
-            logger.error("Saving %s failed: %s. The checkpoints before it are as they were.", files[0], error)
+            logger.error("Saving %s failed: %s. Earlier checkpoints are unchanged.", files[0], error)
 
     def _remove_older(self, file: Path) -> None:
-        """What --keep-last and --delete-previous-checkpoint no longer want, now that `file` is on the disk."""
+        """Remove what --keep-last and --delete-previous-checkpoint do not keep, after `file` has been written."""
         found = [(NUMBERED.fullmatch(path.name), path) for path in self.folder.iterdir()]
         numbered = {path: (int(match[1]), int(match[2] or 0)) for match, path in found if match}
         if file not in numbered:
@@ -182,7 +192,7 @@ class Saver:
             if earlier:
                 max(earlier, key=numbered.__getitem__).unlink()
         steps = sorted((path for path, at in numbered.items() if at[1]), key=numbered.__getitem__)
-        # Those ahead of this one are of a run that was given up, by going on from an earlier checkpoint.
+        # Later ones are from before the run was resumed from an earlier checkpoint.
         before = [path for path in steps if numbered[path] <= here]
         for older in [*before[: -self.cfg.keep_last], *steps[len(before) :]]:
             older.unlink()
@@ -202,4 +212,44 @@ class Saver:
         try:
             yield
         finally:
-            self.waited += time.perf_counter() - start
+            self._waited += time.perf_counter() - start
+
+
+class HostCopy:
+    """Copies nested containers with their tensors to host memory, which is reused for the next copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._kind = devices.get(device)
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def take(self, nested: Any) -> tuple[Any, Callable[[], None]]:
+        """Copy the tensors in a container. Does not wait for the device.
+
+        Returns:
+            The copy, and a function that waits until its tensors are complete.
+        """
+        made: dict[tuple, Tensor] = {}
+
+        def copy(value: Any, path: tuple) -> Any:
+            if isinstance(value, dict):
+                return {key: copy(item, (*path, key)) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return type(value)(copy(item, (*path, i)) for i, item in enumerate(value))
+            if not isinstance(value, Tensor):
+                return value
+            # A tensor with two names stays one tensor in the file.
+            same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if same not in made or value.numel() == 0:
+                made[same] = self._fill(path, value.detach())
+            return made[same]
+
+        copied = copy(nested, ())
+        return copied, self._kind.mark()
+
+    def _fill(self, path: tuple, value: Tensor) -> Tensor:
+        buffer = self._buffers.get(path)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            # Pinned memory lets the copy from a device run in the background.
+            pinned = self._kind.pin_memory and value.device.type == self._kind.type
+            buffer = self._buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        return buffer.copy_(value, non_blocking=True)

@@ -32,6 +32,7 @@ from training.data.shards.lists import expand_urls, get_dataset_size
 from training.data.shards.samples import filter_no_caption_or_no_image, group_by_keys_nothrow
 from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report_skips
 from training.params import DataConfig
+from training.signals import Agreement
 
 # Names of open_clip_train.data that only scripts use. They are imported on first use.
 _STAGES = (
@@ -86,6 +87,7 @@ def get_data(
     preprocess_fns: Sequence[Callable[[Any], Any]],
     epoch: int = 0,
     tokenizer: Callable[[list[str]], Any] | None = None,
+    agreement: Agreement | None = None,
 ) -> dict[str, DataInfo]:
     """Return the configured loaders, under "train", "val", "imagenet-val", "imagenet-v2" and "zeroshot".
 
@@ -96,6 +98,7 @@ def get_data(
             and `training.batches.to_device` applies `dataloader.normalization` on the device.
         epoch: the first epoch.
         tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
+        agreement: makes the ranks stop before the same batch of training data; None: no signal stops them.
     """
     preprocess_train, preprocess_val = preprocess_fns
     options = args if isinstance(args, DataConfig) else from_namespace(args)
@@ -105,6 +108,8 @@ def get_data(
         train_type = "synthetic" if is_synthetic else dataset_type_of(options.train_data, options.dataset_type)
         make = get_dataset_fn(options.train_data, train_type)
         data["train"] = make(args, preprocess_train, is_train=True, epoch=epoch, tokenizer=tokenizer)
+        if agreement is not None:
+            data["train"].dataloader.agreement = agreement
     if options.val_data:
         make = get_dataset_fn(options.val_data, dataset_type_of(options.val_data, options.dataset_type))
         data["val"] = make(args, preprocess_val, is_train=False, tokenizer=tokenizer)

@@ -188,7 +188,7 @@ def report_skips(data: Any) -> SkipReport:
     Raises:
         TooManyBadSamples: on all ranks, if the bad fraction is above --max-bad-fraction.
     """
-    skipped: SkipCounter | None = data.skipped
+    skipped: SkipCounter | None = getattr(data, "skipped", None)
     if skipped is None:
         return SkipReport()
     mine = (skipped.counts(), skipped.read(), skipped.worst(_GATHERED_SHARDS))

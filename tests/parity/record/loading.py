@@ -30,14 +30,15 @@ FIXTURES = ROOT / "tests/parity/fixtures"
 WRITE_OURS = """
 import sys, torch, tiny_clip
 from open_clip.factory import create_model
-from training.checkpoint import TrainState
+from training.checkpoint.state import TrainState
 torch.manual_seed(2)
 model = create_model(sys.argv[1])
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 image_features, text_features, scale = model(*(x[:2] for x in tiny_clip.inputs()))
 (image_features @ text_features.T * scale).sum().backward()
 optimizer.step()
-state = TrainState(model=model, device=torch.device("cpu"), name="ours", optimizer=optimizer, epoch=1, step=1)
+parts = {"optimizer": optimizer}
+state = TrainState(model=model, device=torch.device("cpu"), name="ours", parts=parts, epoch=1, step=1)
 torch.save(state.state_dict(), sys.argv[2])
 """
 

@@ -1,0 +1,64 @@
+"""Reading a checkpoint of --resume, and loading its weights into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from open_clip import progress
+from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
+from open_clip.checkpoint.mismatch import compare
+from training import file_utils
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint into host memory.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or not a checkpoint.
+    """
+    if not file_utils.check_exists(path):
+        raise FileNotFoundError(
+            f"--resume {str(path)!r}: there is no such file. Use --resume latest to find the newest one of a run."
+        )
+    try:
+        with progress.watch(f"Loading {path}"):
+            checkpoint = file_utils.pt_load(path)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error} For weights in other formats use --pretrained.") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"--resume {str(path)!r} holds a {type(checkpoint).__name__}, not a checkpoint.")
+    return dict(checkpoint)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights into the model. If they do not fit, the model is not changed.
+
+    Raises:
+        ValueError: see `check_fit`.
+    """
+    model.load_state_dict(check_fit(model, weights))
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the prefixes of wrappers, after checking that they fit the model.
+
+    Raises:
+        ValueError: there are no weights, or one of them is missing, unexpected, or has another shape.
+    """
+    if not any(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("--resume: the checkpoint has no model weights. They are expected under 'state_dict'.")
+    named, own = strip_prefixes(weights), model.state_dict()
+    if not own.keys() <= named.keys():
+        named = strip_to_fit(named, own, lambda stripped: stripped, "The checkpoint") or named
+    named = drop_extras(named, own)
+    if mismatch := compare(own, named):
+        raise ValueError(
+            f"The checkpoint is of another model than this run. {mismatch} Use the --model and --force-* options that "
+            "it was trained with. To start a new run from its weights, use --pretrained instead of --resume."
+        )
+    return named

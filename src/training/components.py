@@ -1,0 +1,249 @@
+"""Builds the components of a run, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import open_clip
+from open_clip import device as devices
+from training import half_weights, preflight, run_folder, run_warnings
+from training.batches import TextGrouping, to_pixels
+from training.build import (
+    Transform,
+    build_model,
+    build_scheduler,
+    build_teacher,
+    parallelise,
+    start_logit_bias,
+    synchronise_batch_norms,
+)
+from training.checkpoint.rng import random_seed
+from training.checkpoint.saver import NullSaver, Saver
+from training.checkpoint.state import TrainState
+from training.checkpoint.weights import check_fit, load_checkpoint
+from training.data import DataInfo, get_data
+from training.ema import NoAverage, WeightAverage
+from training.evaluate import ScheduledEvaluator, create_evaluators
+from training.flops import pairs_at_peak
+from training.objective import create_objective
+from training.optim import create_optimizer
+from training.params import ModelConfig
+from training.params.checks import step_range
+from training.progress import Progress, Writer
+from training.run_folder import Run
+from training.signals import Agreement
+from training.step_guard import StepGuard
+from training.trace import StepTrace
+from training.trainer import Trainer, unwrap_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Components:
+    """What `build` returns.
+
+    Attributes:
+        data: loaders by name.
+        trainer: None: the run only evaluates.
+        progress: collects what `trainer` does.
+    """
+
+    state: TrainState
+    data: Mapping[str, DataInfo]
+    evaluators: list[ScheduledEvaluator]
+    average: NoAverage
+    trainer: Trainer | None
+    progress: Progress
+
+
+def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
+    """Build everything once, and load the checkpoint of a resumed run.
+
+    Args:
+        writer: gets the numbers of each log line.
+        agreement: makes the ranks stop before the same batch of training data.
+
+    Raises:
+        ValueError, OSError, RuntimeError: something does not fit or cannot be read; the message says how to fix it.
+    """
+    cfg, device = run.cfg, run.world.device
+    devices.get(device).set_fast_matmul(cfg.model.fp32_matmul == "high")
+    model, transforms, tokenizer = _build_model(run)
+    checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
+    if checkpoint is not None:
+        check_fit(model, checkpoint.get("state_dict", checkpoint))
+    data = get_data(
+        cfg.data,
+        [to_pixels(transform) for transform in transforms],
+        epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
+        tokenizer=tokenizer,
+        agreement=agreement,
+    )
+    evaluators = create_evaluators(data, cfg.eval, run.precision, tokenizer)
+    preflight.check_evaluation_data(model, data, cfg.eval, device)
+    if "train" in data:
+        if cfg.objective.siglip and checkpoint is None:
+            start_logit_bias(model)
+        trainer, progress = _build_trainer(run, model, data["train"], writer, is_resumed=checkpoint is not None)
+        state = _create_state(run, trainer, progress, data["train"])
+        components = Components(state, data, evaluators, trainer.average, trainer, progress)
+    else:
+        average = _create_average(model, cfg.optim.ema_decay)
+        state = TrainState(model, device, str(cfg.checkpoint.name), cfg.data.seed, parts={"average": average})
+        components = Components(state, data, evaluators, average, None, Progress(device))
+    _resume(state, checkpoint, run)
+    run_folder.warn(_warnings(run, components, checkpoint or {}), run.world)
+    return components
+
+
+def _build_model(run: Run) -> tuple[nn.Module, list[Transform], Any]:
+    """Return the model, the transforms for training and validation, and the tokenizer."""
+    cfg, world = run.cfg, run.world
+    random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
+    with _without_factory_warnings(run.resume_from is not None or not world.is_master):
+        model, *transforms = build_model(cfg.model, cfg.objective, run.precision)
+    random_seed(cfg.data.seed, world.rank)
+    tokenizer = open_clip.get_tokenizer(
+        cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
+    )
+    preflight.check_tokenizer(model, tokenizer)
+    return model, transforms, tokenizer
+
+
+@contextlib.contextmanager
+def _without_factory_warnings(is_hidden: bool) -> Iterator[None]:
+    """Hide "no pretrained weights": the same on all ranks, and not true of a run that loads a checkpoint."""
+    factory_log = logging.getLogger("open_clip.factory")
+    level = factory_log.level
+    if is_hidden:
+        factory_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        factory_log.setLevel(level)
+
+
+def _build_trainer(run: Run, model: Any, train: DataInfo, writer: Writer, is_resumed: bool) -> tuple[Trainer, Progress]:
+    cfg, world, precision, optim = run.cfg, run.world, run.precision, run.cfg.optim
+    steps_per_epoch = _steps_per_epoch(train.dataloader, optim.accum_freq)
+    if cfg.model.use_bn_sync and world.distributed:
+        model = synchronise_batch_norms(model)
+    teacher = build_teacher(cfg.objective, precision, cfg.model.cache_dir)
+    if teacher is not None:
+        preflight.check_teacher(model, teacher)
+    objective = create_objective(cfg.objective, model, teacher)
+    optimizer = create_optimizer(model, optim, world.device)
+    average = _create_average(model, optim.ema_decay)
+    remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
+    guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
+    at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
+    if cfg.model.torchcompile:
+        model.compile()  # in place, so that the names in the checkpoint do not change
+    trainer = Trainer(
+        model=parallelise(model, cfg.distributed, world, optim.accum_freq),
+        objective=objective,
+        optimizer=optimizer,
+        precision=precision,
+        scaler=precision.grad_scaler(),
+        scheduler=build_scheduler(optimizer, cfg.schedule, optim, steps_per_epoch),
+        half_weights=half_weights.create(model, precision, getattr(optimizer, "flats", ())),
+        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model)),
+        accum_freq=optim.accum_freq,
+        grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
+        guard=guard,
+        average=average,
+        rehearses=is_resumed and world.distributed,
+    )
+    return trainer, Progress(world.device, cfg.logging.log_every_n_steps, writer, at_peak)
+
+
+def _steps_per_epoch(loader: Any, accum_freq: int) -> int:
+    steps = loader.num_batches // accum_freq
+    if steps == 0:
+        raise ValueError(
+            f"An epoch has {loader.num_batches} batches per process, fewer than --accum-freq {accum_freq}. "
+            "Use more data, a smaller --batch-size or a smaller --accum-freq."
+        )
+    return steps
+
+
+def _create_average(model: nn.Module, decay: float | None) -> NoAverage:
+    return NoAverage() if decay is None else WeightAverage(model, decay)
+
+
+def _text_groups(cfg: ModelConfig) -> int:
+    return min(cfg.text_groups, 1) if cfg.torchcompile else cfg.text_groups  # fewer shapes to compile
+
+
+def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo) -> TrainState:
+    """Register everything that changes during the run."""
+    cfg, accum_freq = run.cfg, trainer.accum_freq
+    loader: Any = train.dataloader
+    return TrainState(
+        model=unwrap_model(trainer.model),
+        device=run.world.device,
+        name=str(cfg.checkpoint.name),
+        seed=cfg.data.seed,
+        parts={
+            "optimizer": trainer.optimizer,
+            "scaler": trainer.scaler,
+            "average": trainer.average,
+            "progress": progress,
+            "guard": trainer.guard,
+        },
+        rank_parts={"data": train},
+        steps_per_epoch=_steps_per_epoch(loader, accum_freq),
+        samples_per_epoch=loader.num_samples,
+        samples_per_step=cfg.data.batch_size * accum_freq * run.world.world_size,
+    )
+
+
+def _resume(state: TrainState, checkpoint: Mapping[str, Any] | None, run: Run) -> None:
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint)
+        logger.info("Resumed from %s (epoch %d, step %d).", run.resume_from, state.epoch, state.step)
+    elif run.cfg.checkpoint.resume is not None:
+        logger.info("--resume latest: there is no checkpoint yet, so the run starts from the beginning.")
+
+
+def _warnings(run: Run, components: Components, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what will not work as the options suggest, now that the number of steps and the first step are known."""
+    cfg, state, trainer = run.cfg, components.state, components.trainer
+    if trainer is None:
+        return
+    steps = state.steps_per_epoch * cfg.schedule.epochs
+    yield from run_warnings.frozen(state.model)
+    if state.step < steps:
+        rate = trainer.optimizer.defaults["lr"] if cfg.optim.lr is None else cfg.optim.lr
+        yield from run_warnings.schedule(cfg.schedule, rate, state.steps_per_epoch)
+        yield from run_warnings.jump_of_learning_rate(trainer.optimizer, trainer.scheduler, checkpoint, state.step)
+        yield from run_warnings.profiled_steps(cfg.logging.profile_steps, state.step, steps)
+    if run.folder is not None:
+        size = run_warnings.checkpoint_bytes(state.model, components.average.is_enabled)
+        yield from run_warnings.disk_space(run.folder, size)
+
+
+def create_saver(run: Run, components: Components) -> NullSaver:
+    if run.folder is None or components.trainer is None:
+        return NullSaver()
+    return Saver(run.cfg.checkpoint, run.folder / "checkpoints", components.state, run.cfg.schedule.epochs)
+
+
+@contextlib.contextmanager
+def tracing(run: Run) -> Iterator[Callable[[int], contextlib.AbstractContextManager]]:
+    """Give a function that makes a context for each step: the master's trace of --profile-steps, or nothing."""
+    cfg = run.cfg.logging
+    if cfg.profile_steps is None or run.folder is None or not run.world.is_master:
+        yield contextlib.nullcontext
+        return
+    first, end = step_range(cfg.profile_steps)
+    with StepTrace(run.world.device, run.folder / "profile", first, end, cfg.profile_level) as trace:
+        yield trace.step

@@ -1,0 +1,32 @@
+"""Evaluation options of scripts written for open_clip_train, which pass them in a flat namespace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import open_clip
+from training import precision as precisions
+from training.params import EvalConfig
+from training.precision import Precision
+
+
+def evaluation_options(args: Any) -> EvalConfig:
+    """Read the options from the attributes of `args`. A missing option has the default of its flag."""
+    values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(EvalConfig)}
+    return EvalConfig(**values)
+
+
+def precision_of(args: Any, device: torch.device) -> Precision:
+    return precisions.create(getattr(args, "precision", None) or None, device)
+
+
+def tokenizer_of(args: Any) -> Callable[[list[str]], Tensor]:
+    """Return the tokenizer of the model named `args.model`, which is created at the first call."""
+    create = functools.cache(open_clip.get_tokenizer)
+    return lambda captions: create(args.model)(captions)
