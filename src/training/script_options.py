@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor
 import open_clip
 from training import precision as precisions
 from training.params import EvalConfig
+from training.params.namespace import read_section
 from training.precision import Precision
 
 
 def evaluation_options(args: Any) -> EvalConfig:
     """Read the options from the attributes of `args`. A missing option has the default of its flag."""
-    values: dict[str, Any] = {f.name: getattr(args, f.name, f.default) for f in fields(EvalConfig)}
-    return EvalConfig(**values)
+    return read_section(EvalConfig, args)
 
 
 def precision_of(args: Any, device: torch.device) -> Precision:
