@@ -45,7 +45,7 @@ class ModelConfig:
     pretrained: str = ""
     pretrained_image: bool = False
     cache_dir: str | None = None
-    precision: str | None = None  # None: the device's default (training.precision.resolve)
+    precision: str | None = None  # None: the device's default (training.precision.create)
     fp32_matmul: str = "high"
     force_context_length: int | None = None
     force_image_size: int | tuple[int, int] | None = None
