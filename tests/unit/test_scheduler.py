@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.scheduler import assign_learning_rate, const_lr, const_lr_cooldown, cosine_lr
+from training.scheduler import assign_learning_rate, const_lr, const_lr_cooldown, cosine_lr, unchanged_lr
 
 
 @pytest.fixture
@@ -23,6 +23,12 @@ def rates(optimizer) -> list[float]:
 def test_assign_sets_every_group(optimizer):
     assign_learning_rate(optimizer, 0.25)
     assert rates(optimizer) == [0.25, 0.25]
+
+
+def test_an_unchanged_rate(optimizer):
+    optimizer.param_groups[1]["lr"] = 3.0
+    assert unchanged_lr(optimizer)(5) == 9.0
+    assert rates(optimizer) == [9.0, 3.0]
 
 
 def test_the_schedule_sets_the_rate_and_returns_it(optimizer):

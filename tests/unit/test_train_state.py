@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from gloo_ranks import run_ranks
+from training.checkpoint.file_format import COUNTERS, RunState, from_file, to_file
 from training.checkpoint.latest import get_latest_checkpoint, natural_key
 from training.checkpoint.rng import random_seed
 from training.checkpoint.saver import Saver
 from training.checkpoint.state import TrainState
 from training.checkpoint.weights import load_checkpoint, load_weights
 from training.params import CheckpointConfig
+from training.precision import disabled_scaler
 
 CPU = torch.device("cpu")
 
@@ -94,6 +96,61 @@ def test_a_checkpoint_of_open_clip_resumes(prefix):  # tests/parity/test_trainin
     expected = train(theirs, 2)
     random_seed(0)
     assert train(ours, 2) == expected
+
+
+class Part:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+class RankPart(Part):
+    def load_state_dict(self, states):
+        self.value = [state["value"] for state in states]
+
+
+def test_a_new_part_is_saved_and_loaded_under_its_name():
+    state = state_of()
+    state.parts["new"], state.rank_parts["data"] = Part(3), RankPart(4)
+    saved = state.state_dict()
+    assert saved["train_state"]["new"] == {"value": 3}
+    assert saved["train_state"]["data"] == [{"value": 4}]
+    other = state_of()
+    other.parts["new"], other.rank_parts["data"] = Part(0), RankPart(0)
+    other.load_state_dict(saved)
+    assert (other.parts["new"].value, other.rank_parts["data"].value) == (3, [4])
+    del saved["train_state"]["new"]  # a checkpoint from before the part existed
+    other.parts["new"] = Part(7)
+    other.load_state_dict(saved)
+    assert other.parts["new"].value == 7
+
+
+def test_reading_a_file_is_the_inverse_of_writing_it():
+    parts = {"optimizer": {"param_groups": []}, "scaler": {"scale": 2.0}, "average": {"w": torch.ones(2)}}
+    counters = dict(zip(COUNTERS, range(len(COUNTERS)), strict=True))
+    by_rank = {"rng": [{"a": 1}], "data": [{"b": 2}]}
+    weights = {"w": torch.zeros(2)}
+    state = RunState(weights, 3, "run", counters, parts | {"guard": {"counts": 1}}, by_rank)
+    file = to_file(state, is_distributed=True)
+    assert set(file) == {"epoch", "name", "state_dict", "optimizer", "scaler", "state_dict_ema", "train_state"}
+    assert set(file["train_state"]) == {"version", *COUNTERS, "rng", "data", "guard"}
+    assert list(file["state_dict"]) == ["module.w"]
+    found = from_file(file)
+    assert (found.epoch, found.name, found.counters, found.by_rank) == (3, "run", counters, by_rank)
+    assert found.parts == state.parts
+
+
+def test_a_disabled_scaler_leaves_no_trace():
+    state = state_of(scaler=disabled_scaler())
+    saved = state.state_dict()
+    assert "scaler" not in saved
+    state.load_state_dict({**saved, "scaler": {"scale": 4.0}})
+    assert not state.parts["scaler"].is_enabled()
 
 
 def test_weights_alone_start_a_run():

@@ -1,1 +1,1 @@
-"""What a resumed run needs: its state, how it is saved, and which save is the latest."""
+"""Checkpoints: the state of a run, the keys of the file, when it is saved, and which file is the latest."""
