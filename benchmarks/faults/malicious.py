@@ -26,6 +26,7 @@ import open_clip
 from open_clip.checkpoint.files import load_state_dict
 from training import file_utils
 from training.checkpoint import weights
+from training.checkpoint.latest import get_latest_checkpoint
 
 OTHERS = (ValueError, RuntimeError, OSError)
 
@@ -91,12 +92,12 @@ def loaders(folder: Path, model: str) -> dict[str, Callable[[Path], Any]]:
     def latest(path: Path) -> Any:
         (folder / "run").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "run/epoch_1.pt")
-        return latest.get_latest_checkpoint(folder / "run")
+        return get_latest_checkpoint(folder / "run")
 
     def most_recent(path: Path) -> Any:
         (folder / "recent").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "recent/epoch_latest.pt")
-        return latest.get_latest_checkpoint(folder / "recent")
+        return get_latest_checkpoint(folder / "recent")
 
     clip = open_clip.create_model(model)
     return {
