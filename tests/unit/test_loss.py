@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_clip import loss
-from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss, pairwise
+from open_clip import collectives, device, loss
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss, tiles
 
 
 def pairs(count: int = 11, width: int = 6, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,10 +34,14 @@ def siglip_by_definition(image, text, scale, bias):
 DEFINITIONS = {ClipLoss: clip_by_definition, SigLipLoss: siglip_by_definition}
 
 
+def use_tiles(monkeypatch, min_height, elements):
+    monkeypatch.setattr(tiles, "MIN_HEIGHT", min_height)
+    monkeypatch.setattr(tiles, "elements", lambda device: elements)
+
+
 @pytest.fixture(params=[(1024, 2**20), (3, 12), (1, 1)], ids=["one tile", "tiles of 3 x 4", "tiles of 1 x 1"])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(pairwise, "TILE_ROWS", request.param[0])
-    monkeypatch.setattr(pairwise, "TILE_ELEMENTS", request.param[1])
+    use_tiles(monkeypatch, *request.param)
 
 
 @pytest.mark.parametrize("kind", DEFINITIONS)
@@ -70,12 +75,12 @@ def test_extreme_logits_stay_finite(kind):
 def test_one_tile_gives_the_loss_and_gradients_of_several(dtype, monkeypatch):
     def answers():
         image, text = (part.requires_grad_() for part in pairs(48, 32, dtype))
-        scale = torch.tensor(20.0, dtype=pairwise.exact_dtype(dtype), requires_grad=True)
+        scale = torch.tensor(20.0, dtype=tiles.exact_dtype(dtype), requires_grad=True)
         loss = ClipLoss()(image, text, scale)
         return [loss, *torch.autograd.grad(loss, (image, text, scale))]
 
     one = answers()
-    monkeypatch.setattr(pairwise, "TILE_ROWS", 16)
+    use_tiles(monkeypatch, 16, 2**10)
     several = answers()
     for found, expected in zip(one, several, strict=True):
         assert found.dtype == expected.dtype
@@ -86,8 +91,7 @@ def test_one_tile_gives_the_loss_and_gradients_of_several(dtype, monkeypatch):
 @pytest.mark.parametrize("kind", DEFINITIONS)
 @pytest.mark.parametrize("tile", [(64, 48), (1024, 1024)])
 def test_gradients_in_fp32_are_as_exact_as_those_of_all_logits_at_once(kind, tile, monkeypatch):
-    monkeypatch.setattr(pairwise, "TILE_ROWS", tile[0])
-    monkeypatch.setattr(pairwise, "TILE_ELEMENTS", tile[0] * tile[1])
+    use_tiles(monkeypatch, tile[0], tile[0] * tile[1])
 
     def gradients(function, dtype):
         image, text = (part.requires_grad_() for part in pairs(200, 32, dtype))
@@ -165,9 +169,8 @@ def test_logits_are_not_stored():
     """For 4096 pairs, one matrix of logits has 64 MB and the gradients 4 MB. The process may grow by 40 MB."""
     script = """
 import resource, torch
-from open_clip.loss import pairwise
-from open_clip.loss import ClipLoss, SigLipLoss
-pairwise.TILE_ELEMENTS = 2**18
+from open_clip.loss import ClipLoss, SigLipLoss, tiles
+tiles.elements = lambda device: 2**18
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def step(count):
     image, text = torch.nn.functional.normalize(torch.randn(2, count, 128), dim=-1).unbind()
@@ -248,3 +251,92 @@ def test_signatures_equal_those_of_open_clip():
     assert list(inspect.signature(CoCaLoss).parameters) == ["caption_loss_weight", "clip_loss_weight", "pad_id", *names]
     assert list(inspect.signature(SigLipLoss).parameters) == ["cache_labels", "rank", "world_size", "dist_impl"]
     assert SigLipLoss().dist_impl == "bidir"
+
+
+class Accelerator(device.Device):
+    """Meta tensors, with the tiles of an accelerator with 64 GiB."""
+
+    type = "meta"
+
+    def memory(self, index=None):
+        return {"total": 2**36}
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts operators that compute: neither views nor empty allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.largest = 0  # elements of the largest result
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        allocates = any(word in func.name() for word in ("::detach", "::empty", "::new_empty"))
+        self.count += not func.is_view and not allocates
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setitem(device.DEVICES, "meta", Accelerator())
+    tiles._elements.cache_clear()
+    yield
+    tiles._elements.cache_clear()
+
+
+@pytest.fixture
+def without_communication(monkeypatch):
+    """Collectives of several ranks that return tensors of the right shape."""
+    world_size = 4
+    fakes = {
+        "all_gather": lambda x: x.repeat(world_size, *[1] * (x.ndim - 1)),
+        "reduce_scatter": lambda x: x[: len(x) // world_size],
+        "all_reduce": lambda x, op="sum": x.clone(),
+        "neighbour_exchange_bidir": lambda left, right, to_left, to_right: (to_left.clone(), to_right.clone()),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(collectives, name, fake)
+    return world_size
+
+
+def count_operators(module, count, dtype):
+    image, text = (torch.empty(count, 512, device="meta", dtype=dtype, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.empty((), device="meta", requires_grad=True) for _ in range(2))
+    with OperatorCounter() as counter:
+        module(image, text, scale, bias).backward()
+    assert counter.largest <= 2**27
+    return counter.count
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("kind", DEFINITIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_32768_pairs_need_at_most_200_operators_on_an_accelerator(kind, dtype):
+    assert count_operators(kind(), 32768, dtype) <= 200
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_32768_pairs_of_several_ranks_need_at_most_200_operators_on_each(without_communication, dtype):
+    place = {"rank": 1, "world_size": without_communication}
+    modules = [ClipLoss(local, with_grad, **place) for local in (False, True) for with_grad in (False, True)]
+    for module in (*modules, SigLipLoss(**place)):
+        assert count_operators(module, 32768 // without_communication, dtype) <= 200
+
+
+def test_a_tile_is_one_percent_of_the_memory():
+    assert Accelerator().tile_elements() == 2**27
+    assert tiles.shape(4096, 4096, torch.device("cpu")) == (512, 512)
+    assert tiles.shape(300, 300, torch.device("cpu")) == (300, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_softplus_of_a_cpu_is_as_exact_as_that_of_torch(dtype):
+    x = torch.linspace(-80, 80, 4001, dtype=dtype)
+    exact = torch.logaddexp(x.double(), torch.zeros(1, dtype=torch.float64))
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(device.softplus(x).double(), exact, rtol=tolerance, atol=0)
+    assert device.softplus(torch.tensor([-1e4, 1e4], dtype=dtype)).tolist() == [0.0, 1e4]

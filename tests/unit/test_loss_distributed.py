@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from gloo_ranks import run_ranks
 from open_clip import loss
-from open_clip.loss import pairwise
+from open_clip.loss import tiles
 
 WORLD_SIZES = (2, 3, 4)
 PAIRS, WIDTH = 5, 4
@@ -31,7 +31,8 @@ def features(world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cases(rank: int, world_size: int) -> dict:
     """Compute every loss with its gradients on one rank."""
-    pairwise.TILE_ROWS, pairwise.TILE_ELEMENTS = 3, 12  # tiles of at most 3 x 4, which cross the boundaries of ranks
+    # Tiles of 3 x 4, which cross the boundaries of ranks.
+    tiles.MIN_HEIGHT, tiles.elements = 3, lambda device: 12
     results: dict = {}
 
     def run(name: str, module: torch.nn.Module, with_bias: bool, count: int = PAIRS) -> None:

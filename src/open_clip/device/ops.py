@@ -53,6 +53,11 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     return _device_of(x).gelu(x, approximate)
 
 
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """Compute log(1 + exp(x)), without gradient, in the form that is fast on the device."""
+    return _device_of(x).softplus(x)
+
+
 def layer_norm(
     x: torch.Tensor,
     normalized_shape: Sequence[int],

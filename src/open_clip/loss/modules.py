@@ -1,4 +1,4 @@
-"""Contrastive losses, as modules. `pairwise` computes them tile by tile.
+"""Contrastive losses, as modules. `softmax` and `sigmoid` compute them tile by tile.
 
 Shapes: n is the number of pairs on this rank, N = n * world_size, D is the width of the embedding.
 """
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import collectives
-from . import pairwise
+from . import tiles
+from .sigmoid import sigmoid_loss
+from .softmax import softmax_loss
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
@@ -41,7 +43,7 @@ def gather_features(
             continue
         gathered_rows = collectives.all_gather(features)
         if not local_loss:
-            own = pairwise.own_rows(rank, len(features))
+            own = tiles.own_rows(rank, len(features))
             gathered_rows = torch.cat([gathered_rows[: own.start], features, gathered_rows[own.stop :]])
         gathered.append(gathered_rows)
     return gathered[0], gathered[1]
@@ -67,7 +69,8 @@ def _product_dtype(image_features: Tensor, text_features: Tensor) -> torch.dtype
     """Return the dtype in which `image_features @ text_features.T` is computed, given the current autocast."""
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
     device_type = image_features.device.type
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+    has_autocast = torch.amp.is_autocast_available(device_type)  # meta tensors do not
+    if has_autocast and torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return dtype
 
@@ -75,7 +78,7 @@ def _product_dtype(image_features: Tensor, text_features: Tensor) -> torch.dtype
 def _as_tensor(value: Tensor | float, features: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=pairwise.exact_dtype(features.dtype), device=features.device)
+    return torch.tensor(value, dtype=tiles.exact_dtype(features.dtype), device=features.device)
 
 
 class ClipLoss(nn.Module):
@@ -163,14 +166,14 @@ class ClipLoss(nn.Module):
     ) -> Tensor:
         """Compute the loss: a scalar in float32 (float64 for float64 features)."""
         _check_pairs(image_features, text_features)
-        batch = pairwise.Batch(
+        batch = tiles.Batch(
             self.rank,
             self.world_size,
             _product_dtype(image_features, text_features),
             local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
         )
-        loss = pairwise.softmax_loss(image_features, text_features, _as_tensor(logit_scale, image_features), batch)
+        loss = softmax_loss(image_features, text_features, _as_tensor(logit_scale, image_features), batch)
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             # Adding a constant to all logits does not change a softmax. Keep the bias in the graph, with gradient 0.
             loss = loss + 0 * logit_bias.sum()
@@ -254,7 +257,7 @@ class DistillClipLoss(ClipLoss):
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         """Compute the cross entropy of two distributions, given by logits [rows, columns], averaged over the rows."""
-        exact = pairwise.exact_dtype(student_logits.dtype)
+        exact = tiles.exact_dtype(student_logits.dtype)
         teacher = teacher_logits.softmax(dim=1, dtype=exact)
         return -(teacher * student_logits.log_softmax(dim=1, dtype=exact)).sum(dim=1).mean()
 
@@ -343,10 +346,10 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Compute the loss of normalized features [n, D]: a scalar in float32 (float64 for float64 features)."""
         _check_pairs(image_features, text_features)
-        batch = pairwise.Batch(
+        batch = tiles.Batch(
             self.rank, self.world_size, _product_dtype(image_features, text_features), exchange=self.dist_impl
         )
         scale = _as_tensor(logit_scale, image_features)
         bias = _as_tensor(0.0 if logit_bias is None else logit_bias, image_features)
-        loss = pairwise.sigmoid_loss(image_features, text_features, scale, bias, batch)
+        loss = sigmoid_loss(image_features, text_features, scale, bias, batch)
         return {"contrastive_loss": loss} if output_dict else loss
