@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from .normalization import Normalization
-from .resize import to_pil, to_pixels, to_resizable
+from .resize import to_resizable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,8 +35,7 @@ class Preprocess(Compose):
 
     Args:
         steps: all steps.
-        fast: maps a PIL image as the first `num_fast` steps do, to a PIL image or to uint8 pixels [C, H, W] with 1 or 3
-            channels. None if there is no faster function.
+        fast: maps a PIL image as the first `num_fast` steps do. None if there is no faster function.
         num_fast: number of steps that `fast` replaces.
         before: applied to PIL images before the first step.
     """
@@ -45,7 +43,7 @@ class Preprocess(Compose):
     def __init__(
         self,
         steps: Sequence[Callable],
-        fast: Callable[[Image], Image | torch.Tensor] | None = None,
+        fast: Callable[[Image], Image] | None = None,
         num_fast: int = 0,
         before: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -55,9 +53,6 @@ class Preprocess(Compose):
         self._built = [(step, _copy_attributes(step)) for step in steps]
         self._num_fast = num_fast
         self._before = before
-        self._normalization = _find_normalization(steps)
-        # After the fast steps come only the conversion to RGB, ToTensor and Normalize.
-        self._ends_after_fast = fast is not None and self._normalization is not None and len(steps) == num_fast + 3
 
     def __call__(self, img: Any) -> torch.Tensor:
         """Preprocess a PIL image, an array (uint8 [H, W], or [H, W, C] with 1, 3 or 4 channels) or a float tensor.
@@ -65,32 +60,17 @@ class Preprocess(Compose):
         Raises:
             TypeError: `img` is something else.
         """
-        if self._ends_after_fast and self._is_original() and not isinstance(img, torch.Tensor):
-            assert self._normalization is not None
-            return self._normalization(self._fast_pixels(img))
         return self._apply(img, self.transforms)
 
     def without_normalization(self) -> PixelPreprocess | None:
         """Return the steps before ToTensor and Normalize, or None unless the unchanged list ends in these two."""
-        if self._normalization is None or not self._is_original():
+        is_unchanged = len(self.transforms) == len(self._built) and self._is_unchanged(len(self._built))
+        if not is_unchanged or len(self.transforms) < 3:
             return None
-        return PixelPreprocess(self, self._normalization)
-
-    def to_pixels(self, img: Any) -> torch.Tensor:
-        """Apply the steps before ToTensor. Return uint8 [channels, height, width]."""
-        if self._ends_after_fast and self._is_original():
-            return self._fast_pixels(img).contiguous()
-        image = self._apply(img, self.transforms[:-2])
-        return torch.from_numpy(np.ascontiguousarray(to_pixels(image).numpy()))
-
-    def _fast_pixels(self, img: Any) -> torch.Tensor:
-        """Return uint8 [3, height, width], which may be a view, if `fast` does all but the conversion to RGB."""
-        assert self._fast is not None
-        pixels = self._fast(to_resizable(to_image(img)))
-        if not isinstance(pixels, torch.Tensor):
-            pixels = to_pixels(self._built[self._num_fast][0](pixels))
-        # numpy transposes the channels in half the time of torch's contiguous().
-        return torch.from_numpy(np.ascontiguousarray(pixels.numpy())).expand(3, -1, -1)
+        to_tensor, normalize = self.transforms[-2:]
+        if not isinstance(to_tensor, ToTensor) or type(normalize) is not Normalize:
+            return None
+        return PixelPreprocess(self, [float(x) for x in normalize.mean], [float(x) for x in normalize.std])
 
     def _apply(self, img: Any, steps: list[Callable]) -> Any:
         """Apply `steps`, which are the first ones of the list or all of it."""
@@ -105,15 +85,10 @@ class Preprocess(Compose):
                 img = self._before(img)
             if self._fast is not None and self._is_unchanged(self._num_fast):
                 img = self._fast(img)
-                img = to_pil(img) if isinstance(img, torch.Tensor) else img
                 steps = steps[self._num_fast :]
         for step in steps:
             img = step(img)
         return img
-
-    def _is_original(self) -> bool:
-        """Return whether the list has all original steps, unchanged, and no others."""
-        return len(self.transforms) == len(self._built) and self._is_unchanged(len(self._built))
 
     def _is_unchanged(self, num_steps: int) -> bool:
         """Return whether the first `num_steps` steps are the original ones, with their original attributes."""
@@ -128,31 +103,26 @@ class Preprocess(Compose):
         return repr(Compose(self.transforms))
 
 
-def _find_normalization(steps: Sequence[Callable]) -> Normalization | None:
-    """Return what the last two steps compute from uint8 pixels, if they are ToTensor and Normalize."""
-    normalize: Any = steps[-1]
-    if len(steps) < 3 or not isinstance(steps[-2], ToTensor) or type(normalize) is not Normalize:
-        return None
-    return Normalization([float(x) for x in normalize.mean], [float(x) for x in normalize.std])
-
-
 class PixelPreprocess:
     """The steps of a `Preprocess` without its last two, from an image to uint8 pixels.
 
-    The device normalizes a whole batch, see `Normalization`. Copying uint8 pixels to it takes a quarter of the bytes.
+    `normalization` is the (mean, std) of the missing steps, which compute `(pixels / 255 - mean) / std`. The device
+    does this for a whole batch. Copying uint8 pixels to it takes a quarter of the bytes.
 
     Args:
         preprocess: ends in ToTensor and Normalize.
-        normalization: what these two compute.
+        mean, std: of Normalize, by channel.
     """
 
-    def __init__(self, preprocess: Preprocess, normalization: Normalization) -> None:
+    def __init__(self, preprocess: Preprocess, mean: list[float], std: list[float]) -> None:
         self.preprocess = preprocess
-        self.normalization = normalization
+        self.normalization = (mean, std)
 
     def __call__(self, img: Image) -> torch.Tensor:
         """Return uint8 [channels, height, width] of a PIL image."""
-        return self.preprocess.to_pixels(img)
+        image = self.preprocess._apply(img, self.preprocess.transforms[:-2])
+        # numpy transposes the channels in half the time of torch's contiguous().
+        return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.preprocess!r})"

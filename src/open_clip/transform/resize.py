@@ -48,29 +48,25 @@ def _has_fast_uint8_resize() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-def _vertical_first(before: tuple[int, int], size: tuple[int, int]) -> bool:
+def _vertical_first(image: Image, size: tuple[int, int]) -> bool:
     """Whether Pillow 13 resizes columns before rows. The intermediate image is rounded, so the order matters.
 
     torch, and Pillow before 13, always resize rows first.
     """
-    return before[0] - size[0] > 2 * max(before[1] - size[1], 0)
+    return image.height - size[0] > 2 * max(image.width - size[1], 0)
 
 
-def _torch_agrees(mode: str, before: tuple[int, int], size: tuple[int, int]) -> bool:
+def _torch_agrees(image: Image, size: tuple[int, int]) -> bool:
     """Whether torch's resize for uint8 is fast here, and equals Pillow's within one level of 255.
-
-    Args:
-        mode: mode of the image.
-        before, size: (height, width) before and after.
 
     torch stores its weights with fewer bits. The difference in rounding between the two passes stays within one level
     if no single weight is large, that is, if the image shrinks: at ratios of 1.6 and more, none of 500 million values
     differed by two levels.
     """
     return (
-        mode in ("RGB", "L")
-        and min(before[0] / size[0], before[1] / size[1]) >= 1.6
-        and not _vertical_first(before, size)
+        image.mode in ("RGB", "L")
+        and min(image.height / size[0], image.width / size[1]) >= 1.6
+        and not _vertical_first(image, size)
         and _has_fast_uint8_resize()
     )
 
@@ -85,35 +81,17 @@ def to_resizable(image: Image) -> Image:
     return image.convert("RGBA") if image.mode == "PA" else image
 
 
-def to_pixels(image: Image) -> torch.Tensor:
-    """Copy the pixels of an image with one or more 8-bit channels: uint8 [channels, height, width], channels last."""
-    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
-
-
-def to_pil(pixels: torch.Tensor) -> Image:
-    """Convert uint8 [channels, height, width] with 1 or 3 channels to an image."""
-    from PIL.Image import fromarray
-
-    return fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
-
-
-def _resize_pixels(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    return nn.functional.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
-
-
-def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image | torch.Tensor:
-    """Resize an image to (height, width) with antialiasing. Palette and 1-bit images use the nearest pixel.
-
-    Returns:
-        An image, or uint8 [channels, height, width] where torch is faster than Pillow.
-    """
-    from PIL.Image import Resampling
+def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
+    """Resize an image to (height, width) with antialiasing. Palette and 1-bit images use the nearest pixel."""
+    from PIL.Image import Resampling, fromarray
 
     height, width = size
     if image.size == (width, height):
         return image
-    if interpolation in ("bicubic", "bilinear") and _torch_agrees(image.mode, _height_width(image), size):
-        return _resize_pixels(to_pixels(image), size, interpolation)
+    if interpolation in ("bicubic", "bilinear") and _torch_agrees(image, size):
+        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+        pixels = nn.functional.interpolate(pixels[None], (height, width), mode=interpolation, antialias=True)[0]
+        return fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
     return image.resize((width, height), Resampling[interpolation.upper()])
 
 
@@ -123,18 +101,17 @@ def _resize_any(image: Image | torch.Tensor, size: tuple[int, int], interpolatio
         from torchvision.transforms import InterpolationMode, functional
 
         return functional.resize(image, list(size), InterpolationMode(interpolation), antialias=True)
-    resized = resize(to_resizable(image), size, interpolation)
-    return to_pil(resized) if isinstance(resized, torch.Tensor) else resized
+    return resize(to_resizable(image), size, interpolation)
 
 
 def _height_width(image: Image | torch.Tensor) -> tuple[int, int]:
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)  # type: ignore
 
 
-def resize_center_crop(image: Image, side: int, interpolation: str) -> Image | torch.Tensor:
+def resize_center_crop(image: Image, side: int, interpolation: str) -> Image:
     """Resize the shorter side to `side` and crop the central square, as torchvision's Resize and CenterCrop do.
 
-    If it is faster, only the pixels of the square are computed. The result is that of `resize`.
+    If it is faster, only the pixels of the square are computed.
     """
     width, height = image.size
     shortest = min(height, width)
@@ -143,10 +120,7 @@ def resize_center_crop(image: Image, side: int, interpolation: str) -> Image | t
     top, left = round((new_height - side) / 2), round((new_width - side) / 2)
     crop = (left, top, left + side, top + side)
     if not _should_use_box(image, side, (new_height, new_width)):
-        resized = resize(image, (new_height, new_width), interpolation)
-        if isinstance(resized, torch.Tensor):
-            return resized[:, top : top + side, left : left + side]
-        return resized.crop(crop)
+        return resize(image, (new_height, new_width), interpolation).crop(crop)
     from PIL.Image import Resampling
 
     scale_x, scale_y = width / new_width, height / new_height
@@ -161,13 +135,12 @@ def _should_use_box(image: Image, side: int, resized: tuple[int, int]) -> bool:
     a different order of the two passes; and growing images, where single weights are large and one value in 10 million
     would differ by two levels.
     """
-    before = (image.height, image.width)
     return (
         image.mode in ("RGB", "L", "CMYK", "YCbCr")
-        and min(before) >= side
-        and before != resized
-        and _vertical_first(before, (side, side)) == _vertical_first(before, resized)
-        and (max(resized) > 4 * side or not _torch_agrees(image.mode, before, resized))
+        and min(image.size) >= side
+        and (image.height, image.width) != resized
+        and _vertical_first(image, (side, side)) == _vertical_first(image, resized)
+        and (max(resized) > 4 * side or not _torch_agrees(image, resized))
     )
 
 
@@ -177,17 +150,11 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     interpolation: str,
-) -> Image | torch.Tensor:
-    """Crop and resize randomly, as torchvision's RandomResizedCrop does, with the same draws from torch's generator.
-
-    The result is that of `resize`.
-    """
+) -> Image:
+    """Crop and resize randomly, as torchvision's RandomResizedCrop does, with the same draws from torch's generator."""
     from torchvision.transforms import RandomResizedCrop
 
     top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-    if interpolation in ("bicubic", "bilinear") and _torch_agrees(image.mode, (height, width), size):
-        pixels = to_pixels(image)[:, top : top + height, left : left + width]
-        return _resize_pixels(pixels, size, interpolation)
     return resize(image.crop((left, top, left + width, top + height)), size, interpolation)
 
 
