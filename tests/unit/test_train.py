@@ -158,8 +158,9 @@ def ranks_resume(rank: int, world_size: int) -> list[dict]:
     whole = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0)
     for number, batch in enumerate(batches[:2]):
         whole.step([batch], number)
-    again = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0, rehearses=True)
+    again = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0)
     again.model.load_state_dict(whole.model.state_dict())
+    again.rehearse([batches[2]])
     state, found = torch.get_rng_state(), []
     for trainer in (whole, again):
         torch.set_rng_state(state)
