@@ -103,7 +103,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def paused(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Create a context in which a compiled model runs uncompiled, so that other shapes than in training compile nothing."""
+    """Create a context in which a compiled model runs uncompiled, so that the shapes of evaluation compile nothing."""
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()
 
 
