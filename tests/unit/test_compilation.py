@@ -1,4 +1,4 @@
-"""Tests of training.compilation: which blocks are compiled, to how many graphs, with the losses of the uncompiled model."""
+"""Tests of training.compilation: which blocks are compiled, to how many graphs, with the losses of eager mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import coca_cases
 import hf_cases
@@ -20,13 +19,14 @@ import open_clip
 import tiny_clip
 from gloo_ranks import run_ranks
 from towers import Towers
-from training import half_weights, precision
+from training import build, half_weights, precision
 from training.batches import TextGrouping, to_device
 from training.compilation import NoCompilation, compile_model, find_blocks, is_compiled, paused
 from training.ema import WeightAverage
 from training.objective import create_objective
 from training.optim import create_optimizer
-from training.params import ObjectiveConfig, OptimConfig
+from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
+from training.ranks import World
 from training.trainer import Trainer, unwrap_model
 
 CPU = torch.device("cpu")
@@ -60,7 +60,12 @@ def resnet() -> open_clip.CLIP:
 
 def timm_tower() -> nn.Module:
     pytest.importorskip("timm")
-    vision = {"timm_model_name": "convnext_atto", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"}
+    vision = {
+        "timm_model_name": "convnext_atto",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+    }
     cfg = tiny_clip.config(vision=vision, text={"layers": 2})
     return open_clip.CustomTextCLIP(**cfg, output_dict=True)
 
@@ -248,7 +253,11 @@ def ranks_train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = vit()
         compiled = NoCompilation() if backend is None else compile_model(model, True, backend)
-        train(DistributedDataParallel(model), make_batches(8)[rank::world_size], compiled, accum=2)
+        wrapped = build.parallelize(
+            model, DistributedConfig(), World(rank, rank, world_size, CPU, "gloo"), accum_freq=2
+        )
+        assert wrapped.gradient_as_bucket_view
+        train(wrapped, make_batches(8)[rank::world_size], compiled, accum=2)
         weights[str(backend)] = torch.cat([p.detach().flatten() for p in model.parameters()])
     return weights
 
