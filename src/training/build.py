@@ -95,7 +95,7 @@ def start_logit_bias(model: Any) -> None:
             )
 
 
-def synchronise_batch_norms(model: nn.Module) -> nn.Module:
+def synchronize_batch_norms(model: nn.Module) -> nn.Module:
     """Convert batch norms to synchronized ones. timm's function keeps the activations inside timm's batch norms."""
     if isinstance(model.visual, TimmModel):
         from timm.layers import convert_sync_batchnorm
@@ -121,7 +121,7 @@ def build_teacher(cfg: ObjectiveConfig, precision: Precision, cache_dir: str | N
     return teacher.eval().requires_grad_(False)
 
 
-def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
+def parallelize(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
     """Wrap the model with DDP if there are several processes."""
     if not world.distributed:
         return model
@@ -129,7 +129,12 @@ def parallelise(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
     if cfg.ddp_static_graph and not static_graph and world.is_master:
         logger.warning("--ddp-static-graph has no effect, because the passes of a step differ with --accum-freq.")
     indexed = devices.get(world.device).indexed
-    return DistributedDataParallel(model, device_ids=[world.device] if indexed else None, static_graph=static_graph)
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if indexed else None,
+        gradient_as_bucket_view=True,  # saves the copies of the averaged gradients and their memory
+        static_graph=static_graph,
+    )
 
 
 def build_scheduler(

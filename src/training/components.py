@@ -20,14 +20,15 @@ from training.build import (
     build_model,
     build_scheduler,
     build_teacher,
-    parallelise,
+    parallelize,
     start_logit_bias,
-    synchronise_batch_norms,
+    synchronize_batch_norms,
 )
 from training.checkpoint.rng import random_seed
 from training.checkpoint.saver import NullSaver, Saver
 from training.checkpoint.state import TrainState
 from training.checkpoint.weights import check_fit, load_checkpoint
+from training.compilation import NoCompilation, compile_model
 from training.data import DataInfo, get_data
 from training.ema import NoAverage, WeightAverage
 from training.evaluate import ScheduledEvaluator, create_evaluators
@@ -135,7 +136,7 @@ def _build_trainer(run: Run, model: Any, train: DataInfo, writer: Writer, is_res
     cfg, world, precision, optim = run.cfg, run.world, run.precision, run.cfg.optim
     steps_per_epoch = _steps_per_epoch(train.dataloader, optim.accum_freq)
     if cfg.model.use_bn_sync and world.distributed:
-        model = synchronise_batch_norms(model)
+        model = synchronize_batch_norms(model)
     teacher = build_teacher(cfg.objective, precision, cfg.model.cache_dir)
     if teacher is not None:
         preflight.check_teacher(model, teacher)
@@ -145,22 +146,22 @@ def _build_trainer(run: Run, model: Any, train: DataInfo, writer: Writer, is_res
     remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
     guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
     at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
-    if cfg.model.torchcompile:
-        model.compile()  # in place, so that the names in the checkpoint do not change
+    compiled = _compile(model, cfg.model)
     trainer = Trainer(
-        model=parallelise(model, cfg.distributed, world, optim.accum_freq),
+        model=parallelize(model, cfg.distributed, world, optim.accum_freq),
         objective=objective,
         optimizer=optimizer,
         precision=precision,
         scaler=precision.grad_scaler(),
         scheduler=build_scheduler(optimizer, cfg.schedule, optim, steps_per_epoch),
         half_weights=half_weights.create(model, precision, getattr(optimizer, "flats", ())),
-        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model)),
+        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model, compiled)),
         accum_freq=optim.accum_freq,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,
         average=average,
-        rehearses=is_resumed and world.distributed,
+        rehearses=compiled.is_enabled or (is_resumed and world.distributed),
+        compilation=compiled,
     )
     return trainer, Progress(world.device, cfg.logging.log_every_n_steps, writer, at_peak)
 
@@ -179,8 +180,14 @@ def _create_average(model: nn.Module, decay: float | None) -> NoAverage:
     return NoAverage() if decay is None else WeightAverage(model, decay)
 
 
-def _text_groups(cfg: ModelConfig) -> int:
-    return min(cfg.text_groups, 1) if cfg.torchcompile else cfg.text_groups  # fewer shapes to compile
+def _compile(model: Any, cfg: ModelConfig) -> NoCompilation:
+    if not cfg.torchcompile:
+        return NoCompilation()
+    return compile_model(model, text_varies=cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
+
+
+def _text_groups(cfg: ModelConfig, compiled: NoCompilation) -> int:
+    return cfg.text_groups if compiled.takes_any_length else min(cfg.text_groups, 1)  # fewer shapes to compile
 
 
 def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo) -> TrainState:

@@ -56,6 +56,8 @@ def run_epoch(
     is_done = state.epoch_step >= state.steps_per_epoch  # on more ranks than before, too few samples may be left
     for batches, data_seconds in () if is_done else _steps(data.dataloader, trainer):
         number = first_step + state.epoch_step
+        if trainer.rehearses:
+            progress.exclude(trainer.rehearse(batches))
         with around_step(number):
             losses = trainer.step(batches, number)
         samples = sum(len(batch["image"]) for batch in batches) * world_size
@@ -80,6 +82,7 @@ def run_epoch(
 def _report(trainer: Trainer, data: Any, state: TrainState, progress: Progress) -> None:
     """Log a line and write its numbers. All ranks do this, so that all of them notice a run without progress."""
     numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None), trainer.guard.counters())
+    numbers |= trainer.compilation.counters()
     numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]
     parts = [format_line(numbers, progress, state), str(report_skips(data))]
     logger.info(" ".join(filter(None, parts)))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip.transformer import attention, blocks
+from training import compilation
 from training.flat_tensors import FlatTensors
 from training.precision import Precision
 
@@ -47,8 +48,7 @@ def create(
         precision: of the run.
         flats: buffers of the optimizer that hold the parameters, if any. A buffer is converted in one launch.
     """
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if compiled or not precision.converts_weights_once:
+    if compilation.is_compiled(model) or not precision.converts_weights_once:
         return contextlib.nullcontext
     return HalfWeights(model, precision.compute_dtype, flats).lent
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from training import components, ranks, run_folder
+from training import compilation, components, ranks, run_folder
 from training.checkpoint import rng
 from training.checkpoint.saver import NullSaver
 from training.components import Components
@@ -115,7 +115,7 @@ def run_evaluators(parts: Components, writer: MetricsWriter, is_last_epoch: bool
     """
     start, state = time.perf_counter(), parts.state
     due = evaluators_due(parts.evaluators, state.epoch, is_last_epoch)
-    with rng.untouched(state.device):
+    with rng.untouched(state.device), compilation.paused(state.model):
         metrics = evaluate(state.model, due, state.epoch)
         if metrics and parts.average.is_enabled:
             with parts.average.in_place():

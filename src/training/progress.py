@@ -101,6 +101,10 @@ class Progress:
         """Add the time for which the loop has waited for saving."""
         self._save_seconds += seconds
 
+    def exclude(self, seconds: float) -> None:
+        """Leave time out of the speeds, such as that of compiling."""
+        self._started += seconds
+
     def report(self, logit_scale: Tensor | None = None, counters: Outputs | None = None) -> dict[str, float]:
         """Return the numbers by their names in TensorBoard, with losses as means over the steps. Waits for the device.
 
@@ -193,7 +197,11 @@ def format_line(numbers: Mapping[str, float], progress: Progress, state: Any) ->
         parts.append(f"{name.capitalize()}: {meter.val:#.5g} ({meter.avg:#.5g})")
     if "save_time" in numbers:
         parts.append(f"Save (t): {numbers['save_time']:.3f}")
-    for name, words in (("skipped_steps", "Bad steps"), ("scaler_overflows", "Overflows")):
+    for name, words in (
+        ("skipped_steps", "Bad steps"),
+        ("scaler_overflows", "Overflows"),
+        ("recompiles", "Recompiles"),
+    ):
         if numbers.get(name):
             parts.append(f"{words}: {numbers[name]:.0f}")
     device = state.device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from open_clip import device as devices
 from training.checkpoint import rng
+from training.compilation import NoCompilation
 from training.ema import NoAverage
 from training.gradients import clip_gradients
 from training.objective import SHARED, Objective, Outputs, concatenate
@@ -51,7 +54,8 @@ class Trainer:
         grad_clip_norm: upper bound of the global 2-norm of the gradient; inf: no bound.
         guard: decides whether to skip a step, see `training.step_guard`.
         average: moving average of the weights, updated after each step.
-        rehearses: before the first step, make one that changes nothing, see `_rehearse`.
+        rehearses: call `rehearse` before the first step.
+        compilation: counts the graphs of a compiled model.
     """
 
     model: nn.Module
@@ -67,6 +71,7 @@ class Trainer:
     guard: NoGuard = field(default_factory=NoGuard)
     average: NoAverage = field(default_factory=NoAverage)
     rehearses: bool = False
+    compilation: NoCompilation = field(default_factory=NoCompilation)
 
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
@@ -82,8 +87,6 @@ class Trainer:
     def step(self, batches: list[Batch], number: int) -> Outputs:
         """Make step `number` (from 0) with `accum_freq` batches on the device. Return the losses, on the device."""
         self.scheduler(number)
-        if self.rehearses:
-            self._rehearse(batches)
         self.guard.begin(number, batches)
         self.optimizer.zero_grad()  # sets None or zero, as the optimizer prefers
         losses = self.backward(batches)
@@ -92,19 +95,26 @@ class Trainer:
         self.average.update(number, self.guard.skipped)
         return losses
 
-    def _rehearse(self, batches: list[Batch]) -> None:
-        """Run forward and backward passes that change only DDP's buckets, for a resumed run of several processes.
+    def rehearse(self, batches: list[Batch]) -> float:
+        """Run forward and backward passes that change only DDP's buckets and compiled graphs. Return the seconds.
+
+        The next step then has the speed of all later ones, because whatever is compiled is compiled here.
 
         After its first backward pass DDP arranges the gradients in other buckets. The buckets determine the order in
         which the gradients of the ranks are added. In an uninterrupted run this happened in the first step of all, so
         without the rehearsal the first step after a resume would round differently.
         """
         self.rehearses = False
+        start = time.perf_counter()
         state, buffers = rng.torch_state(self.device), [buffer.clone() for buffer in self.model.buffers()]
         self.backward(batches)
         rng.set_torch_state(state, self.device)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
+        devices.get(self.device).synchronize()
+        seconds = time.perf_counter() - start
+        self.compilation.log_warm_up(seconds)
+        return seconds
 
     def backward(self, batches: list[Batch]) -> Outputs:
         """Add the gradient of the loss over the samples of all batches, times the loss scale. Return the losses."""

@@ -71,7 +71,7 @@ def make_trainer(
     optimizer = create_optimizer(model, cfg, device)
     kind = precision.create(chosen, device)
     return Trainer(
-        model=build.parallelise(model, DistributedConfig(), ranks.world()) if linked else model,
+        model=build.parallelize(model, DistributedConfig(), ranks.world()) if linked else model,
         objective=objective,
         optimizer=optimizer,
         precision=kind,

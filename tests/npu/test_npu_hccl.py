@@ -57,7 +57,7 @@ NOT_FINITE = """
     def train_with_a_nan(form, linked):
         trainer = make_trainer(world.device, 'fp32', form, linked=linked)
         if not linked:
-            trainer.model = build.parallelise(trainer.model, DistributedConfig(), world)
+            trainer.model = build.parallelize(trainer.model, DistributedConfig(), world)
         trainer.guard = StepGuard(trainer.model.module, trainer.optimizer, world.device)
 
         def bits():

@@ -118,7 +118,7 @@ def test_patch_dropout_has_no_effect_and_warns(caplog) -> None:
 
 def test_synchronized_batch_norms_are_torchs() -> None:
     model = open_clip.CLIP(24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}, dict(cases.TEXT))
-    assert isinstance(build.synchronise_batch_norms(model).visual.bn1, nn.SyncBatchNorm)
+    assert isinstance(build.synchronize_batch_norms(model).visual.bn1, nn.SyncBatchNorm)
 
 
 def test_a_seed_gives_initial_weights_of_the_right_size() -> None:

@@ -186,7 +186,7 @@ def test_synchronized_batch_norms_keep_their_activation(tmp_path: Path) -> None:
     model.load_state_dict(cases.weights(model.state_dict()))
     with torch.no_grad():
         before = model.eval().encode_image(cases.images(160))
-        model = build.synchronise_batch_norms(model)
+        model = build.synchronize_batch_norms(model)
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert norms
         assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)

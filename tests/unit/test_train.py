@@ -6,20 +6,29 @@ import argparse
 import copy
 import logging
 import math
+import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import open_clip
+import tiny_clip
 from gloo_ranks import run_ranks
+from open_clip import device as devices
 from towers import CPU, FP32, SIZE, Towers, Writer, batches_of, data_of, state_of, train_epoch
 from training.checkpoint import rng
 from training.data.skips import BadSample, SkipCounter
+from training.ema import WeightAverage
 from training.objective import ContrastiveObjective, SigmoidObjective, create_objective
-from training.params import ObjectiveConfig
+from training.optim import create_optimizer
+from training.params import ObjectiveConfig, OptimConfig
 from training.progress import Progress
+from training.step_guard import StepGuard
 from training.train import train_one_epoch
 from training.trainer import Trainer, unwrap_model
 
@@ -158,8 +167,9 @@ def ranks_resume(rank: int, world_size: int) -> list[dict]:
     whole = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0)
     for number, batch in enumerate(batches[:2]):
         whole.step([batch], number)
-    again = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0, rehearses=True)
+    again = trainer_of(DistributedDataParallel(Towers(dropout=0.5)), grad_clip_norm=1.0)
     again.model.load_state_dict(whole.model.state_dict())
+    again.rehearse([batches[2]])
     state, found = torch.get_rng_state(), []
     for trainer in (whole, again):
         torch.set_rng_state(state)
@@ -172,6 +182,58 @@ def test_a_resumed_run_of_several_ranks_adds_up_in_the_order_of_the_unbroken_one
     for whole, again in run_ranks(__file__, "ranks_resume", (4,), tmp_path)[4]:
         for name, value in whole.items():
             assert torch.equal(again[name], value), name
+
+
+def test_a_rehearsal_changes_nothing_and_is_left_out_of_the_speeds(monkeypatch):
+    weights, reports = [], []
+    monkeypatch.setattr(devices.CpuDevice, "synchronize", lambda self: time.sleep(0.5))
+    for rehearses in (False, True):
+        model, writer = Towers(dropout=0.5), Writer()
+        trainer = trainer_of(model, rehearses=rehearses)
+        train_epoch(trainer, data_of(2), state_of(model, 2), every=1, writer=writer)
+        assert model.grad_forwards == 2 + rehearses
+        weights.append([p.detach() for p in model.parameters()])
+        reports.append(writer[0][2])
+    assert all(map(torch.equal, *weights))
+    assert all(0 < numbers["batch_time"] < 0.4 for numbers in reports)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name().removeprefix("aten::").split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1.0])
+def test_a_step_computes_one_norm_and_updates_the_weights_in_one_operator_per_group(limit):
+    model = open_clip.CLIP(**tiny_clip.config(text={"layers": 5}), output_dict=True)
+    optimizer = create_optimizer(model, OptimConfig(), CPU)
+    guard, average = StepGuard(model, optimizer, CPU), WeightAverage(model, 0.9)
+    trainer = Trainer(model, ContrastiveObjective(), optimizer, FP32, guard=guard, average=average)
+    trainer.grad_clip_norm = limit
+    images, texts = tiny_clip.inputs()
+    batch = {"image": images, "text": texts[:2]}
+    trainer.step([batch], 0)
+    before = [p.grad for p in model.parameters()]
+    with Calls() as calls:
+        trainer.step([batch], 1)
+    counts, num_parameters = calls.counts, len(before)
+    assert num_parameters > 64
+    assert counts["_fused_adamw_"] == len(optimizer.param_groups) == 2
+    assert counts["_foreach_norm"] == 1
+    assert counts["linalg_vector_norm"] == 3  # of the image features, the text features, and the gradients' norms
+    assert counts["_foreach_mul_"] == (limit < math.inf) + math.ceil(num_parameters / 64)  # clipping; the average
+    assert counts["_foreach_zero_"] == 0
+    assert all(counts[name] < num_parameters for name in ("zero_", "mul_", "addcdiv_", "lerp_")), "a loop"
+    assert all(p.grad is not old for p, old in zip(model.parameters(), before, strict=True)), "zero_grad keeps tensors"
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
 
 
 class Scaler:

@@ -141,11 +141,11 @@ class ModelConfig:
     text_groups: int = option(MAX_GROUPS, at_least=0, metavar="N", help=
         "sort the captions of a batch by length and encode them in at most N groups without most of their padding. 1 "
         "cuts all captions to the longest one, 0 keeps the padding. The embeddings are the same. No effect on models "
-        "whose text tower reads the padding, such as SigLIP and CoCa. With --torchcompile at most 1 group is used, to "
-        "limit the number of shapes")
+        "whose text tower reads the padding, such as SigLIP and CoCa")
     torchcompile: bool = option(False, help=
-        "compile the model with torch.compile; the first steps are slow. Needs triton-ascend on an NPU, triton on a "
-        "GPU and a C++ compiler on the CPU, which is checked at the start")
+        "compile the blocks of the towers with torch.compile, before the first step. Equal blocks are compiled once. A "
+        "model without repeated blocks is compiled as a whole, with at most 1 text group. Needs triton-ascend on an "
+        "NPU, triton on a GPU and a C++ compiler on the CPU, which is checked at the start")
     use_bn_sync: bool = option(False, help=
         "synchronize BatchNorm statistics over all processes (models with BatchNorm)")
     image_mean: tuple[float, float, float] | None = option(None, metavar="X", group="preprocessing", help=

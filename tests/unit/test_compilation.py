@@ -1,0 +1,268 @@
+"""Tests of training.compilation: which blocks are compiled, to how many graphs, with the losses of eager mode."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import coca_cases
+import hf_cases
+import open_clip
+import tiny_clip
+from gloo_ranks import run_ranks
+from towers import Towers
+from training import build, half_weights, precision
+from training.batches import TextGrouping, to_device
+from training.compilation import NoCompilation, compile_model, find_blocks, is_compiled, paused
+from training.ema import WeightAverage
+from training.objective import create_objective
+from training.optim import create_optimizer
+from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
+from training.ranks import World
+from training.trainer import Trainer, unwrap_model
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def without_graphs() -> Iterator[None]:
+    """Forget the graphs and the settings of torch.compile."""
+    import torch._dynamo.utils
+
+    def forget() -> None:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+    forget()
+    with torch._dynamo.config.patch(cache_size_limit=8, optimize_ddp=True):
+        yield
+    forget()
+
+
+def vit(**vision: Any) -> open_clip.CLIP:
+    cfg = tiny_clip.config(vision={"layers": 3, **vision}, text={"layers": 4})
+    return open_clip.CLIP(**cfg, output_dict=True)
+
+
+def resnet() -> open_clip.CLIP:
+    vision = {"layers": [1, 1, 3, 1], "width": 8, "patch_size": None}
+    return open_clip.CLIP(**tiny_clip.config(vision=vision, text={"layers": 2}), output_dict=True)
+
+
+def timm_tower() -> nn.Module:
+    pytest.importorskip("timm")
+    vision = {
+        "timm_model_name": "convnext_atto",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+    }
+    cfg = tiny_clip.config(vision=vision, text={"layers": 2})
+    return open_clip.CustomTextCLIP(**cfg, output_dict=True)
+
+
+def coca() -> nn.Module:
+    return coca_cases.filled(open_clip)
+
+
+def make_batches(count: int = STEPS, size: int = 32, context: int = 12, end: int = 63) -> list[dict[str, torch.Tensor]]:
+    """Return batches of 16 texts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(count):
+        text = torch.randint(1, 30, (16, context), generator=generator)
+        lengths = torch.randint(1, context, (16,), generator=generator)
+        columns = torch.arange(context)
+        text = text.where(columns < lengths[:, None], torch.where(columns == lengths[:, None], end, 0))
+        batches.append({"image": torch.randn(16, 3, size, size, generator=generator), "text": text})
+    return batches
+
+
+def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], compiled: NoCompilation, accum: int = 1) -> list:
+    """Train as the command does, and return the losses of each step."""
+    bare = unwrap_model(model)
+    grouping = TextGrouping([bare], CPU)
+    grouping._group_cost = 1  # several groups in small batches
+    trainer = Trainer(
+        model=model.train(),
+        objective=create_objective(ObjectiveConfig(), bare),
+        optimizer=create_optimizer(bare, OptimConfig(lr=1e-3), CPU),
+        precision=precision.create("fp32", CPU),
+        half_weights=half_weights.create(bare, precision.create("fp32", CPU)),
+        accum_freq=accum,
+        grad_clip_norm=1.0,
+        average=WeightAverage(bare, 0.9),
+        compilation=compiled,
+    )
+    torch.manual_seed(0)
+    moved = [to_device(batch, CPU, group_text=grouping) for batch in batches]
+    if compiled.is_enabled:
+        trainer.rehearse(moved[:accum])
+    steps = [moved[start : start + accum] for start in range(0, len(moved), accum)]
+    return [[float(loss) for loss in trainer.step(step, n).values()] for n, step in enumerate(steps)]
+
+
+def assert_same_losses(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], backend: str = "aot_eager", accum: int = 1
+) -> int:
+    """Compare the losses with those of the uncompiled model. Return the number of graphs."""
+    names = list(model.state_dict())
+    expected = train(copy.deepcopy(model), batches, NoCompilation(), accum)
+    compiled = compile_model(model, getattr(model, "takes_grouped_text", False), backend)
+    found = train(model, batches, compiled, accum)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
+    assert len({loss for losses in found for loss in losses}) > len(found) / 2, "the weights have not changed"
+    assert compiled.counters() == {"recompiles": 0.0}
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# Which blocks
+
+
+@pytest.mark.parametrize(
+    ("make", "classes"),
+    [
+        (vit, {"ResidualAttentionBlock": 7}),
+        (resnet, {"Bottleneck": 6, "ResidualAttentionBlock": 2}),
+        (timm_tower, {"ConvNeXtBlock": 12, "ResidualAttentionBlock": 2}),
+        (coca, {"ResidualAttentionBlock": 8}),
+    ],
+)
+def test_the_blocks_of_all_towers_are_found(make: Callable[[], nn.Module], classes: dict[str, int]) -> None:
+    names = [type(block).__name__ for block in find_blocks(make())]
+    assert {name: names.count(name) for name in names} == classes
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "efficientnet_b0", "vitamin_small_224"])
+def test_the_blocks_of_timm_s_models_do_not_contain_each_other(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    blocks = find_blocks(model)
+    inside = [module for block in blocks for module in list(block.modules())[1:]]
+    assert len(blocks) > 10
+    assert not {id(block) for block in blocks} & {id(module) for module in inside}
+
+
+def test_a_model_without_repeated_blocks_is_compiled_as_a_whole(caplog: pytest.LogCaptureFixture) -> None:
+    model = Towers()
+    with caplog.at_level(logging.INFO):
+        compiled = compile_model(model, text_varies=True, backend="eager")
+    assert [module for module in model.modules() if is_compiled(module)] == [model]
+    assert not compiled.takes_any_length
+    assert "no list of equal blocks, so it is compiled as a whole" in caplog.text
+
+
+# Graphs and losses
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_towers_with_groups_of_texts_compile_to_one_graph_each(checkpointing: bool) -> None:
+    model = vit(patch_dropout=0.25)
+    model.set_grad_checkpointing(checkpointing)
+    assert assert_same_losses(model, make_batches()) == 2
+
+
+def test_accumulation_adds_a_graph_without_gradients_per_tower() -> None:
+    assert assert_same_losses(vit(), make_batches(), accum=2) == 4
+
+
+def test_a_resnet_compiles_to_a_graph_per_layout() -> None:
+    model = resnet()
+    model.set_grad_checkpointing()
+    assert assert_same_losses(model, make_batches()) == 6
+
+
+def test_a_timm_tower_compiles_to_a_graph_per_layout() -> None:
+    assert assert_same_losses(timm_tower(), make_batches(2)) == 6
+
+
+def test_coca_compiles_its_decoder_too() -> None:
+    assert assert_same_losses(coca(), make_batches(size=16, context=10, end=39)) == 5
+
+
+def test_a_tower_of_transformers_draws_the_same_dropout(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    name = hf_cases.write_clip(tmp_path, "bert")
+    model = open_clip.create_model(name, pretrained_text=False, output_dict=True)
+    assert_same_losses(model, make_batches(context=12, end=2), accum=2)
+
+
+def test_losses_with_the_default_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if open_clip.device.get(CPU).why_not_compile() is not None:
+        pytest.skip("no compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    assert assert_same_losses(vit(), make_batches(), backend="inductor") == 2
+
+
+def test_evaluation_compiles_nothing() -> None:
+    model = vit()
+    assert_same_losses(model, make_batches(2))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    images, texts = tiny_clip.inputs()
+    with torch.no_grad():
+        with paused(model):
+            model.eval()(images, texts)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        model(images, texts)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+
+
+def test_an_uncompiled_model_is_paused_by_nothing() -> None:
+    assert isinstance(paused(vit()), contextlib.nullcontext)
+
+
+# The log
+
+
+def test_graphs_after_the_warm_up_are_recompiles_and_too_many_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = vit()
+    compiled = compile_model(model, text_varies=True, backend="eager")
+    images, _ = tiny_clip.inputs()
+    with caplog.at_level(logging.INFO):
+        model.encode_image(images)
+        compiled.log_warm_up(12.5)
+        model.encode_image(images)
+        assert compiled.counters() == {"recompiles": 0.0}
+        assert "compiled 7 blocks (1 different) to 1 graphs. The warm-up took 12.5 s" in caplog.text
+        for size in range(3, 13):
+            model.encode_image(images[:1].expand(size, -1, -1, -1))
+        assert compiled.counters() == {"recompiles": 7.0}
+        assert compiled.counters() == {"recompiles": 7.0}
+    assert caplog.text.count("torch has compiled too many graphs for one block") == 1
+
+
+# Several processes
+
+
+def ranks_train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Train a wrapped model, compiled and not, and return the weights."""
+    weights = {}
+    for backend in (None, "eager"):
+        torch.manual_seed(0)
+        model = vit()
+        compiled = NoCompilation() if backend is None else compile_model(model, True, backend)
+        wrapped = build.parallelize(
+            model, DistributedConfig(), World(rank, rank, world_size, CPU, "gloo"), accum_freq=2
+        )
+        assert wrapped.gradient_as_bucket_view
+        train(wrapped, make_batches(8)[rank::world_size], compiled, accum=2)
+        weights[str(backend)] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights
+
+
+def test_ranks_train_compiled_blocks(tmp_path: Path) -> None:
+    first, second = run_ranks(__file__, "ranks_train", (2,), tmp_path)[2]
+    assert torch.equal(first["eager"], second["eager"])
+    torch.testing.assert_close(first["eager"], first["None"], rtol=0, atol=1e-4)
