@@ -122,7 +122,10 @@ def build_teacher(cfg: ObjectiveConfig, precision: Precision, cache_dir: str | N
 
 
 def parallelize(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
-    """Wrap the model with DDP if there are several processes."""
+    """Wrap the model with DDP if there are several processes. Call it after the optimizer was created.
+
+    Gradients become views of DDP's buckets, which saves memory and copies, unless the optimizer has allocated them.
+    """
     if not world.distributed:
         return model
     static_graph = cfg.ddp_static_graph and accum_freq == 1
@@ -132,7 +135,7 @@ def parallelize(model: nn.Module, cfg: DistributedConfig, world: World, accum_fr
     return DistributedDataParallel(
         model,
         device_ids=[world.device] if indexed else None,
-        gradient_as_bucket_view=True,  # saves the copies of the averaged gradients and their memory
+        gradient_as_bucket_view=all(p.grad is None for p in model.parameters()),
         static_graph=static_graph,
     )
 
