@@ -12,6 +12,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+# Appended to each script. If the interpreter ends while a thread of autograd still frees Python objects, that thread is
+# ended inside C++ code, which aborts the process ("terminate called without an active exception").
+END = """
+import os, sys
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -38,7 +48,7 @@ def printed(out: str) -> list[str]:
 def run_script(script: str, **settings: object) -> list[str]:
     """Run Python source in a new process, because settings are read when torch_npu loads. Return the printed lines."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env=environment(**settings), capture_output=True, text=True,
+        [sys.executable, "-c", textwrap.dedent(script) + END], env=environment(**settings), capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,7 +64,7 @@ def start_ranks(script: str, count: int, **settings: object) -> list[subprocess.
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         }  # fmt: skip
-        command = [sys.executable, "-c", textwrap.dedent(script)]
+        command = [sys.executable, "-c", textwrap.dedent(script) + END]
         pipe = subprocess.PIPE
         ranks.append(subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True))
     return ranks

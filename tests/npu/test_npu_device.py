@@ -48,7 +48,7 @@ CHIP = """
     npu = device.get("npu")
     print(npu.name(0), ",".join(precision.available("npu")), npu.peak_flops(torch.float16, 0) / 1e12)
     try:
-        print(precision.resolve("amp_bf16", "npu"))
+        print(precision.create("amp_bf16", "npu").name)
     except ValueError as error:
         print(error)
 """
@@ -62,13 +62,14 @@ def test_precisions_are_those_of_the_chip(chip: str, has_bf16: bool) -> None:
     assert ("amp_bf16" in precisions.split(",")) == has_bf16
     assert {"amp", "fp16", "fp32"} <= set(precisions.split(","))
     assert 200 < float(peak) < 400
-    assert answer == "amp_bf16" if has_bf16 else "'amp_bf16' needs torch.bfloat16, which npu does not have" in answer
+    assert answer == "amp_bf16" if has_bf16 else "'amp_bf16' needs torch.bfloat16, which npu does not support" in answer
 
 
 def test_scaler_and_autocast_are_torch_npus() -> None:
-    scaler = precision.grad_scaler("amp", "npu")
+    scaler = precision.create("amp", "npu").grad_scaler()
     assert isinstance(scaler, torch.npu.amp.GradScaler)
-    assert precision.grad_scaler("amp_bf16", "npu") is None
+    assert scaler.is_enabled()
+    assert not precision.create("amp_bf16", "npu").grad_scaler().is_enabled()
     x = torch.ones(2, 2, device="npu")
     for chosen, dtype in (("amp", torch.float16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)):
         with precision.get_autocast(chosen, "npu")():
