@@ -21,7 +21,7 @@ def stack(values: Sequence[Any]) -> Any:
     writes them through a memory map instead, where the first access to each page interrupts the program. The file does
     not count towards the size limit of /dev/shm.
     """
-    return _write_shared(values) if _is_shareable(values) else default_collate(values)
+    return _write_shared(values) if _is_shareable(values) else default_collate(list(values))
 
 
 def _is_shareable(values: Sequence[Any]) -> bool:
@@ -49,12 +49,13 @@ def _is_like(value: Any, first: Tensor) -> bool:
 
 def _write_shared(values: Sequence[Tensor]) -> Tensor:
     first = values[0]
+    storages: Any = torch.UntypedStorage
     file = os.memfd_create("batch")
     try:
         with open(file, "wb", closefd=False) as stream:
             for value in values:
-                stream.write(value.view(-1).view(torch.uint8).numpy())
-        storage = torch.UntypedStorage._new_shared_fd_cpu(file, first.nbytes * len(values))
+                stream.write(value.view(-1).view(torch.uint8).numpy().data)
+        storage = storages._new_shared_fd_cpu(file, first.nbytes * len(values))
     finally:
         os.close(file)
-    return torch.empty(0, dtype=first.dtype).set_(storage, 0, (len(values), *first.shape))
+    return torch.empty(0, dtype=first.dtype).set_(storage).view(len(values), *first.shape)
