@@ -14,14 +14,14 @@ from torch.utils.data import default_collate, get_worker_info
 _LEAST_BYTES = 1 << 18  # smaller batches are faster with default_collate
 
 
-def stack(values: Sequence[Any]) -> Any:
-    """Join tensors, arrays or numbers to one tensor, as `default_collate` does.
+def stack(values: Any) -> Any:
+    """Join a list or tuple of tensors, arrays or numbers to one tensor, as `default_collate` does.
 
     In a worker, large tensors are written to a shared file in memory, one system call per sample. `default_collate`
     writes them through a memory map instead, where the first access to each page interrupts the program. The file does
     not count towards the size limit of /dev/shm.
     """
-    return _write_shared(values) if _is_shareable(values) else default_collate(list(values))
+    return _write_shared(values) if _is_shareable(values) else default_collate(values)
 
 
 def _is_shareable(values: Sequence[Any]) -> bool:
