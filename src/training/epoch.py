@@ -75,6 +75,8 @@ def run_epoch(
             f"The training data gave fewer batches than the {trainer.accum_freq} of one step. Use a smaller "
             "--batch-size, fewer processes, or a smaller --accum-freq."
         )
+    if progress.bottleneck():
+        logger.info("%s", progress.bottleneck())
     state.end_epoch()
     progress.end_epoch()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,7 +72,12 @@ def evaluators_due(scheduled: Sequence[ScheduledEvaluator], epoch: int, is_last:
     return [each.evaluator for each in scheduled if each.is_due(epoch, is_last)]
 
 
-def evaluate(model: nn.Module, evaluators: Sequence[Evaluator], epoch: int) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    evaluators: Sequence[Evaluator],
+    epoch: int,
+    half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> dict[str, float]:
     """Run the evaluators. Collective: every rank calls this.
 
     The training mode of each module is restored afterwards.
@@ -79,12 +85,14 @@ def evaluate(model: nn.Module, evaluators: Sequence[Evaluator], epoch: int) -> d
     Args:
         model: not wrapped by DDP.
         epoch: number of completed epochs.
+        half_weights: makes a context in which the model uses half precision copies of its weights, such as
+            `training.half_weights.create` gives. They are converted once for all evaluators.
 
     Returns:
         The metrics over all ranks, by name.
     """
     metrics: dict[str, float] = {}
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), half_weights() if evaluators else contextlib.nullcontext():
         for evaluator in evaluators:
             metrics.update(evaluator.run(model, epoch))
     return metrics

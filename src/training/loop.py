@@ -115,10 +115,11 @@ def run_evaluators(parts: Components, writer: MetricsWriter, is_last_epoch: bool
     """
     start, state = time.perf_counter(), parts.state
     due = evaluators_due(parts.evaluators, state.epoch, is_last_epoch)
+    half_weights = contextlib.nullcontext if parts.trainer is None else parts.trainer.half_weights
     with rng.untouched(state.device), compilation.paused(state.model):
-        metrics = evaluate(state.model, due, state.epoch)
+        metrics = evaluate(state.model, due, state.epoch, half_weights)
         if metrics and parts.average.is_enabled:
-            with parts.average.in_place():
+            with parts.average.in_place():  # without half_weights, which may be copies of the optimizer's buffers
                 averaged = evaluate(state.model, due, state.epoch)
             metrics |= {f"ema_{name}": averaged[name] for name in averaged if name not in ("epoch", "num_samples")}
     if not metrics:

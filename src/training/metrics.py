@@ -46,9 +46,14 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
         target: labels [B].
         topk: values of k. Those above the number of classes are reduced to it.
     """
+    return [float(count) for count in count_correct(output, target, topk).tolist()]
+
+
+def count_correct(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> Tensor:
+    """Count as `accuracy` does, without waiting for the device: int64 [len(topk)] there."""
     best = output.topk(min(max(topk), output.shape[1]), dim=1).indices
     correct = best == target.unsqueeze(1)
-    return [float(correct[:, :k].sum().item()) for k in topk]
+    return torch.stack([correct[:, :k].sum() for k in topk])
 
 
 def get_clip_metrics(

@@ -14,6 +14,9 @@ from training.metrics import AverageMeter
 from training.objective import Outputs
 from training.ranks import world
 
+_LARGE_SHARE = 0.2  # of the time of an epoch, from which `Progress.bottleneck` names a cause
+_MOST_STEPS_AHEAD = 2  # if the host waits for the device for more steps, the device was never idle
+
 
 class Writer(Protocol):
     """Reports metrics, such as `training.logger.MetricsWriter`."""
@@ -69,6 +72,7 @@ class Progress:
         self._is_running = False
         self._seconds_before = 0.0
         self._started = time.perf_counter()
+        self._epoch_seconds = dict.fromkeys(("all", "data", "saving"), 0.0)  # not of the first report
         self._start_report()
 
     def _start_report(self) -> None:
@@ -120,9 +124,12 @@ class Progress:
             scalars["bad"] = self._bad
         scalars |= counters or {}
         # one copy for all
-        values = torch.stack([scalar.float() for scalar in scalars.values()]).tolist()
-        fetched = dict(zip(scalars, values, strict=True))
-        seconds = max(time.perf_counter() - self._started, 1e-9)
+        stacked = torch.stack([scalar.float() for scalar in scalars.values()])
+        asked = time.perf_counter()
+        fetched = dict(zip(scalars, stacked.tolist(), strict=True))
+        now = time.perf_counter()
+        seconds = max(now - self._started, 1e-9)
+        self._add_to_epoch(seconds, waited_for_device=now - asked)
         counted = self._steps - int(fetched.pop("bad", 0))
         for name in self._sums if counted else ():
             self.meters.setdefault(name, AverageMeter()).update(fetched[name], counted)
@@ -141,6 +148,27 @@ class Progress:
         self._start_report()
         self._started = time.perf_counter()
         return numbers
+
+    def _add_to_epoch(self, seconds: float, waited_for_device: float) -> None:
+        totals = self._epoch_seconds
+        if not totals["all"]:
+            totals["all"] = 1e-9  # the first report includes the start of the workers and compilation
+            return
+        totals["all"] += seconds
+        totals["saving"] += self._save_seconds
+        if waited_for_device <= _MOST_STEPS_AHEAD * seconds / self._steps:
+            totals["data"] += self._data_seconds
+
+    def bottleneck(self) -> str:
+        """Return a sentence if waiting for data or for saving took a large part of the epoch, otherwise ""."""
+        data, saving = (
+            self._epoch_seconds[name] / max(self._epoch_seconds["all"], 1e-9) for name in ("data", "saving")
+        )
+        if max(data, saving) < _LARGE_SHARE:
+            return ""
+        if saving > data:
+            return f"Waiting for saving took {saving:.0%} of the epoch. Save less often, or without --sync-save."
+        return f"Waiting for data took {data:.0%} of the epoch. Use more --workers or faster storage."
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, {} between two epochs. Its tensors are on the device."""

@@ -24,7 +24,7 @@ def run(
     Args:
         args: a namespace with `precision`.
     """
-    return classify(model, classifier, dataloader, precision_of(args, classifier.device), name, accuracy)
+    return classify(model, classifier, dataloader, precision_of(args, classifier.device), name)
 
 
 def zero_shot_eval(

@@ -20,6 +20,7 @@ DIFFERENT = {"device": "auto", "precision": None}
 # Options that only this project has. A new one is added here and to the docs.
 OURS = {
     "max_bad_fraction": 0.5,
+    "eval_batch_size": None,
     "zeroshot_data": None,
     "zeroshot_classnames": None,
     "zeroshot_templates": None,

@@ -89,7 +89,7 @@ def test_numbers_as_class_names_are_sorted_as_text_and_logged(tmp_path, caplog):
 def test_classified_images_for_evaluation(tmp_path):
     root = write_classes(tmp_path, ["a", "b"])
     (root / "a" / "1.jpg").write_bytes(b"none")
-    data = get_data(data_args(imagenet_val=str(root), zeroshot_data=str(root)), (None, plain))
+    data = get_data(data_args(imagenet_val=str(root), zeroshot_data=str(root), eval_batch_size=4), (None, plain))
     assert list(data) == ["imagenet-val", "zeroshot"]
     for each in data.values():
         batch = next(iter(each.dataloader))
@@ -230,3 +230,25 @@ def test_numbers_of_classes_are_bounded(tmp_path):
         (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=r"'9+ \.\.\. 9+' is too large for the number of a class"):
         ImageFolder(tmp_path, plain, numbered=True)
+
+
+@pytest.mark.parametrize(("options", "val", "zeroshot"), [({}, 4, 8), ({"eval_batch_size": 5}, 5, 5)])
+def test_batch_sizes_of_evaluations(tmp_path, options, val, zeroshot):
+    root = str(write_classes(tmp_path, ["a", "b", "c"], per_class=4))
+    data = get_data(
+        data_args(train_data=root, val_data=root, zeroshot_data=root, dataset_type="imagefolder", **options),
+        (plain, plain),
+        tokenizer=tokenize_any,
+    )
+    first = {name: len(next(iter(info.dataloader))["image"]) for name, info in data.items()}
+    assert first == {"train": 4, "val": val, "zeroshot": zeroshot}
+
+
+def test_scripts_with_a_namespace_choose_the_batch_size_of_evaluations(tmp_path):
+    root = str(write_classes(tmp_path, ["a", "b", "c"], per_class=4))
+    options = argparse.Namespace(zeroshot_data=root, batch_size=4, workers=0, eval_batch_size=5)
+    assert len(next(iter(get_data(options, (plain, plain))["zeroshot"].dataloader))[0]) == 4
+
+
+def tokenize_any(captions):
+    return torch.zeros(len(captions), 4, dtype=torch.int64)

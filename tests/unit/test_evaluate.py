@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import open_clip
 from gloo_ranks import run_ranks
 from training import evaluate as evaluation
 from training import precision, train
-from training.evaluators import zero_shot
+from training.evaluators import retrieval, zero_shot
 from training.evaluators.retrieval import maybe_compute_generative_loss
+from training.evaluators.text_cache import TextCache
 from training.metrics import retrieval_metrics
 from training.params import EvalConfig
 
@@ -203,3 +207,85 @@ def test_amp_changes_little(alone):
 
 def test_no_caption_no_generative_loss():
     assert maybe_compute_generative_loss({"image_features": torch.ones(1)}) is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts the scalars that the host reads from tensors, for each of which it would wait for an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_reads(times: int) -> int:
+    data = data_of(0, 1)
+    for info in data.values():
+        info.dataloader.extend(batches() * (times - 1))
+    model = Model(captioner=True)
+    with Reads() as reads:
+        evaluate(model, data)
+    return reads.count
+
+
+def test_the_host_does_not_wait_after_each_batch():
+    assert count_reads(1) == count_reads(4)
+
+
+def test_features_move_to_the_host_in_parts(monkeypatch, alone):
+    monkeypatch.setattr(retrieval, "_ROWS_ON_DEVICE", 6)
+    assert evaluate(Model(captioner=True), data_of(0, 1)) == alone
+
+
+def test_a_batch_without_caption_tokens_does_not_count(alone):
+    data = data_of(0, 1)
+    data["val"].dataloader.append({"image": torch.zeros(2, 1, 3, 3), "text": torch.zeros(2, WIDTH)})
+    data.pop("zeroshot")
+    assert evaluate(Model(captioner=True), data)["val_caption_loss"] == alone["val_caption_loss"]
+
+
+def test_half_weights_are_used_once_for_all_evaluators():
+    calls = []
+
+    @contextlib.contextmanager
+    def half_weights():
+        calls.append("start")
+        yield
+        calls.append("end")
+
+    evaluators = [each.evaluator for each in scheduled(data_of(0, 1))]
+    assert len(evaluators) == 2
+    evaluation.evaluate(Model(), evaluators, 1, half_weights)
+    assert calls == ["start", "end"]
+    evaluation.evaluate(Model(), [], 1, half_weights)
+    assert calls == ["start", "end"]
+
+
+def test_the_classifier_of_a_locked_text_tower_is_built_once():
+    model = open_clip.CLIP(
+        8, {"image_size": 4, "layers": 1, "width": 8, "head_width": 4, "patch_size": 2},
+        {"context_length": 4, "vocab_size": 16, "width": 8, "heads": 2, "layers": 1},
+    )  # fmt: skip
+    cache, calls = TextCache(), []
+
+    def build() -> torch.Tensor:
+        calls.append(1)
+        return torch.full((1,), len(calls))
+
+    for _ in range(2):  # a trainable tower changes between evaluations
+        cache.get(model, build)
+    assert len(calls) == 2
+    model.lock_text_tower(unlocked_layers=1)
+    cache.get(model, build)
+    cache.get(model, build)
+    assert len(calls) == 4
+    model.lock_text_tower(unlocked_layers=0)
+    assert cache.get(model, build) is cache.get(model, build)
+    assert len(calls) == 5
+    with torch.no_grad():
+        model.visual.proj.zero_()  # the image tower does not matter
+        cache.get(model, build)
+        assert len(calls) == 5
+        model.token_embedding.weight.zero_()
+    assert cache.get(model, build).item() == 6

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.data import Dataset
 
 from processes import is_running, wait_for
+from training.data import shared_memory
 from training.data.loader import Collate, Loader
 from training.data.skips import SkipCounter
 
@@ -79,3 +81,45 @@ def test_without_workers_the_next_batch_is_not_known_to_be_ready():
     loader = make_loader(Numbers(), 0)
     next(iter(loader))
     assert not loader._is_next_ready()
+
+
+class Images(Dataset):
+    """Large samples of several dtypes, one of them not contiguous."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict:
+        pixels = torch.arange(3 * 300 * 300).view(3, 300, 300) * (index + 1)
+        return {"uint8": pixels.to(torch.uint8), "float": pixels / 7, "half": pixels.bfloat16(), "turned": pixels.mT}
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory")
+def test_a_worker_writes_large_batches_to_shared_memory():
+    written = make_loader(Images(), workers=1)
+    expected = list(make_loader(Images(), workers=0))
+    found = list(written)
+    written.close()
+    assert len(found) == len(expected) == 8
+    for batch, other in zip(found, expected, strict=True):
+        for name, values in batch.items():
+            assert torch.equal(values, other[name]), name
+            assert values.is_shared()
+            assert values.is_contiguous()
+            values.mul_(2)  # the memory may be written to, as that of other tensors
+            assert torch.equal(values, other[name] * 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory")
+def test_which_values_are_written_to_shared_memory(monkeypatch):
+    large = torch.ones(1 << 18, dtype=torch.uint8)
+    assert not shared_memory._is_shareable([large])  # not in a worker
+    monkeypatch.setattr(shared_memory, "get_worker_info", lambda: object())
+    assert shared_memory._is_shareable([large, large])
+    assert not shared_memory._is_shareable([large[:10]])
+    assert not shared_memory._is_shareable([large, large[1:]])
+    assert not shared_memory._is_shareable([large, large.float()])
+    assert not shared_memory._is_shareable([1.0])
+    assert torch.equal(shared_memory.stack([large, large]), torch.ones(2, 1 << 18, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="equal size"):
+        shared_memory.stack([large, large[1:]])

@@ -351,6 +351,48 @@ def test_the_share_of_the_peak_is_reported_where_that_is_known(caplog):
     assert f" MFU: {numbers['mfu']:.1%} " in caplog.messages[-1]
 
 
+@pytest.mark.parametrize(
+    ("data", "saving", "sync", "expected"),
+    [
+        (0.01, 0.0, 0.0, ""),
+        (0.3, 0.0, 0.0, "Waiting for data took 60% of the epoch. Use more --workers or faster storage."),
+        (0.3, 2.0, 0.0, "Waiting for saving took 50% of the epoch. Save less often, or without --sync-save."),
+        (0.3, 0.0, 3.0, ""),  # the host was ahead of the device, which did not wait for data
+    ],
+)
+def test_what_the_epoch_waited_for(monkeypatch, data, saving, sync, expected):
+    clock = [100.0]
+    monkeypatch.setattr("training.progress.time.perf_counter", lambda: clock[0])
+    progress = Progress(CPU, log_every_n_steps=4)
+
+    progress.start_epoch()
+    progress.add({"loss": torch.tensor(1.0)}, SIZE, 50.0)  # the workers start, which does not count
+    clock[0] += 50
+    progress.report()
+    for _ in range(4):
+        progress.add({"loss": torch.tensor(1.0)}, SIZE, data)
+        clock[0] += 0.5
+    progress.add_saving(saving)
+    clock[0] += saving
+    stack = torch.stack
+
+    def slow_stack(values):
+        numbers = stack(values)
+
+        class Pending:
+            def tolist(self):
+                clock[0] += sync
+                return numbers.tolist()
+
+        return Pending()
+
+    monkeypatch.setattr(torch, "stack", slow_stack)
+    progress.report()
+    assert progress.bottleneck() == expected
+    progress.end_epoch()
+    assert progress.bottleneck() == ""
+
+
 def test_an_incomplete_last_step_is_left_out():
     model, data = Towers(), data_of(5)
     trainer, state, writer = trainer_of(model, accum_freq=2), state_of(model, 5, 2), Writer()

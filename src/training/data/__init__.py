@@ -9,6 +9,7 @@ are functions of (seed, epoch, sample), see `training.data.sampling`. The read p
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -112,14 +113,25 @@ def get_data(
             data["train"].dataloader.agreement = agreement
     if options.val_data:
         make = get_dataset_fn(options.val_data, dataset_type_of(options.val_data, options.dataset_type))
-        data["val"] = make(args, preprocess_val, is_train=False, tokenizer=tokenizer)
+        data["val"] = make(_with_eval_batch_size(args, 1), preprocess_val, is_train=False, tokenizer=tokenizer)
+    larger = _with_eval_batch_size(args, 2)  # without gradients, fewer activations are kept
     if options.imagenet_val:
-        data["imagenet-val"] = get_imagenet(args, preprocess_fns, "val")
+        data["imagenet-val"] = get_imagenet(larger, preprocess_fns, "val")
     if options.imagenet_v2:
-        data["imagenet-v2"] = get_imagenet(args, preprocess_fns, "v2")
+        data["imagenet-v2"] = get_imagenet(larger, preprocess_fns, "v2")
     if options.zeroshot_data:
-        data["zeroshot"] = get_labelled_folder(args, preprocess_val, options.zeroshot_data)
+        data["zeroshot"] = get_labelled_folder(larger, preprocess_val, options.zeroshot_data)
     for name, info in data.items():
         preprocess = preprocess_train if name == "train" else preprocess_val
         info.dataloader.normalization = normalization_of(preprocess)
     return data
+
+
+def _with_eval_batch_size(args: Any, factor: int) -> Any:
+    """Return the options with the batch size of evaluations, by default `factor` times that of training.
+
+    Scripts that pass a flat namespace get batches of `args.batch_size`, as from open_clip_train.
+    """
+    if not isinstance(args, DataConfig):
+        return args
+    return dataclasses.replace(args, batch_size=args.eval_batch_size or factor * args.batch_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
 from open_clip import device
@@ -18,6 +18,7 @@ from training import children, ranks
 from training.batches import Normalization
 from training.data.position import Position
 from training.data.sampling import SharedEpoch, stable_hash
+from training.data.shared_memory import stack
 from training.data.skips import SkipCounter
 from training.signals import Agreement, Stopped
 
@@ -238,7 +239,7 @@ class Collate:
 
     def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
         self.tokenizer = tokenizer
-        self.column: Callable[..., Any] = default_collate  # in a worker, it stacks into shared memory
+        self.column: Callable[..., Any] = stack
 
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
         kept = [sample for sample in samples if sample is not None]

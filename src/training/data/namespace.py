@@ -18,9 +18,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from training.data.loader import Collate, DataInfo, Loader
+from training.data.shared_memory import stack
 from training.params import DataConfig, read_section
 
 PREPROCESS_PARAMETERS = ("preprocess_fn", "preprocess_img", "preprocess_fns")
@@ -52,13 +52,13 @@ class BatchForm:
     members: tuple[str, str] = ("image", "text")
     rgb: bool = False
     captions_in_lists: bool = False
-    column: Callable[..., Any] = default_collate
+    column: Callable[..., Any] = stack
 
 
 def stack_or_list(values: Sequence[Any]) -> Any:
     """Join tensors, arrays or numbers to one tensor. Other values stay a list."""
     if isinstance(values[0], (torch.Tensor, np.ndarray, np.number, int, float)):
-        return default_collate(list(values))
+        return stack(list(values))
     return list(values)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 
 def stable_hash(*parts: object) -> int:
@@ -25,11 +25,14 @@ def stable_hash(*parts: object) -> int:
 
 @contextmanager
 def sample_rng(*key: object) -> Iterator[None]:
-    """Seed the CPU generators of Python, NumPy and torch from `key`, and restore them afterwards (about 60 us).
+    """Seed the CPU generators of Python, NumPy and torch from `key`, and restore them afterwards.
 
     The random numbers of a transform then depend on the sample, and not on the worker, the rank or earlier samples.
+    In a data loader worker the states are not restored, because nothing else there draws random numbers. That takes
+    about 10 us instead of 60.
     """
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    in_worker = get_worker_info() is not None
+    states = None if in_worker else (random.getstate(), np.random.get_state(), torch.random.get_rng_state())
     seed = stable_hash(*key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -38,9 +41,10 @@ def sample_rng(*key: object) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.random.set_rng_state(states[2])
 
 
 class SharedEpoch:

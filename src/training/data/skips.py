@@ -113,7 +113,7 @@ class SkipCounter:
 
     def add_good(self) -> None:
         """Count a usable sample."""
-        self._read[self._row(), 0] += 1
+        self._read.numpy()[self._row(), 0] += 1  # faster than torch for one element
 
     def add_shard(self) -> None:
         """Count a shard that is about to be read, good or bad."""

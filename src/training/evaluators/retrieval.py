@@ -1,12 +1,13 @@
 """Retrieval metrics and validation losses on --val-data.
 
 The data are split over the ranks. In the loop over batches no rank waits for another, so the ranks may have different
-numbers of batches, or none. The results are combined after the loop.
+numbers of batches, or none. The results are combined after the loop. The host does not wait for the device after each
+batch: losses are read after the loop, and features when there are many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from training.objective import as_outputs
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
+
+_ROWS_ON_DEVICE = 8192  # of features, before they are moved to the host, which has more memory
 
 
 class RetrievalEvaluator:
@@ -40,9 +43,9 @@ class RetrievalEvaluator:
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
         here, device, loader = world(), next(model.parameters()).device, self._loader
         contrastive = open_clip.ClipLoss()
-        losses = {name: AverageMeter() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
+        losses = {name: _LossSums() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
         pad_id = getattr(model, "pad_id", 0)
-        image_features, text_features, image_ids = [], [], []
+        image_features, text_features, image_ids = _HostRows(), _HostRows(), []
         total, normalization = getattr(loader, "num_samples", None), getattr(loader, "normalization", None)
         with progress.Task("Evaluating the validation data", total, "samples") as task:
             for batch in loader:
@@ -53,31 +56,79 @@ class RetrievalEvaluator:
                     outputs = as_outputs(model(batch["image"], batch["text"]))
                 image, text = outputs["image_features"].float(), outputs["text_features"].float()
                 loss = contrastive(image, text, outputs["logit_scale"].float())
-                losses["clip_val_loss"].update(loss.item(), len(image))
+                losses["clip_val_loss"].add(loss, len(image))
                 generative = maybe_compute_generative_loss(outputs)
-                if generative is not None:
-                    losses["val_generative_loss"].update(generative.item(), len(image))
-                    num_tokens = int((outputs["labels"] != pad_id).sum())
-                    caption = maybe_compute_generative_loss(outputs, pad_id)
-                    if caption is not None and num_tokens:
-                        losses["val_caption_loss"].update(caption.item(), num_tokens)
-                # On the host, which has more memory.
-                image_features.append(image.cpu())
-                text_features.append(text.cpu())
+                caption = maybe_compute_generative_loss(outputs, pad_id)
+                if generative is not None and caption is not None:
+                    losses["val_generative_loss"].add(generative, len(image))
+                    losses["val_caption_loss"].add(caption, (outputs["labels"] != pad_id).sum())
+                image_features.add(image)
+                text_features.add(text)
                 task.advance(len(image) * here.world_size)
-        averages, num_samples = _average_over_ranks(losses, device, here.distributed)
+        meters = {name: sums.read() for name, sums in losses.items()}
+        averages, num_samples = _average_over_ranks(meters, device, here.distributed)
         if not num_samples:
             raise ValueError(f"{getattr(loader, 'source', 'The validation data')}: not one usable sample.")
-        none = torch.zeros(0, 0)
         with progress.watch(f"Ranking {num_samples:,} pairs"):
             metrics = retrieval_metrics(
-                torch.cat(image_features) if image_features else none,
-                torch.cat(text_features) if text_features else none,
+                image_features.read(),
+                text_features.read(),
                 device,
                 here.distributed,
                 torch.cat(image_ids) if image_ids else None,
             )
         yield from (metrics | averages | {"epoch": epoch, "num_samples": num_samples}).items()
+
+
+class _LossSums:
+    """Losses of batches. They stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._counts: list[int | Tensor] = []
+
+    def add(self, mean: Tensor, count: int | Tensor) -> None:
+        """Add a scalar that is the mean over `count` elements."""
+        self._values.append(mean)
+        self._counts.append(count)
+
+    def read(self) -> AverageMeter:
+        """Return the average over the elements of all batches. Batches without elements do not count."""
+        meter = AverageMeter()
+        for value, count in zip(_read_scalars(self._values), _read_scalars(self._counts), strict=True):
+            if count:
+                meter.update(value, count)
+        return meter
+
+
+def _read_scalars(values: Sequence[int | Tensor]) -> list[float]:
+    """Read scalars from the device with one copy."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+class _HostRows:
+    """Rows of features, which are moved to the host when there are many of them."""
+
+    def __init__(self) -> None:
+        self._on_device: list[Tensor] = []
+        self._on_host: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        self._on_device.append(rows)
+        if sum(map(len, self._on_device)) >= _ROWS_ON_DEVICE:
+            self._move()
+
+    def read(self) -> Tensor:
+        """Return all rows [n, D] on the host; [0, 0] if there are none."""
+        self._move()
+        return torch.cat(self._on_host) if self._on_host else torch.zeros(0, 0)
+
+    def _move(self) -> None:
+        if self._on_device:
+            self._on_host.append(torch.cat(self._on_device).cpu())
+            self._on_device.clear()
 
 
 def maybe_compute_generative_loss(model_out: Mapping[str, Tensor], pad_id: int | None = None) -> Tensor | None:

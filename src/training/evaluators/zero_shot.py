@@ -15,7 +15,8 @@ from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from training.batches import to_device
 from training.evaluators.class_names import read_classnames, read_templates
-from training.metrics import accuracy
+from training.evaluators.text_cache import TextCache
+from training.metrics import count_correct
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
@@ -43,13 +44,13 @@ class ImageNetEvaluator:
         self._loaders = {key: data[key].dataloader for key in _IMAGENET if key in data}
         self._precision = precision
         self._tokenizer = tokenizer
+        self._cache = TextCache()
         for key, loader in self._loaders.items():
             _check_imagenet(key, loader)
 
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
-        classifier = build_classifier(
-            model, self._tokenizer, IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, self._precision
-        )
+        prompts = (IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES)
+        classifier = self._cache.get(model, lambda: build_classifier(model, self._tokenizer, *prompts, self._precision))
         for key, loader in self._loaders.items():
             accuracies = classify(model, classifier, loader, self._precision, key)
             yield from _name_metrics(_IMAGENET[key], accuracies, classifier)
@@ -70,9 +71,11 @@ class ZeroShotEvaluator:
         self._templates = read_templates(cfg.zeroshot_templates)
         self._precision = precision
         self._tokenizer = tokenizer
+        self._cache = TextCache()
 
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
-        classifier = build_classifier(model, self._tokenizer, self._classnames, self._templates, self._precision)
+        prompts = (self._classnames, self._templates)
+        classifier = self._cache.get(model, lambda: build_classifier(model, self._tokenizer, *prompts, self._precision))
         accuracies = classify(model, classifier, self._loader, self._precision, "zero-shot data")
         yield from _name_metrics("zeroshot", accuracies, classifier)
 
@@ -106,7 +109,6 @@ def classify(
     dataloader: Any,
     precision: Precision,
     name: str = "zero-shot data",
-    count_correct: Callable[..., Sequence[Any]] = accuracy,
 ) -> tuple[float, float]:
     """Compute (top-1, top-5) accuracy over the images of all ranks.
 
@@ -115,10 +117,10 @@ def classify(
         classifier: [embed_dim, classes]. With fewer than 5 classes, the top-5 accuracy is 1.
         dataloader: gives batches {"image": [B, 3, H, W], "label": [B]}, or pairs of these.
         name: name of the data, for messages.
-        count_correct: function with the parameters of `metrics.accuracy`.
     """
     device, classifier = classifier.device, classifier.float()
-    counts = torch.zeros(3, dtype=torch.int64)  # top-1 correct, top-5 correct, all images
+    correct = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
+    num_images = 0
     total, ranks = getattr(dataloader, "num_samples", None), world().world_size
     normalization = getattr(dataloader, "normalization", None)
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
@@ -128,12 +130,13 @@ def classify(
                 outputs = model(image=batch["image"])
             features = outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]
             scores, labels = features.float() @ classifier, batch["label"]
-            correct = count_correct(scores, labels, (1, TOP_K))
-            counts += torch.tensor([*map(int, correct), len(labels)])
+            correct += count_correct(scores, labels, (1, TOP_K))
+            num_images += len(labels)
             task.advance(len(labels) * ranks)
+    counts = torch.cat([correct, correct.new_tensor([num_images])])
     if world().distributed:
         barrier()  # wait for slower ranks without a time limit
-        counts = collectives.all_reduce(counts.to(device)).cpu()
+        counts = collectives.all_reduce(counts)
     top1, top5, total = counts.tolist()
     if not total:
         raise ValueError(f"{getattr(dataloader, 'source', 'The evaluation data')}: there is no image to classify.")

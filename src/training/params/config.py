@@ -83,6 +83,9 @@ class DataConfig:
     seed: int = option(0, at_least=0, metavar="N", help=
         "seed of the initial weights, data order and augmentation. The augmentation of a sample depends on (seed, "
         "epoch, sample), not on the number of workers or processes")
+    eval_batch_size: int | None = option(None, at_least=1, metavar="N", group="evaluation", help=
+        "samples per process and forward pass in evaluations. Default: --batch-size for --val-data, whose loss depends "
+        "on it, and twice --batch-size for zero-shot classification, whose accuracy does not")
     imagenet_val: str | None = option(None, metavar="DIR", group="evaluation", help=
         "zero-shot accuracy on the ImageNet validation images, one folder per class")
     imagenet_v2: str | None = option(None, metavar="DIR", group="evaluation", help="zero-shot accuracy on ImageNet-V2")

@@ -49,5 +49,5 @@ class StringTable:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} strings")
-        start, end = self._offsets[index : index + 2].tolist()
-        return self._bytes[start:end].numpy().tobytes().decode("utf-8", "surrogatepass")
+        start, end = self._offsets.numpy()[index : index + 2]  # numpy is faster than torch for few elements
+        return self._bytes.numpy()[start:end].tobytes().decode("utf-8", "surrogatepass")
