@@ -47,10 +47,10 @@ def printed(out: str) -> list[str]:
 
 def run_script(script: str, **settings: object) -> list[str]:
     """Run Python source in a new process, because settings are read when torch_npu loads. Return the printed lines."""
+    command = [sys.executable, "-c", textwrap.dedent(script) + END]
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script) + END], env=environment(**settings), capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        command, env=environment(**settings), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return printed(done.stdout)
 
