@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -123,3 +124,12 @@ def test_which_values_are_written_to_shared_memory(monkeypatch):
     assert torch.equal(shared_memory.stack([large, large]), torch.ones(2, 1 << 18, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="equal size"):
         shared_memory.stack([large, large[1:]])
+
+
+def test_a_process_ends_although_its_loader_is_not_closed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from test_loader import Numbers, make_loader\nloader = make_loader(Numbers(), 2)\nlist(loader)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=60)

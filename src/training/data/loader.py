@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,8 +168,12 @@ class Loader(DataLoader):
             yield batch
 
     def _batches(self) -> Generator[dict[str, Any] | None, None, None]:
+        previous = self._iterator
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+            if self._iterator is not previous:  # new workers, which ignore the SIGTERM that ends those of torch
+                atexit.register(_close_at_exit, weakref.ref(self))
+            yield from batches
         except (GeneratorExit, Stopped):  # the epoch ends early, or the run saves first: keep the workers
             raise
         except BaseException:
@@ -206,6 +212,12 @@ class Loader(DataLoader):
             iterator._shutdown_workers()
         finally:
             killer.cancel()
+
+
+def _close_at_exit(loader: weakref.ref[Loader]) -> None:
+    left = loader()
+    if left is not None:
+        left.close()
 
 
 def _torch_version() -> tuple[int, int]:
