@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from .pixels import MaybeConvertMode
 from .resize import (
     CenterCropOrPad,
     ResizeKeepRatio,
     random_resized_crop,
-    resize,
     resize_center_crop,
+    resize_to_pixels,
     to_pair,
-    to_resizable,
 )
 
 if TYPE_CHECKING:
@@ -128,26 +128,6 @@ def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> Au
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"aug_cfg has no field {key!r}.{hint} The fields are {', '.join(known)}.")
     return AugmentationCfg(**(aug_cfg or {}))
-
-
-class MaybeConvertMode:
-    """Convert PIL images to a mode. 16-bit grayscale is scaled to 8 bits. Other objects are returned unchanged."""
-
-    def __init__(self, mode: str = "RGB") -> None:
-        self.mode = mode
-
-    def __call__(self, pic: Image | torch.Tensor) -> Image | torch.Tensor:
-        from PIL import Image
-
-        if not isinstance(pic, Image.Image) or pic.mode == self.mode:
-            return pic
-        pic = to_resizable(pic)
-        if pic.mode == "P" and isinstance(pic.info.get("transparency"), bytes):
-            pic = pic.convert("RGBA")  # the colors are the same, and Pillow does not warn about the dropped alpha
-        return pic.convert(self.mode)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(mode={self.mode})"
 
 
 class color_jitter:
@@ -261,7 +241,7 @@ def _val_transform(
     last_steps = [MaybeConvertMode(), MaybeToTensor(), normalize]
     mode = InterpolationMode(interpolation)
     if resize_mode == "squash":
-        fast = functools.partial(resize, size=size, interpolation=interpolation)
+        fast = functools.partial(resize_to_pixels, size=size, interpolation=interpolation)
         return Preprocess([Resize(size, mode), *last_steps], fast, num_fast=1)
     if resize_mode == "longest":
         fit = ResizeKeepRatio(size, longest=1.0, interpolation=mode)

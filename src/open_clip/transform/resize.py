@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .pixels import to_pil, to_resizable, view_bands
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -71,27 +73,21 @@ def _torch_agrees(image: Image, size: tuple[int, int]) -> bool:
     )
 
 
-def to_resizable(image: Image) -> Image:
-    """Convert an image to a mode that can be resized: scale 16 bits to 8, convert palettes with alpha to RGBA."""
-    from PIL.Image import fromarray
-
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return fromarray(((levels + 128) // 257).astype(np.uint8))
-    return image.convert("RGBA") if image.mode == "PA" else image
-
-
 def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
     """Resize an image to (height, width) with antialiasing. Palette and 1-bit images use the nearest pixel."""
-    from PIL.Image import Resampling, fromarray
+    return to_pil(resize_to_pixels(image, size, interpolation))
+
+
+def resize_to_pixels(image: Image, size: tuple[int, int], interpolation: str) -> Image | torch.Tensor:
+    """Resize like `resize`, and return uint8 [1 or 3, height, width] where torch does it: an image would be a copy."""
+    from PIL.Image import Resampling
 
     height, width = size
     if image.size == (width, height):
         return image
     if interpolation in ("bicubic", "bilinear") and _torch_agrees(image, size):
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
-        pixels = nn.functional.interpolate(pixels[None], (height, width), mode=interpolation, antialias=True)[0]
-        return fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
+        pixels = nn.functional.interpolate(view_bands(image), (height, width), mode=interpolation, antialias=True)
+        return pixels[0, : len(image.getbands())]
     return image.resize((width, height), Resampling[interpolation.upper()])
 
 
@@ -108,10 +104,10 @@ def _height_width(image: Image | torch.Tensor) -> tuple[int, int]:
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)  # type: ignore
 
 
-def resize_center_crop(image: Image, side: int, interpolation: str) -> Image:
+def resize_center_crop(image: Image, side: int, interpolation: str) -> Image | torch.Tensor:
     """Resize the shorter side to `side` and crop the central square, as torchvision's Resize and CenterCrop do.
 
-    If it is faster, only the pixels of the square are computed.
+    If it is faster, only the pixels of the square are computed. See `resize_to_pixels` for the two types.
     """
     width, height = image.size
     shortest = min(height, width)
@@ -120,7 +116,10 @@ def resize_center_crop(image: Image, side: int, interpolation: str) -> Image:
     top, left = round((new_height - side) / 2), round((new_width - side) / 2)
     crop = (left, top, left + side, top + side)
     if not _should_use_box(image, side, (new_height, new_width)):
-        return resize(image, (new_height, new_width), interpolation).crop(crop)
+        resized = resize_to_pixels(image, (new_height, new_width), interpolation)
+        if isinstance(resized, torch.Tensor):
+            return resized[:, top : top + side, left : left + side]
+        return resized.crop(crop)
     from PIL.Image import Resampling
 
     scale_x, scale_y = width / new_width, height / new_height
@@ -150,12 +149,15 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     interpolation: str,
-) -> Image:
-    """Crop and resize randomly, as torchvision's RandomResizedCrop does, with the same draws from torch's generator."""
+) -> Image | torch.Tensor:
+    """Crop and resize randomly, as torchvision's RandomResizedCrop does, with the same draws from torch's generator.
+
+    See `resize_to_pixels` for the two types.
+    """
     from torchvision.transforms import RandomResizedCrop
 
     top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-    return resize(image.crop((left, top, left + width, top + height)), size, interpolation)
+    return resize_to_pixels(image.crop((left, top, left + width, top + height)), size, interpolation)
 
 
 class ResizeKeepRatio:
