@@ -32,6 +32,7 @@ from open_clip.transform import (
     merge_preprocess_kwargs,
 )
 from open_clip.transform import resize as image_resize
+from open_clip.transform.pixels import to_pil
 from open_clip.transform.resize import random_resized_crop
 
 PHOTO = Image.fromarray(picture(70, 50, 3))
@@ -234,7 +235,7 @@ def test_random_crops_equal_those_of_torchvision(monkeypatch, with_torch, mode):
         expected = np.asarray(theirs(odd_image(mode, "photo"))).astype(int)
         torch.manual_seed(seed)
         ours = random_resized_crop(odd_image(mode, "photo"), (16, 16), theirs.scale, theirs.ratio, "bicubic")
-        assert np.abs(np.asarray(ours) - expected).max() <= 1
+        assert np.abs(np.asarray(to_pil(ours)) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -363,6 +364,35 @@ def test_the_fast_path_is_used_until_its_steps_change(is_train, resize_mode):
     assert [edited(edit) for edit in its_own_steps] == [True] * len(its_own_steps)
 
 
+@pytest.mark.parametrize("num_steps", [2, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_list_that_ends_before_the_tensor_returns_an_image(num_steps, mode):
+    transform = image_transform(16, False)
+    del transform.transforms[num_steps:]
+    image = transform(PHOTO.convert(mode))
+    assert image.size == (16, 16)
+    assert image.mode == (mode if num_steps == 2 else "RGB")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P"])
+@pytest.mark.parametrize("is_train", [False, True])
+def test_the_fused_end_gives_the_bits_of_the_steps(mode, is_train):
+    whole, stepwise = (image_transform(16, is_train) for _ in range(2))
+    stepwise.transforms[-1] = copy.deepcopy(stepwise.transforms[-1])  # another object, so each step is called
+    image = odd_image(mode, "photo")
+    seed_all(0)
+    expected = stepwise(image)
+    seed_all(0)
+    found = whole(image)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()
+
+
+def test_pixels_are_a_plain_contiguous_tensor():
+    pixels = image_transform(16, False).without_normalization()(PHOTO)
+    assert (pixels.dtype, pixels.shape, pixels.is_contiguous()) == (torch.uint8, (3, 16, 16), True)
+
+
 def test_copies_use_the_fast_path():
     transform = image_transform(16, False)
     for same in (pickle.loads(pickle.dumps(transform)), copy.deepcopy(transform)):
@@ -389,5 +419,43 @@ def test_noise_gives_torchvisions_pixels(height, width, levels):
     rng = np.random.default_rng(0)
     for _ in range(4):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        ours = np.asarray(image_resize.resize_center_crop(image, 224, "bicubic")).astype(int)
+        ours = np.asarray(to_pil(image_resize.resize_center_crop(image, 224, "bicubic"))).astype(int)
         assert np.abs(ours - np.asarray(theirs(image))).max() <= levels
+
+
+def jpeg_file(width, height):
+    file = io.BytesIO()
+    PHOTO.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize("is_train", [False, True])
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((140, 100), (70, 50)), ((70, 50), (70, 50)), ((500, 500), (63, 63)), ((90, 90), (90, 90))]
+)
+def test_fast_decode_reads_large_jpegs_at_a_reduced_size(is_train, size, decoded):
+    transform = image_transform(45, is_train)
+    pixels = transform.without_normalization()
+    plain = jpeg_file(*size)
+    seed_all(0)
+    expected = pixels(plain)
+    assert plain.size == size
+    pixels.fast_decode = True
+    assert transform.fast_decode
+    reduced = jpeg_file(*size)
+    seed_all(0)
+    found = pixels(reduced)
+    assert reduced.size == decoded
+    assert torch.equal(found, expected) == (size == decoded)
+    if not is_train:  # the random crop of an image of another size is another one
+        assert (found.int() - expected.int()).abs().float().mean() < 8
+
+
+def test_fast_decode_leaves_other_images_unchanged():
+    plain, reduced = image_transform(16, False), image_transform(16, False)
+    reduced.fast_decode = True
+    for image in (PHOTO, png(PHOTO)):
+        assert torch.equal(reduced(image), plain(image))
+    loaded = jpeg_file(140, 100)
+    loaded.load()
+    assert torch.equal(reduced(loaded), plain(loaded))

@@ -18,14 +18,15 @@ import torch
 from ..config import closest
 from ..constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from ..utils import expect
+from .pixels import MaybeConvertMode
 from .resize import (
     CenterCropOrPad,
     ResizeKeepRatio,
     random_resized_crop,
-    resize,
     resize_center_crop,
+    resize_to_pixels,
+    smallest_size_of_crop,
     to_pair,
-    to_resizable,
 )
 
 if TYPE_CHECKING:
@@ -131,26 +132,6 @@ def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> Au
     return AugmentationCfg(**(aug_cfg or {}))
 
 
-class MaybeConvertMode:
-    """Convert PIL images to a mode. 16-bit grayscale is scaled to 8 bits. Other objects are returned unchanged."""
-
-    def __init__(self, mode: str = "RGB") -> None:
-        self.mode = mode
-
-    def __call__(self, pic: Image | torch.Tensor) -> Image | torch.Tensor:
-        from PIL import Image
-
-        if not isinstance(pic, Image.Image) or pic.mode == self.mode:
-            return pic
-        pic = to_resizable(pic)
-        if pic.mode == "P" and isinstance(pic.info.get("transparency"), bytes):
-            pic = pic.convert("RGBA")  # the colors are the same, and Pillow does not warn about the dropped alpha
-        return pic.convert(self.mode)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(mode={self.mode})"
-
-
 class color_jitter:
     """Apply torchvision's ColorJitter with probability `p` (Python's `random`)."""
 
@@ -243,7 +224,8 @@ def _train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any
     fast = functools.partial(
         random_resized_crop, size=size, scale=crop.scale, ratio=crop.ratio, interpolation="bicubic"
     )
-    return Preprocess([*steps, MaybeToTensor(), normalize], fast, num_fast=1)
+    smallest_size = functools.partial(smallest_size_of_crop, size=size, scale=crop.scale, ratio=crop.ratio)
+    return Preprocess([*steps, MaybeToTensor(), normalize], fast, num_fast=1, smallest_size=smallest_size)
 
 
 def _val_transform(
@@ -256,16 +238,18 @@ def _val_transform(
 
     last_steps = [MaybeConvertMode(), MaybeToTensor(), normalize]
     mode = InterpolationMode(interpolation)
+    smallest_size = functools.partial(smallest_size_of_crop, size=size)
     if resize_mode == "squash":
-        fast = functools.partial(resize, size=size, interpolation=interpolation)
-        return Preprocess([Resize(size, mode), *last_steps], fast, num_fast=1)
+        fast = functools.partial(resize_to_pixels, size=size, interpolation=interpolation)
+        return Preprocess([Resize(size, mode), *last_steps], fast, num_fast=1, smallest_size=smallest_size)
     if resize_mode == "longest":
         fit = ResizeKeepRatio(size, longest=1.0, interpolation=mode)
         return Preprocess([fit, CenterCropOrPad(size, fill_color), *last_steps])
     if size[0] != size[1]:
         return Preprocess([ResizeKeepRatio(size, interpolation=mode), CenterCrop(size), *last_steps])
     fast = functools.partial(resize_center_crop, side=size[0], interpolation=interpolation)
-    return Preprocess([Resize(size[0], mode), CenterCrop(size), *last_steps], fast, num_fast=2)
+    steps = [Resize(size[0], mode), CenterCrop(size), *last_steps]
+    return Preprocess(steps, fast, num_fast=2, smallest_size=smallest_size)
 
 
 def image_transform(

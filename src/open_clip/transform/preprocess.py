@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from .resize import to_resizable
+from .pixels import MaybeConvertMode, to_pil, to_pixels, to_resizable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,29 +30,40 @@ class MaybeToTensor(ToTensor):
 class Preprocess(Compose):
     """The steps that convert an image to a normalized tensor, as a list that may be read and edited.
 
-    For PIL images, `fast` replaces the first steps. Its pixels differ from theirs by at most 1 of 255. If a program
-    changes these steps or their attributes, each step of the list is called, as in torchvision.
+    For PIL images, `fast` replaces the first steps. Its pixels differ from theirs by at most 1 of 255. ToTensor and
+    Normalize at the end are computed together. If a program changes these steps or their attributes, each step of the
+    list is called, as in torchvision.
 
     Args:
         steps: all steps.
-        fast: maps a PIL image as the first `num_fast` steps do. None if there is no faster function.
+        fast: maps a PIL image as the first `num_fast` steps do, to an image or to uint8 [1 or 3, height, width]. None
+            if there is no faster function. With exact=False, pixels may differ a little more.
         num_fast: number of steps that `fast` replaces.
         before: applied to PIL images before the first step.
+        smallest_size: maps the (width, height) of an image to the smallest one that `fast` does not enlarge.
+
+    Attributes:
+        fast_decode: decode JPEG files that are at least 2 times larger than needed at 1/2, 1/4 or 1/8 of their size.
+            Takes effect with `smallest_size`, on images that are not decoded yet. It changes pixels by a few levels.
     """
 
     def __init__(
         self,
         steps: Sequence[Callable],
-        fast: Callable[[Image], Image] | None = None,
+        fast: Callable[..., Image | torch.Tensor] | None = None,
         num_fast: int = 0,
         before: Callable[[Any], Any] | None = None,
+        smallest_size: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(list(steps))
         self._first = steps[0]
         self._fast = fast
-        self._built = [(step, _copy_attributes(step)) for step in steps]
+        self._built = [_Snapshot(step) for step in steps]
         self._num_fast = num_fast
         self._before = before
+        self._smallest_size = smallest_size
+        self.fast_decode = False
+        self._mean_and_std = _mean_and_std(steps)
 
     def __call__(self, img: Any) -> torch.Tensor:
         """Preprocess a PIL image, an array (uint8 [H, W], or [H, W, C] with 1, 3 or 4 channels) or a float tensor.
@@ -60,20 +71,28 @@ class Preprocess(Compose):
         Raises:
             TypeError: `img` is something else.
         """
-        return self._apply(img, self.transforms)
+        if self._mean_and_std is None or isinstance(img, torch.Tensor) or not self._is_unchanged():
+            return self._apply(img, self.transforms)
+        mean, std = self._mean_and_std
+        # In the order of ToTensor and Normalize, for the same bits.
+        return self.pixels(img).to(torch.get_default_dtype()).div_(255).sub_(mean).div_(std)
+
+    def pixels(self, img: Any) -> torch.Tensor:
+        """Return uint8 [3, height, width] of an image: all steps except ToTensor and Normalize at the end."""
+        return to_pixels(self._apply(img, self.transforms[:-2], for_pixels=True))
 
     def without_normalization(self) -> PixelPreprocess | None:
         """Return the steps before ToTensor and Normalize, or None unless the unchanged list ends in these two."""
-        is_unchanged = len(self.transforms) == len(self._built) and self._is_unchanged(len(self._built))
-        if not is_unchanged or len(self.transforms) < 3:
+        if self._mean_and_std is None or not self._is_unchanged():
             return None
-        to_tensor, normalize = self.transforms[-2:]
-        if not isinstance(to_tensor, ToTensor) or type(normalize) is not Normalize:
-            return None
+        normalize = self.transforms[-1]
         return PixelPreprocess(self, [float(x) for x in normalize.mean], [float(x) for x in normalize.std])
 
-    def _apply(self, img: Any, steps: list[Callable]) -> Any:
-        """Apply `steps`, which are the first ones of the list or all of it."""
+    def _apply(self, img: Any, steps: list[Callable], for_pixels: bool = False) -> Any:
+        """Apply `steps`, which are the first ones of the list or all of it.
+
+        With `for_pixels`, the result may be uint8 [1 or 3, height, width] instead of an image.
+        """
         if not steps or steps[0] is not self._first:
             # A first step that a program added may take any type.
             for step in steps:
@@ -84,19 +103,30 @@ class Preprocess(Compose):
             if self._before is not None:
                 img = self._before(img)
             if self._fast is not None and self._is_unchanged(self._num_fast):
-                img = self._fast(img)
+                img = self._fast(img, exact=False) if self._reduce(img) else self._fast(img)
                 steps = steps[self._num_fast :]
+                # Pixels of torch are gray or RGB already.
+                if not for_pixels or any(not isinstance(step, MaybeConvertMode) for step in steps):
+                    img = to_pil(img)
         for step in steps:
             img = step(img)
         return img
 
-    def _is_unchanged(self, num_steps: int) -> bool:
-        """Return whether the first `num_steps` steps are the original ones, with their original attributes."""
-        if len(self.transforms) < num_steps:
+    def _reduce(self, img: Image) -> bool:
+        """Let the decoder reduce an image, if wanted. Return whether it does."""
+        if not self.fast_decode or self._smallest_size is None:
             return False
-        return all(
-            step is built and _has_attributes(step, attributes)
-            for step, (built, attributes) in zip(self.transforms[:num_steps], self._built, strict=False)
+        size = img.size
+        img.draft(None, self._smallest_size(*size))  # does nothing for formats other than JPEG
+        return img.size != size
+
+    def _is_unchanged(self, num_steps: int | None = None) -> bool:
+        """Return whether the first `num_steps` steps, or the whole list, have their original attributes."""
+        if num_steps is None and len(self.transforms) != len(self._built):
+            return False
+        built = self._built[:num_steps]
+        return len(self.transforms) >= len(built) and all(
+            snapshot.matches(step) for step, snapshot in zip(self.transforms, built, strict=False)
         )
 
     def __repr__(self) -> str:
@@ -120,38 +150,61 @@ class PixelPreprocess:
 
     def __call__(self, img: Image) -> torch.Tensor:
         """Return uint8 [channels, height, width] of a PIL image."""
-        image = self.preprocess._apply(img, self.preprocess.transforms[:-2])
-        # numpy transposes the channels in half the time of torch's contiguous().
-        return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
+        return self.preprocess.pixels(img)
+
+    @property
+    def fast_decode(self) -> bool:
+        """See `Preprocess`."""
+        return self.preprocess.fast_decode
+
+    @fast_decode.setter
+    def fast_decode(self, enabled: bool) -> None:
+        self.preprocess.fast_decode = enabled
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.preprocess!r})"
 
 
-def _copy_attributes(step: Callable) -> dict[str, Any]:
-    """Copy a step's attributes, hooks included, and those of modules in it."""
-    return {
-        name: (value, _copy_attributes(value)) if isinstance(value, nn.Module) else copy.copy(value)
-        for name, value in vars(step).items()
-        if name != "training"
-    }
+def _mean_and_std(steps: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return mean and std [3, 1, 1] if the steps end in ToTensor and Normalize, otherwise None."""
+    to_tensor, normalize = steps[-2:]
+    if len(steps) < 3 or not isinstance(to_tensor, ToTensor) or type(normalize) is not Normalize:
+        return None
+    mean, std = (torch.as_tensor(x, dtype=torch.float32).reshape(3, 1, 1) for x in (normalize.mean, normalize.std))
+    return (mean, std) if std.all() else None  # Normalize raises for 0
 
 
-def _has_attributes(step: Callable, attributes: dict[str, Any]) -> bool:
-    current = vars(step)
-    if len(current) - ("training" in current) != len(attributes):
-        return False
-    for name, value in attributes.items():
-        found = current.get(name)
-        if isinstance(found, nn.Module):
-            if not isinstance(value, tuple) or found is not value[0] or not _has_attributes(found, value[1]):
-                return False
-        elif found is not value and not _are_equal(found, value):
+class _Snapshot:
+    """A step with copies of its attributes, hooks included, and of those of the modules in it."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+        self.attributes = {
+            name: value if isinstance(value, nn.Module) else copy.copy(value) for name, value in vars(step).items()
+        }
+        self.modules = {name: _Snapshot(value) for name, value in vars(step).items() if isinstance(value, nn.Module)}
+
+    def matches(self, step: Any) -> bool:
+        """Return whether `step` is the same object with the same attributes. Training mode is ignored."""
+        if step is not self.step:
             return False
-    return True
+        current = vars(step)
+        try:
+            is_same = current == self.attributes  # in most cases, and much faster
+        except (RuntimeError, ValueError):  # comparing an array with a number gives an array
+            is_same = False
+        if not is_same:
+            names = self.attributes.keys() - {"training"}
+            if current.keys() - {"training"} != names:
+                return False
+            if not all(_are_equal(current[name], self.attributes[name]) for name in names):
+                return False
+        return all(snapshot.matches(current[name]) for name, snapshot in self.modules.items())
 
 
 def _are_equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
     # Types first: comparing an array with a number would give an array.
     if type(a) is not type(b):
         return False
