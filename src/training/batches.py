@@ -43,13 +43,20 @@ class Normalization:
             )
 
 
-def to_pixels(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def to_pixels(preprocess: Callable[[Any], Any], fast_decode: bool = False) -> Callable[[Any], Any]:
     """Return `preprocess` without its normalization, for loaders whose batches are normalized by `to_device`.
 
     A transform that is not from open_clip, was edited, or does not end with the normalization is returned unchanged.
+
+    Args:
+        fast_decode: decode large JPEG images at a reduced size.
     """
     without_normalization = getattr(preprocess, "without_normalization", None)
-    return (without_normalization and without_normalization()) or preprocess
+    pixels = without_normalization and without_normalization()
+    if pixels is None:
+        return preprocess
+    pixels.fast_decode = fast_decode
+    return pixels
 
 
 def normalization_of(preprocess: Any) -> Normalization | None:

@@ -83,7 +83,7 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
         check_fit(model, checkpoint.get("state_dict", checkpoint))
     data = get_data(
         cfg.data,
-        [to_pixels(transform) for transform in transforms],
+        [to_pixels(transform, cfg.data.fast_decode) for transform in transforms],
         epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
         tokenizer=tokenizer,
         agreement=agreement,

@@ -19,6 +19,7 @@ THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
 DIFFERENT = {"device": "auto", "precision": None}
 # Options that only this project has. A new one is added here and to the docs.
 OURS = {
+    "fast_decode": False,
     "max_bad_fraction": 0.5,
     "eval_batch_size": None,
     "zeroshot_data": None,

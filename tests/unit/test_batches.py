@@ -239,3 +239,9 @@ def test_images_are_not_copied_after_to_device(monkeypatch):
     with Operators() as ran:
         batches.to_device({"image": pixels}, CPU, torch.float32, normalization=normalize)
     assert len(ran.names) == 3
+
+
+def test_fast_decode_is_passed_to_the_transform():
+    transform = image_transform(8, is_train=True)
+    assert to_pixels(transform, fast_decode=True).fast_decode
+    assert not to_pixels(transform).fast_decode

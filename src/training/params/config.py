@@ -70,6 +70,9 @@ class DataConfig:
         "column separator of CSV files (for a comma: `--csv-separator ,`)")
     csv_img_key: str = option("filepath", metavar="COLUMN", help="CSV column with the image paths")
     csv_caption_key: str = option("title", metavar="COLUMN", help="CSV column with the captions")
+    fast_decode: bool = option(False, help=
+        "decode JPEG images that are at least twice as large as needed at 1/2, 1/4 or 1/8 of their size. Faster for "
+        "photographs of several megapixels; pixels differ slightly, see docs/training.md")
     max_bad_fraction: float = option(0.5, at_least=0, at_most=1, metavar="X", help=
         "stop the run when more than this fraction (0 to 1) of the samples or shards read so far, over all processes, "
         "is unusable. Checked each time the log is written. Unusable samples are always skipped and counted; 1 never "
