@@ -421,3 +421,41 @@ def test_noise_gives_torchvisions_pixels(height, width, levels):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         ours = np.asarray(to_pil(image_resize.resize_center_crop(image, 224, "bicubic"))).astype(int)
         assert np.abs(ours - np.asarray(theirs(image))).max() <= levels
+
+
+def jpeg_file(width, height):
+    file = io.BytesIO()
+    PHOTO.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize("is_train", [False, True])
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((140, 100), (70, 50)), ((70, 50), (70, 50)), ((500, 500), (63, 63)), ((80, 80), (80, 80))]
+)
+def test_fast_decode_reads_large_jpegs_at_a_reduced_size(is_train, size, decoded):
+    transform = image_transform(45, is_train)
+    pixels = transform.without_normalization()
+    plain = jpeg_file(*size)
+    seed_all(0)
+    expected = pixels(plain)
+    assert plain.size == size
+    pixels.fast_decode = True
+    assert transform.fast_decode
+    reduced = jpeg_file(*size)
+    seed_all(0)
+    found = pixels(reduced)
+    assert reduced.size == decoded
+    assert torch.equal(found, expected) == (size == decoded)
+    if not is_train:  # the random crop of an image of another size is another one
+        assert (found.int() - expected.int()).abs().float().mean() < 8
+
+
+def test_fast_decode_leaves_other_images_unchanged():
+    plain, reduced = image_transform(16, False), image_transform(16, False)
+    reduced.fast_decode = True
+    for image in (PHOTO, png(PHOTO)):
+        assert torch.equal(reduced(image), plain(image))
+    loaded = jpeg_file(140, 100)
+    loaded.load()
+    assert torch.equal(reduced(loaded), plain(loaded))

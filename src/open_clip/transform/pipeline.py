@@ -24,6 +24,7 @@ from .resize import (
     random_resized_crop,
     resize_center_crop,
     resize_to_pixels,
+    smallest_size_of_crop,
     to_pair,
 )
 
@@ -227,7 +228,8 @@ def _train_transform(cfg: AugmentationCfg, size: tuple[int, int], normalize: Any
     fast = functools.partial(
         random_resized_crop, size=size, scale=crop.scale, ratio=crop.ratio, interpolation="bicubic"
     )
-    return Preprocess([*steps, MaybeToTensor(), normalize], fast, num_fast=1)
+    smallest_size = functools.partial(smallest_size_of_crop, size=size, scale=crop.scale, ratio=crop.ratio)
+    return Preprocess([*steps, MaybeToTensor(), normalize], fast, num_fast=1, smallest_size=smallest_size)
 
 
 def _val_transform(
@@ -240,16 +242,18 @@ def _val_transform(
 
     last_steps = [MaybeConvertMode(), MaybeToTensor(), normalize]
     mode = InterpolationMode(interpolation)
+    smallest_size = functools.partial(smallest_size_of_crop, size=size)
     if resize_mode == "squash":
         fast = functools.partial(resize_to_pixels, size=size, interpolation=interpolation)
-        return Preprocess([Resize(size, mode), *last_steps], fast, num_fast=1)
+        return Preprocess([Resize(size, mode), *last_steps], fast, num_fast=1, smallest_size=smallest_size)
     if resize_mode == "longest":
         fit = ResizeKeepRatio(size, longest=1.0, interpolation=mode)
         return Preprocess([fit, CenterCropOrPad(size, fill_color), *last_steps])
     if size[0] != size[1]:
         return Preprocess([ResizeKeepRatio(size, interpolation=mode), CenterCrop(size), *last_steps])
     fast = functools.partial(resize_center_crop, side=size[0], interpolation=interpolation)
-    return Preprocess([Resize(size[0], mode), CenterCrop(size), *last_steps], fast, num_fast=2)
+    steps = [Resize(size[0], mode), CenterCrop(size), *last_steps]
+    return Preprocess(steps, fast, num_fast=2, smallest_size=smallest_size)
 
 
 def image_transform(

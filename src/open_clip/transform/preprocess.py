@@ -37,17 +37,23 @@ class Preprocess(Compose):
     Args:
         steps: all steps.
         fast: maps a PIL image as the first `num_fast` steps do, to an image or to uint8 [1 or 3, height, width]. None
-            if there is no faster function.
+            if there is no faster function. With exact=False, pixels may differ a little more.
         num_fast: number of steps that `fast` replaces.
         before: applied to PIL images before the first step.
+        smallest_size: maps the (width, height) of an image to the smallest one that `fast` does not enlarge.
+
+    Attributes:
+        fast_decode: decode JPEG files that are at least 2 times larger than needed at 1/2, 1/4 or 1/8 of their size.
+            Takes effect with `smallest_size`, on images that are not decoded yet. It changes pixels by a few levels.
     """
 
     def __init__(
         self,
         steps: Sequence[Callable],
-        fast: Callable[[Image], Image | torch.Tensor] | None = None,
+        fast: Callable[..., Image | torch.Tensor] | None = None,
         num_fast: int = 0,
         before: Callable[[Any], Any] | None = None,
+        smallest_size: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(list(steps))
         self._first = steps[0]
@@ -55,6 +61,8 @@ class Preprocess(Compose):
         self._built = [_Snapshot(step) for step in steps]
         self._num_fast = num_fast
         self._before = before
+        self._smallest_size = smallest_size
+        self.fast_decode = False
         self._mean_and_std = _mean_and_std(steps)
 
     def __call__(self, img: Any) -> torch.Tensor:
@@ -95,7 +103,7 @@ class Preprocess(Compose):
             if self._before is not None:
                 img = self._before(img)
             if self._fast is not None and self._is_unchanged(self._num_fast):
-                img = self._fast(img)
+                img = self._fast(img, exact=False) if self._reduce(img) else self._fast(img)
                 steps = steps[self._num_fast :]
                 # Pixels of torch are gray or RGB already.
                 if not for_pixels or any(not isinstance(step, MaybeConvertMode) for step in steps):
@@ -103,6 +111,14 @@ class Preprocess(Compose):
         for step in steps:
             img = step(img)
         return img
+
+    def _reduce(self, img: Image) -> bool:
+        """Let the decoder reduce an image, if wanted. Return whether it does."""
+        if not self.fast_decode or self._smallest_size is None:
+            return False
+        size = img.size
+        img.draft(None, self._smallest_size(*size))  # does nothing for formats other than JPEG
+        return img.size != size
 
     def _is_unchanged(self, num_steps: int | None = None) -> bool:
         """Return whether the first `num_steps` steps, or the whole list, have their original attributes."""
@@ -135,6 +151,15 @@ class PixelPreprocess:
     def __call__(self, img: Image) -> torch.Tensor:
         """Return uint8 [channels, height, width] of a PIL image."""
         return self.preprocess.pixels(img)
+
+    @property
+    def fast_decode(self) -> bool:
+        """See `Preprocess`."""
+        return self.preprocess.fast_decode
+
+    @fast_decode.setter
+    def fast_decode(self, enabled: bool) -> None:
+        self.preprocess.fast_decode = enabled
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.preprocess!r})"

@@ -6,6 +6,7 @@ For PIL images, the pixels equal those of torchvision's Resize, CenterCrop and R
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -58,19 +59,17 @@ def _vertical_first(image: Image, size: tuple[int, int]) -> bool:
     return image.height - size[0] > 2 * max(image.width - size[1], 0)
 
 
-def _torch_agrees(image: Image, size: tuple[int, int]) -> bool:
+def _torch_agrees(image: Image, size: tuple[int, int], exact: bool = True) -> bool:
     """Whether torch's resize for uint8 is fast here, and equals Pillow's within one level of 255.
 
     torch stores its weights with fewer bits. The difference in rounding between the two passes stays within one level
     if no single weight is large, that is, if the image shrinks: at ratios of 1.6 and more, none of 500 million values
-    differed by two levels.
+    differed by two levels. With exact=False, such differences do not matter.
     """
-    return (
-        image.mode in ("RGB", "L")
-        and min(image.height / size[0], image.width / size[1]) >= 1.6
-        and not _vertical_first(image, size)
-        and _has_fast_uint8_resize()
-    )
+    if image.mode not in ("RGB", "L") or not _has_fast_uint8_resize():
+        return False
+    shrinks = min(image.height / size[0], image.width / size[1]) >= 1.6
+    return not exact or (shrinks and not _vertical_first(image, size))
 
 
 def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
@@ -78,14 +77,19 @@ def resize(image: Image, size: tuple[int, int], interpolation: str) -> Image:
     return to_pil(resize_to_pixels(image, size, interpolation))
 
 
-def resize_to_pixels(image: Image, size: tuple[int, int], interpolation: str) -> Image | torch.Tensor:
-    """Resize like `resize`, and return uint8 [1 or 3, height, width] where torch does it: an image would be a copy."""
+def resize_to_pixels(
+    image: Image, size: tuple[int, int], interpolation: str, exact: bool = True
+) -> Image | torch.Tensor:
+    """Resize like `resize`, and return uint8 [1 or 3, height, width] where torch does it: an image would be a copy.
+
+    With exact=False, a few pixels may differ by two levels from those of Pillow.
+    """
     from PIL.Image import Resampling
 
     height, width = size
     if image.size == (width, height):
         return image
-    if interpolation in ("bicubic", "bilinear") and _torch_agrees(image, size):
+    if interpolation in ("bicubic", "bilinear") and _torch_agrees(image, size, exact):
         pixels = nn.functional.interpolate(view_bands(image), (height, width), mode=interpolation, antialias=True)
         return pixels[0, : len(image.getbands())]
     return image.resize((width, height), Resampling[interpolation.upper()])
@@ -104,10 +108,10 @@ def _height_width(image: Image | torch.Tensor) -> tuple[int, int]:
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)  # type: ignore
 
 
-def resize_center_crop(image: Image, side: int, interpolation: str) -> Image | torch.Tensor:
+def resize_center_crop(image: Image, side: int, interpolation: str, exact: bool = True) -> Image | torch.Tensor:
     """Resize the shorter side to `side` and crop the central square, as torchvision's Resize and CenterCrop do.
 
-    If it is faster, only the pixels of the square are computed. See `resize_to_pixels` for the two types.
+    If it is faster, only the pixels of the square are computed. See `resize_to_pixels` for `exact` and the two types.
     """
     width, height = image.size
     shortest = min(height, width)
@@ -115,8 +119,8 @@ def resize_center_crop(image: Image, side: int, interpolation: str) -> Image | t
     new_height, new_width = (side if edge == shortest else int(side * edge / shortest) for edge in (height, width))
     top, left = round((new_height - side) / 2), round((new_width - side) / 2)
     crop = (left, top, left + side, top + side)
-    if not _should_use_box(image, side, (new_height, new_width)):
-        resized = resize_to_pixels(image, (new_height, new_width), interpolation)
+    if not exact or not _should_use_box(image, side, (new_height, new_width)):
+        resized = resize_to_pixels(image, (new_height, new_width), interpolation, exact)
         if isinstance(resized, torch.Tensor):
             return resized[:, top : top + side, left : left + side]
         return resized.crop(crop)
@@ -149,15 +153,37 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     interpolation: str,
+    exact: bool = True,
 ) -> Image | torch.Tensor:
     """Crop and resize randomly, as torchvision's RandomResizedCrop does, with the same draws from torch's generator.
 
-    See `resize_to_pixels` for the two types.
+    See `resize_to_pixels` for `exact` and the two types.
     """
     from torchvision.transforms import RandomResizedCrop
 
     top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-    return resize_to_pixels(image.crop((left, top, left + width, top + height)), size, interpolation)
+    return resize_to_pixels(image.crop((left, top, left + width, top + height)), size, interpolation, exact)
+
+
+def smallest_size_of_crop(
+    width: int,
+    height: int,
+    size: tuple[int, int],
+    scale: tuple[float, float] | None = None,
+    ratio: tuple[float, float] = (1.0, 1.0),
+) -> tuple[int, int]:
+    """Return the (width, height) to which an image can be reduced so that no crop is smaller than `size`.
+
+    Args:
+        width, height: of the image.
+        size: (height, width) to which a crop is resized.
+        scale, ratio: of `random_resized_crop`. Without them, the crop is the whole image.
+    """
+    if scale is None:
+        return size[1], size[0]
+    area = width * height * scale[0]
+    smallest_width, smallest_height = min(width, math.sqrt(area * ratio[0])), min(height, math.sqrt(area / ratio[1]))
+    return math.ceil(size[1] * width / smallest_width), math.ceil(size[0] * height / smallest_height)
 
 
 class ResizeKeepRatio:
