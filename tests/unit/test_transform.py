@@ -431,7 +431,7 @@ def jpeg_file(width, height):
 
 @pytest.mark.parametrize("is_train", [False, True])
 @pytest.mark.parametrize(
-    ("size", "decoded"), [((140, 100), (70, 50)), ((70, 50), (70, 50)), ((500, 500), (63, 63)), ((90, 90), (90, 90))]
+    ("size", "decoded"), [((140, 100), (70, 50)), ((70, 50), (70, 50)), ((500, 500), (63, 63)), ((80, 80), (80, 80))]
 )
 def test_fast_decode_reads_large_jpegs_at_a_reduced_size(is_train, size, decoded):
     transform = image_transform(45, is_train)
