@@ -53,7 +53,7 @@ class Compilation(NoCompilation):
         """Log the graphs so far. Graphs that are compiled after this call are counted as recompiles."""
         self._warm = _num_graphs()
         logger.info(
-            "--torchcompile: compiled %s to %d graphs. The warm-up took %.1f s, which the speeds below do not include.",
+            "--torchcompile: compiled %s into %d graphs. The warm-up took %.1f s, which the speeds below exclude.",
             self._what,
             self._warm - self._start,
             seconds,
@@ -79,7 +79,7 @@ def compile_model(model: nn.Module, text_varies: bool, backend: str = "inductor"
 
     Args:
         text_varies: the texts have different lengths and numbers, so all other blocks are compiled for any shape.
-        backend: of torch.compile.
+        backend: the backend of torch.compile.
     """
     # Random numbers are drawn as in the uncompiled model, so that passes that are repeated draw the same ones.
     options: dict[str, Any] = {"options": {"fallback_random": True}} if backend == "inductor" else {}
@@ -146,7 +146,7 @@ def _outermost(module: nn.Module, classes: tuple[type, ...]) -> Iterator[nn.Modu
 
 
 def _configure_dynamo(num_layouts: int) -> None:
-    """Allow one graph per layout and mode, and leave the gradients of a block together."""
+    """Allow `_GRAPHS_PER_LAYOUT` graphs per layout, and do not split graphs for DDP."""
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, _GRAPHS_PER_LAYOUT * num_layouts)
     # DDP gets the gradients of each block when its backward pass ends. Splitting the graphs of blocks gains nothing.

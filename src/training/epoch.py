@@ -82,7 +82,7 @@ def run_epoch(
 
 
 def _report(trainer: Trainer, data: Any, state: TrainState, progress: Progress) -> None:
-    """Log a line and write its numbers. All ranks do this, so that all of them notice a run without progress."""
+    """Log a line and write its numbers. All ranks do this: they count bad samples together."""
     numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None), trainer.guard.counters())
     numbers |= trainer.compilation.counters()
     numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]

@@ -70,7 +70,7 @@ class TrainLoop:
     def run(self) -> None:
         state = self.parts.state
         if state.epoch >= self.epochs:
-            logger.warning("The run has its %d epochs already. Use a larger --epochs to continue.", state.epoch)
+            logger.warning("The run already has %d epochs. Use a larger --epochs to continue.", state.epoch)
         while state.epoch < self.epochs:
             logger.info("Start epoch %d", state.epoch)
             self._train_epoch()

@@ -127,8 +127,9 @@ class StepGuard(NoGuard):
     def mark(self, loss: Tensor) -> Tensor:
         """Return the loss times 1, or times NaN if it is not finite or the limit of bad steps is reached."""
         self._loss_is_bad = ~torch.isfinite(loss.detach())
-        stopped = self._counts[1] >= self.max_in_a_row if self.max_in_a_row else torch.zeros_like(self._loss_is_bad)
-        return loss * torch.where(self._loss_is_bad | stopped, self._nan, self._one)
+        if self.max_in_a_row:
+            self._loss_is_bad |= self._counts[1] >= self.max_in_a_row
+        return loss * torch.where(self._loss_is_bad, self._nan, self._one)
 
     def norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Return the gradient norm, from which `step` decides."""
@@ -174,6 +175,7 @@ class StepGuard(NoGuard):
         skipped, in_a_row, overflows = self._counts.unbind()
         bad = is_bad.long()
         self._counts = torch.stack([skipped + bad, (in_a_row + 1) * bad, overflows + (is_skipped.long() - bad)])
+        # `_before` is empty if `begin` was not called.
         for buffer, before in zip(self._statistics, self._before, strict=bool(self._before)):
             torch.where(is_skipped, before, buffer, out=buffer)
 

@@ -1,6 +1,6 @@
 """One optimizer step: forward, loss, backward, clip, step. The batches are on the device, and so are the losses.
 
-The host never waits for the device inside a step.
+The host does not wait for the device inside a step, except where an optimizer cannot skip a step on the device.
 """
 
 from __future__ import annotations

@@ -169,6 +169,17 @@ def test_too_many_in_a_row_stop_the_run_where_it_was_and_name_the_samples(tmp_pa
     assert named == {str(step): [f"{step}-{i}" for i in range(SIZE)] for step in (2, 3, 4)}
 
 
+def test_with_a_scaler_too_every_step_after_the_limit_is_skipped():
+    model = Towers()
+    trainer, batches = trainer_of(model, scaler=Scaler(2.0), limit=2), batches_of(5)
+    before = everything(trainer)
+    for number, batch in enumerate([bad(batches[0]), bad(batches[1]), *batches[2:]]):
+        trainer.step([batch], number)
+    assert_same(everything(trainer), before)
+    counters = trainer.guard.counters()
+    assert (counters["skipped_steps"], counters["bad_in_a_row"], counters["scaler_overflows"]) == (5, 5, 0)
+
+
 def test_a_run_of_skipped_steps_alone_is_an_error():
     trainer = trainer_of(Towers(), limit=0)
     trainer.guard.check_run()  # no error without steps: a resumed run may have completed all epochs

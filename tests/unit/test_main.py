@@ -285,7 +285,7 @@ def test_the_latest_checkpoint_continues_the_run_in_its_folder(inputs, plain, tm
     for key, value in weights(plain, "epoch_2.pt").items():
         assert torch.equal(weights(folder, "epoch_2.pt")[key], value), key
     train(inputs, tmp_path, "--resume", "latest")
-    assert "has its 2 epochs already" in (folder / "out.log").read_text()
+    assert "already has 2 epochs" in (folder / "out.log").read_text()
 
 
 def stopped(inputs: Inputs, logs: Path, *more: object) -> SystemExit:

@@ -66,7 +66,7 @@ def test_an_option_that_a_namespace_lacks_has_its_default_wherever_it_is_read():
 
 
 def test_sections_check_choices_of_namespaces_too():
-    with pytest.raises(ValueError, match=r"--remote-sync-protocol must be one of s3, fsspec; got 'ftp'\."):
+    with pytest.raises(ValueError, match=r"--remote-sync-protocol must be one of s3, fsspec, got 'ftp'\."):
         sections(SimpleNamespace(remote_sync_protocol="ftp"))
     with pytest.raises(ValueError, match="torchrun"):
         sections(SimpleNamespace(horovod=True))
@@ -79,7 +79,7 @@ def test_sections_check_choices_of_namespaces_too():
         ({"above": 0}, [1e-9], [0, -1], "--x must be more than 0, got 0."),
         ({"at_least": 0, "below": 1}, [0, 0.9], [1, -1], "--x must be at least 0 and below 1, got 1."),
         ({"at_least": 0, "at_most": 1}, [0, 1], [1.1, -1], "--x must be at least 0 and at most 1, got 1.1."),
-        ({"choices": ("a", "b")}, ["a"], ["c"], "--x must be one of a, b; got 'c'."),
+        ({"choices": ("a", "b")}, ["a"], ["c"], "--x must be one of a, b, got 'c'."),
         ({"refused": "Use y."}, [False, ""], [True, "z"], "--x: Use y."),
     ],
 )

@@ -21,7 +21,7 @@ from open_clip.checkpoint.key_prefixes import strip_prefixes
 
 COUNTERS = ("step", "samples_seen", "epoch_step", "epoch_samples", "samples_per_step")
 _VERSION = 2  # of "train_state"
-_RANK_PARTS = ("rng", "data")  # lists with an entry per rank
+_RANK_PARTS = ("rng", "data")  # lists with an entry per rank; those of other rank parts are under "by_rank"
 
 
 @dataclass
@@ -61,7 +61,11 @@ def to_file(state: RunState, is_distributed: bool) -> dict[str, Any]:
         content["scaler"] = scaler
     if average:
         content["state_dict_ema"] = {**state.weights, **average}
-    content["train_state"] = {"version": _VERSION, **state.counters, **state.by_rank, **parts}
+    by_rank = dict(state.by_rank)
+    own: dict[str, Any] = {name: by_rank.pop(name) for name in _RANK_PARTS if name in by_rank}
+    if by_rank:
+        own["by_rank"] = by_rank
+    content["train_state"] = {**parts, "version": _VERSION, **state.counters, **own}
     return content
 
 
@@ -75,7 +79,7 @@ def from_file(content: Mapping[str, Any]) -> RunState:
         return state
     state.epoch, state.name = int(content["epoch"]), str(content.get("name", ""))
     own = dict(content.get("train_state") or {})
-    state.by_rank = {name: own.pop(name) for name in _RANK_PARTS if name in own}
+    state.by_rank = {name: own.pop(name) for name in _RANK_PARTS if name in own} | own.pop("by_rank", {})
     state.counters = {name: int(own.pop(name)) for name in COUNTERS if name in own}
     own.pop("version", None)
     state.parts |= {name: part for name, part in own.items() if part}

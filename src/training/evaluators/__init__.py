@@ -1,1 +1,2 @@
-"""Evaluators: one file each. A new one is a class with the interface of `training.evaluate.Evaluator`, in its list."""
+"""Evaluators: one file each. A new one is a class with the interface `Evaluator` of `training.evaluate`, and an entry
+in its list `EVALUATORS`."""

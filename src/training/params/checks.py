@@ -64,7 +64,7 @@ def _check_names(args: argparse.Namespace) -> None:
         )
     unknown = [word for word in reporters(args.report_to) if word not in REPORTERS]
     if unknown:
-        raise ValueError(f"--report-to must be one of {', '.join(REPORTERS)}; got {', '.join(map(repr, unknown))}.")
+        raise ValueError(f"--report-to must be one of {', '.join(REPORTERS)}, got {', '.join(map(repr, unknown))}.")
     if args.profile_steps is not None:
         step_range(args.profile_steps)
     opt = args.opt.lower()
@@ -78,7 +78,7 @@ def step_range(text: str) -> tuple[int, int]:
     """Parse --profile-steps: '10:13' -> (10, 13), which means the steps 10, 11 and 12."""
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-        raise ValueError(f"--profile-steps takes A:B (steps A to B-1, counted from 0), such as 10:13; got {text!r}.")
+        raise ValueError(f"--profile-steps takes A:B (steps A to B-1, counted from 0), such as 10:13, got {text!r}.")
     return int(first), int(end)
 
 

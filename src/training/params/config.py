@@ -36,7 +36,7 @@ GROUPS = {
 
 
 # fmt: off
-# (an option, then its help text)
+# Each option is followed by its help text.
 @dataclass(frozen=True)
 class DataConfig:
     """The data for training and evaluation, and how they are read."""
@@ -235,8 +235,8 @@ class OptimConfig:
         "keep an exponential moving average of the weights with this decay (0.999 to 0.9999). It is evaluated (metrics "
         "`ema_...`) and saved (`state_dict_ema`). Needs 4 more bytes per parameter")
     max_bad_steps: int = option(10, at_least=0, metavar="N", help=
-        "stop after N steps in a row with a non-finite loss or gradient on any process, and list their samples in the "
-        "log. Each such step is skipped by all processes. 0: never stop")
+        "stop after N steps in a row with a non-finite loss or gradient on any process, and list their samples in "
+        "bad_steps-RANK.json in the run's folder. Each such step is skipped by all processes. 0: never stop")
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class UnsupportedConfig:
-    """Options of open_clip that are refused, or ignored with a warning. They are in no `TrainConfig`."""
+    """Options of open_clip that are refused, or ignored with a warning. They are not part of `TrainConfig`."""
 
     group: ClassVar[str] = "unsupported"
 

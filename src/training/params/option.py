@@ -40,13 +40,13 @@ class Option:
     refused: str | None = None
 
     def check(self, flag: str, value: Any) -> None:
-        """Raise ValueError if the value is not allowed. None, which means that none was given, always is."""
+        """Raise ValueError if the value is not allowed. None (not given) is always allowed."""
         if self.refused is not None and value:
             raise ValueError(f"{flag}: {self.refused}")
         if value is None:
             return
         if self.choices is not None and value not in self.choices:
-            raise ValueError(f"{flag} must be one of {', '.join(map(str, self.choices))}; got {value!r}.")
+            raise ValueError(f"{flag} must be one of {', '.join(map(str, self.choices))}, got {value!r}.")
         bounds = self._describe_bounds()
         if bounds and not (math.isfinite(value) and self._is_within_bounds(value)):
             raise ValueError(f"{flag} must be {bounds}, got {value}.")
