@@ -149,6 +149,7 @@ def _sums_of_exponentials(
             pairs = tiles.pairs_of_tile(logits, row, column, first_column)
             start = max(row.start, column.start - first_column)
             positives[start : start + len(pairs)] = pairs
+            del logits, pairs  # before the next tile is allocated
     return _combine_tiles(row_parts), _combine_tiles(column_parts), positives
 
 
@@ -240,6 +241,7 @@ def _gradients(
                 of_both = of_rows if of_rows.dtype == image.dtype else torch.empty_like(of_rows, dtype=image.dtype)
                 torch.addcmul(of_rows, of_columns, column_factor[column], out=of_both)
                 of_rows = of_columns = of_both
+                del of_both
             else:
                 of_rows *= own_weight
                 of_columns *= column_factor[column]
@@ -251,6 +253,7 @@ def _gradients(
                 of_rows = of_columns = of_rows.add_(of_columns).to(image.dtype)
             tiles.add_product(grad_image[row], of_rows, all_text[column])
             tiles.add_product(grad_text[column], of_columns.T, image[row])
+            del cosines, logits, of_rows, of_columns  # before the next tile is allocated
     return _Gradients(grad_image, grad_text, of_scale)
 
 

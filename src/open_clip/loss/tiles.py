@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import device as devices
 
-MIN_HEIGHT = 512  # of tiles that are narrower than the matrix; shorter ones make the products inefficient
+MIN_HEIGHT = 1024  # of tiles that are narrower than the matrix; shorter ones make the products inefficient
 ALIGNMENT = 128  # of the height, in rows
 
 
