@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +25,12 @@ def run(
     Args:
         args: a namespace with `precision`.
     """
-    return classify(model, classifier, dataloader, precision_of(args, classifier.device), name)
+
+    def count(scores: Tensor, labels: Tensor, topk: Sequence[int]) -> Tensor:
+        # By `accuracy` of this module, which programs replace.
+        return torch.tensor([int(found) for found in accuracy(scores, labels, topk)], device=scores.device)
+
+    return classify(model, classifier, dataloader, precision_of(args, classifier.device), name, count)
 
 
 def zero_shot_eval(

@@ -235,7 +235,7 @@ def test_graphs_after_the_warm_up_are_recompiles_and_too_many_are_a_warning(capl
         compiled.log_warm_up(12.5)
         model.encode_image(images)
         assert compiled.counters() == {"recompiles": 0.0}
-        assert "compiled 7 blocks (1 different) to 1 graphs. The warm-up took 12.5 s" in caplog.text
+        assert "compiled 7 blocks (1 different) into 1 graphs. The warm-up took 12.5 s" in caplog.text
         for size in range(3, 13):
             model.encode_image(images[:1].expand(size, -1, -1, -1))
         assert compiled.counters() == {"recompiles": 7.0}

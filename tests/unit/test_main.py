@@ -162,7 +162,7 @@ def test_compiling_leaves_the_names_in_the_checkpoint(inputs, plain, tmp_path, m
     folder = train(inputs, tmp_path, "--torchcompile", "--epochs", "2")
     assert compiled == ["ResidualAttentionBlock"] * 3
     log = (folder / "out.log").read_text()
-    assert log.count("--torchcompile: compiled 3 blocks (2 different) to ") == 1
+    assert log.count("--torchcompile: compiled 3 blocks (2 different) into ") == 1
     assert "Recompiles" not in log
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
     assert weights(folder, "epoch_2.pt").keys() == weights(plain, "epoch_2.pt").keys()

@@ -456,7 +456,7 @@ def test_what_takes_long_says_how_far_it_is(inputs, tmp_path, monkeypatch):
         f"Reading {inputs.csv}: 12 rows, ",
         f"Listing the images in {inputs.classes}: 1 of 4 classes (25%), ",
         "Building the zero-shot classifier: 500 of 1,000 classes (50%), ",
-        "Evaluating imagenet-val: 4 of 12 images (33%), ",
+        "Evaluating imagenet-val: 8 of 12 images (67%), ",
         "Evaluating zero-shot data: 12 of 12 images (100%), ",
         "Evaluating the validation data: 8 of 12 samples (67%), ",
     ):

@@ -109,6 +109,7 @@ def classify(
     dataloader: Any,
     precision: Precision,
     name: str = "zero-shot data",
+    count: Callable[[Tensor, Tensor, Sequence[int]], Tensor] = count_correct,
 ) -> tuple[float, float]:
     """Compute (top-1, top-5) accuracy over the images of all ranks.
 
@@ -117,6 +118,7 @@ def classify(
         classifier: [embed_dim, classes]. With fewer than 5 classes, the top-5 accuracy is 1.
         dataloader: gives batches {"image": [B, 3, H, W], "label": [B]}, or pairs of these.
         name: name of the data, for messages.
+        count: as `metrics.count_correct`.
     """
     device, classifier = classifier.device, classifier.float()
     correct = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
@@ -130,7 +132,7 @@ def classify(
                 outputs = model(image=batch["image"])
             features = outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]
             scores, labels = features.float() @ classifier, batch["label"]
-            correct += count_correct(scores, labels, (1, TOP_K))
+            correct += count(scores, labels, (1, TOP_K))
             num_images += len(labels)
             task.advance(len(labels) * ranks)
     counts = torch.cat([correct, correct.new_tensor([num_images])])
