@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.request  # noqa: F401  `download` uses it from here, where tests of programs replace it
+
 from .. import aliases
 from .checksum import is_unchanging
 from .download import download_pretrained, download_pretrained_from_url

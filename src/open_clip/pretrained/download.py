@@ -11,9 +11,9 @@ import http.client
 import logging
 import os
 import re
+import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,8 @@ def _open_url(url: str, offset: int) -> Any:
     headers = {"User-Agent": f"open_clip/{__version__}"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+    request = sys.modules[__package__].urllib.request  # see there
+    return request.urlopen(request.Request(url, headers=headers), timeout=_TIMEOUT)
 
 
 def _continues_at(response: Any, offset: int) -> bool:
