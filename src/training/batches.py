@@ -59,6 +59,11 @@ def to_pixels(preprocess: Callable[[Any], Any], fast_decode: bool = False) -> Ca
     return pixels
 
 
+def keep_text(text: Any) -> Any:
+    """Return the texts unchanged, where they are not grouped."""
+    return text
+
+
 def normalization_of(preprocess: Any) -> Normalization | None:
     """Return the normalization that a transform from `to_pixels` leaves out; None if it leaves out nothing."""
     mean_and_std = getattr(preprocess, "normalization", None)
@@ -100,7 +105,7 @@ def to_device(
     input_dtype: torch.dtype | None = None,
     names: Sequence[str] = ("image", "text"),
     normalization: Normalization | None = None,
-    group_text: Callable[[Any], Any] | None = None,
+    group_text: Callable[[Any], Any] = keep_text,
 ) -> dict[str, Any]:
     """Move a batch to `device` without waiting. Values that are not tensors, such as sample keys, are not changed.
 
@@ -112,7 +117,7 @@ def to_device(
         group_text: applied to the texts before they are moved, such as a TextGrouping.
     """
     named = dict(batch) if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
-    if group_text is not None and "text" in named:
+    if "text" in named:
         named["text"] = group_text(named["text"])
     moved = {name: _move(value, device, input_dtype) for name, value in named.items()}
     image = moved.get("image")

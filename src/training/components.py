@@ -89,12 +89,14 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
         agreement=agreement,
     )
     evaluators = create_evaluators(data, cfg.eval, run.precision, tokenizer)
-    preflight.check_evaluation_data(model, data, cfg.eval, device)
+    evaluated = [data[name] for each in evaluators if each.frequency for name in each.data_names]
+    preflight.check_evaluation_data(model, evaluated, device)
     if "train" in data:
         if cfg.objective.siglip and checkpoint is None:
             start_logit_bias(model)
-        trainer, progress = _build_trainer(run, model, data["train"], writer, is_resumed=checkpoint is not None)
-        state = _create_state(run, trainer, progress, data["train"])
+        steps_per_epoch = _steps_per_epoch(data["train"].dataloader, cfg.optim.accum_freq)
+        trainer, progress = _build_trainer(run, model, steps_per_epoch, writer, is_resumed=checkpoint is not None)
+        state = _create_state(run, trainer, progress, data["train"], steps_per_epoch)
         components = Components(state, data, evaluators, trainer.average, trainer, progress)
     else:
         average = _create_average(model, cfg.optim.ema_decay)
@@ -132,9 +134,10 @@ def _without_factory_warnings(is_hidden: bool) -> Iterator[None]:
         factory_log.setLevel(level)
 
 
-def _build_trainer(run: Run, model: Any, train: DataInfo, writer: Writer, is_resumed: bool) -> tuple[Trainer, Progress]:
+def _build_trainer(
+    run: Run, model: Any, steps_per_epoch: int, writer: Writer, is_resumed: bool
+) -> tuple[Trainer, Progress]:
     cfg, world, precision, optim = run.cfg, run.world, run.precision, run.cfg.optim
-    steps_per_epoch = _steps_per_epoch(train.dataloader, optim.accum_freq)
     if cfg.model.use_bn_sync and world.distributed:
         model = synchronize_batch_norms(model)
     teacher = build_teacher(cfg.objective, precision, cfg.model.cache_dir)
@@ -190,9 +193,9 @@ def _text_groups(cfg: ModelConfig, compiled: NoCompilation) -> int:
     return cfg.text_groups if compiled.takes_any_length else min(cfg.text_groups, 1)  # fewer shapes to compile
 
 
-def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo) -> TrainState:
+def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo, steps_per_epoch: int) -> TrainState:
     """Register everything that changes during the run."""
-    cfg, accum_freq = run.cfg, trainer.accum_freq
+    cfg = run.cfg
     loader: Any = train.dataloader
     return TrainState(
         model=unwrap_model(trainer.model),
@@ -207,9 +210,9 @@ def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInf
             "guard": trainer.guard,
         },
         rank_parts={"data": train},
-        steps_per_epoch=_steps_per_epoch(loader, accum_freq),
+        steps_per_epoch=steps_per_epoch,
         samples_per_epoch=loader.num_samples,
-        samples_per_step=cfg.data.batch_size * accum_freq * run.world.world_size,
+        samples_per_step=cfg.data.batch_size * trainer.accum_freq * run.world.world_size,
     )
 
 

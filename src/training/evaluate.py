@@ -40,10 +40,11 @@ EVALUATORS: tuple[tuple[tuple[str, ...], str, Callable[..., Evaluator]], ...] = 
 
 @dataclass(frozen=True)
 class ScheduledEvaluator:
-    """An evaluator that is due every `frequency` epochs; 0: never."""
+    """An evaluator of some data sets that is due every `frequency` epochs; 0: never."""
 
     evaluator: Evaluator
     frequency: int
+    data_names: tuple[str, ...]
 
     def is_due(self, epoch: int, is_last: bool) -> bool:
         return self.frequency > 0 and (is_last or epoch % self.frequency == 0)
@@ -60,11 +61,13 @@ def create_evaluators(
     Raises:
         ValueError, FileNotFoundError: the data do not fit an evaluator, see there.
     """
-    return [
-        ScheduledEvaluator(create(data, cfg, precision, tokenizer), getattr(cfg, frequency))
-        for names, frequency, create in EVALUATORS
-        if any(name in data for name in names)
-    ]
+    scheduled = []
+    for names, frequency, create in EVALUATORS:
+        found = tuple(name for name in names if name in data)
+        if found:
+            evaluator = create(data, cfg, precision, tokenizer)
+            scheduled.append(ScheduledEvaluator(evaluator, getattr(cfg, frequency), found))
+    return scheduled
 
 
 def evaluators_due(scheduled: Sequence[ScheduledEvaluator], epoch: int, is_last: bool) -> list[Evaluator]:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from training.data.probe import read_first_batch
 from training.data.shards.tar import is_local
 from training.data.skips import NoUsableSamples
 from training.evaluators import class_names
-from training.params import CheckpointConfig, DataConfig, EvalConfig, TrainConfig
+from training.params import CheckpointConfig, DataConfig, TrainConfig
 from training.params.checks import reporters, trains
 
 _SAMPLE_CAPTION = "a photo of a cat"
@@ -197,18 +197,15 @@ def _vocab_size(model: Any) -> int | None:
     return getattr(model, "vocab_size", None)
 
 
-def check_evaluation_data(model: nn.Module, data: Mapping[str, Any], cfg: EvalConfig, device: torch.device) -> None:
-    """Check a few samples of each evaluation set.
+def check_evaluation_data(model: nn.Module, data: Iterable[Any], device: torch.device) -> None:
+    """Check a few samples of each evaluation set in `data`, which are training.data.DataInfo.
 
     Collective: every rank reads from its part of the data, and all ranks raise the same error.
 
     Raises:
         ValueError: no rank has a usable sample among the first ones of a set, or token ids do not fit.
     """
-    for key, info in data.items():
-        frequency = cfg.val_frequency if key == "val" else cfg.zeroshot_frequency
-        if key == "train" or frequency == 0:
-            continue
+    for info in data:
         with rng.untouched(device):
             is_usable, problem, is_fatal = _try_loader(info.dataloader, getattr(model, "vocab_size", None))
         results = ranks.all_gather_object((is_usable, problem, is_fatal))

@@ -1,4 +1,4 @@
-"""Evaluation options of scripts written for open_clip_train, which pass them in a flat namespace."""
+"""Precision and tokenizer of scripts written for open_clip_train, which pass options in a flat namespace."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from torch import Tensor
 
 import open_clip
 from training import precision as precisions
-from training.params import EvalConfig
-from training.params.namespace import read_section
 from training.precision import Precision
-
-
-def evaluation_options(args: Any) -> EvalConfig:
-    """Read the options from the attributes of `args`. A missing option has the default of its flag."""
-    return read_section(EvalConfig, args)
 
 
 def precision_of(args: Any, device: torch.device) -> Precision:

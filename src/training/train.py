@@ -20,11 +20,13 @@ from training.epoch import run_epoch
 from training.evaluators.retrieval import maybe_compute_generative_loss
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
+from training.params import EvalConfig
+from training.params.namespace import read_section
 from training.precision import disabled_scaler
 from training.progress import Progress
 from training.ranks import world
 from training.scheduler import unchanged_lr
-from training.script_options import evaluation_options, precision_of, tokenizer_of
+from training.script_options import precision_of, tokenizer_of
 from training.trainer import Trainer, unwrap_model
 
 __all__ = [
@@ -67,7 +69,7 @@ def evaluate(
     model = unwrap_model(model)
     evaluators = evaluation.create_evaluators(
         data,
-        evaluation_options(args),
+        read_section(EvalConfig, args),
         precision_of(args, next(model.parameters()).device),
         tokenizer_of(args) if tokenizer is None else tokenizer,
     )

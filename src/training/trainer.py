@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip import device as devices
+from training.batches import keep_text
 from training.checkpoint import rng
 from training.compilation import NoCompilation
 from training.ema import NoAverage
@@ -65,7 +66,7 @@ class Trainer:
     scaler: Any = field(default_factory=disabled_scaler)
     scheduler: Callable[[int], Any] = _keep_lr
     half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    group_text: Callable[[Any], Any] | None = None
+    group_text: Callable[[Any], Any] = keep_text
     accum_freq: int = 1
     grad_clip_norm: float = math.inf
     guard: NoGuard = field(default_factory=NoGuard)

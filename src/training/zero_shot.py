@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training.evaluate import create_evaluators, evaluators_due
 from training.evaluators.zero_shot import classify
 from training.metrics import accuracy
-from training.script_options import evaluation_options, precision_of, tokenizer_of
+from training.params import EvalConfig
+from training.params.namespace import read_section
+from training.script_options import precision_of, tokenizer_of
 
 __all__ = ["accuracy", "run", "zero_shot_eval"]
 
@@ -56,7 +58,7 @@ def zero_shot_eval(
         return {}
     evaluators = create_evaluators(
         labelled,
-        evaluation_options(args),
+        read_section(EvalConfig, args),
         precision_of(args, next(model.parameters()).device),
         tokenizer_of(args) if tokenizer is None else tokenizer,
     )

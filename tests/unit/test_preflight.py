@@ -301,7 +301,7 @@ def test_a_small_batch_of_each_set_is_read_and_nothing_else_changes(inputs):
     np.random.seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     made = loaders(inputs)
-    preflight.check_evaluation_data(torch.nn.Identity(), made, parse_eval(), device)
+    preflight.check_evaluation_data(torch.nn.Identity(), made.values(), device)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
     untried = loaders(inputs)
@@ -332,7 +332,7 @@ def test_ids_of_the_data_are_compared_with_the_vocabulary(inputs):
     model = SimpleNamespace(vocab_size=10)
     large = loaders(inputs, tokenizer=lambda texts: torch.full((len(texts), 4), 10))
     with pytest.raises(ValueError, match="token ids up to 10, but the vocab_size of the model is 10"):
-        preflight.check_evaluation_data(model, {"val": large["csv val"]}, parse_eval(), torch.device("cpu"))
+        preflight.check_evaluation_data(model, [large["csv val"]], torch.device("cpu"))
 
 
 def test_the_warning_about_classes_comes_once(inputs, caplog):
@@ -355,7 +355,7 @@ def rank_cases(rank: int, world_size: int) -> dict:
         if name == "fails.csv" and rank == 1:
             info.dataloader.collate_fn = lambda samples: fail()
         try:
-            preflight.check_evaluation_data(torch.nn.Identity(), {"val": info}, parse_eval(), torch.device("cpu"))
+            preflight.check_evaluation_data(torch.nn.Identity(), [info], torch.device("cpu"))
             found[name] = "right"
         except ValueError as error:
             found[name] = str(error)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from .. import progress
 from ..precision import PRECISIONS
+from ..transform.pipeline import INTERPOLATIONS, RESIZE_MODES
 from ..utils import run_command
 from . import push_pretrained_to_hf_hub
 
@@ -27,8 +28,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", default="fp32", choices=PRECISIONS, help="precision of the uploaded weights")
     add("--image-mean", type=float, nargs="+", metavar="MEAN", help="replaces the mean of the weights")
     add("--image-std", type=float, nargs="+", metavar="STD", help="replaces the deviation of the weights")
-    add("--image-interpolation", choices=["bicubic", "bilinear", "random"], help="interpolation for resizing")
-    add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="side to resize to the model's size")
+    add("--image-interpolation", choices=INTERPOLATIONS, help="interpolation for resizing")
+    add("--image-resize-mode", choices=RESIZE_MODES, help="side to resize to the model's size")
     add(
         "--hf-tokenizer-self",
         action="store_true",
