@@ -9,7 +9,7 @@ import torch
 from open_clip import device as devices
 from training import ranks
 from training.params import DistributedConfig, read_section
-from training.params.config import UnsupportedConfig
+from training.params.options import UnsupportedConfig
 from training.ranks import set_device, world_info_from_env
 
 __all__ = [

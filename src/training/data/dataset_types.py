@@ -8,7 +8,7 @@ import os
 from training.data.messages import quote, shorten
 from training.data.shards.lists import SHARD_ENDINGS, is_list
 from training.params.checks import CSV_NAME, SHARD_NAME
-from training.params.config import DATASET_TYPES
+from training.params.options import DATASET_TYPES
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,14 @@
 """The options of the training command.
 
-`config` declares them. `parse_args` reads the command line into a flat namespace, and `sections` splits it into a
+`options` declares them. `parse_args` reads the command line into a flat namespace, and `sections` splits it into a
 `TrainConfig`, whose sections the components take.
 """
 
 from training.params.checks import validate
-from training.params.config import (
+from training.params.config import TrainConfig, default_values, get_default_params
+from training.params.flags import ParseKwargs
+from training.params.namespace import parse_args, read_section, sections, warnings_for
+from training.params.options import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
@@ -15,12 +18,7 @@ from training.params.config import (
     ObjectiveConfig,
     OptimConfig,
     ScheduleConfig,
-    TrainConfig,
-    default_values,
-    get_default_params,
 )
-from training.params.flags import ParseKwargs
-from training.params.namespace import parse_args, read_section, sections, warnings_for
 
 __all__ = [
     "CheckpointConfig",

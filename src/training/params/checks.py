@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from training.params.config import SECTIONS, DataConfig
+from training.params.config import SECTIONS
 from training.params.option import flag, options_of
+from training.params.options import DataConfig
 
 REPORTERS = ("tensorboard", "wandb", "all")
 # File names whose extension determines the type of the data.

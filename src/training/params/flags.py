@@ -1,4 +1,4 @@
-"""The parser of the training command, made from the options of `training.params.config`."""
+"""The parser of the training command, made from `training.params.options`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `parse_args` returns a flat namespace. `sections` and `read_section` are the only functions that read one. It may come
 from elsewhere, such as a script written for open_clip 3.3, which has no attributes for the options that only this
-project has. An option that a namespace lacks has the default of its field in `training.params.config`, as if the flag
+project has. An option that a namespace lacks has the default of its field in `training.params.options`, as if the flag
 had not been given. So such a script, too, ends with an error when more than half of its data are bad
 (`max_bad_fraction`); it can set `args.max_bad_fraction = 1.0`.
 """
