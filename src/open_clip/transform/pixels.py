@@ -41,26 +41,6 @@ class MaybeConvertMode:
         return f"{type(self).__name__}(mode={self.mode})"
 
 
-class _WritableBytes:
-    """Bytes for numpy, declared as writable, because torch warns about read-only arrays. They must not be changed."""
-
-    def __init__(self, data: bytes, shape: tuple[int, ...]) -> None:
-        self.data = data
-        address = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": shape, "data": (address, False)}
-
-
-def view_bands(image: Image) -> torch.Tensor:
-    """Return the pixels of an RGB or L image as uint8 [1, 4 or 1, height, width], which must not be changed.
-
-    Pillow stores 4 bytes for an RGB pixel, so 4 channels (the last has no meaning) take half as long as 3. The memory
-    format is channels last also by the stride of the batch dimension, which saves torch's resize a copy.
-    """
-    data = image.tobytes("raw", "RGBX") if image.mode == "RGB" else image.tobytes()
-    shape = (1, image.height, image.width, len(data) // (image.height * image.width))
-    return torch.from_numpy(np.asarray(_WritableBytes(data, shape))).permute(0, 3, 1, 2)
-
-
 def to_pixels(image: Image | torch.Tensor) -> torch.Tensor:
     """Return uint8 [3, height, width], contiguous, of an RGB image or of uint8 [1 or 3, height, width]."""
     if isinstance(image, torch.Tensor):

@@ -37,7 +37,8 @@ class Preprocess(Compose):
     Args:
         steps: all steps.
         fast: maps a PIL image as the first `num_fast` steps do, to an image or to uint8 [1 or 3, height, width]. None
-            if there is no faster function. With exact=False, pixels may differ a little more.
+            if there is no faster function. With exact=False, pixels may differ a little more. With is_temporary, the
+            image is not used afterwards.
         num_fast: number of steps that `fast` replaces.
         before: applied to PIL images before the first step.
         smallest_size: maps the (width, height) of an image to the smallest one that `fast` does not enlarge.
@@ -77,9 +78,12 @@ class Preprocess(Compose):
         # In the order of ToTensor and Normalize, for the same bits.
         return self.pixels(img).to(torch.get_default_dtype()).div_(255).sub_(mean).div_(std)
 
-    def pixels(self, img: Any) -> torch.Tensor:
-        """Return uint8 [3, height, width] of an image: all steps except ToTensor and Normalize at the end."""
-        return to_pixels(self._apply(img, self.transforms[:-2], for_pixels=True))
+    def pixels(self, img: Any, is_temporary: bool = False) -> torch.Tensor:
+        """Return uint8 [3, height, width] of an image: all steps except ToTensor and Normalize at the end.
+
+        With `is_temporary`, `img` may be left without its pixels, which is faster for an image that was just opened.
+        """
+        return to_pixels(self._apply(img, self.transforms[:-2], for_pixels=True, is_temporary=is_temporary))
 
     def without_normalization(self) -> PixelPreprocess | None:
         """Return the steps before ToTensor and Normalize, or None unless the unchanged list ends in these two."""
@@ -88,7 +92,7 @@ class Preprocess(Compose):
         normalize = self.transforms[-1]
         return PixelPreprocess(self, [float(x) for x in normalize.mean], [float(x) for x in normalize.std])
 
-    def _apply(self, img: Any, steps: list[Callable], for_pixels: bool = False) -> Any:
+    def _apply(self, img: Any, steps: list[Callable], for_pixels: bool = False, is_temporary: bool = False) -> Any:
         """Apply `steps`, which are the first ones of the list or all of it.
 
         With `for_pixels`, the result may be uint8 [1 or 3, height, width] instead of an image.
@@ -103,7 +107,7 @@ class Preprocess(Compose):
             if self._before is not None:
                 img = self._before(img)
             if self._fast is not None and self._is_unchanged(self._num_fast):
-                img = self._fast(img, exact=False) if self._reduce(img) else self._fast(img)
+                img = self._fast(img, exact=not self._reduce(img), is_temporary=is_temporary)
                 steps = steps[self._num_fast :]
                 # Pixels of torch are gray or RGB already.
                 if not for_pixels or any(not isinstance(step, MaybeConvertMode) for step in steps):
@@ -149,8 +153,8 @@ class PixelPreprocess:
         self.normalization = (mean, std)
 
     def __call__(self, img: Image) -> torch.Tensor:
-        """Return uint8 [channels, height, width] of a PIL image."""
-        return self.preprocess.pixels(img)
+        """Return uint8 [channels, height, width] of a PIL image that is not used afterwards."""
+        return self.preprocess.pixels(img, is_temporary=True)
 
     @property
     def fast_decode(self) -> bool:
