@@ -28,6 +28,15 @@ with torch.no_grad():
         num_classes_per_batch=10, device="cpu",
     )  # fmt: skip
 built = time.perf_counter()
+
+
+def accuracy(logits: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """Count for both packages: numpy 2.4 and later make open_clip_torch's function of this name fail."""
+    found = logits.topk(max(topk), 1, True, True)[1].t() == target
+    return [float(found[:k].sum()) for k in topk]
+
+
+zero_shot.accuracy = accuracy
 args = SimpleNamespace(precision="fp32", device="cpu", batch_size=BATCH, distributed=False, rank=0, world_size=1)
 zero_shot.run(model, classifier, batches, args)
 end = time.perf_counter()

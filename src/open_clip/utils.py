@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -24,12 +25,23 @@ def expect(name: str, value: Any, known: Collection[Any]) -> None:
         raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command's `main`. For errors that the user can fix, print only the message and exit with status 1."""
+def run_command(main: Callable[[], object]) -> NoReturn:
+    """Run a command's `main`, and exit. For errors that the user can fix, print only the message: status 1."""
     try:
         main()
     except (RuntimeError, ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
+        exit_command(str(error))
+    exit_command()
+
+
+def exit_command(status: int | str = 0) -> NoReturn:
+    """Exit like `sys.exit`, but about a second earlier.
+
+    When the interpreter ends, it looks for garbage among all objects several times. torch and torchvision have a
+    million. None of them needs to be collected.
+    """
+    gc.freeze()
+    sys.exit(status)
 
 
 class NotScriptable:

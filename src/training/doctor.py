@@ -23,6 +23,7 @@ import torch
 
 from open_clip import device as devices
 from open_clip import torch_versions
+from open_clip.utils import exit_command
 from open_clip.version import __version__
 from training import precision
 
@@ -233,4 +234,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_command(main())

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import nn
 from open_clip import config, factory, progress
 from open_clip import device as devices
 from open_clip.formats.whole_file import replacing
-from open_clip.utils import check_folder
+from open_clip.utils import check_folder, exit_command
 from training import precision as precisions
 from training.flops import (
     count_params,
@@ -352,4 +351,4 @@ def _finish(rows: list[dict[str, Any]], columns: Sequence[str], path: Path | Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_command(main())

@@ -18,7 +18,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
+from open_clip.utils import exit_command
 from training import children, ranks
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def exit_with(status: int) -> NoReturn:
         timer = threading.Timer(_EXIT_GRACE, os._exit, [status])
         timer.daemon = True
         timer.start()
-    sys.exit(status)
+    exit_command(status)
 
 
 class _Status(NamedTuple):

@@ -12,6 +12,8 @@ import torch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
+
 
 def decode_jpeg(image: Image) -> torch.Tensor | None:
     """Return the pixels of an image that Pillow has opened but not read, as uint8 [height, width, 3].
@@ -35,10 +37,11 @@ def decode_jpeg(image: Image) -> torch.Tensor | None:
 
 
 def _decode(data: bytes) -> torch.Tensor:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    # torchvision 0.29 deprecates its function for this operator. Without the operator, Pillow decodes.
+    import torchvision.io.image  # noqa: F401  # registers the operator
 
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0)
+    return torch.ops.image.decode_jpeg(encoded, _RGB, False).permute(1, 2, 0)
 
 
 @lru_cache
