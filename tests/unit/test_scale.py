@@ -34,7 +34,7 @@ def bytes_of(tensors) -> int:
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     image, text = tiny_clip.inputs()
-    outputs = model(image.to(next(model.parameters()).dtype), text[:2])
+    outputs = model(image.to(model.visual.conv1.weight.dtype), text[:2])
     sum(value.float().sum() for value in outputs.values()).backward()
     optimizer.step()
 

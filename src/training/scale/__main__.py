@@ -261,8 +261,8 @@ def _print_model(found: ModelSizes, rows: list[dict[str, Any]], options: argpars
     smallest = min(row["total_gib"] for row in rows)
     if smallest > options.memory:
         print(
-            f"This needs at least {smallest:.1f} GiB, and a device has {options.memory:g} GiB. Use --grad-checkpointing, "
-            "--fsdp or a smaller --batch-size."
+            f"At least {smallest:.1f} GiB are needed, and a device has {options.memory:g} GiB. "
+            "Use --grad-checkpointing, --fsdp or a smaller --batch-size."
         )
 
 

@@ -99,7 +99,7 @@ class _Run(NamedTuple):
 
 def _run(model: nn.Module, batch: int, autocast: torch.dtype | None) -> _Run:
     image_size, text_size = input_sizes(model)
-    dtype = next(model.parameters()).dtype
+    dtype = min((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # that of most weights
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(autocast), _FusedAttention():
         weights = {n: torch.empty_like(p, device=_DEVICE).requires_grad_(p.requires_grad) for n, p in _named(model)}
         inputs = (

@@ -50,6 +50,8 @@ def of_step(sizes: ModelSizes, plan: Plan, messages: Sequence[Message], links: L
         forward_passes += plan.accum_freq
     forward_passes += plan.accum_freq - 1  # accumulation runs all batches but one twice forward
     flops = plan.batch_size * sizes.flops * (plan.accum_freq + forward_passes / 3)
+    # Of the logits of its images with all texts, a rank computes four products: two passes, and two gradients.
+    flops += 4 * 2 * plan.pairs * (plan.pairs * plan.ranks) * sizes.embed_dim
     seconds: Counter[str] = Counter()
     for message in messages:
         seconds[message.purpose] += links.seconds(message)  # type: ignore[assignment]
