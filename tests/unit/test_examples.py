@@ -41,7 +41,8 @@ def words_of(script: str) -> tuple[list[str], list[str]]:
     """Return the words before and after `-m training.main` of the command that trains."""
     joined = script.replace("\\\n", " ")
     (line,) = (line for line in joined.splitlines() if "-m training.main" in line and not line.startswith("#"))
-    line = line.replace('"$HOST0:29500"', "host0:29500").replace('"$RANK"', "1").replace("$SHARED", "/shared")
+    for name, value in {"HOST0": "host0", "RANK": "1", "SHARED": "/shared", "MASTER_PORT": "2222"}.items():
+        line = re.sub(rf"\${name}\b", value, line)
     launcher, _, options = line.partition("-m training.main")
     return shlex.split(launcher), shlex.split(options)
 

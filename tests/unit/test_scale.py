@@ -126,7 +126,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks(name):
     image_tokens, image_width, text_tokens, text_width, itemsize = 17, 48, 12, 32, 4
     inputs = (3 * image_tokens * image_width + 2 * text_tokens * text_width) * itemsize
     assert inputs <= found.checkpointed.per_sample < found.all.per_sample / 2
-    assert found.checkpointed.per_sample + 4 * found.block.per_sample < found.all.per_sample
+    assert 2 * found.block.per_sample < found.all.per_sample < 5 * found.block.per_sample
 
 
 def test_autocast_keeps_half_the_bytes_and_copies_of_weights(name):

@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task.advance()
             try:
                 found = _measure(name, options)
-            except (ValueError, NotImplementedError) as error:
+            except (ValueError, RuntimeError) as error:  # RuntimeError: an unknown name, or a tower that needs values
                 logger.error("%s: %s", name, error)
                 failed = True
                 continue
