@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -62,10 +63,18 @@ def plan_of(case: str, world_size: int) -> Plan:
 
 
 def model_of(case: str, plan: Plan, device: str) -> nn.Module:
-    options = SIGLIP_INIT if plan.siglip else {}
-    config = RESNET if case in BATCH_NORM else MODEL
+    return build(case in BATCH_NORM, plan.siglip, device)
+
+
+def build(is_resnet: bool, is_siglip: bool, device: str) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
-        return sizes.build(tiny_clip.write_folder(Path(folder), config), device=device, **options)
+        name = tiny_clip.write_folder(Path(folder), RESNET if is_resnet else MODEL)
+        return sizes.build(name, device=device, **(SIGLIP_INIT if is_siglip else {}))
+
+
+@functools.cache
+def measured(is_resnet: bool, is_siglip: bool, autocast: torch.dtype | None) -> sizes.ModelSizes:
+    return sizes.measure("tiny", build(is_resnet, is_siglip, "meta"), autocast)
 
 
 # In each process
@@ -148,7 +157,7 @@ def counted(tmp_path_factory) -> dict[int, list]:
 
 
 def expected_bytes(case: str, plan: Plan) -> dict[str, int]:
-    found = sizes.measure("tiny", model_of(case, plan, "meta"), plan.compute_dtype if plan.is_autocast else None)
+    found = measured(case in BATCH_NORM, plan.siglip, plan.compute_dtype if plan.is_autocast else None)
     if plan.is_autocast:  # on the CPU it leaves features in half precision, on accelerators in float32
         found = dataclasses.replace(found, activations=found.activations._replace(feature_itemsize=2))
     expected: Counter[str] = Counter()
