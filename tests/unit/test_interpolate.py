@@ -13,6 +13,7 @@ from torch import nn
 
 import open_clip
 import tiny_clip
+from checkpoint_cases import SAVERS
 from open_clip import interpolate
 from open_clip.checkpoint import files
 from open_clip.interpolate import average_state_dicts, interpolate_state_dicts
@@ -147,6 +148,16 @@ def test_the_command(pair, model_name, tmp_path, suffix):
     assert not list(tmp_path.glob(".*"))  # temporary files
 
 
+@pytest.mark.parametrize("save", SAVERS, ids=lambda save: save.__name__)
+def test_formats(pair, tmp_path, save):
+    """The containers, prefixes and formats that `create_model` reads."""
+    first, second = save_pair(pair, tmp_path)
+    save(pair[1].state_dict(), second)
+    interpolate.interpolate_files([first, second], tmp_path / "mixed.pt", [0.5, 0.5])
+    expected = interpolate_state_dicts(pair[0].state_dict(), pair[1].state_dict(), 0.5)
+    assert_equal(load(tmp_path / "mixed.pt"), expected, atol=0, rtol=0)
+
+
 def test_the_command_makes_soups(pair, tmp_path):
     first, second = save_pair(pair, tmp_path)
     interpolate.main([str(first), str(second), str(second), str(tmp_path / "soup.pt")])
@@ -180,7 +191,7 @@ def test_models_by_name(pair, model_name, tmp_path):
     assert_equal(found, {k: v for k, v in expected.items() if k in found}, atol=0, rtol=0)
 
 
-def test_openai_archives(tmp_path):
+def test_what_openai_stores():
     """Masks and sizes in OpenAI's files are not weights; float16 and float32 give float32."""
     extras = {"attn_mask": torch.full((4, 4), -torch.inf), "input_resolution": torch.tensor(32)}
     mean = interpolate_state_dicts({"w": torch.ones(2, dtype=torch.float16), **extras}, {"w": torch.zeros(2)}, 0.5)
