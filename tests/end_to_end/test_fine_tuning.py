@@ -28,7 +28,8 @@ def read_commands(page: str) -> list[list[str]]:
     """Return the words of the commands in the shell blocks of a page, with its variables substituted."""
     variables: dict[str, str] = {}
     commands = []
-    for line in "\n".join(re.findall(r"```shell\n(.*?)```", page, flags=re.DOTALL)).splitlines():
+    blocks = "\n".join(re.findall(r"```shell\n(.*?)```", page, flags=re.DOTALL))
+    for line in blocks.replace("\\\n", " ").splitlines():
         words = shlex.split(string.Template(line).substitute(variables))
         if words and words[0] == "python":
             commands.append(words[1:])

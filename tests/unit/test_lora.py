@@ -105,6 +105,7 @@ def test_half_precision(precision: str, lora, tmp_path: Path) -> None:
     open_clip.ClipLoss()(image_features, text_features, scale).backward()
     gradients = [p.grad for name, p in tuned.named_parameters() if "lora_B" in name]
     assert len(gradients) == 8
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
