@@ -86,10 +86,8 @@ def test_the_documented_commands(folder: Path) -> None:
     pytest.importorskip("peft")
     commands = read_commands(PAGE)
     assert len(commands) > 15
-    known = {f"--{name.replace('_', '-')}" for name in vars(parse_args([]))}
     for words in commands:
-        is_training = words[:2] == ["-m", "training.main"]
-        if is_training and not {word for word in words if word.startswith("--")} <= known:
+        if "--image-layer-decay" in words and not hasattr(parse_args([]), "image_layer_decay"):
             continue
         run(words)
     logs = folder / "tuning/logs"
