@@ -7,10 +7,11 @@ edits, those in download caches, are memory-mapped: overwriting a mapped file ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,6 +119,34 @@ def read_state_dict(path: str | os.PathLike, is_mapped: bool = False) -> StateDi
         load_tensors(file, records.values())
         weights = {key: record.tensor for key, record in records.items() if record.tensor is not None}
     return strip_prefixes(weights)
+
+
+@contextlib.contextmanager
+def open_state_dict(
+    path: str | os.PathLike,
+) -> Iterator[tuple[dict[str, TensorRecord], Callable[[str], torch.Tensor]]]:
+    """Open a state dict whose tensors are read one at a time.
+
+    Yields:
+        The records, which have names, shapes and dtypes, and a function that reads the tensor of a name. The tensor is
+        not kept, so each call reads the file.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_state_dict`.
+    """
+    _check_is_file(path)
+    with BinaryFile(path) as file:
+        with name_damage(file.name):
+            records = strip_prefixes(_find_weights(*_parse(file), file.name))
+
+        def load(name: str) -> torch.Tensor:
+            record = dataclasses.replace(records[name])
+            with name_damage(file.name):
+                load_tensors(file, [record])
+            assert record.tensor is not None
+            return record.tensor
+
+        yield records, load
 
 
 def _parse(file: BinaryFile) -> tuple[Any, list[str]]:
