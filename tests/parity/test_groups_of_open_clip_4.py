@@ -5,6 +5,7 @@ fixtures/groups_and_locks_4.2.0.dev0.json was recorded by running it. Its licens
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from open_clip import CLIP
 from open_clip.timm_model import TimmModel
+from training.checkpoint.state import TrainState
 from training.optim import create_optimizer
 from training.params import OptimConfig
 
@@ -74,3 +76,61 @@ def test_locks(case, tower, unlocked):
     getattr(model, f"lock_{tower}_tower")(unlocked)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained == RECORDED["locks"][f"{case} {tower}"][str(unlocked)]
+
+
+NATIVE = [run for case, run in GROUPS if case == "native_vit_for_conversion"]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> list[float]:
+    losses = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        image, text, scale = model(torch.randn(4, 3, 32, 32), torch.randint(1, 512, (4, 16)))
+        logits = scale * image @ text.T
+        loss = nn.functional.cross_entropy(logits, torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("run", NATIVE, ids=["plain", "layer decay"])
+@pytest.mark.parametrize("as_3_3", [False, True], ids=["same groups", "groups of 3.3.0"])
+def test_an_optimizer_state_of_open_clip_4_resumes_with_equal_losses(run, prefix, as_3_3):
+    torch.manual_seed(0)
+    theirs = build("native_vit_for_conversion")
+    named = dict(theirs.named_parameters())
+    groups = [
+        {
+            key: value
+            for key, value in {**group, "group_name": group["name"]}.items()
+            if key != "name" and value is not None
+        }
+        | {"params": [named[name] for name in group["params"]]}
+        for group in run["groups"]
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=1e-4)
+    train(theirs, optimizer, range(3))
+    checkpoint = {
+        "epoch": 1,
+        "name": "theirs",
+        "state_dict": {prefix + name: value.clone() for name, value in theirs.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "global_step": 3,
+        "samples_seen": 12,
+    }
+
+    ours = build("native_vit_for_conversion")
+    arguments = {} if as_3_3 else {"decay_rule": "4", **run["arguments"]}
+    config = OptimConfig(lr=1e-3, wd=0.2, eps=1e-4, **arguments)
+    state = TrainState(ours, torch.device("cpu"), parts={"optimizer": create_optimizer(ours, config, "cpu")})
+    state.load_state_dict(copy.deepcopy(checkpoint))
+    moments = state.parts["optimizer"].state
+    for name, p in ours.named_parameters():
+        assert torch.equal(moments[p]["exp_avg"], optimizer.state[named[name]]["exp_avg"]), name
+    if not as_3_3:
+        assert train(ours, state.parts["optimizer"], range(3, 6)) == pytest.approx(
+            train(theirs, optimizer, range(3, 6))
+        )
