@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import lzma
 from pathlib import Path
@@ -88,20 +89,20 @@ def test_the_next_losses_are_those_of_torch_with_their_groups(recorded):
     rest = [p for _, p in named if not any(p is other for other in without)]
     optimizer = torch.optim.AdamW([{"params": without}, {"params": rest}], lr=1.0)
     saved = theirs["optimizer"]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(copy.deepcopy(saved))  # torch does not copy the moments
     lr = saved["param_groups"][1]["lr"]
     for group in optimizer.param_groups:
         group["lr"] = lr
     expected = next_losses(model, optimizer)
 
     same = state_of()
-    same.load_state_dict(theirs)
+    same.load_state_dict(copy.deepcopy(theirs))
     for group in same.parts["optimizer"].param_groups:
         group["lr"] = lr
     assert next_losses(same.model, same.parts["optimizer"]) == pytest.approx(expected)
 
     other = state_of(dataclasses.replace(OPTIM, lr=lr, decay_rule="3.3", image_layer_decay=1.0))
-    other.load_state_dict(theirs)
+    other.load_state_dict(copy.deepcopy(theirs))
     assert next_losses(other.model, other.parts["optimizer"]) == pytest.approx(expected)
 
     layered = state_of(OptimConfig(lr=lr, image_layer_decay=0.5))
