@@ -20,7 +20,15 @@ from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
 from .hf_poolers import POOLERS, ClsPooler
 from .transformer.layers import GELU
-from .utils import NotScriptable, check_token_ids, expect, feature_take_indices, set_trainable
+from .utils import (
+    LayerGroups,
+    NotScriptable,
+    check_token_ids,
+    expect,
+    feature_take_indices,
+    layer_groups,
+    set_trainable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +166,13 @@ def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
 # Tower
 
 
+def _around(parent: nn.Module, child: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the modules of `parent` before and after `child`."""
+    parts = list(parent.children())
+    position = next(number for number, part in enumerate(parts) if part is child)
+    return parts[:position], parts[position + 1 :]
+
+
 class HFTextEncoder(NotScriptable, nn.Module):
     """A text tower whose encoder is a model of transformers.
 
@@ -249,7 +264,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
             unlocked_layers: number of last blocks to train. One more than there are trains the embeddings, too.
             freeze_layer_norm: False trains all layer norms.
         """
-        groups = [getattr(self.transformer, self.config_names["token_embeddings_attr"]), *self._blocks]
+        groups = [members for _, members in self.layer_groups()][:-1]
         if unlocked_layers >= len(groups):
             logger.warning("The text tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_layers)
         set_trainable(groups[:-unlocked_layers] if unlocked_layers else self.transformer, False)
@@ -257,9 +272,26 @@ class HFTextEncoder(NotScriptable, nn.Module):
             norms = [module for module in self.transformer.modules() if "norm" in type(module).__name__.lower()]
             set_trainable(norms, True)
 
+    def layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the tower's parameters in groups from the input to the output, see `utils.layer_groups`.
+
+        The pooler is the encoder's pooling layer. What the encoder has after its blocks belongs to the last block.
+        """
+        pooler = getattr(self.transformer, "pooler", None)
+        before, after = _around(self._stack, self._blocks)
+        if self._stack is not self.transformer:
+            outer = _around(self.transformer, self._stack)
+            before, after = [*outer[0], *before], [*after, *(part for part in outer[1] if part is not pooler)]
+        poolers = [] if pooler is None else [pooler]
+        return layer_groups(before, self._blocks, after, poolers, [self.pooler, self.proj], pooler_in_head)
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay, in addition to norms and biases: none."""
         return set()
+
+    def no_weight_decay_patterns(self) -> set[str]:
+        """Return patterns of more names without weight decay, for --decay-rule 4: tables of positions and types."""
+        return {"*position_embeddings.weight", "*token_type_embeddings.weight", "*relative_attention_bias.weight"}
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
         """Return the lengths of the texts without trailing padding, which changes no embedding.

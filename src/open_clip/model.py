@@ -34,7 +34,7 @@ from .towers import build_text_tower as _build_text_tower  # programs import and
 from .towers import build_vision_tower as _build_vision_tower
 from .transformer.text import TextTransformer
 from .transformer.text_encoder import TextEncoder, text_option
-from .utils import NotScriptable, has_hooks, has_method, to_2tuple
+from .utils import LayerGroups, NotScriptable, has_hooks, has_method, to_2tuple
 
 __all__ = [
     "CLIP",
@@ -131,6 +131,14 @@ class TwoTowers(NotScriptable, nn.Module):
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freeze the text tower except for its last groups. See TextTransformer.lock."""
+        raise NotImplementedError
+
+    def image_layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the image tower's parameters in groups from the input to the output, see `utils.layer_groups`."""
+        return self.visual.layer_groups(pooler_in_head)
+
+    def text_layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the text tower's parameters in groups from the input to the output, see `utils.layer_groups`."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -323,6 +331,9 @@ class CLIP(TextEncoder, TwoTowers):
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         self.lock_text(unlocked_layers, freeze_layer_norm)
 
+    def text_layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        return self._text_layer_groups()
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.visual.set_grad_checkpointing(enable)
         self.transformer.grad_checkpointing = enable
@@ -351,6 +362,9 @@ class SeparateTextTower(TwoTowers):
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         self.text.lock(unlocked_layers, freeze_layer_norm)
+
+    def text_layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        return self.text.layer_groups(pooler_in_head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.visual.set_grad_checkpointing(enable)

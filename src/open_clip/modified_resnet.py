@@ -21,11 +21,13 @@ from .constants import RESNET_STRIDE
 from .pos_embed import resize_table
 from .transformer.attention import check_heads
 from .utils import (
+    LayerGroups,
     NotScriptable,
     check_images,
     expect,
     feature_take_indices,
     freeze_batch_norm_2d,
+    layer_groups,
     set_trainable,
     to_2tuple,
 )
@@ -186,8 +188,7 @@ class ModifiedResNet(NotScriptable, nn.Module):
             freeze_bn_stats: also freeze the running statistics of frozen batch norms.
         """
         set_trainable(self, False)
-        stem = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
-        groups = [stem, *self._stages(), self.attnpool]
+        groups = [members for _, members in self.layer_groups()]
         set_trainable(groups[len(groups) - min(unlocked_groups, len(groups)) :], True)
         if freeze_bn_stats:
             frozen = [
@@ -197,6 +198,14 @@ class ModifiedResNet(NotScriptable, nn.Module):
             ]
             if frozen:
                 freeze_batch_norm_2d(self, frozen)
+
+    def layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the tower's parameters in groups from input to output: "embeddings" (the stem), stages, "proj".
+
+        The attention pooling is the projection, so `pooler_in_head` has no effect.
+        """
+        stem = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
+        return layer_groups(stem, self._stages(), [], [], [self.attnpool])
 
     def resize_pos_embed(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:
         """Interpolate the position embeddings of a state dict for another image size, in place."""

@@ -16,7 +16,7 @@ from torch import nn
 from . import aliases
 from .config import closest
 from .transformer.layers import GELU, QuickGELU
-from .utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
+from .utils import LayerGroups, NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
 
@@ -134,20 +134,35 @@ class TimmModel(NotScriptable, nn.Module):
             if freeze_bn_stats:
                 _freeze_batch_norms(self.trunk, [name for name, _ in self.trunk.named_modules()])
             return
-        from timm.models import group_modules, group_parameters
-
-        matcher = self.trunk.group_matcher()
-        group_of = group_parameters(self.trunk, matcher, reverse=True)
-        last_frozen = max(group_of.values()) - unlocked_groups
-        if last_frozen < 0:
-            groups = last_frozen + unlocked_groups + 1
-            logger.warning("The trunk has %d groups: unlocking %d locks nothing.", groups, unlocked_groups)
-        for name, group in group_of.items():
-            if group <= last_frozen:
-                self.trunk.get_parameter(name).requires_grad = False
+        groups = self._trunk_groups()
+        if unlocked_groups > len(groups):
+            logger.warning("The trunk has %d groups: unlocking %d locks nothing.", len(groups), unlocked_groups)
+        num_frozen = max(len(groups) - unlocked_groups, 0)
+        set_trainable(groups[:num_frozen], False)
         if freeze_bn_stats:
-            group_of = group_modules(self.trunk, matcher, reverse=True)
-            _freeze_batch_norms(self.trunk, [name for name, group in group_of.items() if group <= last_frozen])
+            from timm.models import group_modules
+
+            group_of = group_modules(self.trunk, self.trunk.group_matcher(), reverse=True)
+            _freeze_batch_norms(self.trunk, [name for name, group in group_of.items() if group < num_frozen])
+
+    def _trunk_groups(self) -> list[list[nn.Parameter]]:
+        """Return the trunk's parameters in the groups that its `group_matcher` defines, from input to output."""
+        from timm.models import group_parameters
+
+        group_of = group_parameters(self.trunk, self.trunk.group_matcher(), reverse=True)
+        groups: list[list[nn.Parameter]] = [[] for _ in range(max(group_of.values()) + 1)]
+        for name, group in group_of.items():
+            groups[group].append(self.trunk.get_parameter(name))
+        return groups
+
+    def layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the tower's parameters in groups from input to output: those of the trunk, and "proj", the head.
+
+        A pooler is where timm or the configuration has it, so `pooler_in_head` has no effect.
+        """
+        first, *others = self._trunk_groups()
+        layers = [(f"layer.{number}", list[Any](members)) for number, members in enumerate(others)]
+        return [("embeddings", list(first)), *layers, ("proj", [self.head])]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the trunk's blocks in the backward pass instead of keeping their activations."""

@@ -67,6 +67,34 @@ def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: 
             set_trainable(member, trainable)
 
 
+# From the input of a tower to its output: (name of the group, its modules, parameters and None). Each parameter of the
+# tower is in one group.
+LayerGroups = list[tuple[str, list[Any]]]
+
+
+def layer_groups(
+    embeddings: list[Any],
+    blocks: Iterable[nn.Module],
+    after_blocks: list[Any],
+    pooler: list[Any],
+    head: list[Any],
+    pooler_in_head: bool = True,
+) -> LayerGroups:
+    """Return the groups of a tower of blocks: "embeddings", "layer.0", "layer.1", ..., ["pooler",] "proj".
+
+    Args:
+        after_blocks: members that belong to the last block, such as the final norm.
+        pooler_in_head: put `pooler` into "proj". False: it is a group of its own, if it is not empty.
+    """
+    groups: LayerGroups = [("embeddings", list(embeddings))]
+    groups += [(f"layer.{number}", [block]) for number, block in enumerate(blocks)]
+    groups[-1][1].extend(after_blocks)
+    if pooler and not pooler_in_head:
+        groups.append(("pooler", list(pooler)))
+    groups.append(("proj", [*pooler, *head] if pooler_in_head else list(head)))
+    return groups
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks, or torch has hooks for all modules."""
     return bool(

@@ -146,7 +146,7 @@ def build_scheduler(
     """Build the learning rate schedule over all epochs. With --skip-scheduler it does not change the rates."""
     if cfg.skip_scheduler:
         return scheduler.unchanged_lr(optimizer)
-    base_lr = optimizer.param_groups[0]["lr"] if optim.lr is None else optim.lr
+    base_lr = scheduler.unscaled_lr(optimizer.param_groups[0]) if optim.lr is None else optim.lr
     steps = steps_per_epoch * cfg.epochs
     if cfg.lr_scheduler == "cosine":
         return scheduler.cosine_lr(optimizer, base_lr, cfg.warmup, steps)

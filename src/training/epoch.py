@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from training import scheduler
 from training.batches import to_device
 from training.checkpoint.saver import NullSaver
 from training.checkpoint.state import TrainState
@@ -85,7 +86,7 @@ def _report(trainer: Trainer, data: Any, state: TrainState, progress: Progress) 
     """Log a line and write its numbers. All ranks do this: they count bad samples together."""
     numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None), trainer.guard.counters())
     numbers |= trainer.compilation.counters()
-    numbers["lr"] = trainer.optimizer.param_groups[0]["lr"]
+    numbers["lr"] = scheduler.unscaled_lr(trainer.optimizer.param_groups[0])
     parts = [format_line(numbers, progress, state), str(report_skips(data))]
     logger.info(" ".join(filter(None, parts)))
     progress.writer.write(numbers, state.step - 1, "train")

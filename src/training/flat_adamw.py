@@ -275,29 +275,35 @@ class _Buffer:
             decay = groups[segment.group]["lr"] * groups[segment.group]["weight_decay"]
             if decay:
                 _part(weights, segment).mul_(1 - counts * decay)
-        for run in _join_segments(self._segments, groups):
-            self._update_run(run, weights, gradient, counts, groups[run.group])
+        for run in _join_segments(self._segments, groups, ("betas", "eps")):
+            self._update_run(run, weights, gradient, counts, groups)
         self._steps.add_(counts if self._counted is None else counts * self._counted)
         if self._master is not None:
             self.weights.buffer.copy_(self._master.buffer)
 
     def _update_run(
-        self, run: _Segment, weights: Tensor, gradient: Tensor, counts: Tensor, options: Mapping[str, Any]
+        self, run: _Segment, weights: Tensor, all_gradients: Tensor, counts: Tensor, groups: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Do the operations of torch.optim.AdamW in the same order, after the decay. Overwrites the gradient.
+        """Do the operations of torch.optim.AdamW in the same order, after the decay. Overwrites the gradients.
+
+        Learning rates may differ within the run (layer decay), so only the last operation is done per rate.
 
         counts: scalar on the device; 1, or 0 to keep weights and moments unchanged.
         """
-        lr, (beta1, beta2) = options["lr"], options["betas"]
-        weights, gradient = _part(weights, run), _part(gradient, run)
+        beta1, beta2 = groups[run.group]["betas"]
+        gradient = _part(all_gradients, run)
         exp_avg, exp_avg_sq = _part(self._exp_avg.buffer, run), _part(self._exp_avg_sq.buffer, run)
         step = (self._step_views[run.first] + 1).to(self.moment_dtype)
         exp_avg.lerp_(gradient, counts * (1 - beta1))
         exp_avg_sq.mul_(1 - counts * (1 - beta2)).addcmul_(gradient, gradient, value=1 - beta2)
         denominator = torch.sqrt(exp_avg_sq, out=gradient)
-        denominator.div_(_bias_correction(beta2, step).sqrt_()).add_(options["eps"])
+        denominator.div_(_bias_correction(beta2, step).sqrt_()).add_(groups[run.group]["eps"])
         torch.div(exp_avg, denominator, out=gradient)
-        weights.addcmul_(gradient, counts * -lr / _bias_correction(beta1, step))
+        correction = _bias_correction(beta1, step)
+        members = [segment for segment in self._segments if run.start <= segment.start < run.stop]
+        for part in _join_segments(members, groups, ("lr",)):
+            factor = counts * -groups[part.group]["lr"] / correction
+            _part(weights, part).addcmul_(_part(all_gradients, part), factor)
 
     def _update_master(self) -> None:
         """Copy weights that were changed since the last step (by a clamp or a loaded model) to the master copy."""
@@ -311,14 +317,16 @@ def _bias_correction(beta: float, step: Tensor) -> Tensor:
     return torch.expm1(step * (math.log(beta) if beta else -math.inf)).neg_()
 
 
-def _join_segments(segments: Iterable[_Segment], groups: Sequence[Mapping[str, Any]]) -> list[_Segment]:
-    """Join adjacent segments that have the same step count and coefficients."""
+def _join_segments(
+    segments: Iterable[_Segment], groups: Sequence[Mapping[str, Any]], options: Sequence[str]
+) -> list[_Segment]:
+    """Join adjacent segments that have the same step count and the same values of these options."""
     runs: list[_Segment] = []
     for segment in segments:
         last = runs[-1] if runs else None
         if last is not None and last.stop == segment.start and last.history == segment.history:
             ours, theirs = groups[segment.group], groups[last.group]
-            if all(ours[name] == theirs[name] for name in ("lr", "betas", "eps")):
+            if all(ours[name] == theirs[name] for name in options):
                 last.stop = segment.stop
                 continue
         runs.append(_Segment(**vars(segment)))

@@ -1,7 +1,8 @@
-"""The optimizer of a run: AdamW with open_clip's two parameter groups, or one of timm's."""
+"""The optimizer of a run: AdamW, NAdam with decoupled weight decay, or one of timm's."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -11,12 +12,22 @@ from torch import nn
 from open_clip import device as devices
 from open_clip.config import closest
 from training.flat_adamw import FlatAdamW
+from training.parameter_groups import build_groups, grouping_of, log_groups
 from training.params import OptimConfig
 
 logger = logging.getLogger(__name__)
 
 # Options for the implementation. They depend on the device, so they are not taken from a checkpoint.
-_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+_IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
+# Arguments of optimizers that have a flag of their own.
+_FLAG_OF = {
+    "lr": "--lr",
+    "weight_decay": "--wd",
+    "betas": "--beta1 and --beta2",
+    "eps": "--eps",
+    "momentum": "--momentum",
+}
+TORCH_OPTIMIZERS = ("adamw", "nadamw")
 _BFLOAT16_FORMS = ("auto", "torch", "off")
 
 
@@ -24,7 +35,8 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
     """Create the optimizer for the trainable parameters.
 
     Its state dict is compatible with open_clip's: same groups, same order of parameters. It is also compatible between
-    fused and unfused implementations: `load_state_dict` keeps the implementation of this optimizer.
+    fused and unfused implementations: `load_state_dict` keeps the implementation of this optimizer. A group with an
+    "lr_scale" has this multiple of the learning rate, from the start and in all schedules.
 
     Args:
         model: the bare module, already on its device. It must not be wrapped by DDP, whose prefix hides the names that
@@ -33,36 +45,80 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
         device: device of the model. Together with the dtype of the weights it decides what `fused_optimizer="auto"` is.
 
     Raises:
-        ValueError: the optimizer is unknown, does not support the device or the dtype of the weights, or the model has
-            no trainable parameters.
+        ValueError: the optimizer is unknown or does not take an option, does not support the device or the dtype of
+            the weights, or the model has no trainable parameters.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("The model has no trainable parameters. Unlock a part of it (see --lock-image, --lock-text).")
     check_name(cfg.opt)
+    check_options(cfg)
     for dtype in {p.dtype for p in model.parameters() if p.requires_grad}:
         check_weights(cfg, dtype)
     opt = cfg.opt.lower()
     if opt == "adamw":
         optimizer = _adamw(model, cfg, torch.device(device))
+    elif opt == "nadamw":
+        groups = build_groups(model, grouping_of(cfg), cfg.wd)
+        optimizer = torch.optim.NAdam(groups, decoupled_weight_decay=True, **_hyperparameters(cfg))
     else:
         optimizer = _timm(model, cfg, opt.removeprefix("timm/"))
+    _scale_rates(optimizer, cfg)
+    log_groups(optimizer)
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
     return optimizer
 
 
 def check_name(opt: str) -> None:
-    """Raise ValueError unless `opt` is "adamw" or "timm/NAME" with the name of an optimizer of timm."""
+    """Raise ValueError unless `opt` is an optimizer of torch, or "timm/NAME" with the name of an optimizer of timm."""
     name = opt.lower()
-    if name == "adamw":
+    if name in TORCH_OPTIMIZERS:
         return
     if not name.startswith("timm/"):
-        raise ValueError(f"Unknown --opt {opt!r}. Use adamw or timm/NAME.")
+        raise ValueError(f"Unknown --opt {opt!r}. Use adamw, nadamw or timm/NAME.")
     import timm.optim
 
     name, known = name.removeprefix("timm/"), [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
         near = ", ".join(f"timm/{match}" for match in closest(name, map(str, known)))
         raise ValueError(f"--opt {opt!r}: timm has no such optimizer.{near and f' Similar names: {near}.'}")
+
+
+def check_options(cfg: OptimConfig) -> None:
+    """Check --opt-kwargs and --opt-fallback-list.
+
+    Raises:
+        ValueError: the optimizer does not take one of the arguments, a flag sets it, or the optimizer has no fallback.
+    """
+    name, given = cfg.opt.lower(), cfg.opt_kwargs
+    if cfg.opt_fallback_list and name in TORCH_OPTIMIZERS:
+        raise ValueError(
+            f"--opt-fallback-list belongs to timm's optimizers of the Muon family, and --opt is {cfg.opt}. Leave it "
+            "out, or use --opt timm/muon."
+        )
+    if not given and not cfg.opt_fallback_list:
+        return
+    taken = _arguments(name)
+    if cfg.opt_fallback_list and not taken & {"fallback_lr_scale", "adamw_lr"}:
+        logger.warning("--opt-fallback-list has no effect: %s has no fallback optimizer. timm/muon has one.", cfg.opt)
+    for key, value in given.items():
+        if key in _FLAG_OF:
+            raise ValueError(f"--opt-kwargs {key}={value}: use {_FLAG_OF[key]} instead.")
+        if key not in taken:
+            names = ", ".join(sorted(taken - _FLAG_OF.keys())) or "none"
+            raise ValueError(f"--opt-kwargs {key}={value}: --opt {cfg.opt} takes no {key}. It takes: {names}.")
+
+
+def _arguments(name: str) -> set[str]:
+    """Return the names of the arguments that an optimizer takes, without those that --opt and other flags decide."""
+    if name == "adamw":
+        return set(inspect.signature(torch.optim.AdamW).parameters) - {"params", *_IMPLEMENTATION}
+    if name == "nadamw":
+        return set(inspect.signature(torch.optim.NAdam).parameters) - {"params", "decoupled_weight_decay"}
+    import timm.optim
+
+    # For names such as lookahead_adamw, those of the inner optimizer.
+    kind: Any = timm.optim.get_optimizer_class(name.removeprefix("timm/").split("_")[-1], bind_defaults=False)
+    return set(inspect.signature(kind).parameters) - {"params", "args", "kwargs"}
 
 
 def check_weights(cfg: OptimConfig, dtype: torch.dtype) -> None:
@@ -87,26 +143,15 @@ def check_weights(cfg: OptimConfig, dtype: torch.dtype) -> None:
         )
 
 
-def has_no_decay(name: str, parameter: torch.Tensor) -> bool:
-    """Return whether the parameter has no weight decay.
-
-    These are parameters with less than 2 dimensions, or with "bn", "ln", "bias" or "logit_scale" in the name.
-    """
-    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-
-
 def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if has_no_decay(name, p)], "weight_decay": 0.0},
-        {"params": [p for name, p in named if not has_no_decay(name, p)], "weight_decay": cfg.wd},
-    ]
-    options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps)
-    has_float16 = any(p.dtype == torch.float16 for _, p in named)
+    groups = build_groups(model, grouping_of(cfg), cfg.wd)
+    options = _hyperparameters(cfg)
+    has_float16 = any(p.dtype == torch.float16 for group in groups for p in group["params"])
     # torch's fused kernel is the fastest, but its moments have the dtype of the weights, and it can skip a step only on
     # some devices.
     kind = devices.get(device)
-    if cfg.fused_optimizer == "auto" and (has_float16 or not kind.fused_adamw_skips):
+    is_flat = cfg.fused_optimizer == "auto" and (has_float16 or not kind.fused_adamw_skips)
+    if is_flat and not cfg.opt_kwargs:  # FlatAdamW has neither amsgrad nor maximize
         return FlatAdamW(groups, **options)
     return kind.adamw(groups, cfg.fused_optimizer, **options)
 
@@ -114,8 +159,24 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
 def _timm(model: nn.Module, cfg: OptimConfig, name: str) -> torch.optim.Optimizer:
     import timm.optim
 
-    options = _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps, momentum=cfg.momentum)
-    return timm.optim.create_optimizer_v2(model, name, weight_decay=cfg.wd, **options)
+    options = _given(momentum=cfg.momentum) | _hyperparameters(cfg)
+    grouping = grouping_of(cfg)
+    # timm's own groups are those of open_clip 3.3.0 with --opt timm/NAME.
+    grouped: Any = model if grouping.is_of_3_3 else build_groups(model, grouping, cfg.wd)
+    return timm.optim.create_optimizer_v2(grouped, name, weight_decay=cfg.wd, **options)
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, cfg: OptimConfig) -> None:
+    """Multiply the learning rates by the groups' "lr_scale". Schedules do the same at each step."""
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            if group["lr"] is None:
+                raise ValueError(f"Layer decay needs a learning rate, and --opt {cfg.opt} has none. Set --lr.")
+            group["lr"] *= group["lr_scale"]
+
+
+def _hyperparameters(cfg: OptimConfig) -> dict[str, Any]:
+    return _given(lr=cfg.lr, betas=_betas(cfg), eps=cfg.eps) | cfg.opt_kwargs
 
 
 def _betas(cfg: OptimConfig) -> tuple[float, float] | None:
@@ -132,7 +193,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _keep_implementation(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Replace `fused`, `foreach` and so on in the saved groups by those of the optimizer (a pre-hook of loading)."""
-    own = [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    own = [{key: group[key] for key in sorted(_IMPLEMENTATION) if key in group} for group in optimizer.param_groups]
     saved = state_dict["param_groups"]
     if len(saved) != len(own):
         return state_dict  # torch raises an error that says what differs

@@ -50,6 +50,7 @@ def check_options(cfg: TrainConfig) -> None:
     _check_packages(cfg)
     if trains(data):
         optim.check_name(cfg.optim.opt)
+        optim.check_options(cfg.optim)
         optim.check_weights(cfg.optim, precision.weights_dtype(cfg.model.precision))
     _check_pairs(data)
     for name in _LABELLED:

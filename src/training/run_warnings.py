@@ -81,7 +81,7 @@ def jump_of_learning_rate(
     groups = checkpoint.get("optimizer", {}).get("param_groups", [])
     if not groups or step == 0:
         return
-    before = float(groups[0].get("lr", math.nan))
+    before = float(scheduler.unscaled_lr({"lr": math.nan, **groups[0]}))
     now = scheduler.rate_at(own, optimizer, step - 1)
     if math.isfinite(before) and not math.isclose(before, now, rel_tol=_SAME_RATE, abs_tol=1e-12):
         following = scheduler.rate_at(own, optimizer, step)

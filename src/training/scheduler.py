@@ -8,7 +8,8 @@ is above 0 in the first step and base_lr in the last one. After the last step of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -16,9 +17,14 @@ Scheduler = Callable[[int], float]
 
 
 def assign_learning_rate(optimizer: torch.optim.Optimizer, new_lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups, times the "lr_scale" of groups that have one (layer decay)."""
     for group in optimizer.param_groups:
-        group["lr"] = new_lr
+        group["lr"] = new_lr * group["lr_scale"] if "lr_scale" in group else new_lr
+
+
+def unscaled_lr(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a parameter group without its "lr_scale"."""
+    return group["lr"] / group["lr_scale"] if "lr_scale" in group else group["lr"]
 
 
 def _after_warmup(
@@ -34,7 +40,7 @@ def _after_warmup(
 
 def unchanged_lr(optimizer: torch.optim.Optimizer) -> Scheduler:
     """Create a schedule that keeps the learning rates of the optimizer."""
-    return lambda step: optimizer.param_groups[0]["lr"]
+    return lambda step: unscaled_lr(optimizer.param_groups[0])
 
 
 def const_lr(optimizer: torch.optim.Optimizer, base_lr: float, warmup_length: int, steps: int) -> Scheduler:

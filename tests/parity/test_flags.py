@@ -38,17 +38,33 @@ OURS = {
     "deterministic": False,
     "profile_level": 0,
     "text_groups": 4,
+    "decay_rule": None,
 }
+# Options of open_clip 4, with its names and defaults (facts: train_flags of 4.2.0.dev0).
+OF_4 = {
+    "opt_kwargs": {},
+    "opt_fallback_list": None,
+    "wd_exclude_patterns": [],
+    "image_layer_decay": None,
+    "text_layer_decay": None,
+    "text_pooler_in_head": True,
+}
+SPELLED_OTHERWISE = {"wd_exclude_patterns": "--wd-exclude", "text_pooler_in_head": "--text-pooler-own-group"}
 
 
 def test_options_and_defaults_are_those_of_open_clip_and_ours():
-    assert vars(params.parse_args([])) == {**THEIRS, **DIFFERENT, **OURS}
+    assert vars(params.parse_args([])) == {**THEIRS, **DIFFERENT, **OURS, **OF_4}
 
 
 def test_each_option_is_spelled_as_its_name():
     spelled = {option for action in build_parser()._actions for option in action.option_strings}
-    expected = {"--" + name.replace("_", "-") for name in [*THEIRS, *OURS]}
-    assert spelled == expected | {"-h", "--help", "--output-dir"}
+    names = [*THEIRS, *OURS, *OF_4]
+    expected = {SPELLED_OTHERWISE.get(name, "--" + name.replace("_", "-")) for name in names}
+    assert spelled == expected | {"-h", "--help", "--output-dir", "--visual-layer-decay"}
+
+
+def test_the_pooler_flag_switches_off():
+    assert params.parse_args(["--text-pooler-own-group"]).text_pooler_in_head is False
 
 
 @pytest.mark.parametrize("model", ["ViT-B-32", "my-vit-tiny", "ViTamin-L", "EVA02-VIT"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import lzma
 from pathlib import Path
 
@@ -26,9 +28,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def state_of(**values) -> TrainState:
+OPTIM = OptimConfig(lr=5e-4, beta1=0.9, beta2=0.999, eps=1e-8, fused_optimizer="off")
+
+
+def state_of(optim: OptimConfig = OPTIM, **values) -> TrainState:
     model = CLIP(**MODEL, output_dict=True)
-    optimizer = create_optimizer(model, OptimConfig(lr=5e-4, beta1=0.9, beta2=0.999, eps=1e-8), CPU)
+    optimizer = create_optimizer(model, optim, CPU)
     return TrainState(model=model, device=CPU, name="recorded", parts={"optimizer": optimizer}, **values)
 
 
@@ -57,3 +62,53 @@ def test_what_we_save_of_it_has_their_form(recorded):
         assert mine["params"] == other["params"]
         assert mine["weight_decay"] == other["weight_decay"]
     assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
+
+
+def next_losses(model: CLIP, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        output = model(torch.randn(4, 3, 16, 16), torch.randint(1, 49408, (4, 8)))
+        logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_next_losses_are_those_of_torch_with_their_groups(recorded):
+    """Also if the groups of this run are others, as long as rates and decay of each parameter are the same."""
+    theirs = load_checkpoint(recorded)
+    model = CLIP(**MODEL, output_dict=True)
+    model.load_state_dict(theirs["state_dict"])
+    words = ("bn", "ln", "bias", "logit_scale")
+    named = list(model.named_parameters())
+    without = [p for name, p in named if p.ndim < 2 or any(word in name for word in words)]
+    rest = [p for _, p in named if not any(p is other for other in without)]
+    optimizer = torch.optim.AdamW([{"params": without}, {"params": rest}], lr=1.0)
+    saved = theirs["optimizer"]
+    optimizer.load_state_dict(copy.deepcopy(saved))  # torch does not copy the moments
+    lr = saved["param_groups"][1]["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    expected = next_losses(model, optimizer)
+
+    same = state_of()
+    same.load_state_dict(copy.deepcopy(theirs))
+    for group in same.parts["optimizer"].param_groups:
+        group["lr"] = lr
+    assert next_losses(same.model, same.parts["optimizer"]) == pytest.approx(expected)
+
+    other = state_of(dataclasses.replace(OPTIM, lr=lr, decay_rule="3.3", image_layer_decay=1.0))
+    other.load_state_dict(copy.deepcopy(theirs))
+    assert next_losses(other.model, other.parts["optimizer"]) == pytest.approx(expected)
+
+    layered = state_of(OptimConfig(lr=lr, image_layer_decay=0.5))
+    layered.load_state_dict(theirs)
+    name_of = {id(p): name for name, p in named}
+    parameters = dict(layered.model.named_parameters())
+    for index, p in enumerate([*without, *rest]):
+        kept = layered.parts["optimizer"].state[parameters[name_of[id(p)]]]
+        assert torch.equal(kept["exp_avg"], saved["state"][index]["exp_avg"]), name_of[id(p)]

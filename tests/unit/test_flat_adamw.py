@@ -189,6 +189,43 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_parameters(lay
     assert sum(calls.counts[name] for name in large) <= 40
 
 
+@pytest.mark.parametrize("layers", [2, 20])
+def test_with_layer_decay_the_number_of_operators_grows_by_six_per_learning_rate(layers):
+    """Per rate the factor of the rate and that of the decay are computed and applied; moments are updated together."""
+
+    def count(rates: int) -> int:
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(layers * 8)])
+        parameters = list(model.parameters())
+        size = len(parameters) // rates
+        groups = [
+            {"params": parameters[number * size : (number + 1) * size], "lr": 1e-3 * 0.9**number}
+            for number in range(rates)
+        ]
+        optimizer = FlatAdamW(groups, weight_decay=0.1)
+        for seed in range(2):
+            random_gradients(model, seed)
+            with Calls() as calls:
+                optimizer.step()
+        return sum(number for name, number in calls.counts.items() if not name.startswith("aten::slice"))
+
+    assert count(8) - count(1) == 7 * 6
+
+
+def test_layer_decay_equals_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = Late(), Late()
+    theirs.load_state_dict(ours.state_dict())
+
+    def split(model: nn.Module) -> list[dict]:
+        return [{"params": [p], "lr": 1e-2 * 0.7**n, "weight_decay": 0.1 * (n % 2)} for n, p in
+                enumerate(model.parameters())]  # fmt: skip
+
+    mine, reference = FlatAdamW(split(ours)), torch.optim.AdamW(split(theirs))
+    train(ours, mine, range(6))
+    train(theirs, reference, range(6))
+    assert_same(all_tensors(ours, mine), all_tensors(theirs, reference), 1e-6)
+
+
 # Skipping
 
 

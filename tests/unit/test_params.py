@@ -12,7 +12,7 @@ from training import params
 from training.params import parse_args, read_section, sections, validate, warnings_for
 from training.params.config import SECTIONS
 from training.params.flags import build_parser
-from training.params.option import Option, option, options_of
+from training.params.option import Option, flag, option, options_of
 
 DATA = ["--train-data", "a.csv"]
 
@@ -338,7 +338,7 @@ def test_help_describes_every_option_and_the_surprising_facts(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name in vars(parse_args([])):
-        assert "--" + name.replace("_", "-") in text
+        assert flag(name) in text
     assert "the gradients of the towers are 1/W" in text
     assert "on the CPU: bf16 without a scaler" in text
     assert "[0.0005]" not in text

@@ -328,6 +328,9 @@ class AttentionalPooler(NotScriptable, nn.Module):
         self.ln_q = norm_layer(d_model)
         self.ln_k = norm_layer(context_dim)
 
+    def no_weight_decay(self) -> set[str]:
+        return {"query"}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pool [batch, tokens, context_dim] to [batch, n_queries, d_model]."""
         query, context = self.ln_q(self.query.to(x.dtype)).unsqueeze(0), self.ln_k(x)

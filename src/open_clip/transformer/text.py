@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils import expect
+from ..utils import LayerGroups, expect
 from .blocks import BlockOptions, init_blocks
 from .layers import GELU, LayerNorm, ModuleFactory
 from .masks import causal_mask
@@ -156,6 +156,10 @@ class TextTransformer(TextEncoder):
             freeze_layer_norm: False trains all layer norms.
         """
         self.lock_text(unlocked_layers, freeze_layer_norm)
+
+    def layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the tower's parameters in groups from the input to the output, see `utils.layer_groups`."""
+        return self._text_layer_groups()
 
     def no_weight_decay(self) -> set[str]:
         return self._text_no_weight_decay()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils import check_token_ids, expect, is_symbolic, set_trainable
+from ..utils import LayerGroups, check_token_ids, expect, is_symbolic, layer_groups, set_trainable
 from .attention import KeyValueCache
 from .layers import can_follow_pooling, drop_none
 from .masks import CausalMaskModule, KernelMask
@@ -285,11 +285,9 @@ class TextEncoder(CausalMaskModule):
 
     def lock_text(self, unlocked_layers: int, freeze_layer_norm: bool) -> None:
         """Freeze the parameters of the text tower except for its last groups. See TextTransformer.lock."""
-        *blocks, last_block = self.transformer.resblocks
-        embedding = [self.token_embedding, self.positional_embedding, self.cls_emb]
-        groups: list[Any] = [embedding, *blocks, [last_block, self.ln_final]]
-        if self.text_projection is not None:
-            groups.append(self.text_projection)
+        groups = [members for _, members in self._text_layer_groups()]
+        if self.text_projection is None:
+            groups.pop()
         set_trainable(groups, False)
         if unlocked_layers >= len(groups):
             logger.warning("The text tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_layers)
@@ -298,6 +296,10 @@ class TextEncoder(CausalMaskModule):
         if not freeze_layer_norm:
             norms = [module for module in self.transformer.modules() if isinstance(module, nn.LayerNorm)]
             set_trainable([*norms, self.ln_final], True)
+
+    def _text_layer_groups(self) -> LayerGroups:
+        embeddings = [self.token_embedding, self.positional_embedding, self.cls_emb]
+        return layer_groups(embeddings, self.transformer.resblocks, [self.ln_final], [], [self.text_projection])
 
     def _text_no_weight_decay(self) -> set[str]:
         names = {"positional_embedding"}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..pos_embed import get_2d_sincos_pos_embed
-from ..utils import NotScriptable, check_images, expect, set_trainable, to_2tuple
+from ..utils import LayerGroups, NotScriptable, check_images, expect, layer_groups, set_trainable, to_2tuple
 from .attention import AttentionalPooler
 from .blocks import BlockOptions
 from .layers import GELU, LayerNorm, ModuleFactory, PatchDropout, can_follow_pooling
@@ -141,12 +141,20 @@ class VisionTransformer(NotScriptable, nn.Module):
         set_trainable(self, False)
         if not unlocked_groups:
             return
-        *blocks, last_block = self.transformer.resblocks
-        embedding = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
-        groups = [embedding, *blocks, [last_block, self.ln_post], self.proj]
+        # As in open_clip, attentional poolers stay frozen.
+        groups = [members for name, members in self.layer_groups(pooler_in_head=False) if name != "pooler"]
         if unlocked_groups >= len(groups):
             logger.warning("The image tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_groups)
         set_trainable(groups[-unlocked_groups:], True)
+
+    def layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
+        """Return the tower's parameters in groups from the input to the output, see `utils.layer_groups`."""
+        embeddings = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
+        poolers = [] if self.attn_pool is None else [self.attn_pool]
+        if self.attn_pool_type is not None:
+            poolers.append(self.attn_pool_contrastive)
+        blocks = self.transformer.resblocks
+        return layer_groups(embeddings, blocks, [self.ln_post], poolers, [self.proj], pooler_in_head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

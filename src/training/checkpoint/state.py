@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from open_clip.checkpoint.mismatch import join_some
 from training import ranks
-from training.checkpoint import rng
+from training.checkpoint import optimizer_state, rng
 from training.checkpoint.file_format import COUNTERS, RunState, from_file, is_training_checkpoint, to_file
 from training.checkpoint.weights import load_weights
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
+
+_NAMES = "optimizer_names"  # of the parameters, by group
 
 
 class RankStateful(Protocol):
@@ -87,7 +88,7 @@ class TrainState:
                 name=self.name,
                 weights=self.model.state_dict(),
                 counters={name: getattr(self, name) for name in COUNTERS},
-                parts={name: part.state_dict() for name, part in self.parts.items()},
+                parts={name: part.state_dict() for name, part in self.parts.items()} | self._optimizer_names(),
                 by_rank={name: [states[name] for states in by_rank] for name in by_rank[0]},
             ),
             is_distributed=ranks.world().distributed,
@@ -108,7 +109,7 @@ class TrainState:
         self.epoch = saved.epoch
         for name, part in self.parts.items():
             if name != "average":
-                _load_part(name, part, saved.parts)
+                self._load_part(name, part, saved.parts)
         if not saved.by_rank:
             self.step = self.epoch * self.steps_per_epoch
             self.samples_seen = self.epoch * self.samples_per_epoch
@@ -119,6 +120,22 @@ class TrainState:
             if saved.by_rank.get(name):
                 rank_part.load_state_dict(saved.by_rank[name])
         self._load_rng(saved.by_rank["rng"])
+
+    def _load_part(self, name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
+        if isinstance(part, torch.optim.Optimizer):
+            optimizer_state.load(part, saved.get(name), saved.get(_NAMES), self.model)
+        elif name in saved:
+            # The scaler of torch_npu has one more entry than torch's.
+            part.load_state_dict({**part.state_dict(), **saved[name]} if name == "scaler" else saved[name])
+        elif name == "scaler" and part.state_dict():
+            logger.info("The checkpoint has no gradient scaler (another --precision). The run uses a new one.")
+
+    def _optimizer_names(self) -> dict[str, Any]:
+        """Return the names of the optimizer's parameters, which its state does not have, as one more part."""
+        optimizer = self.parts.get("optimizer")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return {}
+        return {_NAMES: optimizer_state.parameter_names(self.model, optimizer)}
 
     def _load_average(self, saved: RunState) -> None:
         average = self.parts.get("average")
@@ -155,46 +172,6 @@ class TrainState:
             len(states),
             here.world_size,
         )
-
-
-def _load_part(name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
-    if isinstance(part, torch.optim.Optimizer):
-        _load_optimizer(part, saved.get(name))
-    elif name in saved:
-        # The scaler of torch_npu has one more entry than torch's.
-        part.load_state_dict({**part.state_dict(), **saved[name]} if name == "scaler" else saved[name])
-    elif name == "scaler" and part.state_dict():
-        logger.info("The checkpoint has no gradient scaler (another --precision). The run uses a new one.")
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None) -> None:
-    if saved is None:
-        logger.warning("The checkpoint has no optimizer state. The moments start from zero.")
-        return
-    try:
-        optimizer.load_state_dict(_complete_groups(saved, optimizer))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"The optimizer state of the checkpoint does not fit this run ({error}). Use the same --opt and "
-            "--lock-* options, or load only the weights with --pretrained."
-        ) from error
-
-
-def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill options that the saved optimizer state lacks with the values of this run.
-
-    Values that were not plain numbers, such as a NumPy learning rate, are dropped when a checkpoint is read.
-    """
-    groups = []
-    for number, group in enumerate(saved["param_groups"]):
-        ours = optimizer.param_groups[min(number, len(optimizer.param_groups) - 1)]
-        absent = {key: value for key, value in ours.items() if key not in group and key != "params"}
-        if absent:
-            logger.info(
-                "The optimizer state of the checkpoint has no %s. The values of this run are used.", join_some(absent)
-            )
-        groups.append({**group, **absent})
-    return {**saved, "param_groups": groups}
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -69,9 +69,9 @@ def _check_names(args: argparse.Namespace) -> None:
     if args.profile_steps is not None:
         step_range(args.profile_steps)
     opt = args.opt.lower()
-    if opt != "adamw" and not (opt.startswith("timm/") and len(opt) > len("timm/")):
+    if opt not in ("adamw", "nadamw") and not (opt.startswith("timm/") and len(opt) > len("timm/")):
         raise ValueError(
-            f"Unknown --opt {args.opt!r}. Use adamw or timm/NAME (for example timm/{args.opt.strip('/')})."
+            f"Unknown --opt {args.opt!r}. Use adamw, nadamw or timm/NAME (for example timm/{args.opt.strip('/')})."
         )
 
 
@@ -94,7 +94,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
             raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown N, the length of the decay.")
         if args.epochs_cooldown > args.epochs:
             raise ValueError(f"--epochs-cooldown {args.epochs_cooldown} is more than --epochs {args.epochs}.")
-    if args.lr is None and args.opt.lower() != "adamw" and trains(args) and not args.skip_scheduler:
+    if args.lr is None and args.opt.lower().startswith("timm/") and trains(args) and not args.skip_scheduler:
         raise ValueError(f"--opt {args.opt} has no default learning rate. Set --lr.")
     if (args.beta1 is None) != (args.beta2 is None):
         raise ValueError(f"--opt {args.opt} takes its betas as a pair. Set both --beta1 and --beta2, or neither.")
@@ -215,8 +215,9 @@ def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:
 
 
 def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
-    adamw = args.opt.lower() == "adamw"
-    yield not adamw, ("momentum",), "adamw uses --beta1 and --beta2"
+    adamw, timm = args.opt.lower() == "adamw", args.opt.lower().startswith("timm/")
+    yield timm, ("momentum",), f"{args.opt} uses --beta1 and --beta2"
+    yield args.text_layer_decay is not None, ("text_pooler_in_head",), "there is no --text-layer-decay"
     yield adamw, ("fused_optimizer",), "it belongs to --opt adamw"
     if args.skip_scheduler:
         schedule = ("lr_scheduler", "warmup", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
@@ -225,6 +226,8 @@ def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
         cools = args.lr_scheduler == "const-cooldown"
         cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
         yield cools, cooldown, "it belongs to --lr-scheduler const-cooldown"
+    groups = ("wd_exclude_patterns", "decay_rule", "image_layer_decay", "text_layer_decay", "opt_kwargs")
+    yield trains(args), groups, "there is no --train-data"
     update = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer", "max_bad_steps")
     yield trains(args), (*update, "profile_steps"), "there is no --train-data"
 

@@ -23,21 +23,25 @@ def build_parser() -> argparse.ArgumentParser:
         "unless stated otherwise. A step is one update of the weights.",
         formatter_class=_HelpFormatter,
     )
+    defaults = default_values()
     groups = {title: parser.add_argument_group(title, description) for title, description in GROUPS.items()}
     for section in SECTIONS:
         types = get_type_hints(section)
         for name, declared in options_of(section).items():
             flags = [flag(name), declared.alias] if declared.alias else [flag(name)]
             form = _argparse_form(types[name], declared)
+            if defaults[name] is True:
+                form["action"] = "store_false"
             groups[declared.group or section.group].add_argument(*flags, dest=name, help=declared.help, **form)
-    parser.set_defaults(**default_values())
+    parser.set_defaults(**defaults)
     return parser
 
 
 def _argparse_form(kind: Any, declared: Option) -> dict[str, Any]:
     """Return the keywords of `add_argument` that follow from the type of an option and from its description.
 
-    bool: a flag without a value. dict: KEY=VALUE words. A tuple, or one of several types: one value or more.
+    bool: a flag without a value. dict: KEY=VALUE words. list: any number of values. A tuple, or one of several types:
+    one value or more.
     """
     kinds = [k for k in get_args(kind) if k is not NoneType] if get_origin(kind) is UnionType else [kind]
     if kinds == [bool]:
@@ -45,6 +49,8 @@ def _argparse_form(kind: Any, declared: Option) -> dict[str, Any]:
     form: dict[str, Any] = {"metavar": declared.metavar, "choices": declared.choices}
     if get_origin(kinds[0]) is dict:
         return form | {"action": ParseKwargs, "nargs": "*"}
+    if get_origin(kinds[0]) is list:
+        return form | {"type": None, "nargs": "*"}
     tuples = [k for k in kinds if get_origin(k) is tuple]
     element = get_args(tuples[0])[0] if tuples else kinds[0]
     return form | {"type": None if element is str else element, "nargs": "+" if tuples else None}
@@ -84,7 +90,12 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if action.help is None or default is None or default is False or default in ("", {}, argparse.SUPPRESS):
+        if (
+            action.help is None
+            or default is None
+            or isinstance(default, bool)
+            or default in ("", {}, [], argparse.SUPPRESS)
+        ):
             return action.help
         shown = repr(default) if isinstance(default, str) and default.isspace() else "%(default)s"
         return f"{action.help} [{shown}]"

@@ -74,7 +74,7 @@ def _normalize(name: str, value: Any) -> Any:
         return value[0] if len(value) == 1 else tuple(value)
     if name == "logs" and writes_nothing(value):
         return None
-    return dict(value) if name == "aug_cfg" else value
+    return value.copy() if isinstance(value, (dict, list)) else value
 
 
 def warnings_for(args: Any, world_size: int = 1) -> list[str]:

@@ -68,8 +68,8 @@ class Option:
 def option(default: Any, **description: Any) -> Any:
     """Return a dataclass field for an option. The keywords are the attributes of `Option`."""
     metadata = {"option": Option(**description)}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, (dict, list)):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -78,6 +78,10 @@ def options_of(section: type[DataclassInstance]) -> dict[str, Option]:
     return {f.name: f.metadata["option"] for f in fields(section) if "option" in f.metadata}
 
 
+# Options whose flag is not spelled as their name.
+_FLAGS = {"text_pooler_in_head": "--text-pooler-own-group", "wd_exclude_patterns": "--wd-exclude"}
+
+
 def flag(name: str) -> str:
     """Return the flag of an option: 'batch_size' -> '--batch-size'."""
-    return "--" + name.replace("_", "-")
+    return _FLAGS[name] if name in _FLAGS else "--" + name.replace("_", "-")

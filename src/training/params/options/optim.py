@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from training.params.option import option
 
@@ -20,8 +20,13 @@ class OptimConfig:
     group: ClassVar[str] = "optimizer"
 
     opt: str = option("adamw", metavar="NAME", help=
-        "adamw, or timm/NAME for an optimizer of timm (`timm.optim.list_optimizers()`), which has no default learning "
-        "rate")
+        "adamw, nadamw (NAdam with decoupled weight decay), or timm/NAME for an optimizer of timm "
+        "(`timm.optim.list_optimizers()`), which has no default learning rate")
+    opt_kwargs: dict[str, Any] = option({}, metavar="KEY=VALUE", help=
+        "more arguments of the optimizer, such as `--opt-kwargs nesterov=True ns_steps=5`")
+    opt_fallback_list: list[str] | None = option(None, metavar="PATTERN", help=
+        "names of parameters (with wildcards) that timm's optimizers of the Muon family update with AdamW, such as "
+        "`*embedding*`. Parameters with less than 2 dimensions are always updated with it")
     lr: float | None = option(None, at_least=0, metavar="X", help=
         "peak learning rate. Default: 5e-4 for adamw, which suits training from scratch with batches of thousands; for "
         "fine-tuning use 1e-6 to 1e-4")
@@ -32,6 +37,20 @@ class OptimConfig:
         "AdamW. Default: 1e-6 if the model's name contains `vit`, else 1e-8")
     wd: float = option(0.2, at_least=0, metavar="X", help=
         "decoupled weight decay; not applied to biases, gains and logit_scale")
+    wd_exclude_patterns: list[str] = option([], metavar="PATTERN", help=
+        "names of more parameters without weight decay, with wildcards, such as `*.class_embedding`")
+    decay_rule: str | None = option(None, choices=("3.3", "4"), help=
+        "which parameters have no weight decay. 3.3: as in open_clip 3.3.0, biases, gains and logit_scale; 4: as in "
+        "open_clip 4, position embeddings and class tokens also. Default: 4 with layer decay, --wd-exclude or "
+        "--opt-fallback-list, else 3.3")
+    image_layer_decay: float | None = option(None, above=0, at_most=1, metavar="D", alias="--visual-layer-decay", help=
+        "multiply the learning rate of each layer of the image tower by D once per layer between it and the output. "
+        "0.6 to 0.9 is usual in fine-tuning")
+    text_layer_decay: float | None = option(None, above=0, at_most=1, metavar="D", help=
+        "the same for the text tower")
+    text_pooler_in_head: bool = option(True, help=
+        "--text-layer-decay: treat the pooling layer of a Hugging Face text tower as a layer below the projection "
+        "instead of a part of it")
     momentum: float | None = option(None, at_least=0, below=1, metavar="X", help=
         "momentum, for timm optimizers that have one")
     grad_clip_norm: float | None = option(None, above=0, metavar="X", help=
