@@ -175,7 +175,7 @@ def test_no_pairs_and_unequal_numbers_are_errors():
 
 def test_blocks_are_large_enough_and_not_much_larger():
     for rows in (1, 63, 64, 65, 511, 513, 8192, 8193, 50_000):
-        gallery, queries = metrics._block_sizes(rows)
+        gallery, queries = metrics._block_sizes(rows, metrics.GALLERY_ROWS)
         assert gallery % queries == 0
         assert gallery <= metrics.GALLERY_ROWS
         blocks = -(-rows // gallery)
