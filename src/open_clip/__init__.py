@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import aliases
 from . import device as device  # before torch, wherever that is imported first: see there
 from .coca_model import CoCa
 from .config import CLIPTextCfg, CLIPVisionCfg
@@ -47,6 +48,8 @@ from .transform import AugmentationCfg, image_transform
 from .version import __version__
 from .zero_shot_classifier import build_zero_shot_classifier, build_zero_shot_classifier_legacy
 from .zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+__getattr__ = aliases.of(__name__)  # says what to use instead of names of open_clip's main branch
 
 __all__ = [
     "CLIP",

@@ -4,6 +4,8 @@ Programs import such names: `from open_clip.model import LayerNorm`, `open_clip.
 provides them with `__getattr__ = aliases.of(__name__)`. They are resolved on first use, so that they cost nothing at
 import and do not affect the import order.
 
+Names of open_clip's main branch (4.x) that this package has not raise an AttributeError that says what to use instead.
+
 Modules that open_clip 3.3 imports (`np`, `F`, `nn`, the standard library) are not listed. `tests/compat/test_names.py`
 compares the names of each module with those of 3.3.0.
 """
@@ -25,6 +27,7 @@ def _legacy(*names: str) -> dict[str, str]:
 
 # Module -> name -> source: "module", or "module:name" if the name differs there.
 NAMES: dict[str, dict[str, str]] = {
+    "open_clip": {"get_model_from_task": "open_clip.task"},
     "open_clip.coca_model": {
         **_LAYERS,
         **_legacy("_has_transformers", "_token_to_tensor"),
@@ -154,14 +157,72 @@ NAMES: dict[str, dict[str, str]] = {
 }
 
 
+_TASK = "Task objects are not supported yet. Use training.train.train_one_epoch, or create_loss in your own loop."
+_AUDIO = "Audio models are not supported yet. Use open_clip's main branch for CLAP."
+_NAFLEX = "NaFlex towers are not supported yet. Images are resized to the size of the model."
+_GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models generate captions."
+_MODERN_TEXT = "The modern text tower is not supported yet. Use a native or a Hugging Face text tower."
+_TIKTOKEN = "Tokenizers of tiktoken are not supported yet. Use SimpleTokenizer or HFTokenizer."
+_FUSED_LOSS = "Use CoCaLoss, or torch.nn.functional.linear and cross_entropy."
+
+
+def _refused(reason: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, reason)
+
+
+_TASK_CLASSES = (
+    *("TrainingTask", "ImageTextTask", "CLIPTask", "SigLIPTask", "CoCaTask", "DistillCLIPTask"),
+    *("GenLipTask", "GenLapTask"),
+)
+_TEXT_CLASSES = (
+    *("ModernTextAttention", "ModernTextBlock", "ModernTextPool", "ModernTextTransformer", "ReLUSquared"),
+    *("RotaryEmbedding1D", "SwiGLU"),
+)
+
+# Module -> public name of open_clip's main branch that is not here -> what to use instead.
+REFUSED: dict[str, dict[str, str]] = {
+    "open_clip": {
+        **_refused(_TASK, *_TASK_CLASSES, "create_task"),
+        **_refused(_AUDIO, "CLAP", "AUDIO_AVAILABLE", "AudioAugmentationCfg", "AudioTower", "CLIPAudioCfg"),
+        **_refused(_AUDIO, "audio_transform_v2", "require_audio"),
+        **_refused(_GENERATIVE, "NaFlexGenLip", "NaFlexGenLap", "GenLipLoss"),
+        "ModernTextTransformer": _MODERN_TEXT,
+    },
+    "open_clip.factory": {"create_task": _TASK},
+    "open_clip.loss": {"GenLipLoss": _GENERATIVE, "fused_linear_cross_entropy": _FUSED_LOSS},
+    "open_clip.task": _refused(_TASK, *_TASK_CLASSES, "CLAPTask"),
+    "open_clip.tokenizer": {"TikTokenTokenizer": _TIKTOKEN},
+    "open_clip.transform": _refused(
+        _NAFLEX,
+        *("NaFlexTransformFactory", "NaFlexEvalTransformFactory", "is_naflex_aug_cfg", "naflex_eval_transform_v2"),
+    ),
+    "open_clip.transformer": _refused(_MODERN_TEXT, *_TEXT_CLASSES),
+}
+
+# Arguments of the main branch's create_model and create_model_and_transforms.
+_REFUSED_ARGUMENTS = {"force_naflex_vision": _NAFLEX, "audio_aug_cfg": _AUDIO, "pretrained_audio_path": _AUDIO}
+
+
+def drop_arguments_of_main(kwargs: dict[str, Any]) -> None:
+    """Remove arguments of open_clip's main branch that are not supported yet, unless they ask for something.
+
+    Raises:
+        ValueError: one of them is not None, False or empty.
+    """
+    for name, reason in _REFUSED_ARGUMENTS.items():
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name}: {reason}")
+
+
 def of(module_name: str) -> Callable[[str], Any]:
     """Return a `__getattr__` for a module that resolves the names listed for it in NAMES."""
-    names = NAMES[module_name]
+    names, refused = NAMES.get(module_name, {}), REFUSED.get(module_name, {})
 
     def get(name: str) -> Any:
         source = names.get(name)
         if source is None:
-            raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
+            reason = f": {refused[name]}" if name in refused else ""
+            raise AttributeError(f"module {module_name!r} has no attribute {name!r}{reason}")
         module, _, renamed = source.partition(":")
         return getattr(importlib.import_module(module), renamed or name)
 

@@ -174,6 +174,7 @@ def create_model(
     check_precision(precision)
     target = _resolve_device(device)
     pretrained_text = model_kwargs.pop("pretrained_hf", pretrained_text)
+    aliases.drop_arguments_of_main(model_kwargs)
     recipe = read_recipe(model_name, pretrained, cache_dir)
     apply_overrides(
         recipe.model_cfg,

@@ -166,7 +166,19 @@ def _build_trainer(
         rehearses=compiled.is_enabled or (is_resumed and world.distributed),
         compilation=compiled,
     )
-    return trainer, Progress(world.device, cfg.logging.log_every_n_steps, writer, at_peak)
+    return trainer, _create_progress(run, writer, at_peak)
+
+
+def _create_progress(run: Run, writer: Writer, pairs_at_peak: float | None) -> Progress:
+    logging_cfg = run.cfg.logging
+    return Progress(
+        run.world.device,
+        logging_cfg.log_every_n_steps,
+        writer,
+        pairs_at_peak,
+        log_metric_every_n_steps=logging_cfg.log_metric_every_n_steps,
+        loss_average_samples=logging_cfg.train_loss_ema_samples,
+    )
 
 
 def _steps_per_epoch(loader: Any, accum_freq: int) -> int:

@@ -65,8 +65,10 @@ def run_epoch(
         state.add_step(samples)
         progress.add(losses, samples, data_seconds, trainer.guard.bad)
         is_last = state.epoch_step == state.steps_per_epoch
-        if (state.epoch_step - 1) % progress.log_every_n_steps == 0 or is_last:
-            _report(trainer, data, state, progress)
+        if is_last or progress.is_line_due(state.epoch_step):
+            _log_line(trainer, data, state, progress)
+        if progress.is_point_due(state.epoch_step) or (is_last and progress.log_metric_every_n_steps is not None):
+            _write_point(trainer, state, progress)
         if is_last:
             break
         saver.after_step()
@@ -82,15 +84,29 @@ def run_epoch(
     progress.end_epoch()
 
 
-def _report(trainer: Trainer, data: Any, state: TrainState, progress: Progress) -> None:
-    """Log a line and write its numbers. All ranks do this: they count bad samples together."""
-    numbers = progress.report(getattr(unwrap_model(trainer.model), "logit_scale", None), trainer.guard.counters())
-    numbers |= trainer.compilation.counters()
-    numbers["lr"] = scheduler.unscaled_lr(trainer.optimizer.param_groups[0])
+def _log_line(trainer: Trainer, data: Any, state: TrainState, progress: Progress) -> None:
+    """Log a line. All ranks do this: they count bad samples together."""
+    numbers = _add_counters(progress.report(*_scalars_of(trainer)), trainer)
     parts = [format_line(numbers, progress, state), str(report_skips(data))]
     logger.info(" ".join(filter(None, parts)))
+    if progress.log_metric_every_n_steps is None:
+        progress.writer.write(numbers, state.step - 1, "train")
+    trainer.guard.check(numbers)
+
+
+def _write_point(trainer: Trainer, state: TrainState, progress: Progress) -> None:
+    numbers = _add_counters(progress.point(*_scalars_of(trainer)), trainer)
     progress.writer.write(numbers, state.step - 1, "train")
     trainer.guard.check(numbers)
+
+
+def _scalars_of(trainer: Trainer) -> tuple[Any, Any]:
+    """Return the logit scale and the guard's counters, on the device."""
+    return getattr(unwrap_model(trainer.model), "logit_scale", None), trainer.guard.counters()
+
+
+def _add_counters(numbers: dict[str, float], trainer: Trainer) -> dict[str, float]:
+    return numbers | trainer.compilation.counters() | {"lr": scheduler.unscaled_lr(trainer.optimizer.param_groups[0])}
 
 
 def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]:

@@ -69,6 +69,8 @@ def retrieval_metrics(
     device: torch.device | None = None,
     distributed: bool = False,
     image_ids: Tensor | None = None,
+    gallery_rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Compute mean rank, median rank, R@1, R@5 and R@10 of image-to-text and text-to-image retrieval.
 
@@ -85,12 +87,15 @@ def retrieval_metrics(
         distributed: the pairs are split over the ranks, evenly or not. Collective: every rank calls this and gets the
             metrics of all pairs. Each rank has its own queries, and the candidates are broadcast in blocks.
         image_ids: int64 [n], the image of each pair. None: all images are different.
+        gallery_rows: candidates per block; None: GALLERY_ROWS.
+        dtype: of the similarities.
 
     Raises:
         ValueError: there is no pair, or the numbers of images, texts and ids differ.
     """
     device = device or image_features.device
-    pairs = _Pairs(image_features, text_features, device, distributed)
+    pairs = _Pairs(image_features, text_features, device, distributed, dtype)
+    pairs.gallery_rows = gallery_rows or GALLERY_ROWS
     images = _Images(pairs, image_ids)
     if images.count < sum(pairs.counts):
         if pairs.rank == 0:
@@ -119,7 +124,7 @@ def _log_captions(images: int, captions: int) -> None:
 
 def _ranks(pairs: _Pairs) -> tuple[Tensor, Tensor]:
     """Rank the pairs of this rank: image-to-text and text-to-image ranks from 0, int64 [n]."""
-    gallery_rows, query_rows = _block_sizes(max(pairs.counts))
+    gallery_rows, query_rows = _block_sizes(max(pairs.counts), pairs.gallery_rows)
     device = pairs.device
     # The bits of a similarity must not depend on the block, or equal candidates would not compare as equal. So all
     # products have the same block size, including those that give the similarity of the correct candidate.
@@ -150,7 +155,7 @@ def _ranks_of_images(pairs: _Pairs, images: _Images) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [images whose first pair is on this rank] and int64 [texts on this rank], from 0.
     """
-    gallery_rows, query_rows = _block_sizes(max(pairs.counts))
+    gallery_rows, query_rows = _block_sizes(max(pairs.counts), pairs.gallery_rows)
     starts = range(0, pairs.count, query_rows)
     shape = (2, len(starts) * query_rows)
     best = torch.full(shape, -math.inf, device=pairs.device)
@@ -182,9 +187,9 @@ def _ranks_of_images(pairs: _Pairs, images: _Images) -> tuple[Tensor, Tensor]:
     return ranks[0, : pairs.count][images.is_first[own_pairs]], ranks[1, : pairs.count]
 
 
-def _block_sizes(rows: int) -> tuple[int, int]:
+def _block_sizes(rows: int, gallery_rows: int) -> tuple[int, int]:
     """Choose block sizes of candidates and queries for up to `rows` pairs per rank. The second divides the first."""
-    blocks = max(1, math.ceil(rows / GALLERY_ROWS))
+    blocks = max(1, math.ceil(rows / gallery_rows))
     size = max(1, math.ceil(rows / blocks))
     unit = min(QUERY_ROWS, math.ceil(size / 64) * 64)  # whole tiles of a matrix product, for any kernel
     size = math.ceil(size / unit) * unit
@@ -240,7 +245,16 @@ class _Images:
 class _Pairs:
     """The pairs of this rank among those of all ranks, in blocks on the device."""
 
-    def __init__(self, image_features: Tensor, text_features: Tensor, device: torch.device, distributed: bool):
+    gallery_rows = GALLERY_ROWS
+
+    def __init__(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        device: torch.device,
+        distributed: bool,
+        dtype: torch.dtype,
+    ) -> None:
         if image_features.shape != text_features.shape or image_features.ndim != 2:
             raise ValueError(
                 f"Image features {list(image_features.shape)} and text features {list(text_features.shape)} must have "
@@ -249,6 +263,7 @@ class _Pairs:
         self.features = (image_features, text_features)
         self.device = device
         self.distributed = distributed
+        self.dtype = dtype
         self.rank = torch.distributed.get_rank() if distributed else 0
         shape = torch.tensor([list(image_features.shape)], device=device)
         shapes = (collectives.all_gather(shape) if distributed else shape).tolist()
@@ -264,11 +279,11 @@ class _Pairs:
         return bool(known.all()) and (self.distributed or has_ids)
 
     def block(self, start: int, size: int) -> Tensor:
-        """Return images and texts of this rank from row `start`, float32 [2, size, width], padded with zeros."""
-        padded = torch.zeros(2, size, self.width, device=self.device)
+        """Return images and texts of this rank from row `start`, [2, size, width], padded with zeros."""
+        padded = torch.zeros(2, size, self.width, dtype=self.dtype, device=self.device)
         for number, features in enumerate(self.features):
             part = features[start : start + size]
-            padded[number, : len(part)] = part.to(self.device, torch.float32)
+            padded[number, : len(part)] = part.to(self.device, self.dtype)
         return padded
 
     def galleries(self, size: int) -> Iterator[tuple[Tensor, int, int]]:
@@ -279,7 +294,7 @@ class _Pairs:
                 if source == self.rank:
                     block = self.block(start, size)
                 else:
-                    block = torch.empty(2, size, self.width, device=self.device)
+                    block = torch.empty(2, size, self.width, dtype=self.dtype, device=self.device)
                 if self.distributed:
                     block = collectives.broadcast(block, source)
                 yield block, first + start, min(size, count - start)

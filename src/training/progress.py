@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -31,14 +33,61 @@ class NoWriter:
         pass
 
 
+@dataclass
+class _Window:
+    """Figures of some steps, on the host. Losses are means over the good steps."""
+
+    steps: int = 0
+    good: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    save_seconds: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: _Window) -> None:
+        """Add the figures of later steps."""
+        self.steps += other.steps
+        self.good += other.good
+        self.samples += other.samples
+        self.seconds += other.seconds
+        self.data_seconds += other.data_seconds
+        self.save_seconds += other.save_seconds
+        for name, loss in other.losses.items():
+            before = self.losses.get(name, 0.0)
+            if other.good:
+                weight = other.good / self.good
+                self.losses[name] = loss if weight == 1 else before + (loss - before) * weight
+            elif not self.good:
+                self.losses[name] = loss  # nan
+
+    def numbers(self, pairs_at_peak: float | None) -> dict[str, float]:
+        """Return the figures by their names in TensorBoard."""
+        per_device = self.samples / self.seconds / world().world_size
+        numbers = {
+            "data_time": self.data_seconds / self.steps,
+            "batch_time": self.seconds / self.steps,
+            "samples_per_second": self.samples / self.seconds,
+            "samples_per_second_per_gpu": per_device,
+            **self.losses,
+        }
+        if self.save_seconds:
+            numbers["save_time"] = self.save_seconds
+        if pairs_at_peak is not None:
+            numbers["mfu"] = per_device / pairs_at_peak
+        return numbers
+
+
 class Progress:
     """Losses and speed of an epoch. A resumed run continues from its state.
 
-    `report` gives figures of the steps since the last report. The meters have the averages of the epoch.
+    `report` gives figures of the steps since the last report, and `point` of those since the last point. The meters
+    have the averages of the epoch.
 
     Attributes:
         log_every_n_steps: a report is due after the first step of an epoch, and then after every n steps.
-        writer: gets the numbers of each report.
+        log_metric_every_n_steps: the same for points; None: the reports are the points.
+        writer: gets the numbers of each point.
         meters: losses by name.
     """
 
@@ -48,17 +97,24 @@ class Progress:
         log_every_n_steps: int = 100,
         writer: Writer | None = None,
         pairs_at_peak: float | None = None,
+        log_metric_every_n_steps: int | None = None,
+        loss_average_samples: int | None = None,
     ) -> None:
         """Create it.
 
         Args:
             writer: None: write nothing.
             pairs_at_peak: pairs per second that one device could train on, for the MFU; None: unknown.
+            loss_average_samples: N of the moving averages of the losses, in which a loss from n samples ago has the
+                weight exp(-n/N). None: there are none.
         """
         self.log_every_n_steps = log_every_n_steps
+        self.log_metric_every_n_steps = log_metric_every_n_steps
         self.writer = NoWriter() if writer is None else writer
         self._device = device
         self._pairs_at_peak = pairs_at_peak
+        self._loss_average_samples = loss_average_samples
+        self._loss_averages: dict[str, float] = {}
         self.end_epoch()
 
     def start_epoch(self) -> None:
@@ -72,10 +128,12 @@ class Progress:
         self._is_running = False
         self._seconds_before = 0.0
         self._started = time.perf_counter()
-        self._epoch_seconds = dict.fromkeys(("all", "data", "saving"), 0.0)  # not of the first report
-        self._start_report()
+        self._epoch_seconds = dict.fromkeys(("all", "data", "saving"), 0.0)  # not of the first window
+        self._line, self._point = _Window(), _Window()
+        self._latest: dict[str, float] = {}  # numbers that are not averaged
+        self._start_window()
 
-    def _start_report(self) -> None:
+    def _start_window(self) -> None:
         self._sums: Outputs = {}  # of the losses of good steps, on the device
         self._bad: Tensor | int = 0  # number of steps that were not finite, whose losses do not count
         self._steps = 0
@@ -109,6 +167,15 @@ class Progress:
         """Leave time out of the speeds, such as that of compiling."""
         self._started += seconds
 
+    def is_line_due(self, step: int) -> bool:
+        """Return whether a report is due after `step` steps of the epoch."""
+        return (step - 1) % self.log_every_n_steps == 0
+
+    def is_point_due(self, step: int) -> bool:
+        """Return whether a point is due that is not part of a report."""
+        every = self.log_metric_every_n_steps
+        return every is not None and (step - 1) % every == 0
+
     def report(self, logit_scale: Tensor | None = None, counters: Outputs | None = None) -> dict[str, float]:
         """Return the numbers by their names in TensorBoard, with losses as means over the steps. Waits for the device.
 
@@ -116,6 +183,22 @@ class Progress:
             logit_scale: logarithm of the scale.
             counters: scalars on the device to add to the result.
         """
+        self._fetch(logit_scale, counters)
+        numbers = self._line.numbers(self._pairs_at_peak) | self._latest
+        self._line = _Window()
+        return numbers
+
+    def point(self, logit_scale: Tensor | None = None, counters: Outputs | None = None) -> dict[str, float]:
+        """Return the same for the steps since the last point."""
+        self._fetch(logit_scale, counters)
+        numbers = self._point.numbers(self._pairs_at_peak) | self._latest
+        self._point = _Window()
+        return numbers
+
+    def _fetch(self, logit_scale: Tensor | None, counters: Outputs | None) -> None:
+        """Copy the losses from the device, and add the steps since the last copy to the figures of the host."""
+        if not self._steps:
+            return
         good = self._steps - self._bad
         scalars = {name: value / good for name, value in self._sums.items()}
         if logit_scale is not None:
@@ -131,23 +214,29 @@ class Progress:
         seconds = max(now - self._started, 1e-9)
         self._add_to_epoch(seconds, waited_for_device=now - asked)
         counted = self._steps - int(fetched.pop("bad", 0))
-        for name in self._sums if counted else ():
-            self.meters.setdefault(name, AverageMeter()).update(fetched[name], counted)
-        per_device = self._samples / seconds / world().world_size
-        numbers = {
-            "data_time": self._data_seconds / self._steps,
-            "batch_time": seconds / self._steps,
-            "samples_per_second": self._samples / seconds,
-            "samples_per_second_per_gpu": per_device,
-            **fetched,
-        }
-        if self._save_seconds:
-            numbers["save_time"] = self._save_seconds
-        if self._pairs_at_peak is not None:
-            numbers["mfu"] = per_device / self._pairs_at_peak
-        self._start_report()
+        losses = {name: fetched.pop(name) for name in self._sums}
+        self._latest = fetched
+        window = _Window(self._steps, counted, self._samples, seconds, self._data_seconds, self._save_seconds, losses)
+        self._line.add(window)
+        if self.log_metric_every_n_steps is not None:
+            self._point.add(window)
+        if counted:
+            self._add_losses(window)
+        self._start_window()
         self._started = time.perf_counter()
-        return numbers
+
+    def _add_losses(self, window: _Window) -> None:
+        for name, loss in window.losses.items():
+            self.meters.setdefault(name, AverageMeter()).update(loss, window.good)
+            if self._loss_average_samples is not None:
+                samples = window.samples * window.good / window.steps
+                kept = math.exp(-samples / self._loss_average_samples)
+                before = self._loss_averages.get(name, loss)
+                self._loss_averages[name] = kept * before + (1 - kept) * loss
+
+    def loss_average(self, name: str) -> float:
+        """Return the moving average of a loss, or its average over the epoch if there are no moving averages."""
+        return self._loss_averages.get(name, self.meters[name].avg)
 
     def _add_to_epoch(self, seconds: float, waited_for_device: float) -> None:
         totals = self._epoch_seconds
@@ -171,10 +260,11 @@ class Progress:
         return f"Waiting for data took {data:.0%} of the epoch. Use more --workers or faster storage."
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, {} between two epochs. Its tensors are on the device."""
+        """Return the state. Between two epochs it has the moving averages only. Its tensors are on the device."""
+        state: dict[str, Any] = {"loss_averages": self._loss_averages.copy()} if self._loss_averages else {}
         if not self._is_running:
-            return {}
-        return {
+            return state
+        state |= {
             "meters": {name: vars(meter).copy() for name, meter in self.meters.items()},
             "sums": self._sums,
             "bad": self._bad,
@@ -183,10 +273,13 @@ class Progress:
             "data_seconds": self._data_seconds,
             "seconds": time.perf_counter() - self._started,
         }
+        windows = {"line": self._line, "point": self._point}
+        return state | {name: asdict(window) for name, window in windows.items() if window.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.end_epoch()
-        if not state_dict:
+        self._loss_averages = dict(state_dict.get("loss_averages", {}))
+        if "meters" not in state_dict:
             return
         bad = state_dict["bad"]
         self._sums = {name: value.to(self._device) for name, value in state_dict["sums"].items()}
@@ -196,6 +289,8 @@ class Progress:
         self._data_seconds = state_dict["data_seconds"]
         self._seconds_before = state_dict["seconds"]
         self._started = time.perf_counter() - self._seconds_before
+        self._line = _Window(**state_dict.get("line", {}))
+        self._point = _Window(**state_dict.get("point", {}))
         self._is_running = True
         for name, values in state_dict["meters"].items():
             vars(self.meters.setdefault(name, AverageMeter())).update(values)
@@ -222,7 +317,8 @@ def format_line(numbers: Mapping[str, float], progress: Progress, state: Any) ->
     if "scale" in numbers:
         parts.append(f"Logit Scale: {numbers['scale']:.3f}")
     for name, meter in progress.meters.items():
-        parts.append(f"{name.capitalize()}: {meter.val:#.5g} ({meter.avg:#.5g})")
+        loss = meter.val if math.isnan(numbers[name]) else numbers[name]  # no good step since the last line
+        parts.append(f"{name.capitalize()}: {loss:#.5g} ({progress.loss_average(name):#.5g})")
     if "save_time" in numbers:
         parts.append(f"Save (t): {numbers['save_time']:.3f}")
     for name, words in (

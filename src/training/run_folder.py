@@ -22,7 +22,7 @@ from training import children, file_utils, ranks
 from training import logger as logs
 from training import precision as precisions
 from training.checkpoint.latest import get_latest_checkpoint
-from training.params import CheckpointConfig, TrainConfig, sections, warnings_for
+from training.params import CheckpointConfig, TrainConfig, describe_like_4, sections, warnings_for
 from training.precision import Precision
 from training.ranks import World
 
@@ -140,6 +140,8 @@ def _start_log(run: Run, options: argparse.Namespace) -> None:
         logger.info("%s", note)
     if cfg.distributed.deterministic:
         logger.info("--deterministic: %s.", kind.deterministic_settings())
+    if cfg.model.like_4:
+        logger.info("%s", describe_like_4(options))
     warn(kind.environment_warnings(), world)
     warn((f"{sentence}." for sentence in warnings_for(options, world.world_size)), world)
     if folder is not None:

@@ -20,7 +20,7 @@ from training.epoch import run_epoch
 from training.evaluators.retrieval import maybe_compute_generative_loss
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
-from training.params import EvalConfig
+from training.params import EvalConfig, LoggingConfig
 from training.params.namespace import read_section
 from training.precision import disabled_scaler
 from training.progress import Progress
@@ -118,6 +118,7 @@ def train_one_epoch(
         scaler: None: no gradient scaling.
         dist_model: teacher of a distillation loss.
         args: a namespace with device, precision, accum_freq, grad_clip_norm, log_every_n_steps, skip_scheduler.
+            log_metric_every_n_steps and train_loss_ema_samples of open_clip's main branch are read if they are there.
         tb_writer: a writer of TensorBoard.
     """
     precision = precision_of(args, torch.device(args.device))
@@ -143,4 +144,12 @@ def train_one_epoch(
         epoch=epoch,
     )
     writer = None if tb_writer is None else _ScalarWriter(tb_writer)
-    run_epoch(trainer, data["train"], state, Progress(precision.device, args.log_every_n_steps, writer))
+    cfg = read_section(LoggingConfig, args)
+    progress = Progress(
+        precision.device,
+        cfg.log_every_n_steps,
+        writer,
+        log_metric_every_n_steps=cfg.log_metric_every_n_steps,
+        loss_average_samples=cfg.train_loss_ema_samples,
+    )
+    run_epoch(trainer, data["train"], state, progress)

@@ -16,7 +16,7 @@ from training.params import EvalConfig
 from training.params.namespace import read_section
 from training.script_options import precision_of, tokenizer_of
 
-__all__ = ["accuracy", "run", "zero_shot_eval"]
+__all__ = ["accuracy", "run", "run_zero_shot_classifier", "zero_shot_eval"]
 
 
 def run(
@@ -33,6 +33,13 @@ def run(
         return torch.tensor([int(found) for found in accuracy(scores, labels, topk)], device=scores.device)
 
     return classify(model, classifier, dataloader, precision_of(args, classifier.device), name, count)
+
+
+def run_zero_shot_classifier(
+    model: nn.Module, classifier: Tensor, dataloader: Any, args: Any, use_fsdp_eval: bool = False
+) -> tuple[float, float]:
+    """Call `run`. This is its name in open_clip's main branch. `use_fsdp_eval` has no effect."""
+    return run(model, classifier, dataloader, args)
 
 
 def zero_shot_eval(

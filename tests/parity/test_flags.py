@@ -1,7 +1,11 @@
-"""The set of the training command's options and their defaults, frozen against open_clip_torch 3.3.0."""
+"""The training command's options and their defaults, compared with open_clip_torch 3.3.0 and open_clip's main branch.
+
+`train_flags_changes_4.2.0.dev0.json` has the options of the main branch that 3.3.0 lacks, as its parser declares them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,8 +16,11 @@ from open_clip.transform import pipeline
 from training import params, precision
 from training.params.flags import build_parser
 
-FIXTURE = Path(__file__).parent / "fixtures" / "train_flags_3.3.0.json"
-THEIRS = json.loads(FIXTURE.read_text(encoding="utf-8"))
+FIXTURES = Path(__file__).parent / "fixtures"
+THEIRS, MAIN, CHANGES = (
+    json.loads((FIXTURES / f"train_flags_{name}.json").read_text(encoding="utf-8"))
+    for name in ("3.3.0", "4.2.0.dev0", "changes_4.2.0.dev0")
+)
 
 # Options with another default than in open_clip. It depends on the device.
 DIFFERENT = {"device": "auto", "precision": None}
@@ -39,28 +46,36 @@ OURS = {
     "profile_level": 0,
     "text_groups": 4,
     "decay_rule": None,
+    "like_4": False,
 }
-# Options of open_clip 4, with its names and defaults (facts: train_flags of 4.2.0.dev0).
-OF_4 = {
-    "opt_kwargs": {},
-    "opt_fallback_list": None,
-    "wd_exclude_patterns": [],
-    "image_layer_decay": None,
-    "text_layer_decay": None,
-    "text_pooler_in_head": True,
+# Options of the main branch whose default is another here, because 3.3.0 has no limit, no averages and other points.
+DIFFERENT_FROM_MAIN = {
+    "image_key": "jpg;png;jpeg;webp;tif;tiff",
+    "max_image_pixels": None,
+    "val_retrieval_chunk_size": 8192,
+    "log_metric_every_n_steps": None,
+    "train_loss_ema_samples": None,
 }
+IN_OTHER_PARTS = {
+    *("torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
+    *("fsdp", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "fsdp_checkpoint"),
+}
+NEW = {name: default for name, default in CHANGES["new"].items() if name not in IN_OTHER_PARTS}
 SPELLED_OTHERWISE = {"wd_exclude_patterns": "--wd-exclude", "text_pooler_in_head": "--text-pooler-own-group"}
+NAMESPACE_ONLY = {"genlip", "genlap", "naflexclap"}  # set from the name of the model in the main branch
+TYPED = [option for option in CHANGES["new_options_as_typed"] if option["dest"] in NEW]
 
 
 def test_options_and_defaults_are_those_of_open_clip_and_ours():
-    assert vars(params.parse_args([])) == {**THEIRS, **DIFFERENT, **OURS, **OF_4}
+    assert vars(params.parse_args([])) == {**THEIRS, **DIFFERENT, **OURS, **NEW, **DIFFERENT_FROM_MAIN}
 
 
 def test_each_option_is_spelled_as_its_name():
     spelled = {option for action in build_parser()._actions for option in action.option_strings}
-    names = [*THEIRS, *OURS, *OF_4]
+    names = {*THEIRS, *OURS, *NEW} - NAMESPACE_ONLY
     expected = {SPELLED_OTHERWISE.get(name, "--" + name.replace("_", "-")) for name in names}
-    assert spelled == expected | {"-h", "--help", "--output-dir", "--visual-layer-decay"}
+    aliases = {"-h", "--help", "--output-dir", "--visual-layer-decay", "--audio-zeroshot-template"}
+    assert spelled == expected | aliases
 
 
 def test_the_pooler_flag_switches_off():
@@ -96,3 +111,99 @@ def test_choices_that_the_library_has_are_taken_from_it():
     assert choices["loss_dist_impl"] is DIST_IMPLS
     assert choices["image_interpolation"] is pipeline.INTERPOLATIONS
     assert choices["image_resize_mode"] is pipeline.RESIZE_MODES
+
+
+@pytest.mark.parametrize("typed", TYPED, ids=lambda typed: typed["dest"])
+def test_options_of_the_main_branch_are_declared_as_there(typed):
+    actions = {spelling: action for action in build_parser()._actions for spelling in action.option_strings}
+    for spelling in typed["flags"]:
+        action = actions[spelling]
+        assert action.dest == typed["dest"]
+        assert action.nargs == typed["nargs"]
+        assert (None if action.choices is None else list(action.choices)) == typed["choices"]
+        assert (action.type or str).__name__ == (typed["type"] or "str")
+
+
+SERVED = {
+    "opt_kwargs": ["foreach=True"],
+    "opt_fallback_list": ["*.weight"],
+    "wd_exclude_patterns": ["*.bias"],
+    "image_layer_decay": ["0.5"],
+    "text_layer_decay": ["0.5"],
+    "text_pooler_in_head": [],
+    "image_key": ["png"],
+    "text_key": ["caption"],
+    "json_text_key": ["a;b"],
+    "json_text_key_probs": ["0.5", "0.5"],
+    "max_image_pixels": ["1000"],
+    "val_retrieval_chunk_size": ["64"],
+    "val_retrieval_precision": ["model"],
+    "log_metric_every_n_steps": ["2"],
+    "train_loss_ema_samples": ["100"],
+}
+
+
+def another_value(typed) -> list[str]:
+    """Return words for a value that is not the default."""
+    if typed["nargs"] == 0:
+        return []
+    if typed["choices"]:
+        return [next(choice for choice in typed["choices"] if choice != typed["default"])]
+    return ["7"] if typed["type"] in ("int", "float") else ["other"]
+
+
+@pytest.mark.parametrize("typed", TYPED, ids=lambda typed: typed["dest"])
+def test_an_option_of_the_main_branch_is_served_or_refused_with_a_sentence(typed, capsys):
+    spelling, name = typed["flags"][0], typed["dest"]
+    if name in SERVED:
+        fields = [] if name != "json_text_key_probs" else ["--json-text-key", "a;b"]
+        assert getattr(params.parse_args([*fields, spelling, *SERVED[name]]), name) != CHANGES["new"][name]
+        return
+    with pytest.raises(SystemExit):
+        params.parse_args([spelling, *another_value(typed)])
+    message = " ".join(capsys.readouterr().err.split())
+    assert "not supported yet" in message
+    assert message.count(". ") >= 1  # what to use instead
+    if typed["nargs"] != 0 and typed["default"] is not None:
+        assert getattr(params.parse_args([spelling, str(typed["default"])]), name) == typed["default"]
+
+
+def test_a_namespace_of_the_main_branch_is_read():
+    args = argparse.Namespace(**{**MAIN, "device": "cpu"})
+    cfg = params.sections(args)
+    assert (cfg.model.precision, cfg.data.max_image_pixels) == ("amp_bf16", 25_000_000)
+    assert cfg.logging.train_loss_ema_samples == 50_000
+    for name in sorted(NAMESPACE_ONLY):
+        with pytest.raises(ValueError, match=f"^{name}: .*not supported yet"):
+            params.sections(argparse.Namespace(**{**MAIN, name: True}))
+
+
+# Defaults that differ from the main branch under --like-4, and why.
+NOT_LIKE_4 = {
+    "device": "auto",  # the best device present, not cuda
+}
+
+
+def test_the_defaults_under_like_4_are_those_of_the_main_branch():
+    expected = {name: value for name, value in MAIN.items() if name not in IN_OTHER_PARTS}
+    found = vars(params.parse_args(["--like-4"]))
+    assert {name: found[name] for name in expected} == expected | NOT_LIKE_4
+    assert set(found) - set(expected) - set(OURS) - IN_OTHER_PARTS == set(CHANGES["removed"])
+
+
+def test_given_options_win_over_like_4():
+    args = params.parse_args(["--max-image-pixels", "100", "--like-4", "--precision", "fp32"])
+    assert (args.precision, args.max_image_pixels, args.train_loss_ema_samples) == ("fp32", 100, 50_000)
+    described = params.describe_like_4(args)
+    assert "--precision" not in described
+    assert "--max-image-pixels" not in described
+    assert "--train-loss-ema-samples 50000" in described
+    namespace = argparse.Namespace(like_4=True, max_image_pixels=100)
+    cfg = params.sections(namespace)
+    assert (cfg.model.precision, cfg.data.max_image_pixels) == ("amp_bf16", 100)
+    assert params.read_section(params.DataConfig, namespace).image_key == "jpg;png;jpeg;webp"
+
+
+def test_like_4_sets_no_option_that_has_no_effect():
+    quiet = params.parse_args(["--like-4", "--train-data", "a.csv"])
+    assert params.warnings_for(quiet) == []

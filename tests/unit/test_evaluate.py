@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,17 @@ def alone() -> dict[str, float]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return run_ranks(__file__, "cases", (2, 3), tmp_path_factory.mktemp("ranks"))
+
+
+def test_options_of_the_retrieval_metrics(monkeypatch):
+    calls = []
+    real = retrieval.retrieval_metrics
+    monkeypatch.setattr(retrieval, "retrieval_metrics", lambda *args: calls.append(args[5:]) or real(*args))
+    for cfg, chosen in ((OPTIONS, "amp_bf16"), (replace(OPTIONS, val_retrieval_precision="model"), "amp_bf16"),
+                        (replace(OPTIONS, val_retrieval_chunk_size=99), "fp32")):  # fmt: skip
+        due = scheduled({"val": data_of(0, 1)["val"]}, cfg, chosen)
+        evaluation.evaluate(Model(), [each.evaluator for each in due], 1)
+    assert calls == [(8192, torch.float32), (8192, torch.bfloat16), (99, torch.float32)]
 
 
 def test_values_are_those_of_the_definition(alone):

@@ -78,6 +78,8 @@ def cases(rank: int, world_size: int) -> dict:
         ids = torch.tensor(image_ids(sum(counts))[first : first + counts[rank]], dtype=torch.int64)
         known = None if not counts[rank] else ids
         results[f"{kind}, captions"] = metrics.retrieval_metrics(image, text, distributed=True, image_ids=known)
+        half = metrics.retrieval_metrics(image, text, None, True, known, gallery_rows=64, dtype=torch.bfloat16)
+        results[f"{kind}, bfloat16"] = half
     return results
 
 
@@ -101,6 +103,30 @@ def test_every_rank_gets_the_metrics_of_images_with_several_captions(ranks, worl
     expected = by_coco(*features(total, kind), image_ids(total))
     for result in ranks[world_size]:
         assert result[f"{kind}, captions"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("world_size", COUNTS)
+def test_ranks_with_similarities_in_half_precision(ranks, world_size):
+    total = sum(COUNTS[world_size])
+    expected = by_coco(*features(total, "ties"), image_ids(total))  # these similarities are exact in bfloat16
+    for result in ranks[world_size]:
+        assert result["ties, bfloat16"] == pytest.approx(expected)
+        assert result["noise, bfloat16"] == ranks[world_size][0]["noise, bfloat16"]
+
+
+def test_the_dtype_of_the_similarities():
+    """Texts that differ by less than bfloat16 resolves are equal, and the first one is ranked first."""
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text = torch.tensor([[1.0, 0.0], [1.0 + 2**-10, 0.5]])
+    found = [metrics.retrieval_metrics(image, text, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [each["image_to_text_R@1"] for each in found] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["ties", "noise"])
+@pytest.mark.parametrize("rows", [1, 64, 100, 128, 10_000])
+def test_the_metrics_do_not_depend_on_the_size_of_the_blocks(kind, rows):
+    image, text = features(300, kind)
+    assert metrics.retrieval_metrics(image, text, gallery_rows=rows) == metrics.retrieval_metrics(image, text)
 
 
 @pytest.mark.parametrize("kind", ["ties", "noise"])
@@ -175,7 +201,7 @@ def test_no_pairs_and_unequal_numbers_are_errors():
 
 def test_blocks_are_large_enough_and_not_much_larger():
     for rows in (1, 63, 64, 65, 511, 513, 8192, 8193, 50_000):
-        gallery, queries = metrics._block_sizes(rows)
+        gallery, queries = metrics._block_sizes(rows, metrics.GALLERY_ROWS)
         assert gallery % queries == 0
         assert gallery <= metrics.GALLERY_ROWS
         blocks = -(-rows // gallery)

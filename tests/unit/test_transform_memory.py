@@ -48,7 +48,7 @@ def test_the_view_shares_the_memory_and_outlives_the_image():
 
 def test_images_with_several_blocks_of_memory_are_copied():
     image = Image.new("RGB", (2100, 2100), (7, 8, 9))
-    with pytest.raises(ValueError, match="not contiguous|block"):
+    with pytest.raises(ValueError, match=r"not contiguous|block"):
         image.__arrow_c_array__()
     assert (view_pixels(image)[..., :3] == [7, 8, 9]).all()
 

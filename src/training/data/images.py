@@ -16,12 +16,21 @@ from training.data.skips import BadSample
 _FORMATS_OF_PROGRAMS = ("EPS", "WMF")
 
 
-def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], Any] | None, name: str) -> Any:
+def load_image(
+    source: str | PathLike[str] | bytes,
+    transform: Callable[[Any], Any] | None,
+    name: str,
+    max_pixels: int | None = None,
+) -> Any:
     """Open an image (a path, or an encoded image in memory) and apply `transform` to it.
 
     An animated image gives its first frame. Pillow decodes an image when its pixels are read, which is in `transform`,
     so an exception of `transform` makes a bad sample. If `transform` fails on every image, `BadStreak` ends the run
     with the first exception's text.
+
+    Args:
+        name: of the sample, for messages.
+        max_pixels: an image with more pixels is not decoded. None or 0: only Pillow's limit applies.
 
     Raises:
         BadSample: missing_image, empty_image, huge_image or corrupt_image.
@@ -41,6 +50,9 @@ def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], A
         with opened as image:
             if image.format in _FORMATS_OF_PROGRAMS:
                 raise Image.UnidentifiedImageError(f"{image.format} images are not opened")
+            if max_pixels and image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height} pixels"
+                raise BadSample("huge_image", name, f"{size}, more than --max-image-pixels {max_pixels}")
             if transform is None:
                 image.load()
                 return image.copy()
@@ -50,6 +62,8 @@ def load_image(source: str | PathLike[str] | bytes, transform: Callable[[Any], A
             return transformed
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample("huge_image", name, str(error)) from error
+    except BadSample:
+        raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ValueError...
         raise BadSample("corrupt_image", name, f"{type(error).__name__}: {error}") from error
 

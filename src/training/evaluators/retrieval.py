@@ -39,6 +39,8 @@ class RetrievalEvaluator:
     ) -> None:
         self._loader = data["val"].dataloader
         self._precision = precision
+        self._gallery_rows = cfg.val_retrieval_chunk_size
+        self._dtype = precision.compute_dtype if cfg.val_retrieval_precision == "model" else torch.float32
 
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
         here, device, loader = world(), next(model.parameters()).device, self._loader
@@ -76,6 +78,8 @@ class RetrievalEvaluator:
                 device,
                 here.distributed,
                 torch.cat(image_ids) if image_ids else None,
+                self._gallery_rows,
+                self._dtype,
             )
         yield from (metrics | averages | {"epoch": epoch, "num_samples": num_samples}).items()
 

@@ -7,6 +7,7 @@
 from training.params.checks import validate
 from training.params.config import TrainConfig, default_values, get_default_params
 from training.params.flags import ParseKwargs
+from training.params.like_4 import describe as describe_like_4
 from training.params.namespace import parse_args, read_section, sections, warnings_for
 from training.params.options import (
     CheckpointConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "default_values",
+    "describe_like_4",
     "get_default_params",
     "parse_args",
     "read_section",

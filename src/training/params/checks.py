@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from training.params.config import SECTIONS
+from training.params.config import SECTIONS, default_values
 from training.params.option import flag, options_of
 from training.params.options import DataConfig
 
@@ -34,10 +34,12 @@ def validate(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is not supported, a value is out of range, or options contradict each other.
     """
+    defaults = default_values()
     for section in SECTIONS:
         for name, declared in options_of(section).items():
-            declared.check(flag(name), getattr(args, name))
+            declared.check(flag(name) if declared.has_flag else name, getattr(args, name), defaults[name])
     _check_images(args)
+    _check_sample_keys(args)
     _check_names(args)
     _check_combinations(args)
 
@@ -54,6 +56,37 @@ def _check_images(args: argparse.Namespace) -> None:
         sides = size if isinstance(size, (list, tuple)) else [size]
         if len(sides) not in (1, 2) or not all(side >= 1 for side in sides):
             raise ValueError(f"--force-image-size takes one number of pixels, or height and width, got {size}.")
+
+
+def _check_sample_keys(args: argparse.Namespace) -> None:
+    for name in ("image_key", "text_key", "json_text_key"):
+        given = getattr(args, name)
+        if given is not None and not split_keys(given):
+            raise ValueError(f"{flag(name)} takes names separated by ';', got {given!r}.")
+    weights = args.json_text_key_probs
+    if weights is None:
+        return
+    if args.json_text_key is None:
+        raise ValueError("--json-text-key-probs needs --json-text-key, the fields that have these weights.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(f"--json-text-key-probs must be 0 or more and not all 0, got {_join(weights)}.")
+    fields = split_keys(args.json_text_key)
+    if len(weights) != len(fields):
+        raise ValueError(
+            f"--json-text-key-probs has {len(weights)} numbers and --json-text-key {args.json_text_key!r} has "
+            f"{len(fields)} fields. Give one number per field."
+        )
+    if len(set(fields)) < len(fields):
+        raise ValueError(f"--json-text-key {args.json_text_key!r} has a field twice. Give each weight once.")
+
+
+def _join(values: Iterable[Any]) -> str:
+    return " ".join(map(str, values))
+
+
+def split_keys(text: str) -> tuple[str, ...]:
+    """Parse names of members or fields: 'jpg;png' -> ('jpg', 'png')."""
+    return tuple(word.strip() for word in text.split(";") if word.strip())
 
 
 def _check_names(args: argparse.Namespace) -> None:
@@ -178,14 +211,19 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     reads_shards = any(is_tar) or (args.dataset_type in ("webdataset", "auto") and not (paths and all(is_csv)))
     training, validating = trains(args), bool(args.val_data)
     yield reads_csv, ("csv_separator", "csv_img_key", "csv_caption_key"), "the data are not CSV"
-    yield reads_shards, ("dataset_resampled",), "the data are not webdataset shards"
+    of_shards = ("dataset_resampled", "image_key", "text_key", "json_text_key", "json_text_key_probs")
+    yield reads_shards, of_shards, "the data are not webdataset shards"
+    if reads_shards:
+        yield args.json_text_key is None, ("text_key",), "--json-text-key has the captions"
+    yield bool(paths), ("max_image_pixels",), "there is no --train-data and no --val-data"
     yield training, ("train_num_samples", "max_bad_fraction"), "there is no --train-data"
     if training:
         counted = reads_shards or args.dataset_type == "synthetic"
         yield counted, ("train_num_samples",), "the samples of CSV files and image folders are counted"
     counts = args.dataset_type == "synthetic" or (validating and reads_shards)
     yield counts, ("val_num_samples",), "it is only used for --val-data in webdataset shards and for synthetic data"
-    yield validating, ("val_frequency",), "there is no --val-data"
+    of_validation = ("val_frequency", "val_retrieval_chunk_size", "val_retrieval_precision")
+    yield validating, of_validation, "there is no --val-data"
     yield args.val_frequency > 0, ("val_data",), "--val-frequency is 0"
     classified = bool(args.imagenet_val or args.imagenet_v2 or args.zeroshot_data)
     yield classified, ("zeroshot_frequency",), "there is no --imagenet-val, --imagenet-v2 or --zeroshot-data"
@@ -242,6 +280,8 @@ def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
     yield args.save_every_n_steps > 0, ("keep_last",), "there is no --save-every-n-steps"
     to_wandb = bool({"wandb", "all"} & set(reporters(args.report_to)))
     yield writes or to_wandb, ("report_to",), "--output-dir is None"
+    yield bool(reporters(args.report_to)), ("log_metric_every_n_steps",), "there is no --report-to"
+    yield trains(args), ("log_metric_every_n_steps", "train_loss_ema_samples"), "there is no --train-data"
     yield to_wandb, ("wandb_notes", "wandb_project_name"), "--report-to has no wandb"
     yield args.remote_sync is not None, ("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync"
     yield world_size > 1, ("log_local",), "there is one process"

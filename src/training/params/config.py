@@ -34,8 +34,8 @@ GROUPS = {
     "checkpoints": "Written to LOGS/NAME/checkpoints/epoch_N.pt.",
     "evaluation": "The work is split over all processes.",
     "logging": "LOGS/NAME/out.log is the log; results.jsonl has all evaluations.",
-    "unsupported": "Options of open_clip that this project does not support, with what to use instead. --torchscript "
-    "is ignored with a warning.",
+    "unsupported": "Options of open_clip that this project does not support. A value other than the default is "
+    "an error that says what to use instead. --torchscript is ignored with a warning.",
 }
 
 

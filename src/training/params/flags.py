@@ -28,6 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     for section in SECTIONS:
         types = get_type_hints(section)
         for name, declared in options_of(section).items():
+            if not declared.has_flag:
+                continue
             flags = [flag(name), declared.alias] if declared.alias else [flag(name)]
             form = _argparse_form(types[name], declared)
             if defaults[name] is True:

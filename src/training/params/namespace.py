@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from training.params.checks import validate, without_effect, writes_nothing
 from training.params.config import TrainConfig, default_values, get_default_params
 from training.params.flags import build_parser
+from training.params.like_4 import overrides
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -32,7 +33,11 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: with status 0 after `--help`; with status 2 and a message on stderr if an option is invalid.
     """
     parser = build_parser()
-    namespace = parser.parse_args(sys.argv[1:] if args is None else list(args))
+    words = sys.argv[1:] if args is None else list(args)
+    namespace = parser.parse_args(words)
+    if namespace.like_4:
+        parser.set_defaults(**overrides(namespace))
+        namespace = parser.parse_args(words)
     if not namespace.opt.lower().startswith("timm/"):
         for name, value in get_default_params(namespace.model).items():
             if getattr(namespace, name) is None:
@@ -63,13 +68,15 @@ def read_section(section: type[_Section], args: Any) -> _Section:
     values = {}
     for f in fields(section):
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        values[f.name] = _normalize(f.name, getattr(args, f.name, default))
+        values[f.name] = _normalize(f.name, getattr(args, f.name, overrides(args).get(f.name, default)))
     return section(**values)
 
 
 def _normalize(name: str, value: Any) -> Any:
     if name in ("image_mean", "image_std") and value is not None:
         return tuple(value) * (3 if len(value) == 1 else 1)
+    if name == "json_text_key_probs" and value is not None:
+        return tuple(value)
     if name == "force_image_size" and isinstance(value, (list, tuple)):
         return value[0] if len(value) == 1 else tuple(value)
     if name == "logs" and writes_nothing(value):
@@ -82,9 +89,13 @@ def warnings_for(args: Any, world_size: int = 1) -> list[str]:
 
     `parse_args` does not log them because neither the log nor the number of processes exists yet.
     """
-    return without_effect(_complete(args), default_values(), world_size)
+    return without_effect(_complete(args), _defaults(args), world_size)
 
 
 def _complete(args: Any) -> argparse.Namespace:
     """Return a namespace that has every option."""
-    return argparse.Namespace(**{name: getattr(args, name, default) for name, default in default_values().items()})
+    return argparse.Namespace(**{name: getattr(args, name, default) for name, default in _defaults(args).items()})
+
+
+def _defaults(args: Any) -> dict[str, Any]:
+    return default_values() | overrides(args)

@@ -25,7 +25,8 @@ class Option:
         at_least, above, at_most, below: bounds of a number. A number with bounds must be finite.
         alias: a second flag.
         group: group of `--help`, if it is not that of the section.
-        refused: why the option is not supported, and what to use instead.
+        refused: why values other than the default are not supported, and what to use instead.
+        has_flag: whether the command has a flag. Otherwise the option is set in namespaces only.
     """
 
     help: str
@@ -38,13 +39,14 @@ class Option:
     alias: str | None = None
     group: str | None = None
     refused: str | None = None
+    has_flag: bool = True
 
-    def check(self, flag: str, value: Any) -> None:
-        """Raise ValueError if the value is not allowed. None (not given) is always allowed."""
-        if self.refused is not None and value:
-            raise ValueError(f"{flag}: {self.refused}")
-        if value is None:
+    def check(self, flag: str, value: Any, default: Any = None) -> None:
+        """Raise ValueError if the value is not allowed. The default and None (not given) are always allowed."""
+        if value is None or value == default:
             return
+        if self.refused is not None and value is not False and value != "":
+            raise ValueError(f"{flag}: {self.refused}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{flag} must be one of {', '.join(map(str, self.choices))}, got {value!r}.")
         bounds = self._describe_bounds()

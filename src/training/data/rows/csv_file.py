@@ -62,11 +62,13 @@ class CsvDataset(Dataset):
         sep: str = "\t",
         tokenizer: Callable[[list[str]], Any] | None = None,
         image_ids: bool = False,
+        max_image_pixels: int | None = None,
     ) -> None:
         self.filename = str(input_filename)
         self.transforms = transforms
         self.tokenizer = tokenizer
         self.image_ids = image_ids
+        self.max_image_pixels = max_image_pixels
         self.images, self.captions = _TableReader(self.filename, img_key, caption_key, sep).read()
         self.folders = _image_folders(self.filename, self.images)
 
@@ -98,10 +100,10 @@ class CsvDataset(Dataset):
             reason = "URLs are not opened. img2dataset downloads them into shards, which --train-data reads"
             raise BadSample("missing_image", name, reason)
         if os.path.isabs(path):
-            return load_image(path, self.transforms, name)
+            return load_image(path, self.transforms, name, self.max_image_pixels)
         for folder in self.folders:
             try:
-                return load_image(os.path.join(folder, path), self.transforms, name)
+                return load_image(os.path.join(folder, path), self.transforms, name, self.max_image_pixels)
             except BadSample as bad:
                 if bad.cause != "missing_image":
                     raise
@@ -325,5 +327,6 @@ def make_csv_loader(
         sep=cfg.csv_separator,
         tokenizer=tokenizer if tokenizes_randomly(tokenizer) else None,
         image_ids=not is_train,
+        max_image_pixels=cfg.max_image_pixels,
     )
     return make_row_loader(dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=shorten(filename))

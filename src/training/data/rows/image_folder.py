@@ -44,6 +44,7 @@ class ImageFolder(Dataset):
         caption: template for the class name, such as "a photo of a {}.".
         tokenizer: list of captions -> int64 [B, L].
         numbered: whether class folders are named by their labels, as in ImageNet-V2.
+        max_image_pixels: see `training.data.images.load_image`.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -59,11 +60,13 @@ class ImageFolder(Dataset):
         caption: str | None = None,
         tokenizer: Callable[[list[str]], Any] | None = None,
         numbered: bool = False,
+        max_image_pixels: int | None = None,
     ) -> None:
         self.root = Path(root)
         self.transform = transform
         self.caption = caption
         self.tokenizer = tokenizer
+        self.max_image_pixels = max_image_pixels
         self.classes = _class_names(self.root, numbered)
         per_class = []
         with progress.Task(f"Listing the images in {self.root}", len(self.classes), "classes") as task:
@@ -102,7 +105,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
         label = int(self.labels[index])
-        image = load_image(path, self.transform, path)
+        image = load_image(path, self.transform, path, self.max_image_pixels)
         if self.caption is None:
             return {"image": image, "label": label, "key": path}
         text = self.caption.format(self.classes[label].replace("_", " "))
@@ -148,7 +151,9 @@ def make_captioned_loader(
     if not root:
         raise ValueError(f"No folder: {'--train-data' if is_train else '--val-data'} is not given.")
     tokenizer_per_sample = tokenizer if tokenizes_randomly(tokenizer) else None
-    dataset = ImageFolder(root, preprocess, caption=CAPTION, tokenizer=tokenizer_per_sample)
+    dataset = ImageFolder(
+        root, preprocess, caption=CAPTION, tokenizer=tokenizer_per_sample, max_image_pixels=cfg.max_image_pixels
+    )
     source, classes = shorten(root), dataset.classes
     return make_row_loader(
         dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, classes=classes

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,12 +22,13 @@ from training import ranks
 from training.data.images import load_image
 from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
-from training.data.sampling import SharedEpoch, sample_rng
+from training.data.sampling import SharedEpoch, sample_rng, stable_hash
 from training.data.shards.lists import expand_urls, get_dataset_size, shard_sizes
+from training.data.shards.pairs import PairMembers
 from training.data.shards.position import ReaderLayout, ResumeRequest, ShardPosition, ShardState
 from training.data.shards.reader import ReadPosition, ShardPlan, ShardReader, ShardSet
 from training.data.shards.remote import check_schemes, is_local
-from training.data.shards.samples import CAPTION_KEY, IMAGE_KEYS, Sample
+from training.data.shards.samples import Sample
 from training.data.skips import BadSample, SkipCounter
 from training.params import DataConfig
 
@@ -56,6 +58,7 @@ class ShardBatches(IterableDataset):
         resume: ResumeRequest,
         source: str,
         skipped: SkipCounter,
+        max_image_pixels: int | None = None,
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -66,6 +69,7 @@ class ShardBatches(IterableDataset):
         self.resume = resume
         self.source = source
         self.skipped = skipped
+        self.max_image_pixels = max_image_pixels
 
     def __iter__(self) -> Iterator[ShardBatch]:
         info = get_worker_info()
@@ -106,9 +110,11 @@ class ShardBatches(IterableDataset):
         streak = self.shards.bad_streak(self.source)
         for sample, after in encoded:
             name = f"{sample['__url__']}/{sample['__key__']}"
+            random_key = (self.shards.seed, epoch, name, sample["__read_id__"])
             try:
-                with sample_rng(self.shards.seed, epoch, name, sample["__read_id__"]):
-                    decoded = self._decode(sample, name)
+                caption = self._caption(sample, name, random_key)
+                with sample_rng(*random_key):
+                    decoded = self._decode(sample, name, caption)
             except BadSample as bad:
                 self.skipped.add_bad(bad, sample["__shard__"])
                 streak.add_bad(bad, sample["__shard__"])
@@ -117,13 +123,14 @@ class ShardBatches(IterableDataset):
             self.skipped.add_good()
             yield decoded, after
 
-    def _decode(self, sample: Sample, name: str) -> Sample:
-        try:
-            caption = sample[CAPTION_KEY].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSample("corrupt_caption", name, f"the caption is not UTF-8 ({error.reason})") from error
-        key = next(key for key in IMAGE_KEYS if key in sample)
-        image = load_image(sample[key], self.transform, f"{name}.{key}")
+    def _caption(self, sample: Sample, name: str, random_key: tuple[object, ...]) -> str:
+        # A generator of its own: the augmentation of the image does not depend on how captions are chosen.
+        return self.shards.members.caption(sample, name, random.Random(stable_hash("caption", *random_key)))
+
+    def _decode(self, sample: Sample, name: str, caption: str) -> Sample:
+        key = self.shards.members.image_key(sample)
+        assert key is not None, "Samples without an image are dropped before."
+        image = load_image(sample[key], self.transform, f"{name}.{key}", self.max_image_pixels)
         text = caption if self.tokenizer is None else self.tokenizer([caption])[0]
         decoded = {"image": image, "text": text, "key": name}
         if not self.shards.endless:  # in evaluation, equal images are one image with several captions
@@ -163,6 +170,7 @@ def make_shard_loader(
         resume=resume,
         source=source,
         skipped=skipped,
+        max_image_pixels=cfg.max_image_pixels,
     )
     loader = Loader(
         dataset,
@@ -190,7 +198,8 @@ def _find_shards(cfg: DataConfig, is_train: bool) -> tuple[ShardSet, str]:
     urls, weights = expand_urls(source, factors)
     _check_present(urls, str(source))
     single_rank = not ranks.world().distributed
-    shards = ShardSet(urls, cfg.seed, is_train, resampled, weights, shard_sizes(urls), single_rank)
+    members = PairMembers.from_options(cfg)
+    shards = ShardSet(urls, cfg.seed, is_train, resampled, weights, shard_sizes(urls), single_rank, members)
     return shards, shorten(source)
 
 

@@ -33,23 +33,14 @@ from typing import NamedTuple
 import torch
 
 from training.data.sampling import stable_hash
-from training.data.shards.samples import (
-    CAPTION_KEY,
-    IMAGE_KEYS,
-    Sample,
-    find_unsorted,
-    read_shard,
-    unsorted_shard,
-    why_unusable,
-)
+from training.data.shards.pairs import DEFAULT_MEMBERS, PairMembers
+from training.data.shards.samples import Sample, find_unsorted, read_shard, unsorted_shard, why_unusable
 from training.data.skips import BAD_IN_A_ROW, BAD_SHARDS, BadSample, BadStreak, NoUsableSamples, SkipCounter
 
 # The limits of a block, in samples and in bytes. The next block is read while one is consumed, so a reader holds about
 # one block of encoded samples, and two at most.
 BLOCK_SAMPLES = 2048
 BLOCK_BYTES = 1 << 28
-
-_EXTENSIONS = frozenset((CAPTION_KEY, *IMAGE_KEYS))
 
 
 class ShardRead(NamedTuple):
@@ -119,6 +110,7 @@ class ShardSet:
         weights: probabilities of the draws, up to a common factor.
         sizes: samples by shard, where known.
         single_rank: whether there is only one rank.
+        members: the members of a sample that are its image and its caption.
     """
 
     urls: Sequence[str]
@@ -128,6 +120,7 @@ class ShardSet:
     weights: Sequence[float] | None = None
     sizes: Mapping[str, int] | None = None
     single_rank: bool = True
+    members: PairMembers = DEFAULT_MEMBERS
 
     def bad_streak(self, source: str) -> BadStreak:
         """Return the detector of useless data for the samples of one reader."""
@@ -296,13 +289,13 @@ class ShardReader:
 
     def _usable_samples(self, read: ShardRead, index: int, offset: int) -> Iterator[tuple[int, Sample]]:
         """Yield (index in the shard, sample) of one shard read, from sample `index` at byte `offset` on."""
-        url = self.shards.urls[read.shard]
+        url, members = self.shards.urls[read.shard], self.shards.members
         counts_shard = read.part == 0  # if several readers read this shard, only one of them counts it
         if counts_shard:
             self.skipped.add_shard()
         is_unsorted = False
         try:
-            for sample in read_shard(url, _EXTENSIONS, offset, is_first=index == 0):
+            for sample in read_shard(url, members.extensions, offset, index == 0, members):
                 index += 1
                 if "__apart__" in sample:  # the second part of a sample whose first part has been counted
                     if counts_shard and not is_unsorted:
@@ -311,7 +304,7 @@ class ShardReader:
                     continue
                 if (index - 1 - read.part) % read.parts:
                     continue
-                if (bad := why_unusable(sample)) is not None:
+                if (bad := why_unusable(sample, members)) is not None:
                     self._add_bad(bad, read.shard)
                     continue
                 self.streak.add_good()
@@ -333,5 +326,5 @@ class ShardReader:
             self.streak.add_bad(bad, shard)
         except NoUsableSamples:
             # The run ends. If the captions are elsewhere in the shard, name that as the cause.
-            self.streak.first = find_unsorted(self.shards.urls[shard]) or self.streak.first
+            self.streak.first = find_unsorted(self.shards.urls[shard], self.shards.members) or self.streak.first
             raise self.streak.error() from bad

@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.data.messages import join_first, quote, shorten
+from training.data.shards.pairs import DEFAULT_MEMBERS, PairMembers
 from training.data.shards.remote import is_local
 from training.data.shards.tar import Member, TarStream, open_tar
 from training.data.skips import CAPTION_LIMIT, IMAGE_LIMIT, BadSample
-
-IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "tif", "tiff")  # the image of a sample is the first of these that it has
-CAPTION_KEY = "txt"
 
 _EXIT_STATUS = re.compile(r"\bexit (\d+) \(read\)")  # in webdataset's error of a `pipe:` command
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # metadata that webdataset writes into a shard
@@ -33,8 +31,8 @@ Sample = dict[str, Any]  # "__key__", "__url__", and bytes by extension
 
 
 def filter_no_caption_or_no_image(sample: Sample) -> bool:
-    """Whether the sample has a caption (txt) and an image."""
-    return CAPTION_KEY in sample and any(key in sample for key in IMAGE_KEYS)
+    """Return whether the sample has a caption (txt) and an image."""
+    return DEFAULT_MEMBERS.are_in(sample)
 
 
 def _base_plus_ext(path: str) -> tuple[str | None, str | None]:
@@ -108,7 +106,11 @@ class TooLarge:
 
 
 def read_shard(
-    url: str, wanted: Collection[str] | None = None, offset: int = 0, is_first: bool = True
+    url: str,
+    wanted: Collection[str] | None = None,
+    offset: int = 0,
+    is_first: bool = True,
+    members: PairMembers = DEFAULT_MEMBERS,
 ) -> Iterator[Sample]:
     """Yield the samples of one shard, each with its "__offset__".
 
@@ -121,14 +123,15 @@ def read_shard(
         offset: "__offset__" of the sample to start with. This is a seek in a local tar; a compressed tar or a pipe is
             read up to there.
         is_first: whether that is the first sample of the shard.
+        members: the members that are images and captions.
 
     Raises:
         BadSample: missing_shard, empty_shard or corrupt_shard, after all intact samples.
     """
-    reader, incomplete = _MemberReader(url, wanted, offset, is_first), _IncompleteSamples()
+    reader, incomplete = _MemberReader(url, wanted, offset, is_first, members), _IncompleteSamples(members)
     for sample in group_by_keys_nothrow(reader.members()):
         # an incomplete sample at the end of a truncated shard is not counted in addition to the shard
-        if reader.error is None or filter_no_caption_or_no_image(sample):
+        if reader.error is None or members.are_in(sample):
             if incomplete.is_second_part(sample):
                 sample["__apart__"] = True
             yield sample
@@ -140,12 +143,14 @@ class _IncompleteSamples:
 
     _LIMIT = 1 << 18  # of stored keys: about 20 MB
 
-    def __init__(self) -> None:
+    def __init__(self, members: PairMembers) -> None:
+        self._members = members
         self._has_image: dict[int, bool] = {}  # by the key's hash
 
     def is_second_part(self, sample: Sample) -> bool:
-        """Whether the sample is the missing part of an earlier one, so the two parts are not adjacent."""
-        has_image, has_caption = any(key in sample for key in IMAGE_KEYS), CAPTION_KEY in sample
+        """Return whether the sample is the missing part of an earlier one, so the two parts are not adjacent."""
+        has_image = self._members.image_key(sample) is not None
+        has_caption = self._members.text_key(sample) is not None
         if has_image == has_caption or "__torn__" in sample:
             return False
         key = hash(sample["__key__"])
@@ -161,12 +166,12 @@ def unsorted_shard(sample: Sample) -> BadSample:
     return BadSample("unsorted_shard", sample["__url__"], reason)
 
 
-def find_unsorted(url: str) -> BadSample | None:
+def find_unsorted(url: str, members: PairMembers) -> BadSample | None:
     """Read the names in a local shard. Return an error if the members of a sample are not adjacent, otherwise None."""
     if not is_local(url):
         return None
     with contextlib.suppress(BadSample):
-        for sample in read_shard(url, wanted=()):
+        for sample in read_shard(url, wanted=(), members=members):
             if "__apart__" in sample:
                 return unsorted_shard(sample)
     return None
@@ -175,11 +180,14 @@ def find_unsorted(url: str) -> BadSample | None:
 class _MemberReader:
     """Reads a shard once, from `offset` to the end, and keeps the error that occurred."""
 
-    def __init__(self, url: str, wanted: Collection[str] | None, offset: int, is_first: bool) -> None:
+    def __init__(
+        self, url: str, wanted: Collection[str] | None, offset: int, is_first: bool, pair: PairMembers
+    ) -> None:
         self.url = url
         self.wanted = wanted
         self.offset = offset
         self.is_first = is_first
+        self.pair = pair
         self.count = 0
         self.stream: TarStream | None = None
         self.error: Exception | None = None
@@ -214,7 +222,7 @@ class _MemberReader:
         extension = (_base_plus_ext(member.name)[1] or "").lower()
         if self.wanted is not None and extension not in self.wanted:
             return b""
-        limit = CAPTION_LIMIT if extension == CAPTION_KEY else IMAGE_LIMIT
+        limit = CAPTION_LIMIT if extension in self.pair.text_keys else IMAGE_LIMIT
         return TooLarge(member.size) if member.size > limit else stream.contents()
 
     def raise_if_bad(self) -> None:
@@ -248,33 +256,34 @@ class _MemberReader:
         return BadSample("corrupt_shard", self.url, f"it cannot be read after {self.count} files ({reason})")
 
 
-def why_unusable(sample: Sample) -> BadSample | None:
+def why_unusable(sample: Sample, members: PairMembers = DEFAULT_MEMBERS) -> BadSample | None:
     """Return why a sample of `read_shard` is not a pair of an image and a caption; None if it is."""
     name = f"{sample['__url__']}/{sample['__key__']}"
-    caption = sample.get(CAPTION_KEY, b"")
-    image = next((key for key in IMAGE_KEYS if key in sample), None)
-    if isinstance(caption, TooLarge):
-        return too_large(sample, CAPTION_KEY)
+    text, image = members.text_key(sample), members.image_key(sample)
+    caption = b"" if text is None else sample[text]
+    if text is not None and isinstance(caption, TooLarge):
+        return too_large(sample, text, members)
     if image is not None and isinstance(sample[image], TooLarge):
-        return too_large(sample, image)
+        return too_large(sample, image, members)
     if "__torn__" in sample and (image is None or not caption.strip()):
-        reason = f"the shard is damaged inside it; intact before that: {_describe_members(sample)}"
+        reason = f"the shard is damaged inside it; intact before that: {_describe_members(sample, members)}"
         return BadSample("torn_sample", name, reason)
     if not caption.strip():
-        reason = f"no caption, or an empty one ({CAPTION_KEY}); the sample has: {_describe_members(sample)}"
+        expected = ", ".join(members.text_keys)
+        reason = f"no caption, or an empty one ({expected}); the sample has: {_describe_members(sample, members)}"
         return BadSample("no_caption", name, reason)
     if image is None:
-        reason = f"no image ({', '.join(IMAGE_KEYS)}); the sample has: {_describe_members(sample)}"
+        reason = f"no image ({', '.join(members.image_keys)}); the sample has: {_describe_members(sample, members)}"
         return BadSample("no_image", name, reason)
     return None
 
 
-def _describe_members(sample: Sample) -> str:
+def _describe_members(sample: Sample, members: PairMembers) -> str:
     """Return a few extensions of the sample, for a message."""
     extensions = [key for key in sample if not key.startswith("__")]
     if not extensions:
         return "nothing"
-    usable = (CAPTION_KEY, *IMAGE_KEYS)
+    usable = members.extensions
     if any("." in extension and extension.rpartition(".")[2] in usable for extension in extensions):
         return f"{join_first(extensions, 2, 25)} (the names have dots: the key ends at the first dot)"
     folder = sample["__key__"].rpartition("/")[0]
@@ -282,9 +291,9 @@ def _describe_members(sample: Sample) -> str:
     return join_first(extensions, 5, 15) + hint
 
 
-def too_large(sample: Sample, key: str) -> BadSample:
+def too_large(sample: Sample, key: str, members: PairMembers = DEFAULT_MEMBERS) -> BadSample:
     """Return the error for a member of the sample that is `TooLarge`."""
-    is_caption = key == CAPTION_KEY
+    is_caption = key in members.text_keys
     cause, limit = ("huge_caption", CAPTION_LIMIT) if is_caption else ("huge_image", IMAGE_LIMIT)
     name = f"{sample['__url__']}/{sample['__key__']}.{key}"
     return BadSample(cause, name, f"{sample[key].size} bytes, the limit is {limit}; it was not read")

@@ -45,6 +45,19 @@ class DataConfig:
         "column separator of CSV files (for a comma: `--csv-separator ,`)")
     csv_img_key: str = option("filepath", metavar="COLUMN", help="CSV column with the image paths")
     csv_caption_key: str = option("title", metavar="COLUMN", help="CSV column with the captions")
+    image_key: str = option("jpg;png;jpeg;webp;tif;tiff", metavar="EXT;EXT", help=
+        "webdataset: extensions of images. The image of a sample is the first of these members that it has")
+    text_key: str = option("txt", metavar="EXT;EXT", help="webdataset: the same for captions")
+    json_text_key: str | None = option(None, metavar="FIELD;FIELD", help=
+        "webdataset: read the captions from the `json` members instead of those of --text-key. The caption is the "
+        "first of these fields that contains text")
+    json_text_key_probs: tuple[float, ...] | None = option(None, metavar="P", help=
+        "one weight per field of --json-text-key: the order in which the fields are tried is drawn for each (seed, "
+        "epoch, sample), each time in proportion to the weights of the remaining fields. Fields of weight 0 come last, "
+        "for samples that have no other caption. In evaluation the caption of a sample is the same in every epoch")
+    max_image_pixels: int | None = option(None, at_least=0, metavar="N", help=
+        "skip images of --train-data and --val-data that have more pixels (width x height) before they are decoded; "
+        "they are counted as huge_image. Default, and 0: Pillow's limit of 89 million")
     fast_decode: bool = option(False, help=
         "decode JPEG images that are at least twice as large as needed at 1/2, 1/4 or 1/8 of their size. Faster for "
         "photographs of several megapixels; pixels differ slightly, see docs/training.md")

@@ -21,6 +21,9 @@ class ModelConfig:
 
     model: str = option("RN50", metavar="NAME", help=
         "architecture (`open_clip.list_models()`), `hf-hub:ORG/REPO`, or `local-dir:PATH`")
+    like_4: bool = option(False, help=
+        "use the defaults of open_clip's main branch (4.x) for options that are not given; the log lists them. See "
+        "docs/coming_from_open_clip.md")
     pretrained: str = option("", metavar="TAG|FILE", help=
         "initial weights: a tag of `open_clip.list_pretrained()` or a file (.pt, .bin, .safetensors, a training "
         "checkpoint). Default: random. The optimizer state is not loaded; use --resume to continue a run")

@@ -58,6 +58,12 @@ class EvalConfig:
 
     val_frequency: int = option(1, at_least=0, metavar="EPOCHS", help=
         "evaluate on --val-data every N epochs and at the end; 0: never")
+    val_retrieval_chunk_size: int = option(8192, at_least=1, metavar="N", help=
+        "candidates per block of similarities in the retrieval metrics of --val-data: more take more memory. The "
+        "metrics do not depend on it, and the whole matrix is never kept")
+    val_retrieval_precision: str = option("fp32", choices=("fp32", "model"), help=
+        "dtype of the similarities in the retrieval metrics. model: that of --precision's computation, which is faster "
+        "for hundreds of thousands of pairs, but makes similar candidates equal")
     zeroshot_frequency: int = option(2, at_least=0, metavar="EPOCHS", help="the same for zero-shot classification")
     zeroshot_classnames: str | None = option(None, metavar="FILE", help=
         "class names of --zeroshot-data: one per line in the sorted order of the folders, or .json with a list or "
@@ -75,6 +81,12 @@ class LoggingConfig:
 
     report_to: str = option("", metavar="NAMES", help="tensorboard, wandb, both separated by a comma, or all")
     log_every_n_steps: int = option(100, at_least=1, metavar="N", help="steps per log line, which shows their mean")
+    log_metric_every_n_steps: int | None = option(None, at_least=1, metavar="N", help=
+        "steps per point in TensorBoard and wandb, which shows their mean. The host waits for the device at each "
+        "point. Default: that of --log-every-n-steps")
+    train_loss_ema_samples: int | None = option(None, at_least=1, metavar="N", help=
+        "in the log lines, show after each loss its moving average, in which a loss from n samples ago has the weight "
+        "exp(-n/N). It continues over epochs and in resumed runs. Default: the average of the epoch")
     profile_steps: str | None = option(None, metavar="A:B", help=
         "trace the steps A to B-1 of the run (from 0) on the first process into LOGS/NAME/profile, with the NPU's "
         "profiler on an NPU (for MindStudio Insight) and with torch.profiler elsewhere (for TensorBoard or Perfetto). "

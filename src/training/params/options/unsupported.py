@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from training.params.option import option
+
+_AUDIO = "Audio models are not supported yet. Train an image-text model, or use open_clip's main branch for CLAP."
+_NAFLEX = (
+    "NaFlex towers, which take images of any size and aspect ratio, are not supported yet. Leave the option out: "
+    "images are resized to the size of the model (--force-image-size, --image-resize-mode)."
+)
+_BUCKETS = (
+    "Sorting samples by length is not supported yet. Leave the option out: --text-groups sorts the captions of each "
+    "batch by length and computes less padding."
+)
+_PADDING = (
+    "Captions of variable length are not supported yet. Leave the option out: --text-groups cuts captions to the "
+    "longest one of their group."
+)
+_GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models (`coca_ViT-B-32`) generate captions."
+
+
+def _later(default: Any, refused: str, metavar: str | None = None, **form: Any) -> Any:
+    """Return an option of open_clip's main branch that is refused with any value but its default there."""
+    return option(default, metavar=metavar, help="not supported yet", refused=refused, **form)
 
 
 # fmt: off
 # Each option is followed by its help text.
 @dataclass(frozen=True)
 class UnsupportedConfig:
-    """Options of open_clip that are refused, or ignored with a warning. They are not part of `TrainConfig`."""
+    """Options of open_clip that are refused, or ignored with a warning. They are not part of `TrainConfig`.
+
+    An option is refused unless it has its default value in open_clip, so that namespaces of its scripts are accepted.
+    """
 
     group: ClassVar[str] = "unsupported"
 
@@ -25,4 +48,42 @@ class UnsupportedConfig:
     use_bnb_linear: str | None = option(None, metavar="NAME", help="use --precision amp_bf16", refused=
         "The int8 layers of bitsandbytes are not supported. To save memory use --precision amp_bf16 or bf16, and "
         "--grad-checkpointing.")
+
+    audio_ext: str = _later("flac", _AUDIO, "EXT")
+    pretrained_audio: str | None = _later(None, _AUDIO, "FILE")
+    audio_layer_decay: float | None = _later(None, _AUDIO, "X")
+    audio_fill: str = _later("repeatpad", _AUDIO, choices=("pad", "repeat", "repeatpad"))
+    audio_trunc: str = _later("rand_trunc", _AUDIO, choices=("rand_trunc", "trunc", "fusion"))
+    audio_fusion: bool = _later(False, _AUDIO)
+    audio_int16_normalize: bool = _later(False, _AUDIO)
+    audio_zeroshot_dataset: str | None = _later(None, _AUDIO, "NAME")
+    audio_zeroshot_split: str = _later("train", _AUDIO, "NAME")
+    audio_zeroshot_audio_key: str = _later("audio", _AUDIO, "NAME")
+    audio_zeroshot_target_key: str = _later("target", _AUDIO, "NAME")
+    audio_zeroshot_class_key: str = _later("category", _AUDIO, "NAME")
+    audio_zeroshot_templates: str | None = _later(None, _AUDIO, "TEXT", alias="--audio-zeroshot-template")
+    audio_zeroshot_workers: int = _later(0, _AUDIO, "N")
+    audio_zeroshot_multiprocessing_context: str = _later(
+        "forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
+    audio_multiprocessing_context: str = _later("forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
+    use_naflex: bool = _later(False, _NAFLEX)
+    force_naflex_vision: bool = _later(False, _NAFLEX)
+    naflex_num_train_image_tokens: int | None = _later(None, _NAFLEX, "N")
+    naflex_patch_sizes: tuple[int, ...] | None = _later(None, _NAFLEX, "PIXELS")
+    naflex_patch_size_probs: tuple[float, ...] | None = _later(None, _NAFLEX, "P")
+    naflex_seq_lens: tuple[int, ...] | None = _later(None, _NAFLEX, "TOKENS")
+    naflex_seq_len_probs: tuple[float, ...] | None = _later(None, _NAFLEX, "P")
+    naflex_max_tokens_per_batch: int = _later(16384, _NAFLEX, "TOKENS")
+    naflex_max_text_tokens: int | None = _later(None, _NAFLEX, "TOKENS")
+    naflex_batch_divisor: int = _later(8, _NAFLEX, "N")
+    naflex_loss_scale: str = _later("none", _NAFLEX, choices=("none", "linear", "sqrt"))
+    naflex_pad_multiple: int | None = _later(None, _NAFLEX, "N")
+    length_bucketing: bool = _later(False, _BUCKETS)
+    bucket_pool: int = _later(2048, _BUCKETS, "SAMPLES")
+    bucket_chunk: int = _later(128, _BUCKETS, "SAMPLES")
+    bucket_prefetch_pools: int = _later(0, _BUCKETS, "N")
+    text_pad_multiple: int | None = _later(None, _PADDING, "TOKENS")
+    genlip: bool = _later(False, _GENERATIVE, has_flag=False)
+    genlap: bool = _later(False, _GENERATIVE, has_flag=False)
+    naflexclap: bool = _later(False, _AUDIO, has_flag=False)
 # fmt: on

@@ -1,0 +1,30 @@
+"""Defaults of open_clip's main branch (4.x), which --like-4 sets. The other options have the same defaults there."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from training.params.option import flag
+
+LIKE_4: dict[str, Any] = {
+    "precision": "amp_bf16",
+    "decay_rule": "4",
+    "image_key": "jpg;png;jpeg;webp",
+    "max_image_pixels": 25_000_000,
+    "val_retrieval_chunk_size": 4096,
+    "log_metric_every_n_steps": 10,
+    "train_loss_ema_samples": 50_000,
+}
+
+
+def overrides(args: Any) -> dict[str, Any]:
+    """Return the defaults that differ from those of the options for this namespace: LIKE_4, or nothing."""
+    return LIKE_4 if getattr(args, "like_4", False) else {}
+
+
+def describe(args: Any) -> str:
+    """Return a sentence with the values that --like-4 has set, without the options that were given other values."""
+    in_effect = [name for name, value in overrides(args).items() if getattr(args, name, value) == value]
+    words = [f"{flag(name)} {shlex.quote(str(LIKE_4[name]))}" for name in in_effect]
+    return f"--like-4 sets {', '.join(words) or 'nothing'}."
