@@ -20,7 +20,9 @@ _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 _BFLOAT16_FORMS = ("auto", "torch", "off")
 
 
-def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | str) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: nn.Module, cfg: OptimConfig, device: torch.device | str, is_captured: bool = False
+) -> torch.optim.Optimizer:
     """Create the optimizer for the trainable parameters.
 
     Its state dict is compatible with open_clip's: same groups, same order of parameters. It is also compatible between
@@ -31,6 +33,7 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
             timm excludes from weight decay.
         cfg: options that are None get the default of AdamW or timm.
         device: device of the model. Together with the dtype of the weights it decides what `fused_optimizer="auto"` is.
+        is_captured: the step will be part of a compiled graph, so "auto" is FlatAdamW, which torch.compile can trace.
 
     Raises:
         ValueError: the optimizer is unknown, does not support the device or the dtype of the weights, or the model has
@@ -43,7 +46,7 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
         check_weights(cfg, dtype)
     opt = cfg.opt.lower()
     if opt == "adamw":
-        optimizer = _adamw(model, cfg, torch.device(device))
+        optimizer = _adamw(model, cfg, torch.device(device), is_captured)
     else:
         optimizer = _timm(model, cfg, opt.removeprefix("timm/"))
     optimizer.register_load_state_dict_pre_hook(_keep_implementation)
@@ -95,7 +98,7 @@ def has_no_decay(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
-def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device, is_captured: bool) -> torch.optim.Optimizer:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if has_no_decay(name, p)], "weight_decay": 0.0},
@@ -106,7 +109,7 @@ def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.op
     # torch's fused kernel is the fastest, but its moments have the dtype of the weights, and it can skip a step only on
     # some devices.
     kind = devices.get(device)
-    if cfg.fused_optimizer == "auto" and (has_float16 or not kind.fused_adamw_skips):
+    if cfg.fused_optimizer == "auto" and (is_captured or has_float16 or not kind.fused_adamw_skips):
         return FlatAdamW(groups, **options)
     return kind.adamw(groups, cfg.fused_optimizer, **options)
 

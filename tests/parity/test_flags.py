@@ -38,6 +38,9 @@ OURS = {
     "deterministic": False,
     "profile_level": 0,
     "text_groups": 4,
+    "torchcompile_strategy": "blocks",
+    "torchcompile_backend": None,
+    "torchcompile_mode": None,
 }
 
 

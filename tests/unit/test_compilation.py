@@ -19,14 +19,15 @@ import open_clip
 import tiny_clip
 from gloo_ranks import run_ranks
 from towers import Towers
-from training import build, half_weights, precision
+from training import build, precision, scheduler
 from training.batches import TextGrouping, to_device
-from training.compilation import NoCompilation, compile_model, find_blocks, is_compiled, paused
+from training.compilation import CompileOptions, NoCompilation, compile_model, find_blocks, is_compiled, paused
 from training.ema import WeightAverage
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
 from training.ranks import World
+from training.step_guard import StepGuard
 from training.trainer import Trainer, unwrap_model
 
 CPU = torch.device("cpu")
@@ -87,19 +88,27 @@ def make_batches(count: int = STEPS, size: int = 32, context: int = 12, end: int
     return batches
 
 
-def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], compiled: NoCompilation, accum: int = 1) -> list:
+def train(
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    compiled: NoCompilation,
+    accum: int = 1,
+    dtype: str = "fp32",
+) -> list:
     """Train as the command does, and return the losses of each step."""
     bare = unwrap_model(model)
-    grouping = TextGrouping([bare], CPU)
+    grouping = TextGrouping([bare], CPU, 4 if compiled.takes_any_length else 0)
     grouping._group_cost = 1  # several groups in small batches
+    optimizer = create_optimizer(bare, OptimConfig(lr=1e-3), CPU, is_captured=compiled.captures_step)
     trainer = Trainer(
         model=model.train(),
         objective=create_objective(ObjectiveConfig(), bare),
-        optimizer=create_optimizer(bare, OptimConfig(lr=1e-3), CPU),
-        precision=precision.create("fp32", CPU),
-        half_weights=half_weights.create(bare, precision.create("fp32", CPU)),
+        optimizer=optimizer,
+        precision=precision.create(dtype, CPU),
+        scheduler=scheduler.cosine_lr(optimizer, 1e-3, 2, len(batches)),
         accum_freq=accum,
         grad_clip_norm=1.0,
+        guard=StepGuard(bare, optimizer, CPU),
         average=WeightAverage(bare, 0.9),
         compilation=compiled,
     )
@@ -112,15 +121,22 @@ def train(model: nn.Module, batches: list[dict[str, torch.Tensor]], compiled: No
 
 
 def assert_same_losses(
-    model: nn.Module, batches: list[dict[str, torch.Tensor]], backend: str = "aot_eager", accum: int = 1
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    backend: str = "aot_eager",
+    accum: int = 1,
+    strategy: str = "blocks",
+    dtype: str = "fp32",
+    tolerance: float = 1e-4,
 ) -> int:
     """Compare the losses with those of the uncompiled model. Return the number of graphs."""
     names = list(model.state_dict())
-    expected = train(copy.deepcopy(model), batches, NoCompilation(), accum)
-    compiled = compile_model(model, getattr(model, "takes_grouped_text", False), backend)
-    found = train(model, batches, compiled, accum)
+    expected = train(copy.deepcopy(model), batches, NoCompilation(), accum, dtype)
+    options = CompileOptions(strategy, backend)
+    compiled = compile_model(model, options, getattr(model, "takes_grouped_text", False))
+    found = train(model, batches, compiled, accum, dtype)
     assert list(model.state_dict()) == names
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=0)
     assert len({loss for losses in found for loss in losses}) > len(found) / 2, "the weights have not changed"
     assert compiled.counters() == {"recompiles": 0.0}
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -157,7 +173,7 @@ def test_the_blocks_of_timm_s_models_do_not_contain_each_other(name: str) -> Non
 def test_a_model_without_repeated_blocks_is_compiled_as_a_whole(caplog: pytest.LogCaptureFixture) -> None:
     model = Towers()
     with caplog.at_level(logging.INFO):
-        compiled = compile_model(model, text_varies=True, backend="eager")
+        compiled = compile_model(model, CompileOptions(backend="eager"), text_varies=True)
     assert [module for module in model.modules() if is_compiled(module)] == [model]
     assert not compiled.takes_any_length
     assert "no list of equal blocks, so it is compiled as a whole" in caplog.text
@@ -223,12 +239,20 @@ def test_an_uncompiled_model_is_paused_by_nothing() -> None:
     assert isinstance(paused(vit()), contextlib.nullcontext)
 
 
+@pytest.mark.parametrize("strategy", ["model", "task", "step"])
+@pytest.mark.parametrize("make", [vit, resnet, timm_tower, coca])
+def test_a_strategy_compiles_one_graph_with_equal_losses(make: Callable[[], nn.Module], strategy: str) -> None:
+    shape = {"size": 16, "context": 10, "end": 39} if make is coca else {}
+    assert assert_same_losses(make(), make_batches(3, **shape), "eager", strategy=strategy) == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 # The log
 
 
 def test_graphs_after_the_warm_up_are_recompiles_and_too_many_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = vit()
-    compiled = compile_model(model, text_varies=True, backend="eager")
+    compiled = compile_model(model, CompileOptions(backend="eager"), text_varies=True)
     images, _ = tiny_clip.inputs()
     with caplog.at_level(logging.INFO):
         model.encode_image(images)
@@ -252,7 +276,7 @@ def ranks_train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     for backend in (None, "eager"):
         torch.manual_seed(0)
         model = vit()
-        compiled = NoCompilation() if backend is None else compile_model(model, True, backend)
+        compiled = NoCompilation() if backend is None else compile_model(model, CompileOptions(backend=backend), True)
         wrapped = build.parallelize(
             model, DistributedConfig(), World(rank, rank, world_size, CPU, "gloo"), accum_freq=2
         )
