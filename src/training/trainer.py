@@ -87,6 +87,8 @@ class Trainer:
                 "an optimizer that skip steps on the device (StepGuard with FlatAdamW)."
             )
         self._losses_of_batch = self.compilation.compile_task(self._compute_losses)
+        self._compute_features = self.compilation.compile_task(self.objective.features)  # for accumulation
+        self._losses_of_features = self.compilation.compile_task(self.objective.losses)
         self._update_with = self._backward_and_update
         if self.compilation.captures_step:
             captured = self.compilation.compile_step(self._backward_and_update)
@@ -211,12 +213,12 @@ class Trainer:
     def _features(self, model: nn.Module, batch: Batch) -> Outputs:
         # One context per call: autocast caches casts of weights, and would reuse those made without gradients.
         with self.precision.autocast():
-            return self.objective.features(model, batch)
+            return self._compute_features(model, batch)
 
     def _losses_of_all(self, leaves: Outputs, batches: list[Batch]) -> Outputs:
         with self.precision.autocast():
             targets = concatenate([self.objective.targets(batch) for batch in batches])
-            losses = self.objective.losses({**leaves, **targets})
+            losses = self._losses_of_features({**leaves, **targets})
         self._scaled(losses["loss"]).backward()
         return losses
 

@@ -23,7 +23,7 @@ from training import build, precision, scheduler
 from training.batches import TextGrouping, to_device
 from training.compilation import CompileOptions, NoCompilation, compile_model, find_blocks, is_compiled, paused
 from training.ema import WeightAverage
-from training.objective import create_objective
+from training.objective import Objective, create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
 from training.ranks import World
@@ -94,6 +94,7 @@ def train(
     compiled: NoCompilation,
     accum: int = 1,
     dtype: str = "fp32",
+    objective: Objective | None = None,
 ) -> list:
     """Train as the command does, and return the losses of each step."""
     bare = unwrap_model(model)
@@ -102,7 +103,7 @@ def train(
     optimizer = create_optimizer(bare, OptimConfig(lr=1e-3), CPU, is_captured=compiled.captures_step)
     trainer = Trainer(
         model=model.train(),
-        objective=create_objective(ObjectiveConfig(), bare),
+        objective=objective or create_objective(ObjectiveConfig(), bare),
         optimizer=optimizer,
         precision=precision.create(dtype, CPU),
         scheduler=scheduler.cosine_lr(optimizer, 1e-3, 2, len(batches)),
@@ -124,17 +125,16 @@ def assert_same_losses(
     model: nn.Module,
     batches: list[dict[str, torch.Tensor]],
     backend: str = "aot_eager",
-    accum: int = 1,
     strategy: str = "blocks",
-    dtype: str = "fp32",
     tolerance: float = 1e-4,
+    **options: Any,
 ) -> int:
-    """Compare the losses with those of the uncompiled model. Return the number of graphs."""
+    """Compare the losses with those of the uncompiled model. Return the number of graphs. `options` are of `train`."""
     names = list(model.state_dict())
-    expected = train(copy.deepcopy(model), batches, NoCompilation(), accum, dtype)
-    options = CompileOptions(strategy, backend)
-    compiled = compile_model(model, options, getattr(model, "takes_grouped_text", False))
-    found = train(model, batches, compiled, accum, dtype)
+    expected = train(copy.deepcopy(model), batches, NoCompilation(), **options)
+    text_varies = getattr(model, "takes_grouped_text", False)
+    compiled = compile_model(model, CompileOptions(strategy, backend), text_varies)
+    found = train(model, batches, compiled, **options)
     assert list(model.state_dict()) == names
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=0)
     assert len({loss for losses in found for loss in losses}) > len(found) / 2, "the weights have not changed"
@@ -245,6 +245,44 @@ def test_a_strategy_compiles_one_graph_with_equal_losses(make: Callable[[], nn.M
     shape = {"size": 16, "context": 10, "end": 39} if make is coca else {}
     assert assert_same_losses(make(), make_batches(3, **shape), "eager", strategy=strategy) == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("strategy", ["model", "task", "step"])
+def test_a_strategy_compiles_a_text_tower_of_transformers(tmp_path: Path, strategy: str) -> None:
+    pytest.importorskip("transformers")
+    name = hf_cases.write_clip(tmp_path, "bert")
+    model = open_clip.create_model(name, pretrained_text=False, output_dict=True)
+    assert assert_same_losses(model, make_batches(3, context=12, end=2), "eager", strategy=strategy) == 1
+
+
+@pytest.mark.parametrize("strategy", ["task", "step"])
+@pytest.mark.parametrize("kind", ["siglip", "distillation"])
+def test_a_strategy_compiles_other_objectives(kind: str, strategy: str) -> None:
+    cfg = ObjectiveConfig(siglip=kind == "siglip")
+    model = vit(layers=1)
+    if kind == "siglip":
+        model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    teacher = vit(layers=1).eval().requires_grad_(False) if kind == "distillation" else None
+    objective = create_objective(cfg, model, teacher)
+    assert assert_same_losses(model, make_batches(3), "eager", strategy=strategy, objective=objective) == 1
+
+
+@pytest.mark.parametrize("strategy", ["task", "step"])
+def test_a_strategy_compiles_checkpointing_and_patch_dropout(strategy: str) -> None:
+    model = vit(patch_dropout=0.25, layers=2)
+    model.set_grad_checkpointing()
+    assert assert_same_losses(model, make_batches(3), strategy=strategy) == 1
+
+
+def test_autocast_is_part_of_the_compiled_step() -> None:
+    model = vit(layers=2)
+    assert assert_same_losses(model, make_batches(3), strategy="step", dtype="amp_bf16", tolerance=0.02) == 1
+
+
+@pytest.mark.parametrize("strategy", ["model", "task"])
+def test_a_strategy_compiles_the_passes_of_an_accumulated_step(strategy: str) -> None:
+    graphs = assert_same_losses(vit(layers=2), make_batches(4), "eager", accum=2, strategy=strategy)
+    assert graphs == {"model": 2, "task": 3}[strategy]
 
 
 # The log
