@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from gloo_ranks import run_ranks
 from towers import Towers
 from training import build, precision, scheduler
 from training.batches import TextGrouping, to_device
+from training.captured_step import CapturedStep
 from training.compilation import CompileOptions, NoCompilation, compile_model, find_blocks, is_compiled, paused
 from training.ema import WeightAverage
+from training.flat_adamw import FlatAdamW
 from training.objective import Objective, create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
@@ -95,10 +98,11 @@ def train(
     accum: int = 1,
     dtype: str = "fp32",
     objective: Objective | None = None,
+    text_groups: int = 4,
 ) -> list:
     """Train as the command does, and return the losses of each step."""
     bare = unwrap_model(model)
-    grouping = TextGrouping([bare], CPU, 4 if compiled.takes_any_length else 0)
+    grouping = TextGrouping([bare], CPU, text_groups)
     grouping._group_cost = 1  # several groups in small batches
     optimizer = create_optimizer(bare, OptimConfig(lr=1e-3), CPU, is_captured=compiled.captures_step)
     trainer = Trainer(
@@ -131,6 +135,8 @@ def assert_same_losses(
 ) -> int:
     """Compare the losses with those of the uncompiled model. Return the number of graphs. `options` are of `train`."""
     names = list(model.state_dict())
+    if strategy != "blocks":
+        options["text_groups"] = 0  # as the command does; dropout depends on the shape of the texts
     expected = train(copy.deepcopy(model), batches, NoCompilation(), **options)
     text_varies = getattr(model, "takes_grouped_text", False)
     compiled = compile_model(model, CompileOptions(strategy, backend), text_varies)
@@ -285,6 +291,49 @@ def test_a_strategy_compiles_the_passes_of_an_accumulated_step(strategy: str) ->
     assert graphs == {"model": 2, "task": 3}[strategy]
 
 
+def test_custom_blocks_with_checkpointing_compile() -> None:
+    model = vit(block_type="custom", qk_norm=True, scale_heads=True, scale_attn=True, scale_fc=True)
+    model.set_grad_checkpointing()
+    assert assert_same_losses(model, make_batches(2)) == 2
+    plain = vit(block_type="custom", qk_norm=True, scale_heads=True, scale_attn=True, scale_fc=True)
+    plain.load_state_dict(model.state_dict())
+    images, _ = tiny_clip.inputs()
+    gradients = []
+    for each in (model, plain):
+        each.train().zero_grad()
+        each.encode_image(images).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.visual.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_learning_rates_of_a_compiled_step_are_numbers_outside_of_it() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = FlatAdamW([{"params": [weight], "lr": 0.5}, {"params": [nn.Parameter(torch.zeros(3))], "lr": 0.5}])
+    seen = []
+    step = CapturedStep(optimizer, CPU, lambda: seen.append([group["lr"] for group in optimizer.param_groups]))
+    step()
+    optimizer.load_state_dict(optimizer.state_dict())  # replaces the groups
+    optimizer.param_groups[0]["lr"] = 0.25
+    step()
+    assert seen[0][0] is seen[0][1]
+    assert [float(rate) for rate in seen[1]] == [0.25, 0.5]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5]
+
+
+def test_a_compiled_step_skips_a_loss_that_is_not_finite() -> None:
+    model, batches = vit(layers=1), make_batches(4)
+    compiled = compile_model(model, CompileOptions("step", "eager"))
+    batches[1]["image"][0] = torch.inf
+    plain = copy.deepcopy(model)
+    expected, found = (
+        train(plain, batches, NoCompilation(), text_groups=0),
+        train(model, batches, compiled, text_groups=0),
+    )
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0, equal_nan=True)
+    assert [math.isfinite(loss) for loss, _ in found] == [True, False, True, True]
+    assert compiled.counters() == {"recompiles": 0.0}
+
+
 # The log
 
 
@@ -309,22 +358,25 @@ def test_graphs_after_the_warm_up_are_recompiles_and_too_many_are_a_warning(capl
 
 
 def ranks_train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Train a wrapped model, compiled and not, and return the weights."""
+    """Train a wrapped model, uncompiled and with each strategy, and return the weights."""
     weights = {}
-    for backend in (None, "eager"):
+    for strategy, accum in ((None, 1), (None, 2), ("blocks", 2), ("model", 1), ("task", 1), ("task", 2)):
         torch.manual_seed(0)
-        model = vit()
-        compiled = NoCompilation() if backend is None else compile_model(model, CompileOptions(backend=backend), True)
-        wrapped = build.parallelize(
-            model, DistributedConfig(), World(rank, rank, world_size, CPU, "gloo"), accum_freq=2
-        )
+        torch._dynamo.reset()
+        model = vit(layers=2)
+        options = CompileOptions(str(strategy), "eager")
+        compiled = NoCompilation() if strategy is None else compile_model(model, options, text_varies=True)
+        world = World(rank, rank, world_size, CPU, "gloo")
+        wrapped = build.parallelize(model, DistributedConfig(), world, accum)
         assert wrapped.gradient_as_bucket_view
-        train(wrapped, make_batches(8)[rank::world_size], compiled, accum=2)
-        weights[str(backend)] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        train(wrapped, make_batches(8)[rank::world_size], compiled, accum, text_groups=4 if accum == 2 else 0)
+        weights[f"{strategy} {accum}"] = torch.cat([p.detach().flatten() for p in model.parameters()])
     return weights
 
 
-def test_ranks_train_compiled_blocks(tmp_path: Path) -> None:
+def test_ranks_train_compiled_models(tmp_path: Path) -> None:
     first, second = run_ranks(__file__, "ranks_train", (2,), tmp_path)[2]
-    assert torch.equal(first["eager"], second["eager"])
-    torch.testing.assert_close(first["eager"], first["None"], rtol=0, atol=1e-4)
+    assert len(first) == 6
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name])
+        torch.testing.assert_close(weights, first[f"None {name[-1]}"], rtol=0, atol=1e-4)
