@@ -157,6 +157,11 @@ def _compile_blocks(
     return Compilation(f"{len(blocks)} blocks ({num_layouts} different)", options, takes_any_length=True)
 
 
+def can_trace_backward() -> bool:
+    """Return whether this version of torch can compile a backward pass as part of a larger graph."""
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Return whether the model or a part of it is compiled in place."""
     return any(module._compiled_call_impl is not None for module in model.modules())
@@ -218,8 +223,8 @@ def _configure_dynamo_for_one_graph(model: nn.Module, strategy: str) -> None:
     config = torch._dynamo.config
     # DDP gets the gradients of a graph when its backward pass ends. torch cannot split graphs with checkpointing.
     config.optimize_ddp = not any(getattr(module, "grad_checkpointing", False) for module in model.modules())
-    if strategy == "step" and hasattr(config, "trace_autograd_ops"):
-        config.trace_autograd_ops = True  # else the graph is split at the backward pass
+    if strategy == "step":
+        config.trace_autograd_ops = True  # checked by `can_trace_backward`
 
 
 def _options_of_mode(mode: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.recipe import read_recipe
-from training import file_utils, optim, precision, ranks
+from training import compilation, file_utils, optim, precision, ranks
 from training.checkpoint import rng
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
 from training.data.probe import read_first_batch
@@ -106,6 +106,11 @@ def check_compiled_step(cfg: TrainConfig, used: precision.Precision, world: rank
     """
     if not cfg.model.torchcompile or cfg.model.torchcompile_strategy != "step":
         return
+    if not compilation.can_trace_backward():
+        raise ValueError(
+            f"--torchcompile-strategy step needs a newer torch: torch {torch.__version__} cannot compile a backward "
+            "pass with the rest of the step. Use --torchcompile-strategy blocks, model or task."
+        )
     if world.distributed:
         raise ValueError(
             f"--torchcompile-strategy step works on one process, and this run has {world.world_size}: "
