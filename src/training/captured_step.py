@@ -16,16 +16,16 @@ class CapturedStep:
     learning rates of the optimizer are numbers, as the schedule, the log and checkpoints expect.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, update: Callable[..., Any]) -> None:
-        """Create it. `update` computes the gradients and calls the optimizer."""
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, update: Callable[[Any], Any]) -> None:
+        """Create it. `update` takes the batches of a step, computes the gradients and calls the optimizer."""
         self._optimizer = optimizer
         self._update = update
         self._tensors = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._first_with_rate: list[int] = []  # for each group, the first group that has the same learning rate
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, batches: Any) -> Any:
         with self._rates_on_device():
-            return self._update(*args)
+            return self._update(batches)
 
     @contextlib.contextmanager
     def _rates_on_device(self) -> Iterator[None]:

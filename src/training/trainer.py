@@ -89,7 +89,7 @@ class Trainer:
         self._losses_of_batch = self.compilation.compile_task(self._compute_losses)
         self._compute_features = self.compilation.compile_task(self.objective.features)  # for accumulation
         self._losses_of_features = self.compilation.compile_task(self.objective.losses)
-        self._update_with = self._backward_and_update
+        self._update_with: Callable[[list[Batch]], Outputs] = self._backward_and_update
         if self.compilation.captures_step:
             captured = self.compilation.compile_step(self._backward_and_update)
             self._update_with = CapturedStep(self.optimizer, self.device, captured)
@@ -142,7 +142,9 @@ class Trainer:
         The first one creates the state of the optimizer, which would otherwise compile the step once more.
         """
         counts = self.guard.state_dict()
-        without_numbers = [{**batch, "image": torch.full_like(batch["image"], torch.nan)} for batch in batches]
+        without_numbers: list[Batch] = [
+            {**batch, "image": torch.full_like(batch["image"], torch.nan)} for batch in batches
+        ]
         for update in (self._backward_and_update, self._update_with):
             self.guard.begin(0, [])
             self.optimizer.zero_grad()

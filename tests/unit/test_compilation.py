@@ -310,11 +310,11 @@ def test_the_learning_rates_of_a_compiled_step_are_numbers_outside_of_it() -> No
     weight = nn.Parameter(torch.zeros(2))
     optimizer = FlatAdamW([{"params": [weight], "lr": 0.5}, {"params": [nn.Parameter(torch.zeros(3))], "lr": 0.5}])
     seen = []
-    step = CapturedStep(optimizer, CPU, lambda: seen.append([group["lr"] for group in optimizer.param_groups]))
-    step()
+    step = CapturedStep(optimizer, CPU, lambda _: seen.append([group["lr"] for group in optimizer.param_groups]))
+    step(None)
     optimizer.load_state_dict(optimizer.state_dict())  # replaces the groups
     optimizer.param_groups[0]["lr"] = 0.25
-    step()
+    step(None)
     assert seen[0][0] is seen[0][1]
     assert [float(rate) for rate in seen[1]] == [0.25, 0.5]
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5]
