@@ -354,7 +354,7 @@ def test_graphs_after_the_warm_up_are_recompiles_and_too_many_are_a_warning(capl
             model.encode_image(images[:1].expand(size, -1, -1, -1))
         assert compiled.counters() == {"recompiles": 7.0}
         assert compiled.counters() == {"recompiles": 7.0}
-    assert caplog.text.count("torch has compiled too many graphs for one block") == 1
+    assert caplog.text.count("torch has compiled too many graphs for one function") == 1
 
 
 # Several processes
