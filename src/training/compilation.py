@@ -222,7 +222,8 @@ def _configure_dynamo_for_one_graph(model: nn.Module, strategy: str) -> None:
     """Let torch split the graph of a model at DDP's buckets if it can, and trace the backward pass of a step."""
     config = torch._dynamo.config
     # DDP gets the gradients of a graph when its backward pass ends. torch cannot split graphs with checkpointing.
-    config.optimize_ddp = not any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+    names = ("grad_checkpointing", "gradient_checkpointing")  # of timm's and our towers, of transformers
+    config.optimize_ddp = not any(getattr(module, name, False) for module in model.modules() for name in names)
     if strategy == "step":
         config.trace_autograd_ops = True  # checked by `can_trace_backward`
 
