@@ -28,7 +28,7 @@ from training.checkpoint.rng import random_seed
 from training.checkpoint.saver import NullSaver, Saver
 from training.checkpoint.state import TrainState
 from training.checkpoint.weights import check_fit, load_checkpoint
-from training.compilation import NoCompilation, compile_model
+from training.compilation import CompileOptions, NoCompilation, compile_model
 from training.data import DataInfo, get_data
 from training.ema import NoAverage, WeightAverage
 from training.evaluate import ScheduledEvaluator, create_evaluators
@@ -77,6 +77,7 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     """
     cfg, device = run.cfg, run.world.device
     devices.get(device).set_fast_matmul(cfg.model.fp32_matmul == "high")
+    preflight.check_compiled_step(cfg, run.precision, run.world)
     model, transforms, tokenizer = _build_model(run)
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
     if checkpoint is not None:
@@ -144,7 +145,8 @@ def _build_trainer(
     if teacher is not None:
         preflight.check_teacher(model, teacher)
     objective = create_objective(cfg.objective, model, teacher)
-    optimizer = create_optimizer(model, optim, world.device)
+    is_captured = cfg.model.torchcompile and cfg.model.torchcompile_strategy == "step"
+    optimizer = create_optimizer(model, optim, world.device, is_captured=is_captured)
     average = _create_average(model, optim.ema_decay)
     remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
     guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
@@ -157,8 +159,14 @@ def _build_trainer(
         precision=precision,
         scaler=precision.grad_scaler(),
         scheduler=build_scheduler(optimizer, cfg.schedule, optim, steps_per_epoch),
-        half_weights=half_weights.create(model, precision, getattr(optimizer, "flats", ())),
-        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model, compiled)),
+        half_weights=(
+            contextlib.nullcontext
+            if compiled.is_enabled
+            else half_weights.create(model, precision, getattr(optimizer, "flats", ()))
+        ),
+        group_text=TextGrouping(
+            [model, teacher], world.device, cfg.model.text_groups if compiled.takes_any_length else 0
+        ),
         accum_freq=optim.accum_freq,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,
@@ -198,11 +206,8 @@ def _create_average(model: nn.Module, decay: float | None) -> NoAverage:
 def _compile(model: Any, cfg: ModelConfig) -> NoCompilation:
     if not cfg.torchcompile:
         return NoCompilation()
-    return compile_model(model, text_varies=cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
-
-
-def _text_groups(cfg: ModelConfig, compiled: NoCompilation) -> int:
-    return cfg.text_groups if compiled.takes_any_length else min(cfg.text_groups, 1)  # fewer shapes to compile
+    options = CompileOptions(cfg.torchcompile_strategy, cfg.torchcompile_backend, cfg.torchcompile_mode)
+    return compile_model(model, options, cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
 
 
 def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo, steps_per_epoch: int) -> TrainState:

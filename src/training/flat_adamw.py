@@ -114,7 +114,8 @@ class FlatAdamW(torch.optim.Optimizer):
                 loss = closure()
         self.gather_gradients()
         for buffer in self._buffers:
-            buffer.check_memory()
+            if not torch.compiler.is_compiling():  # which sees no addresses
+                buffer.check_memory()
             for p in buffer.stepped_parameters():
                 if p not in self.state:
                     self.state[p] = buffer.state_of(p)
@@ -272,8 +273,9 @@ class _Buffer:
         self._update_master()
         weights = self.weights.buffer if self._master is None else self._master.buffer
         for segment in self._segments:
-            decay = groups[segment.group]["lr"] * groups[segment.group]["weight_decay"]
-            if decay:
+            group = groups[segment.group]
+            if group["weight_decay"]:
+                decay = group["lr"] * group["weight_decay"]
                 _part(weights, segment).mul_(1 - counts * decay)
         for run in _join_segments(self._segments, groups, ("betas", "eps")):
             self._update_run(run, weights, gradient, counts, groups)
@@ -326,11 +328,16 @@ def _join_segments(
         last = runs[-1] if runs else None
         if last is not None and last.stop == segment.start and last.history == segment.history:
             ours, theirs = groups[segment.group], groups[last.group]
-            if all(ours[name] == theirs[name] for name in options):
+            if all(_is_same(ours[name], theirs[name]) for name in options):
                 last.stop = segment.stop
                 continue
         runs.append(_Segment(**vars(segment)))
     return runs
+
+
+def _is_same(ours: Any, theirs: Any) -> bool:
+    """Compare options of groups. Tensors (learning rates of a captured step) are the same if they are one object."""
+    return ours is theirs or (not isinstance(ours, Tensor) and ours == theirs)
 
 
 def _part(buffer: Tensor, segment: _Segment) -> Tensor:

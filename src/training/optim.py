@@ -31,7 +31,9 @@ TORCH_OPTIMIZERS = ("adamw", "nadamw")
 _BFLOAT16_FORMS = ("auto", "torch", "off")
 
 
-def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | str) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: nn.Module, cfg: OptimConfig, device: torch.device | str, is_captured: bool = False
+) -> torch.optim.Optimizer:
     """Create the optimizer for the trainable parameters.
 
     Its state dict is compatible with open_clip's: same groups, same order of parameters. It is also compatible between
@@ -43,6 +45,7 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
             timm excludes from weight decay.
         cfg: options that are None get the default of AdamW or timm.
         device: device of the model. Together with the dtype of the weights it decides what `fused_optimizer="auto"` is.
+        is_captured: the step will be part of a compiled graph, so "auto" is FlatAdamW, which torch.compile can trace.
 
     Raises:
         ValueError: the optimizer is unknown or does not take an option, does not support the device or the dtype of
@@ -56,7 +59,7 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig, device: torch.device | 
         check_weights(cfg, dtype)
     opt = cfg.opt.lower()
     if opt == "adamw":
-        optimizer = _adamw(model, cfg, torch.device(device))
+        optimizer = _adamw(model, cfg, torch.device(device), is_captured)
     elif opt == "nadamw":
         groups = build_groups(model, grouping_of(cfg), cfg.wd)
         optimizer = torch.optim.NAdam(groups, decoupled_weight_decay=True, **_hyperparameters(cfg))
@@ -143,14 +146,14 @@ def check_weights(cfg: OptimConfig, dtype: torch.dtype) -> None:
         )
 
 
-def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, cfg: OptimConfig, device: torch.device, is_captured: bool) -> torch.optim.Optimizer:
     groups = build_groups(model, grouping_of(cfg), cfg.wd)
     options = _hyperparameters(cfg)
     has_float16 = any(p.dtype == torch.float16 for group in groups for p in group["params"])
     # torch's fused kernel is the fastest, but its moments have the dtype of the weights, and it can skip a step only on
     # some devices.
     kind = devices.get(device)
-    is_flat = cfg.fused_optimizer == "auto" and (has_float16 or not kind.fused_adamw_skips)
+    is_flat = cfg.fused_optimizer == "auto" and (is_captured or has_float16 or not kind.fused_adamw_skips)
     if is_flat and not cfg.opt_kwargs:  # FlatAdamW has neither amsgrad nor maximize
         return FlatAdamW(groups, **options)
     return kind.adamw(groups, cfg.fused_optimizer, **options)

@@ -67,7 +67,7 @@ class Precision:
     def grad_scaler(self, **kwargs: Any) -> Any:
         """Create a gradient scaler. It is disabled unless the precision is "amp" and the device computes in fp16."""
         scaler = devices.get(self.device).grad_scaler(**kwargs) if self.name == "amp" else None
-        return disabled_scaler() if scaler is None else scaler
+        return DisabledScaler() if scaler is None else scaler
 
 
 def create(name: str | None, device: str | torch.device) -> Precision:
@@ -91,9 +91,32 @@ def create(name: str | None, device: str | torch.device) -> Precision:
     return Precision(name, device)
 
 
-def disabled_scaler() -> torch.amp.GradScaler:
-    """Create a gradient scaler that does not scale: its `step` calls that of the optimizer."""
-    return torch.amp.GradScaler("cpu", enabled=False)
+class DisabledScaler:
+    """A gradient scaler that does not scale. torch.compile can trace it, unlike a disabled one of torch."""
+
+    def is_enabled(self) -> bool:
+        return False
+
+    def get_scale(self) -> float:
+        return 1.0
+
+    def scale(self, outputs: Any) -> Any:
+        return outputs
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return optimizer.step(*args, **kwargs)
+
+    def update(self, new_scale: Any = None) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:

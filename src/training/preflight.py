@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from open_clip import device as devices
 from open_clip.recipe import read_recipe
-from training import file_utils, optim, precision, ranks
+from training import compilation, file_utils, optim, precision, ranks
 from training.checkpoint import rng
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
 from training.data.probe import read_first_batch
@@ -77,13 +77,56 @@ def check_device(cfg: TrainConfig) -> None:
     Raises:
         RuntimeError: the device is missing, or an environment variable would make the run fail.
         ModuleNotFoundError: --torchcompile needs something that is not installed.
+        ValueError: torch does not know the backend of --torchcompile.
     """
     kind = devices.get(devices.resolve(cfg.distributed.device))
     for problem in kind.environment_errors():
         raise RuntimeError(problem)
-    missing = kind.why_not_compile() if cfg.model.torchcompile else None
+    if cfg.model.torchcompile:
+        _check_compiler(kind, cfg.model.torchcompile_backend or "inductor")
+
+
+def _check_compiler(kind: devices.Device, backend: str) -> None:
+    import torch._dynamo
+
+    if backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise ValueError(
+            f"--torchcompile-backend {backend!r} is not installed. torch {torch.__version__} has "
+            f"{', '.join(torch._dynamo.list_backends())}, and for tests eager and aot_eager."
+        )
+    missing = kind.why_not_compile() if backend == "inductor" else None
     if missing is not None:
         raise ModuleNotFoundError(f"--torchcompile: {missing}")
+
+
+def check_compiled_step(cfg: TrainConfig, used: precision.Precision, world: ranks.World) -> None:
+    """Check whether a whole step can be compiled with this precision and number of processes.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not cfg.model.torchcompile or cfg.model.torchcompile_strategy != "step":
+        return
+    if not compilation.can_trace_backward():
+        raise ValueError(
+            f"--torchcompile-strategy step needs a newer torch: torch {torch.__version__} cannot compile a backward "
+            "pass with the rest of the step. Use --torchcompile-strategy blocks, model or task."
+        )
+    if world.distributed:
+        raise ValueError(
+            f"--torchcompile-strategy step works on one process, and this run has {world.world_size}: "
+            "DistributedDataParallel splits the graph. Use --torchcompile-strategy blocks, model or task."
+        )
+    if used.grad_scaler().is_enabled():
+        raise ValueError(
+            f"--torchcompile-strategy step cannot compile the gradient scaler of --precision {used.name}. Use "
+            "--precision amp_bf16, or --torchcompile-strategy blocks, model or task."
+        )
+    if devices.get(used.device).saturates:
+        raise ValueError(
+            f"--torchcompile-strategy step needs a device that keeps NaN, to skip steps, and {used.device} does not. "
+            "Use --torchcompile-strategy blocks, model or task."
+        )
 
 
 def _pairs(data: DataConfig) -> Iterator[tuple[str, Callable[..., Any]]]:

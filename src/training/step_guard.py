@@ -44,6 +44,7 @@ class TooManyBadSteps(ValueError):
 class NoGuard:
     """A guard that never skips a step. It has the interface of StepGuard."""
 
+    decides_on_device = False
     bad: Tensor | bool = False
     skipped: Tensor | bool = False
     _zero = torch.zeros(())
@@ -84,6 +85,7 @@ class StepGuard(NoGuard):
     changed when the host finds out in `check`.
 
     Attributes:
+        decides_on_device: the optimizer skips steps on the device, so the host does not wait for the decision.
         bad: bool scalar on the device, whether the loss or gradient of the last step was not finite.
         skipped: bool scalar on the device, whether the last step was skipped.
     """
@@ -106,7 +108,7 @@ class StepGuard(NoGuard):
         self.max_in_a_row = max_in_a_row
         self.folder = folder
         is_flat, is_fused = isinstance(optimizer, FlatAdamW), bool(optimizer.defaults.get("fused"))
-        self._on_device = is_flat or (is_fused and devices.get(device).fused_adamw_skips)
+        self.decides_on_device = is_flat or (is_fused and devices.get(device).fused_adamw_skips)
         self._flag_dtype = torch.bool if is_flat else torch.float32  # of found_inf
         self._counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self._steps = self._skipped_before = 0  # steps since the start or resume; skipped steps before that
@@ -151,7 +153,7 @@ class StepGuard(NoGuard):
         self._count(is_bad, is_skipped)
 
     def _step_unless(self, is_bad: Tensor, optimizer: Any) -> None:
-        if self._on_device:
+        if self.decides_on_device:
             optimizer.found_inf = is_bad.to(self._flag_dtype)
             optimizer.step()
         elif not is_bad:

@@ -22,7 +22,7 @@ from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
 from training.params import EvalConfig, LoggingConfig
 from training.params.namespace import read_section
-from training.precision import disabled_scaler
+from training.precision import DisabledScaler
 from training.progress import Progress
 from training.ranks import world
 from training.scheduler import unchanged_lr
@@ -128,7 +128,7 @@ def train_one_epoch(
         objective=loss if isinstance(loss, Objective) else LossModule(loss, dist_model),
         optimizer=optimizer,
         precision=precision,
-        scaler=disabled_scaler() if scaler is None else scaler,
+        scaler=DisabledScaler() if scaler is None else scaler,
         scheduler=unchanged_lr(optimizer) if args.skip_scheduler or scheduler is None else scheduler,
         half_weights=half_weights.create(bare, precision),
         group_text=TextGrouping([bare, dist_model], precision.device),

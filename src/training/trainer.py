@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_clip import device as devices
 from training.batches import keep_text
+from training.captured_step import CapturedStep
 from training.checkpoint import rng
 from training.compilation import NoCompilation
 from training.ema import NoAverage
 from training.gradients import clip_gradients
 from training.objective import SHARED, Objective, Outputs, concatenate
-from training.precision import Precision, disabled_scaler
+from training.precision import DisabledScaler, Precision
 from training.step_guard import NoGuard
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound, arXiv:2103.00020, section 2.5
@@ -63,7 +64,7 @@ class Trainer:
     objective: Objective
     optimizer: torch.optim.Optimizer
     precision: Precision
-    scaler: Any = field(default_factory=disabled_scaler)
+    scaler: Any = field(default_factory=DisabledScaler)
     scheduler: Callable[[int], Any] = _keep_lr
     half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     group_text: Callable[[Any], Any] = keep_text
@@ -80,6 +81,22 @@ class Trainer:
                 "DDP with static_graph counts every backward pass from its second step on, so with gradient "
                 "accumulation it would use the gradients of some of the batches only. Create it without static_graph."
             )
+        if self.compilation.captures_step and not self._can_be_captured():
+            raise ValueError(
+                "A compiled step needs accum_freq=1, a disabled gradient scaler, a model without DDP, and a guard and "
+                "an optimizer that skip steps on the device (StepGuard with FlatAdamW)."
+            )
+        self._losses_of_batch = self.compilation.compile_task(self._compute_losses)
+        self._compute_features = self.compilation.compile_task(self.objective.features)  # for accumulation
+        self._losses_of_features = self.compilation.compile_task(self.objective.losses)
+        self._update_with: Callable[[list[Batch]], Outputs] = self._backward_and_update
+        if self.compilation.captures_step:
+            captured = self.compilation.compile_step(self._backward_and_update)
+            self._update_with = CapturedStep(self.optimizer, self.device, captured)
+
+    def _can_be_captured(self) -> bool:
+        is_one_pass = self.accum_freq == 1 and not isinstance(self.model, DistributedDataParallel)
+        return is_one_pass and not self.scaler.is_enabled() and self.guard.decides_on_device
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +107,7 @@ class Trainer:
         self.scheduler(number)
         self.guard.begin(number, batches)
         self.optimizer.zero_grad()  # sets None or zero, as the optimizer prefers
-        losses = self.backward(batches)
-        self._update()
+        losses = self._update_with(batches)
         _clamp_logit_scale(unwrap_model(self.model))
         self.average.update(number, self.guard.skipped)
         return losses
@@ -108,7 +124,10 @@ class Trainer:
         self.rehearses = False
         start = time.perf_counter()
         state, buffers = rng.torch_state(self.device), [buffer.clone() for buffer in self.model.buffers()]
-        self.backward(batches)
+        if self.compilation.captures_step:
+            self._rehearse_update(batches)
+        else:
+            self.backward(batches)
         rng.set_torch_state(state, self.device)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
@@ -116,6 +135,26 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.compilation.log_warm_up(seconds)
         return seconds
+
+    def _rehearse_update(self, batches: list[Batch]) -> None:
+        """Make steps that are skipped, because the images are NaN: one uncompiled, then one that is compiled.
+
+        The first one creates the state of the optimizer, which would otherwise compile the step once more.
+        """
+        counts = self.guard.state_dict()
+        without_numbers: list[Batch] = [
+            {**batch, "image": torch.full_like(batch["image"], torch.nan)} for batch in batches
+        ]
+        for update in (self._backward_and_update, self._update_with):
+            self.guard.begin(0, [])
+            self.optimizer.zero_grad()
+            update(without_numbers)
+        self.guard.load_state_dict(counts)
+
+    def _backward_and_update(self, batches: list[Batch]) -> Outputs:
+        losses = self.backward(batches)
+        self._update()
+        return losses
 
     def backward(self, batches: list[Batch]) -> Outputs:
         """Add the gradient of the loss over the samples of all batches, times the loss scale. Return the losses."""
@@ -125,10 +164,13 @@ class Trainer:
 
     def _backward_one(self, batch: Batch) -> Outputs:
         with self.precision.autocast():
-            outputs = self.objective.features(self.model, batch)
-            losses = self.objective.losses({**outputs, **self.objective.targets(batch)})
+            losses = self._losses_of_batch(batch)
         self._scaled(losses["loss"]).backward()
         return losses
+
+    def _compute_losses(self, batch: Batch) -> Outputs:
+        outputs = self.objective.features(self.model, batch)
+        return self.objective.losses({**outputs, **self.objective.targets(batch)})
 
     def _accumulate(self, batches: list[Batch]) -> Outputs:
         """Compute one loss over the samples of k batches in the memory of one batch (arXiv:2101.06983).
@@ -173,12 +215,12 @@ class Trainer:
     def _features(self, model: nn.Module, batch: Batch) -> Outputs:
         # One context per call: autocast caches casts of weights, and would reuse those made without gradients.
         with self.precision.autocast():
-            return self.objective.features(model, batch)
+            return self._compute_features(model, batch)
 
     def _losses_of_all(self, leaves: Outputs, batches: list[Batch]) -> Outputs:
         with self.precision.autocast():
             targets = concatenate([self.objective.targets(batch) for batch in batches])
-            losses = self.objective.losses({**leaves, **targets})
+            losses = self._losses_of_features({**leaves, **targets})
         self._scaled(losses["loss"]).backward()
         return losses
 

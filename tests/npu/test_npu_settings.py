@@ -89,6 +89,19 @@ def test_the_profiler_takes_the_levels_of_torch_npu(level: int, tmp_path: Path) 
     assert run_script(script)[-1] == f"Level{level}"
 
 
+@pytest.mark.parametrize(("strategy", "backend"), [("blocks", "aot_eager"), ("task", "eager"), ("step", "aot_eager")])
+def test_a_backend_without_a_compiler_trains_as_eager_mode(
+    model: str, tmp_path: Path, strategy: str, backend: str
+) -> None:
+    compiling = ["--torchcompile", "--torchcompile-strategy", strategy, "--torchcompile-backend", backend]
+    common = ["--precision", "amp_bf16" if strategy == "step" else "fp32"]
+    for name, more in (("plain", []), ("compiled", compiling)):
+        train(model, tmp_path, name, *common, *more)
+    expected, found = (train_runs.scalars(tmp_path / name)["train/loss"] for name in ("plain", "compiled"))
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=0.02 if strategy == "step" else 1e-4)
+    assert "graph break" not in (tmp_path / "compiled/out.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "variables", "reason"),
     [

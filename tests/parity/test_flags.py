@@ -55,9 +55,9 @@ DIFFERENT_FROM_MAIN = {
     "val_retrieval_chunk_size": 8192,
     "log_metric_every_n_steps": None,
     "train_loss_ema_samples": None,
+    "torchcompile_strategy": "blocks",
 }
 IN_OTHER_PARTS = {
-    *("torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
     *("fsdp", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "fsdp_checkpoint"),
 }
 NEW = {name: default for name, default in CHANGES["new"].items() if name not in IN_OTHER_PARTS}
@@ -125,6 +125,9 @@ def test_options_of_the_main_branch_are_declared_as_there(typed):
 
 
 SERVED = {
+    "torchcompile_strategy": ["model"],
+    "torchcompile_backend": ["eager"],
+    "torchcompile_mode": ["max-autotune-no-cudagraphs"],
     "opt_kwargs": ["foreach=True"],
     "opt_fallback_list": ["*.weight"],
     "wd_exclude_patterns": ["*.bias"],

@@ -15,11 +15,11 @@ import torch
 import open_clip
 from open_clip import device as devices
 from train_runs import results, scalars, weights, write_csv, write_model, write_shards
-from training import components, file_utils, loop, main, precision, ranks
+from training import components, file_utils, loop, main, precision, preflight, ranks
 from training.checkpoint.latest import natural_key
 from training.data.rows import csv_file as csv_data
 from training.objective import ContrastiveObjective
-from training.params import parse_args
+from training.params import parse_args, sections
 from training.step_guard import TooManyBadSteps
 
 
@@ -150,6 +150,16 @@ def test_a_teacher_is_distilled_from(inputs, plain, tmp_path):
     assert [numbers["train/loss"][i] for i in range(6)] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.fixture
+def dynamo_restored():
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(cache_size_limit=8, optimize_ddp=True):
+        yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 def test_compiling_leaves_the_names_in_the_checkpoint(inputs, plain, tmp_path, monkeypatch):
     original, compiled = torch.nn.Module.compile, []
 
@@ -166,6 +176,27 @@ def test_compiling_leaves_the_names_in_the_checkpoint(inputs, plain, tmp_path, m
     assert "Recompiles" not in log
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
     assert weights(folder, "epoch_2.pt").keys() == weights(plain, "epoch_2.pt").keys()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "what"), [("model", "the whole model"), ("task", "the model and the loss"), ("step", "the whole step")]
+)
+def test_runs_continue_between_a_strategy_and_uncompiled(inputs, plain, tmp_path, strategy, what, dynamo_restored):
+    compiling = ["--torchcompile", "--torchcompile-strategy", strategy, "--torchcompile-backend", "eager"]
+    folder = train(inputs, tmp_path / "compiled", *compiling, "--val-data", inputs.csv)
+    log = (folder / "out.log").read_text()
+    assert f"--torchcompile: compiled {what} into 1 graphs. The warm-up took" in log
+    assert "Recompiles" not in log
+    assert len(results(folder)) == 2
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
+    assert weights(folder, "epoch_2.pt").keys() == weights(plain, "epoch_2.pt").keys()
+    saved = torch.load(folder / "checkpoints/epoch_1.pt", weights_only=True)["optimizer"]
+    assert all(type(group["lr"]) is float for group in saved["param_groups"])
+    uncompiled = train(inputs, tmp_path / "resumed", "--resume", folder / "checkpoints/epoch_1.pt")
+    compiled = train(inputs, tmp_path / "compiled again", "--resume", plain / "checkpoints/epoch_1.pt", *compiling)
+    for resumed in (uncompiled, compiled):
+        found = scalars(resumed)["train/loss"]
+        assert [found[step] for step in sorted(found)] == pytest.approx(losses(plain)[3:], rel=1e-4)
 
 
 def test_steps_are_traced_into_the_run_s_folder(inputs, plain, tmp_path):
@@ -228,6 +259,33 @@ def test_what_torch_compile_lacks_is_said_before_a_model_is_built(inputs, tmp_pa
         train(inputs, tmp_path / "logs", "--torchcompile")
     assert not (tmp_path / "logs").exists()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_backend_that_torch_does_not_have_is_named_with_those_that_it_has(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(components, "build_model", no_model)
+    with pytest.raises(ValueError, match=r"--torchcompile-backend 'indoctor' is not installed.* has .*inductor"):
+        train(inputs, tmp_path / "logs", "--torchcompile", "--torchcompile-backend", "indoctor")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("world", "works on one process, and this run has 2"),
+        ("scaler", "the gradient scaler of --precision amp"),
+        ("device", "needs a device that keeps NaN"),
+        ("torch", "needs a newer torch"),
+    ],
+)
+def test_a_step_that_cannot_be_compiled_is_refused_before_a_model_is_built(broken, reason, monkeypatch):
+    options = ["--torchcompile", "--torchcompile-strategy", "step", "--dataset-type", "synthetic"]
+    cfg, cpu = sections(parse_args(options)), torch.device("cpu")
+    monkeypatch.setattr(devices.CpuDevice, "saturates", broken == "device")
+    monkeypatch.setattr(preflight.compilation, "can_trace_backward", lambda: broken != "torch")
+    if broken == "scaler":
+        monkeypatch.setattr(precision.Precision, "grad_scaler", lambda self: torch.amp.GradScaler("cpu"))
+    world = ranks.World(0, 0, 2, cpu, "gloo") if broken == "world" else ranks.world()
+    with pytest.raises(ValueError, match=reason):
+        preflight.check_compiled_step(cfg, precision.create("amp", cpu), world)
 
 
 def test_a_setting_that_ends_a_run_is_said_before_the_device_is_used(inputs, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from training.params.flags import build_parser
 from training.params.option import Option, flag, option, options_of
 
 DATA = ["--train-data", "a.csv"]
+COMPILE = ["--torchcompile"]
+STEP = [*COMPILE, "--torchcompile-strategy", "step", *DATA]
 
 
 def refusal(capsys, *argv: str) -> str:
@@ -209,6 +211,12 @@ def test_refused_options_say_what_to_use(capsys, argv, instead):
         (["--profile-steps", "4:4"], "A:B"),
         (["--profile-steps", "a:4"], "A:B"),
         (["--fp32-matmul", "medium"], "--fp32-matmul"),
+        ([*COMPILE, "--torchcompile-backend", "eager", "--torchcompile-mode", "default"], "eager has none"),
+        ([*COMPILE, "--torchcompile-mode", "reduce-overhead"], "CUDA graphs"),
+        ([*COMPILE, "--torchcompile-strategy", "all"], "all"),
+        ([*STEP, "--accum-freq", "2"], "--accum-freq 2 needs several"),
+        ([*STEP, "--opt", "timm/lamb", "--lr", "1"], "Leave out --opt timm/lamb"),
+        ([*STEP, "--fused-optimizer", "torch"], "Leave out --fused-optimizer torch"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )  # fmt: skip
@@ -237,6 +245,8 @@ def test_validate_raises_value_error_for_other_namespaces():
         ["--report-to", "tensorboard, wandb"],
         ["--name", "2026_01_01-model_ViT-B-32-lr_0.001..x"],
         ["--epochs", "0", "--save-frequency", "0"],
+        [*STEP, "--torchcompile-mode", "max-autotune-no-cudagraphs"],
+        [*COMPILE, "--torchcompile-strategy", "task", "--accum-freq", "2", *DATA],
     ],
 )
 def test_valid_combinations_are_accepted(argv):
@@ -282,6 +292,9 @@ def test_valid_combinations_are_accepted(argv):
         (["--remote-sync-frequency", "3"], "--remote-sync-frequency"),
         (["--log-local"], "--log-local"),
         (["--torchscript"], "--torchscript"),
+        (["--torchcompile-strategy", "task"], "--torchcompile-strategy"),
+        (["--torchcompile-backend", "eager"], "--torchcompile-backend"),
+        ([*STEP, "--text-groups", "2"], "--text-groups"),
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named_once(argv, named):

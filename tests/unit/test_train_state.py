@@ -20,7 +20,7 @@ from training.checkpoint.saver import Saver
 from training.checkpoint.state import TrainState
 from training.checkpoint.weights import load_checkpoint, load_weights
 from training.params import CheckpointConfig
-from training.precision import disabled_scaler
+from training.precision import DisabledScaler
 
 CPU = torch.device("cpu")
 
@@ -146,7 +146,7 @@ def test_reading_a_file_is_the_inverse_of_writing_it():
 
 
 def test_a_disabled_scaler_leaves_no_trace():
-    state = state_of(scaler=disabled_scaler())
+    state = state_of(scaler=DisabledScaler())
     saved = state.state_dict()
     assert "scaler" not in saved
     state.load_state_dict({**saved, "scaler": {"scale": 4.0}})

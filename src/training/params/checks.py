@@ -42,6 +42,7 @@ def validate(args: argparse.Namespace) -> None:
     _check_sample_keys(args)
     _check_names(args)
     _check_combinations(args)
+    _check_compilation(args)
 
 
 def _check_images(args: argparse.Namespace) -> None:
@@ -149,6 +150,34 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise ValueError("--remote-sync copies the run's folder, but there is none: --output-dir is None.")
 
 
+def _check_compilation(args: argparse.Namespace) -> None:
+    if not args.torchcompile:
+        return
+    backend, mode = args.torchcompile_backend or "inductor", args.torchcompile_mode
+    if mode is not None and backend != "inductor":
+        raise ValueError(
+            f"--torchcompile-mode {mode} is a mode of inductor. --torchcompile-backend {backend} has none."
+        )
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"--torchcompile-mode {mode} uses CUDA graphs, which overwrite the losses before they are logged. "
+            "Use default or max-autotune-no-cudagraphs."
+        )
+    if args.torchcompile_strategy != "step" or not trains(args):
+        return
+    if args.accum_freq > 1:
+        raise ValueError(
+            f"--torchcompile-strategy step compiles one forward and backward pass, and --accum-freq {args.accum_freq} "
+            "needs several. Use --torchcompile-strategy blocks, model or task."
+        )
+    if args.opt.lower() != "adamw" or args.fused_optimizer != "auto":
+        given = f"--opt {args.opt}" if args.opt.lower() != "adamw" else f"--fused-optimizer {args.fused_optimizer}"
+        raise ValueError(
+            f"--torchcompile-strategy step compiles only this project's AdamW (--opt adamw, --fused-optimizer auto), "
+            f"which can skip a step on the device. Leave out {given}, or use --torchcompile-strategy task."
+        )
+
+
 def _check_upsampling(args: argparse.Namespace) -> None:
     given = args.train_data_upsampling_factors
     if not args.dataset_resampled:
@@ -239,6 +268,14 @@ def _model_rules(args: argparse.Namespace, world_size: int) -> Rules:
     training = trains(args)
     yield training, ("grad_checkpointing", "text_groups", "force_patch_dropout", "aug_cfg"), "there is no --train-data"
     yield world_size > 1, ("use_bn_sync",), "there is one process"
+    compiling = ("torchcompile_strategy", "torchcompile_backend", "torchcompile_mode")
+    yield args.torchcompile, compiling, "there is no --torchcompile"
+    if args.torchcompile and args.torchcompile_strategy != "blocks":
+        yield (
+            False,
+            ("text_groups",),
+            f"--torchcompile-strategy {args.torchcompile_strategy} keeps the padding of texts",
+        )
 
 
 def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:

@@ -10,6 +10,7 @@ from training.params.option import flag
 LIKE_4: dict[str, Any] = {
     "precision": "amp_bf16",
     "decay_rule": "4",
+    "torchcompile_strategy": "task",
     "image_key": "jpg;png;jpeg;webp",
     "max_image_pixels": 25_000_000,
     "val_retrieval_chunk_size": 4096,

@@ -10,6 +10,9 @@ from open_clip.text_groups import MAX_GROUPS
 from open_clip.transform.pipeline import INTERPOLATIONS, RESIZE_MODES
 from training.params.option import option
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_STRATEGIES = ("blocks", "model", "task", "step")
+
 
 # fmt: off
 # Each option is followed by its help text.
@@ -69,9 +72,19 @@ class ModelConfig:
         "cuts all captions to the longest one, 0 keeps the padding. The embeddings are the same. No effect on models "
         "whose text tower reads the padding, such as SigLIP and CoCa")
     torchcompile: bool = option(False, help=
-        "compile the blocks of the towers with torch.compile, before the first step. Equal blocks are compiled once. A "
-        "model without repeated blocks is compiled as a whole, with at most 1 text group. Needs triton-ascend on an "
-        "NPU, triton on a GPU and a C++ compiler on the CPU, which is checked at the start")
+        "compile with torch.compile, before the first step; --torchcompile-strategy says what. Needs triton-ascend on "
+        "an NPU, triton on a GPU and a C++ compiler on the CPU, which is checked at the start")
+    torchcompile_strategy: str = option("blocks", choices=COMPILE_STRATEGIES, help=
+        "what is compiled. blocks: the blocks of the towers, equal ones once, texts of any length (a model without "
+        "repeated blocks as with model); model: the model, for fixed shapes; task: the model and the loss; step: "
+        "forward and backward pass, clipping and AdamW in one graph, on one process, with --accum-freq 1 and without "
+        "a gradient scaler")
+    torchcompile_backend: str | None = option(None, metavar="NAME", help=
+        "backend of torch.compile, one of torch._dynamo.list_backends(), or eager or aot_eager, which need no "
+        "compiler. Default: inductor")
+    torchcompile_mode: str | None = option(None, choices=COMPILE_MODES, help=
+        "mode of inductor. max-autotune-no-cudagraphs tries more kernels and compiles longer. The modes with CUDA "
+        "graphs (reduce-overhead, max-autotune) are refused")
     use_bn_sync: bool = option(False, help=
         "synchronize BatchNorm statistics over all processes (models with BatchNorm)")
     image_mean: tuple[float, float, float] | None = option(None, metavar="X", group="preprocessing", help=
