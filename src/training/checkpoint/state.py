@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from open_clip.checkpoint.mismatch import join_some
 from training import ranks
 from training.checkpoint import rng
 from training.checkpoint.file_format import COUNTERS, RunState, from_file, is_training_checkpoint, to_file
+from training.checkpoint.stored_tensor import is_sharded, part_like, read_all
 from training.checkpoint.weights import load_weights
 
 if TYPE_CHECKING:
@@ -77,6 +78,21 @@ class TrainState:
         self.epoch += 1
         self.epoch_step = self.epoch_samples = 0
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks share the weights (FSDP)."""
+        return any(is_sharded(p) for p in self.model.parameters())
+
+    def optimizer_parameter_names(self) -> list[str]:
+        """Return the names of the optimizer's parameters, in the order of its state dict."""
+        optimizer: Any = self.parts.get("optimizer")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return []
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        if hasattr(optimizer, "shards"):  # it updates the parts of this rank
+            names |= {id(p): name for name, p in optimizer.shards.parameters.items()}
+        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
         """Build the checkpoint, see `file_format`. Its tensors are not copies. Collective: gathers from all ranks."""
         of_rank = {name: part.state_dict() for name, part in self.rank_parts.items()}
@@ -107,7 +123,9 @@ class TrainState:
             return
         self.epoch = saved.epoch
         for name, part in self.parts.items():
-            if name != "average":
+            if name == "optimizer":
+                _load_optimizer(part, self._read_optimizer(saved.parts.get(name)))
+            elif name != "average":
                 _load_part(name, part, saved.parts)
         if not saved.by_rank:
             self.step = self.epoch * self.steps_per_epoch
@@ -120,12 +138,29 @@ class TrainState:
                 rank_part.load_state_dict(saved.by_rank[name])
         self._load_rng(saved.by_rank["rng"])
 
+    def _read_optimizer(self, saved: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return the saved state of the optimizer, with this rank's part of each tensor."""
+        if saved is None or not self.is_sharded:
+            return read_all(saved)
+        parameters = dict(self.model.named_parameters())
+        wholes = [parameters[name] for name in self.optimizer_parameter_names()]
+        states = {
+            index: {key: _like_parameter(key, value, wholes[index]) for key, value in state.items()}
+            for index, state in saved["state"].items()
+            if index < len(wholes)
+        }
+        return {**saved, "state": states}
+
     def _load_average(self, saved: RunState) -> None:
         average = self.parts.get("average")
         if average is None or not average.state_dict():
             return
         if "average" in saved.parts:
-            average.load_state_dict(saved.parts["average"])
+            own = average.state_dict()
+            values = {
+                name: part_like(value, own[name]) for name, value in saved.parts["average"].items() if name in own
+            }
+            average.load_state_dict(values)
         else:
             average.load_state_dict(self.model.state_dict())
             logger.info("The checkpoint has no averaged weights. The average of --ema-decay starts from its weights.")
@@ -158,16 +193,14 @@ class TrainState:
 
 
 def _load_part(name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
-    if isinstance(part, torch.optim.Optimizer):
-        _load_optimizer(part, saved.get(name))
-    elif name in saved:
+    if name in saved:
         # The scaler of torch_npu has one more entry than torch's.
         part.load_state_dict({**part.state_dict(), **saved[name]} if name == "scaler" else saved[name])
     elif name == "scaler" and part.state_dict():
         logger.info("The checkpoint has no gradient scaler (another --precision). The run uses a new one.")
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None) -> None:
+def _load_optimizer(optimizer: Any, saved: Mapping[str, Any] | None) -> None:
     if saved is None:
         logger.warning("The checkpoint has no optimizer state. The moments start from zero.")
         return
@@ -178,6 +211,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] |
             f"The optimizer state of the checkpoint does not fit this run ({error}). Use the same --opt and "
             "--lock-* options, or load only the weights with --pretrained."
         ) from error
+
+
+def _like_parameter(key: str, value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    is_count = key == "step" or value.numel() != parameter.numel()
+    return read_all(value) if is_count else part_like(value, parameter)
 
 
 def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
