@@ -16,6 +16,7 @@ from training import ranks
 from training.checkpoint import rng
 from training.checkpoint.file_format import COUNTERS, RunState, from_file, is_training_checkpoint, to_file
 from training.checkpoint.weights import load_weights
+from training.sharding.tensors import gather, is_sharded_model
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -81,7 +82,7 @@ class TrainState:
         """Build the checkpoint, see `file_format`. Its tensors are not copies. Collective: gathers from all ranks."""
         of_rank = {name: part.state_dict() for name, part in self.rank_parts.items()}
         by_rank = _gather({"rng": rng.rng_state(self.device), **of_rank})
-        return to_file(
+        content = to_file(
             RunState(
                 epoch=self.epoch,
                 name=self.name,
@@ -92,6 +93,7 @@ class TrainState:
             ),
             is_distributed=ranks.world().distributed,
         )
+        return gather(content, keep=ranks.world().is_master) if is_sharded_model(self.model) else content
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load a checkpoint of this package or of open_clip. A plain state dict sets only the weights.

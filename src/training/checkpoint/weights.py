@@ -12,6 +12,7 @@ from open_clip import progress
 from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
 from open_clip.checkpoint.mismatch import compare
 from training import file_utils
+from training.sharding.tensors import copy_weights, is_sharded_model
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -41,7 +42,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: see `check_fit`.
     """
-    model.load_state_dict(check_fit(model, weights))
+    fitting = check_fit(model, weights)
+    if is_sharded_model(model):
+        copy_weights(model, fitting)
+    else:
+        model.load_state_dict(fitting)
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
