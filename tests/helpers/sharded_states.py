@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from training.checkpoint.state import TrainState
-from training.checkpoint.stored_tensor import gather, is_sharded, map_leaves
+from training.checkpoint.stored_tensor import map_leaves
 from training.ema import WeightAverage
+from training.sharding.tensors import gather, is_sharded
 
 CPU = torch.device("cpu")
 

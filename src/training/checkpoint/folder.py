@@ -36,7 +36,8 @@ from torch import Tensor
 from open_clip.formats.sharded_folder import METADATA, ShardedFolder
 from open_clip.formats.whole_file import sync_folder
 from training import ranks
-from training.checkpoint.stored_tensor import is_sharded, is_written_here, local_part
+from training.checkpoint.stored_tensor import is_written_here, part_and_offsets
+from training.sharding.tensors import is_sharded
 
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
@@ -108,13 +109,13 @@ def split(content: Mapping[str, Any], parameter_names: list[str]) -> tuple[list[
 def _own_part(path: tuple[str, ...], value: Any) -> Iterable[Part]:
     """Yield the part that this rank writes, if there is one. Each part is written by one rank."""
     if is_sharded(value) and value.numel():
-        local, offsets = local_part(value)
+        local, offsets = part_and_offsets(value)
         if local.numel() and is_written_here(value):
             yield Part(path, tuple(value.shape), offsets, local.detach())
         return
     here = ranks.world()
     if zlib.crc32(".".join(path).encode()) % here.world_size == here.rank:
-        value, offsets = local_part(value)
+        value, offsets = part_and_offsets(value)
         yield Part(path, tuple(value.shape), offsets, value.detach())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_clip import device as devices
-from training.checkpoint.stored_tensor import gather, is_sharded
+from training.sharding.tensors import gather, is_sharded
 
 
 class HostCopy:

@@ -15,8 +15,9 @@ from open_clip.checkpoint.mismatch import join_some
 from training import ranks
 from training.checkpoint import rng
 from training.checkpoint.file_format import COUNTERS, RunState, from_file, is_training_checkpoint, to_file
-from training.checkpoint.stored_tensor import is_sharded, part_like, read_all
+from training.checkpoint.stored_tensor import part_like, read_all
 from training.checkpoint.weights import load_weights
+from training.sharding.tensors import is_sharded_model
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -81,7 +82,7 @@ class TrainState:
     @property
     def is_sharded(self) -> bool:
         """Whether the ranks share the weights (FSDP)."""
-        return any(is_sharded(p) for p in self.model.parameters())
+        return is_sharded_model(self.model)
 
     def optimizer_parameter_names(self) -> list[str]:
         """Return the names of the optimizer's parameters, in the order of its state dict."""
@@ -94,7 +95,10 @@ class TrainState:
         return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Build the checkpoint, see `file_format`. Its tensors are not copies. Collective: gathers from all ranks."""
+        """Build the checkpoint, see `file_format`. Collective.
+
+        Its tensors are not copies. Those of sharded weights are DTensors.
+        """
         of_rank = {name: part.state_dict() for name, part in self.rank_parts.items()}
         by_rank = _gather({"rng": rng.rng_state(self.device), **of_rank})
         return to_file(

@@ -1,8 +1,7 @@
-"""Tensors of a checkpoint that are read piece by piece, and parts of tensors that the ranks share (DTensors)."""
+"""Tensors of a checkpoint that are read piece by piece, into this rank's part of a tensor."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from open_clip.checkpoint.files import read_records, read_tree
 from open_clip.formats.tensor_records import TensorRecord
+from training.sharding.tensors import is_sharded, join_like, local_part
 
 _LARGE = ("state_dict", "state_dict_ema", "optimizer")  # what a checkpoint file has of the size of the model
 
@@ -77,20 +77,14 @@ def read_all(nested: Any) -> Any:
     return map_leaves(nested, StoredTensor, lambda stored: stored.read())
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Return whether it is a DTensor: each rank has a part of it."""
-    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local_part(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
+def part_and_offsets(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
     """Return (part of this rank, its offsets in the whole). An ordinary tensor is the whole."""
     if not is_sharded(tensor):
         return tensor, (0,) * tensor.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(offsets)
+    return local_part(tensor), tuple(offsets)
 
 
 def is_written_here(tensor: Any) -> bool:
@@ -104,34 +98,22 @@ def is_written_here(tensor: Any) -> bool:
     )
 
 
-def gather(tensor: Any) -> Tensor:
-    """Return the whole DTensor on every rank. Collective."""
-    mesh_type = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == mesh_type else tensor.to(mesh_type)).full_tensor()
-
-
 @torch.no_grad()
 def fill(target: Any, source: Tensor) -> None:
     """Copy into a tensor, or into this rank's part of a DTensor. `source` is the whole tensor, which may be stored.
 
     A scalar may be stored as one element, and the reverse: torch cannot shard scalars.
     """
-    local, offsets = local_part(target)
+    local, offsets = part_and_offsets(target)
     if local.numel():
         local.copy_(_part(source, target, offsets, local.shape).reshape(local.shape))
 
 
 def part_like(source: Tensor, like: Any) -> Tensor:
     """Return `source`, or if `like` is a DTensor, a DTensor of this rank's part, on the device of `like`."""
-    local, offsets = local_part(like)
+    local, offsets = part_and_offsets(like)
     part = _part(source, like, offsets, local.shape).reshape(local.shape).to(local.device)
-    if not is_sharded(like):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return join_like(part, like)
 
 
 def _part(source: Tensor, target: Any, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -13,7 +13,8 @@ from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip
 from open_clip.checkpoint.mismatch import compare
 from training import file_utils
 from training.checkpoint.folder_reader import is_folder, read_folder
-from training.checkpoint.stored_tensor import fill, is_sharded, read_all, read_file_lazily
+from training.checkpoint.stored_tensor import fill, read_all, read_file_lazily
+from training.sharding.tensors import is_sharded_model
 
 
 def load_checkpoint(path: str | Path, is_lazy: bool = False) -> dict[str, Any]:
@@ -54,10 +55,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         ValueError: see `check_fit`.
     """
     named = check_fit(model, weights)
-    own = model.state_dict()
-    if not any(is_sharded(value) for value in own.values()):
+    if not is_sharded_model(model):
         model.load_state_dict(read_all(named))
         return
+    own = model.state_dict()
     for name, value in named.items():
         fill(own[name], value)
 
