@@ -35,8 +35,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", help="folder of the checkpoint, such as LOGS/NAME/checkpoints/epoch_3")
     add("out", metavar="OUT.pt", help="file to write")
-    add("--only", choices=list(_SELECTIONS), help="write only the state dict of the weights, or of the averaged weights "
-        "(--ema-decay). Default: everything that a resumed run needs")  # fmt: skip
+    add("--only", choices=list(_SELECTIONS), help="write only the state dict of the weights, or of the averaged "
+        "weights (--ema-decay). Default: everything that a resumed run needs")  # fmt: skip
     add("--overwrite", action="store_true", help="replace OUT.pt if it exists")
     return parser.parse_args(argv)
 

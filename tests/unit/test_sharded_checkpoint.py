@@ -13,6 +13,7 @@ from torch import Tensor
 import sharded_states
 from gloo_ranks import run_ranks
 from training import ranks
+from training.checkpoint import folder as checkpoint_folder
 from training.checkpoint.latest import get_latest_checkpoint
 from training.checkpoint.saver import Saver
 from training.checkpoint.weights import load_checkpoint
@@ -46,9 +47,38 @@ def save_and_load(rank: int, size: int) -> dict[str, Any]:
             other.load_state_dict(load_checkpoint(folder / saved_by(form, larger), is_lazy=True))
             result[f"{form}-{larger}"] = sharded_states.whole(other)
             result[f"{form}-{larger} data"] = other.rank_parts["data"].value
+    if size == 2:
+        result["failed save"] = save_with_a_full_disk(rank, folder / "full disk", state)
     result["losses"] = [sharded_states.make_step(state, step) for step in (2, 3)]
     result["losses of resumed"] = [sharded_states.make_step(other, step) for step in (2, 3)]
     return result
+
+
+def save_with_a_full_disk(rank: int, folder: Path, state: Any) -> dict[str, Any]:
+    """Save three times. The second time, the disk of rank 1 is full. Return what each save left."""
+    folder.mkdir(exist_ok=True)
+    cfg = CheckpointConfig(fsdp_checkpoint="sharded", save_every_n_steps=1, keep_last=1)
+    saver, write_parts = Saver(cfg, folder, state, epochs=9), checkpoint_folder._write_parts
+    found: dict[str, Any] = {}
+    for number, is_full in enumerate((False, True, False)):
+
+        def write(*arguments: Any, is_full: bool = is_full) -> Any:
+            entries = write_parts(*arguments)
+            if is_full and rank == 1:
+                raise OSError(28, "No space left on device")
+            return entries
+
+        checkpoint_folder._write_parts = write
+        state.step += 1
+        saver.after_step()
+        saver.finish_shared()
+        ranks.barrier()
+        found[f"folders {number}"] = sorted(path.name for path in folder.iterdir())
+        found[f"error {number}"] = str(saver._error or "")
+        ranks.barrier()
+    checkpoint_folder._write_parts = write_parts
+    state.step -= 3
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +143,12 @@ def test_a_run_without_sharding_resumes_and_goes_on_equally(folder, results, for
 def test_latest_finds_the_folder(folder, results):
     assert get_latest_checkpoint(folder / "sharded-4") == str(folder / "sharded-4" / "epoch_1")
     assert (folder / "sharded-4" / "epoch_latest").resolve() == folder / "sharded-4" / "epoch_1"
+
+
+def test_all_ranks_know_that_a_save_failed_on_one_of_them(results):
+    for result in results[2]:
+        found = result["failed save"]
+        assert (found["error 0"], found["error 2"]) == ("", "")
+        assert found["error 1"] == "[Errno 28] No space left on device (rank 1)"
+        assert found["folders 0"] == found["folders 1"] == ["epoch_1_step_3"]
+        assert found["folders 2"] == ["epoch_1_step_5"]

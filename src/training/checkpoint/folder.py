@@ -4,21 +4,20 @@
         __0_0.distcp, __1_0.distcp, ...   the tensors of each rank: weights, averaged weights, optimizer state
         .metadata                         where each part of each tensor is (DCP reads this file)
         training.pt                       everything else that a resumed run needs
-        manifest.json                     epoch, step, and the size of each file; written last
+        manifest.json                     epoch, step, and the size and checksum of each file; written last
 
 `torch.distributed.checkpoint.load` and its `dcp_to_torch_save` read the tensors. Their names are model.NAME,
 average.NAME and optimizer.state.NAME.KEY, as in open_clip's sharded checkpoints.
 
 The folder is written under a temporary name and renamed when all its files are on disk, so it is complete or does not
-exist. Each tensor part is a file of `torch.save` within the rank's file, with checksums. The ranks exchange only the
-positions of their parts and their errors, in a process group of their own, so that a thread can write.
+exist. The ranks exchange only the positions of their parts and their errors, in a process group of their own, so that a
+thread can write.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -42,6 +41,7 @@ from training.sharding.tensors import is_sharded
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
 _VERSION = 1
+_PIECE = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,9 @@ def write(folder: Path, parts: Iterable[Part], rest: Mapping[str, Any], peers: P
         errors = [f"{error} (rank {rank})" for rank, (_, error) in enumerate(results) if error is not None]
         error = errors[0] if errors else None
         if error is None:
-            entries = [entry for found, _ in results for entry in found]
-            _, error = _attempt(_commit, temporary, folder, entries, rest)
+            entries = [entry for (found, _), _ in results for entry in found]
+            checksums = {name: crc32 for (_, found), _ in results for name, crc32 in found.items()}
+            _, error = _attempt(_commit, temporary, folder, entries, checksums, rest)
         if error is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     error = peers.broadcast(error)
@@ -181,50 +182,75 @@ def _create_temporary(folder: Path) -> Path:
     return temporary
 
 
-def _write_parts(folder: Path, rank: int, parts: Iterable[Part]) -> list[_Entry]:
-    """Write the file of this rank."""
+def _write_parts(folder: Path, rank: int, parts: Iterable[Part]) -> tuple[list[_Entry], dict[str, int]]:
+    """Write the file of this rank. Return its entries, and its name with its checksum."""
     entries: list[_Entry] = []
     file_name = f"__{rank}_0.distcp"
-    with (folder / file_name).open("xb") as file:
+    with _Checksummed(folder / file_name) as file:
         for part in parts:
-            values, start = part.values.cpu(), file.tell()
+            values, start = part.values.cpu(), file.nbytes
             if values.untyped_storage().nbytes() != values.numel() * values.element_size():
                 values = values.clone()  # torch.save writes the whole storage
             torch.save(values, file)
-            entries.append(
-                _Entry(
-                    part.path, part.shape, values.dtype, part.offsets, tuple(values.shape), file_name, start,
-                    file.tell() - start,
-                )
-            )  # fmt: skip
-        _sync(file)
-    return entries
+            sizes, nbytes = tuple(values.shape), file.nbytes - start
+            entries.append(_Entry(part.path, part.shape, values.dtype, part.offsets, sizes, file_name, start, nbytes))
+    return entries, {file_name: file.crc32}
 
 
-def _commit(temporary: Path, folder: Path, entries: list[_Entry], rest: Mapping[str, Any]) -> None:
+class _Checksummed:
+    """A new file that is written sequentially and then synced.
+
+    Attributes:
+        nbytes, crc32: size and checksum of what has been written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self.nbytes = self.crc32 = 0
+
+    def __enter__(self) -> Any:  # torch.save accepts it, but its annotations want an IO
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.nbytes += self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _commit(
+    temporary: Path, folder: Path, entries: list[_Entry], checksums: dict[str, int], rest: Mapping[str, Any]
+) -> None:
     """Complete the folder and give it its name."""
-    with (temporary / METADATA).open("xb") as file:
-        pickle.dump(_metadata(entries), file)
-        _sync(file)
-    with (temporary / TRAINING).open("xb") as file:
-        torch.save(dict(rest), file)
-        _sync(file)
-    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    missing = {entry.file for entry in entries} - sizes.keys()
+    missing = [name for name in checksums if not (temporary / name).exists()]
     if missing:
-        raise OSError(f"{min(missing)} is not visible to rank 0. All hosts must share the folder {folder.parent}")
-    counters = rest.get("train_state", {})
+        raise OSError(f"{missing[0]} is not visible to rank 0. All hosts must share the folder {folder.parent}")
+    with _Checksummed(temporary / METADATA) as file:
+        pickle.dump(_metadata(entries), file)
+    checksums[METADATA] = file.crc32
+    with _Checksummed(temporary / TRAINING) as file:
+        torch.save(dict(rest), file)
+    checksums[TRAINING] = file.crc32
     manifest = {
         "format": "sharded checkpoint of open_clip",
         "version": _VERSION,
         "epoch": rest.get("epoch", 0),
-        "step": counters.get("step", 0),
-        "bytes": sizes,
-        "sha256": {name: _digest(temporary / name) for name in (METADATA, TRAINING)},
+        "step": rest.get("train_state", {}).get("step", 0),
+        "bytes": {name: (temporary / name).stat().st_size for name in checksums},
+        "crc32": checksums,
     }
-    with (temporary / MANIFEST).open("x", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        _sync(file)
+    with _Checksummed(temporary / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
     sync_folder(temporary)
     _rename(temporary, folder)
 
@@ -308,23 +334,24 @@ def find_damage(path: Path) -> str | None:
     try:
         manifest = read_manifest(path)
         for name, size in manifest.get("bytes", {}).items():
-            if (path / Path(name).name).stat().st_size != size:
+            file = path / Path(name).name
+            if file.stat().st_size != size:
                 return f"{name} does not have {size} bytes"
-        for name, digest in manifest.get("sha256", {}).items():
-            if _digest(path / Path(name).name) != digest:
+            if _crc32(file) != manifest.get("crc32", {}).get(name):
                 return f"the checksum of {name} is wrong"
-        if not manifest and (path / TRAINING).exists():
-            return f"it has no {MANIFEST}"
-        ShardedFolder(str(path)).check()
+        folder = ShardedFolder(str(path))
+        if not manifest:  # from open_clip
+            if (path / TRAINING).exists():
+                return f"it has no {MANIFEST}"
+            folder.check()
     except (ValueError, OSError) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return None
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _crc32(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as file:
+        while data := file.read(_PIECE):
+            crc32 = zlib.crc32(data, crc32)
+    return crc32
