@@ -6,6 +6,8 @@ written when the step is done, so it survives any later fault. FAULTS is a JSON 
     signal        {"rank", "step", "number"}: the process sends itself a signal during that step
     stall         {"rank", "step"}: from that step on, reading an image blocks
     kill_in_save  n: SIGKILL in the middle of the n-th save (from 1) of the process
+    kill_in_folder {"ranks", "save", "seconds"}: SIGKILL of these ranks so long after the start of the n-th save (from
+                  1) of a sharded checkpoint
     nan           {"rank", "steps"}: the images of these steps are NaN
     file_limit    bytes: files cannot grow beyond this size (RLIMIT_FSIZE), as on a full disk
 
@@ -18,12 +20,14 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training import file_utils, logger, main, signals
+from training.checkpoint import folder
 from training.data.rows import csv_file
 from training.trainer import Trainer
 
@@ -53,6 +57,21 @@ def install_stall() -> None:
         return load(*args)
 
     csv_file.load_image = loading  # type: ignore[attr-defined]
+
+
+def install_kill_in_folder() -> None:
+    fault, write = FAULTS["kill_in_folder"], folder.write
+    saves = 0
+
+    def writing(*args: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == fault["save"]:
+            threading.Timer(fault["seconds"], os.kill, [os.getpid(), signal.SIGKILL]).start()
+        write(*args)
+
+    if RANK in fault["ranks"]:
+        folder.write = writing  # type: ignore[assignment]
 
 
 def stall_pipe(rank: int) -> Path:
@@ -90,6 +109,8 @@ def install() -> None:
     stall_pipe(RANK).with_suffix(f".pid-{RANK}").write_text(str(os.getpid()))
     if "stall" in FAULTS:
         install_stall()
+    if "kill_in_folder" in FAULTS:
+        install_kill_in_folder()
     if "file_limit" in FAULTS:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead of ENOSPC
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULTS["file_limit"],) * 2)

@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT / "src")]
 import torch  # noqa: E402
 
 import train_runs  # noqa: E402
+from training.checkpoint.folder_reader import read_folder  # noqa: E402
+from training.checkpoint.stored_tensor import read_all  # noqa: E402
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 8, 3, 4
 STEPS = STEPS_PER_EPOCH * EPOCHS
@@ -117,7 +119,8 @@ class Runs:
 
     def final_weights(self, name: str) -> dict[str, torch.Tensor]:
         """Return weights, averaged weights and moments after the last epoch."""
-        saved = torch.load(self.checkpoints(name) / f"epoch_{EPOCHS}.pt", weights_only=True)
+        path = self.checkpoints(name) / f"epoch_{EPOCHS}"
+        saved = read_all(read_folder(path)) if path.exists() else torch.load(f"{path}.pt", weights_only=True)
         found = {f"weights {key}": value for key, value in saved["state_dict"].items()}
         found |= {f"average {key}": value for key, value in saved["state_dict_ema"].items()}
         for number, state in saved["optimizer"]["state"].items():

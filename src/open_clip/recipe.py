@@ -22,6 +22,7 @@ from .constants import (
     TRANSFORMERS_WEIGHTS_NAMES,
 )
 from .convert import model_cfg_from_transformers, preprocess_cfg_from_transformers
+from .formats.sharded_folder import METADATA
 from .formats.torchscript import is_torchscript
 from .pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg, nearest_tags
 
@@ -184,6 +185,8 @@ def _use_file(recipe: Recipe, pretrained: str) -> None:
 def _hint_at_file(folder: Path) -> str:
     if (folder / HF_CONFIG_NAME).is_file() or (folder / TRANSFORMERS_CONFIG_NAME).is_file():
         return f"Pass the folder as the model name instead: create_model({f'local-dir:{folder}'!r})."
+    if (folder / METADATA).is_file():
+        return f"It is a sharded checkpoint. Make one file of it: python -m training.consolidate {folder} OUT.pt"
     found = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES)
     if found:
         return f"Pass the file in it: pretrained={str(found[0])!r}."

@@ -19,6 +19,8 @@ from training import ranks, scheduler
 from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
 from training.precision import Precision
 from training.ranks import World
+from training.sharding.part import NoSharding, Sharding
+from training.sharding.units import shard_model
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +123,22 @@ def build_teacher(cfg: ObjectiveConfig, precision: Precision, cache_dir: str | N
     return teacher.eval().requires_grad_(False)
 
 
+def shard(model: nn.Module, cfg: DistributedConfig, world: World, precision: Precision) -> NoSharding:
+    """Shard the model in place with --fsdp, if there are several processes. Call it before the optimizer is created."""
+    if not (cfg.fsdp and world.distributed):
+        return NoSharding()
+    shard_model(model, cfg, world, precision.compute_dtype if precision.is_autocast else None)
+    return Sharding(model, world.device, cfg.fsdp_no_reshard_after_forward)
+
+
 def parallelize(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
-    """Wrap the model with DDP if there are several processes. Call it after the optimizer was created.
+    """Wrap the model with DDP if there are several processes and it is not sharded.
+
+    Call it after the optimizer was created.
 
     Gradients become views of DDP's buckets, which saves memory and copies, unless the optimizer has allocated them.
     """
-    if not world.distributed:
+    if not world.distributed or cfg.fsdp:
         return model
     static_graph = cfg.ddp_static_graph and accum_freq == 1
     if cfg.ddp_static_graph and not static_graph and world.is_master:

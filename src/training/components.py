@@ -21,6 +21,7 @@ from training.build import (
     build_scheduler,
     build_teacher,
     parallelize,
+    shard,
     start_logit_bias,
     synchronize_batch_norms,
 )
@@ -30,15 +31,15 @@ from training.checkpoint.state import TrainState
 from training.checkpoint.weights import check_fit, load_checkpoint
 from training.compilation import CompileOptions, NoCompilation, compile_model
 from training.data import DataInfo, get_data
-from training.ema import NoAverage, WeightAverage
+from training.ema import NoAverage
 from training.evaluate import ScheduledEvaluator, create_evaluators
 from training.flops import pairs_at_peak
 from training.objective import create_objective
-from training.optim import create_optimizer
 from training.params import ModelConfig
 from training.params.checks import step_range
 from training.progress import Progress, Writer
 from training.run_folder import Run
+from training.sharding.part import NoSharding
 from training.signals import Agreement
 from training.step_guard import StepGuard
 from training.trace import StepTrace
@@ -79,7 +80,7 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     devices.get(device).set_fast_matmul(cfg.model.fp32_matmul == "high")
     preflight.check_compiled_step(cfg, run.precision, run.world)
     model, transforms, tokenizer = _build_model(run)
-    checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from)
+    checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from, is_lazy=cfg.distributed.fsdp)
     if checkpoint is not None:
         check_fit(model, checkpoint.get("state_dict", checkpoint))
     data = get_data(
@@ -93,14 +94,12 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     evaluated = [data[name] for each in evaluators if each.frequency for name in each.data_names]
     preflight.check_evaluation_data(model, evaluated, device)
     if "train" in data:
-        if cfg.objective.siglip and checkpoint is None:
-            start_logit_bias(model)
         steps_per_epoch = _steps_per_epoch(data["train"].dataloader, cfg.optim.accum_freq)
         trainer, progress = _build_trainer(run, model, steps_per_epoch, writer, is_resumed=checkpoint is not None)
         state = _create_state(run, trainer, progress, data["train"], steps_per_epoch)
         components = Components(state, data, evaluators, trainer.average, trainer, progress)
     else:
-        average = _create_average(model, cfg.optim.ema_decay)
+        average = shard(model, cfg.distributed, run.world, run.precision).create_average(model, cfg.optim.ema_decay)
         state = TrainState(model, device, str(cfg.checkpoint.name), cfg.data.seed, parts={"average": average})
         components = Components(state, data, evaluators, average, None, Progress(device))
     _resume(state, checkpoint, run)
@@ -145,34 +144,36 @@ def _build_trainer(
     if teacher is not None:
         preflight.check_teacher(model, teacher)
     objective = create_objective(cfg.objective, model, teacher)
-    is_captured = cfg.model.torchcompile and cfg.model.torchcompile_strategy == "step"
-    optimizer = create_optimizer(model, optim, world.device, is_captured=is_captured)
-    average = _create_average(model, optim.ema_decay)
-    remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
-    guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
     at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
     compiled = _compile(model, cfg.model)
+    sharding = shard(model, cfg.distributed, world, precision)
+    if cfg.objective.siglip and not is_resumed:
+        start_logit_bias(model)
+    is_captured = cfg.model.torchcompile and cfg.model.torchcompile_strategy == "step"
+    optimizer = sharding.create_optimizer(model, optim, world.device, is_captured)
+    average = sharding.create_average(model, optim.ema_decay)
+    remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
+    guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
     trainer = Trainer(
         model=parallelize(model, cfg.distributed, world, optim.accum_freq),
         objective=objective,
         optimizer=optimizer,
         precision=precision,
-        scaler=precision.grad_scaler(),
+        scaler=sharding.agree(precision.grad_scaler()),
         scheduler=build_scheduler(optimizer, cfg.schedule, optim, steps_per_epoch),
         half_weights=(
             contextlib.nullcontext
             if compiled.is_enabled
             else half_weights.create(model, precision, getattr(optimizer, "flats", ()))
         ),
-        group_text=TextGrouping(
-            [model, teacher], world.device, cfg.model.text_groups if compiled.takes_any_length else 0
-        ),
+        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model, compiled, sharding)),
         accum_freq=optim.accum_freq,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,
         average=average,
         rehearses=compiled.is_enabled or (is_resumed and world.distributed),
         compilation=compiled,
+        sharding=sharding,
     )
     return trainer, _create_progress(run, writer, at_peak)
 
@@ -199,15 +200,18 @@ def _steps_per_epoch(loader: Any, accum_freq: int) -> int:
     return steps
 
 
-def _create_average(model: nn.Module, decay: float | None) -> NoAverage:
-    return NoAverage() if decay is None else WeightAverage(model, decay)
-
-
 def _compile(model: Any, cfg: ModelConfig) -> NoCompilation:
     if not cfg.torchcompile:
         return NoCompilation()
     options = CompileOptions(cfg.torchcompile_strategy, cfg.torchcompile_backend, cfg.torchcompile_mode)
     return compile_model(model, options, cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
+
+
+def _text_groups(cfg: ModelConfig, compiled: NoCompilation, sharding: NoSharding) -> int:
+    if not compiled.takes_any_length:
+        return 0
+    # With several groups, the ranks of a sharded model would gather at different times.
+    return min(cfg.text_groups, 1) if sharding.is_enabled else cfg.text_groups
 
 
 def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo, steps_per_epoch: int) -> TrainState:

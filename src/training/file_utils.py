@@ -87,9 +87,19 @@ def check_exists(file_path: str | os.PathLike[str]) -> bool:
     return _local_path(file_path).is_file()
 
 
+def open_binary(file_path: str | os.PathLike[str]) -> Any:
+    """Open the file at a path or URL for reading."""
+    return (
+        _import_fsspec().open(os.fspath(file_path), "rb").open()
+        if _is_url(file_path)
+        else _local_path(file_path).open("rb")
+    )
+
+
 def remote_sync_s3(local_dir: str, remote_dir: str) -> bool:
     """Copy new files of `local_dir` to `remote_dir` (s3://...) with the `aws` command. Return whether it succeeded."""
-    command = ["aws", "s3", "sync", local_dir, remote_dir, "--exclude", "*epoch_latest.pt", "--exclude", "*.tmp"]
+    excluded = ("*epoch_latest.pt", "*epoch_latest/*", "*.tmp", "*.tmp/*")
+    command = ["aws", "s3", "sync", local_dir, remote_dir, *(word for name in excluded for word in ("--exclude", name))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
@@ -121,9 +131,11 @@ def remote_sync_fsspec(local_dir: str, remote_dir: str) -> bool:
 
 
 def _copy_if_new(path: Path, local_dir: str, filesystem: Any, root: str) -> bool:
-    if not path.is_file() or path.name == "epoch_latest.pt" or path.name.endswith(".tmp"):
+    relative = path.relative_to(local_dir)
+    is_excluded = any(part.endswith(".tmp") or part in ("epoch_latest", "epoch_latest.pt") for part in relative.parts)
+    if is_excluded or not path.is_file():
         return False
-    target = f"{root.rstrip('/')}/{path.relative_to(local_dir).as_posix()}"
+    target = f"{root.rstrip('/')}/{relative.as_posix()}"
     local = path.stat()
     with contextlib.suppress(FileNotFoundError):
         remote = filesystem.info(target)

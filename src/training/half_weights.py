@@ -24,6 +24,7 @@ from open_clip.transformer import attention, blocks
 from training import compilation
 from training.flat_tensors import FlatTensors
 from training.precision import Precision
+from training.sharding.tensors import is_sharded_model
 
 # Parameters that a layer passes to F.linear, where autocast would cast them.
 _LINEAR_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -40,15 +41,16 @@ def create(
 ) -> Callable[[], contextlib.AbstractContextManager]:
     """Return a function that makes a context for the forward and backward pass of a step.
 
-    The context has no effect if autocast is off, if the device does not benefit, or if the model is compiled (the
-    compiler merges casts). Layers outside the transformer blocks of this package are still cast by autocast.
+    The context has no effect if autocast is off, if the device does not benefit, if the model is compiled (the compiler
+    merges casts), or if it is sharded (weights are converted when they are gathered). Layers outside the transformer
+    blocks of this package are still cast by autocast.
 
     Args:
         model: the bare module, already on its device.
         precision: of the run.
         flats: buffers of the optimizer that hold the parameters, if any. A buffer is converted in one launch.
     """
-    if compilation.is_compiled(model) or not precision.converts_weights_once:
+    if compilation.is_compiled(model) or is_sharded_model(model) or not precision.converts_weights_once:
         return contextlib.nullcontext
     return HalfWeights(model, precision.compute_dtype, flats).lent
 

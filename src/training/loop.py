@@ -45,6 +45,7 @@ def run(options: argparse.Namespace, world: World, signals: StopSignals) -> None
                 epochs = this.cfg.schedule.epochs
                 with components.tracing(this) as around_step, signals.deferred():
                     TrainLoop(parts, parts.trainer, epochs, saver, writer, signals, agreement, around_step).run()
+            saver.finish_shared()
             ranks.leave()
             saver.finish()  # the other ranks do not wait for what the master still writes
 

@@ -241,6 +241,11 @@ def world_info_from_env() -> tuple[int, int, int]:
     return _integer(local_name) if local_name in os.environ else 0, rank, world_size
 
 
+def create_host_group() -> Any:
+    """Create another gloo group of all ranks, for a thread; None for a single process. Collective."""
+    return dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if world().distributed else None
+
+
 def restarts() -> int:
     """Return how often torchrun (--max-restarts) has restarted the processes after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

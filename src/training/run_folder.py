@@ -21,6 +21,7 @@ from open_clip.utils import check_folder
 from training import children, file_utils, ranks
 from training import logger as logs
 from training import precision as precisions
+from training.checkpoint.folder import remove_leftovers
 from training.checkpoint.latest import get_latest_checkpoint
 from training.params import CheckpointConfig, TrainConfig, describe_like_4, sections, warnings_for
 from training.precision import Precision
@@ -92,8 +93,11 @@ def _prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | No
     folder = None if cfg.logs is None else Path(cfg.logs) / str(cfg.name)
     found: tuple[bool, str | None] = (False, None)
     if world.is_master:
-        is_taken = folder is not None and (folder / "out.log").exists() and not ranks.restarts()
-        found = (is_taken and cfg.resume is None, _find_checkpoint(cfg, folder))
+        has_run = folder is not None and (folder / "out.log").exists() and not ranks.restarts()
+        is_taken = has_run and cfg.resume is None
+        if folder is not None and not is_taken:
+            _remove_leftovers(folder / "checkpoints")
+        found = (is_taken, None if is_taken else _find_checkpoint(cfg, folder))
     is_taken, resume_from = ranks.broadcast_object(found)
     if is_taken:
         raise FileExistsError(
@@ -103,9 +107,17 @@ def _prepare(cfg: CheckpointConfig, world: World) -> tuple[Path | None, str | No
         if world.is_master:
             check_folder(folder / "checkpoints", "--output-dir")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if world.is_master:
-            file_utils.remove_leftovers(folder / "checkpoints")
     return folder, resume_from
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted saves have left. A folder that was complete but for its name gets the name."""
+    file_utils.remove_leftovers(folder)
+    for temporary, name in remove_leftovers(folder):
+        if name is None:
+            logger.info("Removed %s, which an interrupted save has left.", temporary)
+        else:
+            logger.info("An interrupted save had completed %s. Its name is now %s.", temporary, name)
 
 
 def _find_checkpoint(cfg: CheckpointConfig, folder: Path | None) -> str | None:

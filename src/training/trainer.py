@@ -25,6 +25,7 @@ from training.ema import NoAverage
 from training.gradients import clip_gradients
 from training.objective import SHARED, Objective, Outputs, concatenate
 from training.precision import DisabledScaler, Precision
+from training.sharding.part import NoSharding
 from training.step_guard import NoGuard
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound, arXiv:2103.00020, section 2.5
@@ -58,6 +59,7 @@ class Trainer:
         average: moving average of the weights, updated after each step.
         rehearses: call `rehearse` before the first step.
         compilation: counts the graphs of a compiled model.
+        sharding: finishes the gradients of a sharded model, see `training.sharding`.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Trainer:
     average: NoAverage = field(default_factory=NoAverage)
     rehearses: bool = False
     compilation: NoCompilation = field(default_factory=NoCompilation)
+    sharding: NoSharding = field(default_factory=NoSharding)
 
     def __post_init__(self) -> None:
         if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
@@ -160,6 +163,7 @@ class Trainer:
         """Add the gradient of the loss over the samples of all batches, times the loss scale. Return the losses."""
         with self.half_weights():
             losses = self._backward_one(batches[0]) if len(batches) == 1 else self._accumulate(batches)
+        self.sharding.collect_gradients()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _backward_one(self, batch: Batch) -> Outputs:
@@ -202,12 +206,14 @@ class Trainer:
         losses = self._losses_of_all(leaves, batches)
         shared, gradients = _gradients(leaves, [len(batch["image"]) for batch in batches])
 
+        self.sharding.set_last_backward(False)
         _backward(kept, gradients.pop())
         del kept, parts, leaves
         for batch, state, gradient in zip(batches[:-2], states[:-1], gradients[:-1], strict=True):
             rng.set_torch_state(state, self.device)
             _backward(self._features(bare, batch), gradient)
         rng.set_torch_state(states[-1], self.device)
+        self.sharding.set_last_backward(True)
         _backward(self._features(self.model, batches[-2]), {**gradients[-1], **shared})
         rng.set_torch_state(after, self.device)
         return losses

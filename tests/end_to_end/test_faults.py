@@ -15,6 +15,7 @@ sys.path.insert(0, str(processes.ROOT / "benchmarks/faults"))
 import dead_rank
 import full_disk
 import kill
+import kill_sharded
 import malicious
 import terminate
 from harness import Runs
@@ -67,6 +68,11 @@ def test_a_signal_ends_the_wait_for_processes_that_never_join(runs, number):
 
 def test_torchrun_restarts_all_ranks_after_one_died(runs):
     figures, met = dead_rank.measure(runs, ranks=2, timeout=30, seed=0)
+    assert met, figures
+
+
+def test_ranks_killed_during_a_sharded_save(runs):
+    figures, met = kill_sharded.measure(runs, ranks=2, kills=2, seed=0)
     assert met, figures
 
 

@@ -167,7 +167,8 @@ def test_s3_runs_a_command_with_separate_arguments(run_folder, aws):
     assert remote_sync(str(run_folder), "s3://bucket/$(touch x); y", "s3") is True
     assert aws.read_text().splitlines() == [
         *("s3", "sync", str(run_folder), "s3://bucket/$(touch x); y"),
-        *("--exclude", "*epoch_latest.pt", "--exclude", "*.tmp"),
+        *("--exclude", "*epoch_latest.pt", "--exclude", "*epoch_latest/*"),
+        *("--exclude", "*.tmp", "--exclude", "*.tmp/*"),
     ]
 
 

@@ -142,7 +142,7 @@ def test_names_of_a_wrapped_model_are_known():
     saved = state_of(AS_3_3)
     train(saved.model, saved.parts["optimizer"], range(2))
     content = without_names(saved)
-    names = parameter_names(saved.model, saved.parts["optimizer"])
+    names = parameter_names(dict(saved.model.named_parameters()), saved.parts["optimizer"])
     for group, own in zip(content["optimizer"]["param_groups"], names, strict=True):
         group["param_names"] = [f"module.{name}" for name in own]
     ours = state_of(WITH_DECAY)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from training import file_utils
+from training.checkpoint.host_copy import HostCopy
 from training.checkpoint.latest import get_latest_checkpoint, natural_key
-from training.checkpoint.saver import HostCopy, NullSaver, Saver
+from training.checkpoint.saver import NullSaver, Saver
 from training.checkpoint.state import TrainState
 from training.params import CheckpointConfig
 

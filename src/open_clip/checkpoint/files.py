@@ -21,6 +21,7 @@ from ..formats.inert_pickle import is_foreign, replace_records, to_plain_tree
 from ..formats.mapped_zip import names_in_zip
 from ..formats.npz import has_arrays_only, read_arrays
 from ..formats.safetensors_file import MAX_HEADER, read_safetensors
+from ..formats.sharded_folder import METADATA
 from ..formats.tensor_records import TensorRecord, check_records, load_tensors
 from ..formats.torch_archive import read_legacy, read_zip
 from ..formats.torchscript import has_program, read_program_weights
@@ -51,6 +52,10 @@ def file_format(path: str | os.PathLike) -> str:
 
 def _check_is_file(path: str | os.PathLike) -> None:
     if not os.path.isfile(path):
+        if os.path.isfile(os.path.join(path, METADATA)):
+            raise FileNotFoundError(
+                f"{path} is a sharded checkpoint. Make one file of it: python -m training.consolidate {path} OUT.pt"
+            )
         kind = "is a folder" if os.path.isdir(path) else "does not exist"
         raise FileNotFoundError(f"No checkpoint can be read from {path}: it {kind}. Pass the path of a file.")
 
@@ -197,6 +202,30 @@ def check_layout(source: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(tree, Mapping):
             raise FileError(_holds_no_weights(tree, file.name))
         return {key: value for key, value in tree.items() if isinstance(value, (int, float, str))}
+
+
+def read_tree(path: str | os.PathLike) -> Any:
+    """Read everything in a file of `torch.save` but its tensors, which are `TensorRecord`s. See `read_records`.
+
+    Raises:
+        ValueError: the file is damaged, or has another format.
+    """
+    with BinaryFile(path) as file, name_damage(file.name):
+        tree, foreign = _parse(file)
+        if is_foreign(tree):
+            raise FileError(_holds_no_weights(tree, file.name))
+        _log_foreign(foreign, file.name)
+        tree, records = to_plain_tree(tree, file.name)
+        check_records(file, records)
+        return tree
+
+
+def read_records(path: str | os.PathLike, records: list[TensorRecord]) -> list[torch.Tensor]:
+    """Read tensors of a file into host memory."""
+    copies = [dataclasses.replace(record) for record in records]
+    with BinaryFile(path) as file, name_damage(file.name):
+        load_tensors(file, copies)
+    return [copy.tensor for copy in copies if copy.tensor is not None]
 
 
 def _log_foreign(foreign: list[str], name: str) -> None:

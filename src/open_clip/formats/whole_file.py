@@ -39,7 +39,7 @@ def replacing(path: str | os.PathLike, is_synced: bool = False) -> Iterator[Path
         temporary.unlink(missing_ok=True)
         raise
     if is_synced:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -48,7 +48,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Sync a folder so that a rename in it survives a power failure. Windows cannot open folders; do nothing there."""
     if os.name != "posix":
         return

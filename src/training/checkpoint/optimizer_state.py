@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,33 +27,47 @@ Names = list[list[str]]  # of the parameters of each group
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # have the shape of the parameter
 
 
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Names:
-    """Return the names of the parameters of each group; "" for a parameter that is not of the model."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
+@dataclass(frozen=True)
+class Stored:
+    """The optimizer state of a checkpoint.
+
+    Attributes:
+        state_dict: of an optimizer. None: the checkpoint has none.
+        names: names of its parameters by group. None: the checkpoint has none.
+        place: called with the name and the state of a parameter, returns the state as the optimizer takes it.
+    """
+
+    state_dict: Mapping[str, Any] | None
+    names: Names | None = None
+    place: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda _, state: state
+
+
+def parameter_names(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Names:
+    """Return the names of the parameters of each group; "" for a parameter without one."""
+    name_of = {id(p): name for name, p in parameters.items()}
     return [[name_of.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
-def load(
-    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None, names: Names | None, model: nn.Module
-) -> None:
+def load(optimizer: torch.optim.Optimizer, stored: Stored, model: nn.Module, own: Names) -> None:
     """Load an optimizer state.
 
     With the saved groups, the options of the groups are those of the checkpoint. With other groups they are those of
     this run, and only the states of the parameters are loaded.
 
     Args:
-        saved: a state dict of an optimizer. None: the checkpoint has none.
-        names: names of the saved parameters by group. None: the checkpoint has none.
+        optimizer: gets the state.
+        stored: what the checkpoint has.
         model: bare model.
+        own: names of the optimizer's parameters by group.
 
     Raises:
         ValueError: the state is of another optimizer, or of other parameters.
     """
-    if saved is None:
+    if stored.state_dict is None:
         logger.warning("The checkpoint has no optimizer state. The moments start from zero.")
         return
     try:
-        _load(optimizer, saved, names, model)
+        _load(optimizer, stored.state_dict, stored, model, own)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The optimizer state of the checkpoint does not fit this run ({error}). Use the same --opt and "
@@ -60,26 +75,33 @@ def load(
         ) from error
 
 
-def _load(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], names: Names | None, model: nn.Module) -> None:
-    own = parameter_names(model, optimizer)
+def _load(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], stored: Stored, model: nn.Module, own: Names
+) -> None:
+    names = stored.names
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if names is None and not _is_known(own):
         names = own  # only its numbers can be compared
     elif names is None:
-        names = _find_names(saved, sizes, optimizer, model)
+        names = _find_names(saved, sizes, optimizer, model, own)
+    if [len(group) for group in names] != sizes:
+        raise ValueError("its groups have other sizes than their names")
     if names == own:
         _check_entries(optimizer, saved["state"].values())
-        optimizer.load_state_dict(_complete_groups(saved, optimizer))
+        state = {
+            index: stored.place(name, saved["state"][index])
+            for name, index in _numbered(names, saved)
+            if index in saved["state"]
+        }
+        optimizer.load_state_dict(_complete_groups({**saved, "state": state}, optimizer))
         return
-    if [len(group) for group in names] != sizes:
-        raise ValueError("its names and its groups have different sizes")
     by_name = {name: saved["state"][index] for name, index in _numbered(names, saved) if index in saved["state"]}
     _log_regrouping(names, own)
     _check_entries(optimizer, by_name.values())
     if misfits := _misfits(by_name, dict(model.named_parameters())):
         raise ValueError(f"the moments have other shapes than the parameters {join_some(misfits)}")
     wanted = optimizer.state_dict()
-    state = {index: by_name[name] for name, index in _numbered(own, wanted) if name in by_name}
+    state = {index: stored.place(name, by_name[name]) for name, index in _numbered(own, wanted) if name in by_name}
     optimizer.load_state_dict({**wanted, "state": state})
 
 
@@ -143,7 +165,7 @@ def _complete_groups(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
 
 
 def _find_names(
-    saved: Mapping[str, Any], sizes: list[int], optimizer: torch.optim.Optimizer, model: nn.Module
+    saved: Mapping[str, Any], sizes: list[int], optimizer: torch.optim.Optimizer, model: nn.Module, own: Names
 ) -> Names:
     """Find the names of the saved parameters by the groups that open_clip makes.
 
@@ -154,7 +176,6 @@ def _find_names(
     if all("param_names" in group for group in groups):  # an optimizer that was made with names
         return [[name.replace("_orig_mod.", "").removeprefix("module.") for name in g["param_names"]] for g in groups]
     parameters = dict(model.named_parameters())
-    own = parameter_names(model, optimizer)
     candidates: list[Names] = [own, *_candidates(groups, model)]
     if groups and optimizer.param_groups and ("group_name" in groups[0]) != ("group_name" in optimizer.param_groups[0]):
         candidates.append(candidates.pop(0))  # it is not likely that the groups are those of this run

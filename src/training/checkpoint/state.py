@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training import ranks
 from training.checkpoint import optimizer_state, rng
 from training.checkpoint.file_format import COUNTERS, RunState, from_file, is_training_checkpoint, to_file
+from training.checkpoint.stored_tensor import part_like, read_all
 from training.checkpoint.weights import load_weights
+from training.sharding.tensors import is_sharded_model
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -78,8 +82,23 @@ class TrainState:
         self.epoch += 1
         self.epoch_step = self.epoch_samples = 0
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks share the weights (FSDP)."""
+        return is_sharded_model(self.model)
+
+    def optimizer_parameter_names(self) -> list[str]:
+        """Return the names of the optimizer's parameters, in the order of its state dict."""
+        optimizer = self.parts.get("optimizer")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return []
+        return list(itertools.chain.from_iterable(self._optimizer_names(optimizer)))
+
     def state_dict(self) -> dict[str, Any]:
-        """Build the checkpoint, see `file_format`. Its tensors are not copies. Collective: gathers from all ranks."""
+        """Build the checkpoint, see `file_format`. Collective.
+
+        Its tensors are not copies. Those of sharded weights are DTensors.
+        """
         of_rank = {name: part.state_dict() for name, part in self.rank_parts.items()}
         by_rank = _gather({"rng": rng.rng_state(self.device), **of_rank})
         return to_file(
@@ -88,11 +107,18 @@ class TrainState:
                 name=self.name,
                 weights=self.model.state_dict(),
                 counters={name: getattr(self, name) for name in COUNTERS},
-                parts={name: part.state_dict() for name, part in self.parts.items()} | self._optimizer_names(),
+                parts=self._part_states(),
                 by_rank={name: [states[name] for states in by_rank] for name in by_rank[0]},
             ),
             is_distributed=ranks.world().distributed,
         )
+
+    def _part_states(self) -> dict[str, Any]:
+        states: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
+        optimizer = self.parts.get("optimizer")
+        if isinstance(optimizer, torch.optim.Optimizer):
+            states[_NAMES] = self._optimizer_names(optimizer)  # its state has numbers in their place
+        return states
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load a checkpoint of this package or of open_clip. A plain state dict sets only the weights.
@@ -123,26 +149,31 @@ class TrainState:
 
     def _load_part(self, name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
         if isinstance(part, torch.optim.Optimizer):
-            optimizer_state.load(part, saved.get(name), saved.get(_NAMES), self.model)
+            sharded = dict(self.model.named_parameters()) if self.is_sharded else {}
+            stored = optimizer_state.Stored(saved.get(name), saved.get(_NAMES), functools.partial(_place, sharded))
+            optimizer_state.load(part, stored, self.model, self._optimizer_names(part))
         elif name in saved:
             # The scaler of torch_npu has one more entry than torch's.
             part.load_state_dict({**part.state_dict(), **saved[name]} if name == "scaler" else saved[name])
         elif name == "scaler" and part.state_dict():
             logger.info("The checkpoint has no gradient scaler (another --precision). The run uses a new one.")
 
-    def _optimizer_names(self) -> dict[str, Any]:
-        """Return the names of the optimizer's parameters, which its state does not have, as one more part."""
-        optimizer = self.parts.get("optimizer")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            return {}
-        return {_NAMES: optimizer_state.parameter_names(self.model, optimizer)}
+    def _optimizer_names(self, optimizer: Any) -> optimizer_state.Names:
+        # With sharded weights, the optimizer updates the parts of this rank.
+        sharded = getattr(optimizer, "shards", None)
+        parameters = dict(self.model.named_parameters()) if sharded is None else sharded.parameters
+        return optimizer_state.parameter_names(parameters, optimizer)
 
     def _load_average(self, saved: RunState) -> None:
         average = self.parts.get("average")
         if average is None or not average.state_dict():
             return
         if "average" in saved.parts:
-            average.load_state_dict(saved.parts["average"])
+            own = average.state_dict()
+            values = {
+                name: part_like(value, own[name]) for name, value in saved.parts["average"].items() if name in own
+            }
+            average.load_state_dict(values)
         else:
             average.load_state_dict(self.model.state_dict())
             logger.info("The checkpoint has no averaged weights. The average of --ema-decay starts from its weights.")
@@ -172,6 +203,19 @@ class TrainState:
             len(states),
             here.world_size,
         )
+
+
+def _place(sharded: Mapping[str, Tensor], name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter's saved state: of tensors with the size of a sharded parameter, this rank's part."""
+    whole = sharded.get(name)
+    return {key: read_all(value) if whole is None else _like(key, value, whole) for key, value in state.items()}
+
+
+def _like(key: str, value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    is_count = key == "step" or value.numel() != parameter.numel()
+    return read_all(value) if is_count else part_like(value, parameter)
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:

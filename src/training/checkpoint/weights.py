@@ -12,22 +12,35 @@ from open_clip import progress
 from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip_to_fit
 from open_clip.checkpoint.mismatch import compare
 from training import file_utils
+from training.checkpoint.folder_reader import is_folder, read_folder
+from training.checkpoint.stored_tensor import fill, read_all, read_file_lazily
+from training.sharding.tensors import is_sharded_model
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into host memory.
+def load_checkpoint(path: str | Path, is_lazy: bool = False) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Args:
+        path: path or URL of a file, or of the folder of a sharded checkpoint.
+        is_lazy: whether to read the large tensors of a local file later, as `StoredTensor`s, because this process needs
+            only a part of them. Those of a folder are always read later.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged or not a checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: it is damaged or not a checkpoint.
     """
+    if is_folder(path):
+        try:
+            return read_folder(path)
+        except ValueError as error:
+            raise ValueError(f"--resume: {error}") from error
     if not file_utils.check_exists(path):
         raise FileNotFoundError(
-            f"--resume {str(path)!r}: there is no such file. Use --resume latest to find the newest one of a run."
+            f"--resume {str(path)!r}: there is no such checkpoint. Use --resume latest to find the newest one of a run."
         )
     try:
         with progress.watch(f"Loading {path}"):
-            checkpoint = file_utils.pt_load(path)
+            checkpoint = read_file_lazily(path) if is_lazy else file_utils.pt_load(path)
     except ValueError as error:
         raise ValueError(f"--resume: {error} For weights in other formats use --pretrained.") from error
     if not isinstance(checkpoint, Mapping):
@@ -41,7 +54,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: see `check_fit`.
     """
-    model.load_state_dict(check_fit(model, weights))
+    named = check_fit(model, weights)
+    if not is_sharded_model(model):
+        model.load_state_dict(read_all(named))
+        return
+    own = model.state_dict()
+    for name, value in named.items():
+        fill(own[name], value)
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -141,6 +141,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
     if args.train_data_upsampling_factors is not None:
         _check_upsampling(args)
+    _check_sharding(args)
     if args.resume == "latest":
         if args.name is None:
             raise ValueError("--resume latest needs --name, the name of the run to continue.")
@@ -175,6 +176,23 @@ def _check_compilation(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--torchcompile-strategy step compiles only this project's AdamW (--opt adamw, --fused-optimizer auto), "
             f"which can skip a step on the device. Leave out {given}, or use --torchcompile-strategy task."
+        )
+
+
+def _check_sharding(args: argparse.Namespace) -> None:
+    if args.hsdp and not args.fsdp:
+        raise ValueError(f"--hsdp {args.hsdp} sets the replicas of a sharded model. Add --fsdp.")
+    if not args.fsdp:
+        return
+    if args.precision in ("bf16", "fp16"):
+        raise ValueError(
+            f"--precision {args.precision} has weights of two dtypes, which --fsdp cannot gather together. Use "
+            "--precision amp_bf16, which gathers them in bf16, or pure_bf16."
+        )
+    if args.precision == "pure_fp16":
+        raise ValueError(
+            "--precision pure_fp16 needs an optimizer with a float32 copy of the weights, which --fsdp does not have. "
+            "Use --precision amp."
         )
 
 
@@ -286,6 +304,11 @@ def _objective_rules(args: argparse.Namespace, world_size: int) -> Rules:
     yield args.siglip, ("loss_dist_impl",), "it belongs to --siglip"
     if args.siglip:
         yield world_size > 1, ("loss_dist_impl",), alone
+    sharding = ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "fsdp_checkpoint")
+    yield world_size > 1, ("fsdp", *sharding, "hsdp"), alone
+    if world_size > 1:
+        yield args.fsdp, sharding, "there is no --fsdp"
+        yield not args.fsdp, ("ddp_static_graph",), "--fsdp does not use DistributedDataParallel"
     yield world_size > 1, ("dist_url", "dist_backend", "dist_timeout", "ddp_static_graph", "no_set_device_rank"), alone
 
 

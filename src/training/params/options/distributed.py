@@ -30,6 +30,17 @@ class DistributedConfig:
     ddp_static_graph: bool = option(False, help=
         "tell DistributedDataParallel that every step uses the same parameters. It overlaps communication better, and "
         "--grad-checkpointing works with unused parameters")
+    fsdp: bool = option(False, help=
+        "shard weights, gradients and optimizer states over the processes (FSDP2), for models that do not fit one "
+        "device. Each process holds its part and gathers one block of the model at a time")
+    fsdp_no_reshard_after_forward: bool = option(False, help=
+        "--fsdp: keep gathered weights until the backward pass, which needs the memory of all weights and gathers each "
+        "block once per step. With --accum-freq gradients are kept whole as well, and reduced once per step")
+    fsdp_offload_cpu: bool = option(False, help=
+        "--fsdp: keep weights, gradients and optimizer states in host memory and update the weights there. Slow")
+    hsdp: int = option(0, at_least=0, metavar="N", help=
+        "--fsdp: N replicas of the model, each sharded over processes / N neighbouring processes, such as those of one "
+        "node. Only gradients are exchanged between replicas. 0: one sharded model")
     no_set_device_rank: bool = option(False, help=
         "use the first visible device in every process, for launchers that make only one device visible to each "
         "process (ASCEND_RT_VISIBLE_DEVICES per process)")

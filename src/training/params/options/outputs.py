@@ -39,7 +39,12 @@ class CheckpointConfig:
     sync_save: bool = option(False, help=
         "block training while a checkpoint is written. Default: write in the background, which needs host memory for a "
         "copy of the checkpoint")
-    resume: str | None = option(None, metavar="FILE|latest", help=
+    fsdp_checkpoint: str = option("full", choices=("full", "sharded"), help=
+        "the form of checkpoints with --fsdp. full: one file epoch_N.pt, as without --fsdp; the first process needs "
+        "host memory for all of it. sharded: a folder epoch_N to which each process writes its part; "
+        "`python -m training.consolidate` makes one file of it. Runs resume from both forms, with any number of "
+        "processes")
+    resume: str | None = option(None, metavar="FILE|FOLDER|latest", help=
         "continue from a checkpoint, including one within an epoch: weights, optimizer, step, read position in the "
         "data, random states. latest: the newest readable checkpoint of this run (needs --name; without a checkpoint "
         "the run starts from the beginning)")

@@ -1,0 +1,129 @@
+"""What a run calls to train a sharded model. Without --fsdp it is an object that does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.ema import NoAverage, WeightAverage
+from training.optim import create_optimizer
+from training.params import OptimConfig
+from training.sharding.shards import Shards
+from training.sharding.tensors import join_like, split_like
+
+
+class NoSharding:
+    """The sharding of a model that is not sharded. It has the interface of Sharding."""
+
+    is_enabled = False
+
+    def create_optimizer(
+        self, model: nn.Module, cfg: OptimConfig, device: torch.device, is_captured: bool = False
+    ) -> torch.optim.Optimizer:
+        """Create the optimizer, see training.optim."""
+        return create_optimizer(model, cfg, device, is_captured=is_captured)
+
+    def create_average(self, model: nn.Module, decay: float | None) -> NoAverage:
+        """Create the moving average of the weights. None: it is switched off."""
+        return NoAverage() if decay is None else WeightAverage(model, decay)
+
+    def agree(self, scaler: Any) -> Any:
+        """Return a gradient scaler that takes the same decisions on all ranks."""
+        return scaler
+
+    def set_last_backward(self, is_last: bool) -> None:
+        """Say whether the next backward pass is the last one of the step."""
+
+    def collect_gradients(self) -> None:
+        """Finish the gradients after the last backward pass of a step."""
+
+
+class Sharding(NoSharding):
+    """The sharding of a model that `units.shard_model` has sharded."""
+
+    is_enabled = True
+
+    def __init__(self, model: nn.Module, device: torch.device, keeps_gathered: bool) -> None:
+        """Create it.
+
+        Args:
+            keeps_gathered: whether parameters stay gathered, and gradients whole, between the passes of one step. Then
+                gradient accumulation communicates as often as a step with one batch.
+        """
+        self._model: Any = model
+        self._keeps_gathered = keeps_gathered
+        self._shards = Shards(model, device)
+
+    def create_optimizer(
+        self, model: nn.Module, cfg: OptimConfig, device: torch.device, is_captured: bool = False
+    ) -> torch.optim.Optimizer:
+        return self._shards.create_optimizer(cfg)
+
+    def create_average(self, model: nn.Module, decay: float | None) -> NoAverage:
+        return NoAverage() if decay is None else ShardedAverage(self._shards, decay)
+
+    def agree(self, scaler: Any) -> Any:
+        if scaler.is_enabled():
+            scaler.__class__ = type(type(scaler).__name__, (_AgreedOverflow, type(scaler)), {})
+        return scaler
+
+    def set_last_backward(self, is_last: bool) -> None:
+        if self._keeps_gathered:
+            model = self._model
+            model.set_is_last_backward(is_last)
+            model.set_requires_gradient_sync(is_last)
+            model.set_reshard_after_backward(is_last)
+
+    def collect_gradients(self) -> None:
+        self._shards.collect_gradients()
+
+
+class _AgreedOverflow:
+    """Override of torch's GradScaler: an overflow on one rank is an overflow on all."""
+
+    def _unscale_grads_(self, *args: Any) -> dict[torch.device, Tensor]:
+        scaler: Any = super()
+        found = scaler._unscale_grads_(*args)
+        for overflows in found.values():
+            dist.all_reduce(overflows, dist.ReduceOp.MAX)
+        return found
+
+
+class ShardedAverage(WeightAverage):
+    """The moving average of the parts of the weights that this rank holds."""
+
+    def __init__(self, shards: Shards, decay: float) -> None:
+        """Start from the current weights."""
+        self.decay = decay
+        self._shards = shards
+        self._wholes = {name: p for name, p in shards.wholes.items() if p.requires_grad}
+        self._parameters = {name: shards.parameters[name] for name in self._wholes}
+        self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model use the averages until the end of the context. Values are copied: FSDP owns the memory."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._copy(self._averages)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        self._shards.reshard()
+        for name, p in self._parameters.items():
+            p.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: join_like(average, self._wholes[name]) for name, average in self._averages.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        parts = {name: split_like(state_dict[name], p) for name, p in self._wholes.items() if name in state_dict}
+        super().load_state_dict(parts)

@@ -1,0 +1,65 @@
+"""Tensors that are sharded over the ranks (DTensors): their local part, and how to split and gather them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor. Does not import DTensor, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded_model(model: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds, which may be empty. It shares the memory of the tensor."""
+    sharded: Any = tensor
+    return sharded.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def split_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of a whole tensor, as a view.
+
+    Args:
+        whole: the same on all ranks, or a DTensor with the layout of `like`.
+        like: a tensor with the same shape. If it is a DTensor, the part is the one that it has on this rank.
+    """
+    if is_sharded(whole):
+        return local_part(whole)
+    if not is_sharded(like):
+        return whole
+    layout: Any = like
+    for mesh_dim, placement in enumerate(layout.placements):
+        if placement.is_shard():
+            length, count = whole.shape[placement.dim], layout.device_mesh.size(mesh_dim)
+            size = -(-length // count)  # as torch.chunk
+            start = min(layout.device_mesh.get_local_rank(mesh_dim) * size, length)
+            whole = whole.narrow(placement.dim, start, min(size, length - start))
+    return whole
+
+
+def join_like(part: Tensor, like: Tensor) -> Tensor:
+    """Return the DTensor with the layout of `like` whose part on this rank is `part`. Nothing is copied."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    layout: Any = like
+    return DTensor.from_local(
+        part, layout.device_mesh, layout.placements, run_check=False, shape=layout.shape, stride=layout.stride()
+    )
+
+
+@torch.no_grad()
+def gather(tensor: Any) -> Tensor:
+    """Return the whole of a DTensor on every rank. Collective."""
+    mesh_type = tensor.device_mesh.device_type  # the collective's; with CPU offload the parts are elsewhere
+    return (tensor if tensor.device.type == mesh_type else tensor.to(mesh_type)).full_tensor()
