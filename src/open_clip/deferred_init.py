@@ -1,7 +1,7 @@
 """Models that are built without memory for their weights, and get the same random values later, tensor by tensor.
 
 While a model is built, large tensors are created on the meta device, and the operations on them are recorded. Random
-numbers are drawn as usual and dropped, so each recorded operation knows the state of the generator that it started from.
+numbers are drawn as usual and dropped, and the state of the generator before each draw is recorded.
 `DeferredInit.compute` repeats the operations of one tensor. Its values equal those of a model that was built normally
 with the same seed.
 

@@ -41,11 +41,12 @@ def build_model(
     Towers are locked after their weights are loaded.
 
     Args:
-        deferred: for a model that will be sharded. Its weights are on the CPU, or on the meta device and computed later.
+        deferred: for a model that will be sharded. Its weights are on the CPU, or on the meta device until they are
+            computed.
 
     Returns:
-        The model on the device of `precision` (see `deferred`), in training mode, with dict outputs; the training transform; the
-        validation transform.
+        The model on the device of `precision` (or see `deferred`), in training mode, with dict outputs; the training
+        transform; the validation transform.
     """
     model: Any  # any class with the methods of CLIP
     offered = contextlib.nullcontext() if deferred is None else deferred.offered()

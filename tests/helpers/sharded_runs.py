@@ -77,7 +77,7 @@ def create_trainer(case: Case) -> Trainer:
     if deferred is None:
         model = MODELS[case.model]()
     else:
-        with deferred.recording():
+        with deferred.offered() if case.model == "hf" else deferred.recording():
             model = MODELS[case.model]()
     model.train()
     if case.lock:

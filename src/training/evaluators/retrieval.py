@@ -1,8 +1,8 @@
 """Retrieval metrics and validation losses on --val-data.
 
-The data are split over the ranks, which may have different numbers of batches, or none. In the loop over batches no rank
-waits for another, unless the model is sharded. The results are combined after the loop. The host does not wait for the device after each
-batch: losses are read after the loop, and features when there are many.
+The data are split over the ranks, which may have different numbers of batches, or none. In the loop over batches no
+rank waits for another, unless the model is sharded. The results are combined after the loop. The host does not wait for
+the device after each batch: losses are read after the loop, and features when there are many.
 """
 
 from __future__ import annotations

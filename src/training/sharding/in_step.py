@@ -1,4 +1,4 @@
-"""The same number of forward passes on all ranks during evaluation, in which ranks may have different numbers of batches.
+"""The same number of forward passes on all ranks during evaluation, where their numbers of batches may differ.
 
 Every forward pass of a sharded model is collective, because the ranks gather the weights from each other.
 """
