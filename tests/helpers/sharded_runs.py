@@ -88,7 +88,8 @@ def create_trainer(case: Case) -> Trainer:
     options = ObjectiveConfig(local_loss=not is_siglip, gather_with_grad=not is_siglip, siglip=is_siglip)
     objective = create_objective(options, model)
     sharding = build.shard(model, case.distributed, world, precision, deferred)
-    optimizer = sharding.create_optimizer(model, OptimConfig(opt=case.opt, lr=1e-3, wd=0.2), CPU)
+    # A large eps, because otherwise AdamW scales rounding errors of zero gradients up to the size of a normal step.
+    optimizer = sharding.create_optimizer(model, OptimConfig(opt=case.opt, lr=1e-3, eps=1e-4, wd=0.2), CPU)
     scaler = torch.amp.GradScaler("cpu", case.loss_scale, enabled=bool(case.loss_scale))
     return Trainer(
         model=build.parallelize(model, case.distributed, world, case.accum_freq),

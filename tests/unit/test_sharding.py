@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -88,26 +89,26 @@ def after_overflow() -> dict[str, Any]:
 
 
 def communication() -> dict[str, int]:
-    """Count the gathers and reductions of a step with and without accumulation."""
+    """Count the gathers and reductions of weights in a step, with and without accumulation."""
+    count = count_gathers_and_scatters
+    return {
+        "one batch": count(Case(distributed=KEEP)) - count(Case()),
+        "kept": count(Case(distributed=KEEP, accum_freq=3)) - count(Case(accum_freq=3)),
+        "resharded": count(Case(distributed=FSDP, accum_freq=3)) - count(Case(accum_freq=3)),
+    }
+
+
+def count_gathers_and_scatters(case: Case) -> int:
+    """Count them in the second step. Those of the loss are included. DDP has no others."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    counts = {}
-    for name, case in {
-        "one batch": Case(distributed=KEEP),
-        "kept": Case(distributed=KEEP, accum_freq=3),
-        "resharded": Case(distributed=FSDP, accum_freq=3),
-    }.items():
-        trainer = sharded_runs.create_trainer(case)
-        batches = [sharded_runs.batch(trainer.model, n) for n in range(case.accum_freq)]
-        trainer.step(batches, 0)
-        with CommDebugMode() as counted:
-            trainer.step(batches, 1)
-        of_weights = ("all_gather_into_tensor", "reduce_scatter", "allgather", "all_gather_single")
-        counts[name] = sum(
-            count for op, count in counted.get_comm_counts().items() if any(part in str(op) for part in of_weights)
-        )
-        counts[f"{name} ops"] = len(counted.get_comm_counts())
-    return counts
+    trainer = sharded_runs.create_trainer(case)
+    model = getattr(trainer.model, "module", trainer.model)
+    batches = [sharded_runs.batch(model, n) for n in range(case.accum_freq)]
+    trainer.step(batches, 0)
+    with CommDebugMode() as counted:
+        trainer.step(batches, 1)
+    return sum(n for op, n in counted.get_comm_counts().items() if "gather" in str(op) or "scatter" in str(op))
 
 
 def evaluation(rank: int) -> dict[str, Any]:
@@ -133,14 +134,14 @@ def state_round_trip() -> bool:
     """Save a run, load it into one that has trained otherwise, and compare the next steps."""
     case = Case(steps=2, distributed=FSDP, ema_decay=0.9)
     saved, _ = train(case)
-    other, _ = train(Case(steps=3, distributed=FSDP, ema_decay=0.9, model="clip"))
+    other, _ = train(Case(steps=3, distributed=FSDP, ema_decay=0.9))
 
     def state_of(trainer: Any) -> TrainState:
         parts = {"optimizer": trainer.optimizer, "average": trainer.average}
         return TrainState(trainer.model, torch.device("cpu"), parts=parts)
 
-    content = state_of(saved).state_dict()
-    content = ranks.broadcast_object(content)  # rank 0 has the whole tensors
+    content = ranks.broadcast_object(state_of(saved).state_dict())  # rank 0 has the whole tensors
+    content = copy.deepcopy(content)  # on rank 0 they are those of the run
     state_of(other).load_state_dict(content)
     results = []
     for trainer in (saved, other):
@@ -195,9 +196,11 @@ def test_a_sharded_run_equals_ddp(results, name):
         assert fsdp["losses"] == pytest.approx(ddp["losses"], abs=1e-5, nan_ok=True)
         assert fsdp["guard"] == ddp["guard"]
         assert fsdp["guard"]["skipped_steps"] == ("bad" in name)
-        assert fsdp["weights"].keys() == ddp["weights"].keys()
-        for key, value in ddp["weights"].items():
-            torch.testing.assert_close(fsdp["weights"][key], value, rtol=1e-3, atol=1e-4)
+    # DDP's statistics of BatchNorm differ between ranks. The master saves its own.
+    ddp, fsdp = (results[2][0][f"{name} {kind}"]["weights"] for kind in ("ddp", "fsdp"))
+    assert fsdp.keys() == ddp.keys()
+    for key, value in ddp.items():
+        torch.testing.assert_close(fsdp[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_rank_of_four_holds_about_a_quarter_of_the_state(results):
@@ -212,7 +215,7 @@ def test_an_overflow_of_one_rank_skips_the_step_on_all(results):
 
 def test_accumulation_communicates_as_often_as_one_batch_if_weights_are_kept(results):
     counts = results[2][0]["communication"]
-    assert counts["kept"] == counts["one batch"] > 0
+    assert counts["kept"] == counts["one batch"] > 0, counts
     assert counts["resharded"] > counts["kept"]
 
 
