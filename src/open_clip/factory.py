@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import aliases
+from . import aliases, deferred_init
 from . import device as devices
 from .checkpoint.files import load_state_dict
 from .checkpoint.fit import load_checkpoint, load_tower_checkpoint
@@ -92,6 +92,12 @@ def _build(
     """Build a model on `target` and load its weights, if it has any."""
     path = recipe.fetch_weights() if recipe.fetch_weights and target.type != "meta" else None
     on_meta = path is not None or target.type == "meta"
+    deferred = deferred_init.offered()
+    if deferred is not None and not on_meta and not recipe.has_pretrained_tower:
+        with deferred.recording():
+            model = _instantiate(recipe.model_cfg, get_cast_dtype(precision), output_dict)
+            set_precision(model, precision)
+        return model
     with contextlib.ExitStack() as building:
         if on_meta:
             building.enter_context(torch.device("meta"))
@@ -100,7 +106,7 @@ def _build(
     set_precision(model, precision)
     if path is not None:
         logger.info("Loading %s from %s.", recipe.name, path)
-        is_mapped = recipe.is_download and is_unchanging(path)
+        is_mapped = deferred is not None or (recipe.is_download and is_unchanging(path))
         load_checkpoint(model, path, weights_only=weights_only, device=target, is_mapped=is_mapped)
     return model.to(target)
 

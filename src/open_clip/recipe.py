@@ -69,6 +69,13 @@ class Recipe:
     is_download: bool = False
     quick_gelu: bool | None = None
 
+    @property
+    def has_pretrained_tower(self) -> bool:
+        """Whether a tower starts from the weights of timm or Hugging Face, see `use_tower_defaults`."""
+        vision_cfg, text_cfg = self.model_cfg["vision_cfg"], self.model_cfg["text_cfg"]
+        is_timm = bool(vision_cfg.get("timm_model_name") and vision_cfg.get("timm_model_pretrained"))
+        return is_timm or bool(text_cfg.get("hf_model_name") and text_cfg.get("hf_model_pretrained"))
+
 
 def read_recipe(
     model_name: str | os.PathLike,

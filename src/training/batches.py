@@ -70,6 +70,14 @@ def normalization_of(preprocess: Any) -> Normalization | None:
     return None if mean_and_std is None else Normalization(*mean_and_std)
 
 
+class TextReader:
+    """What TextGrouping needs of a model, asked before the model is sharded, whose hooks look like those of users."""
+
+    def __init__(self, model: Any) -> None:
+        self.takes_grouped_text = getattr(model, "takes_grouped_text", False)
+        self.text_lengths = getattr(model, "text_lengths", None)
+
+
 class TextGrouping:
     """Groups the texts of a batch by length, unless one of the models needs the padding.
 

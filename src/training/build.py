@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import open_clip
 from open_clip import device as devices
 from open_clip import progress
+from open_clip.deferred_init import DeferredInit
 from open_clip.timm_model import TimmModel
 from training import ranks, scheduler
 from training.params import DistributedConfig, ModelConfig, ObjectiveConfig, OptimConfig, ScheduleConfig
@@ -32,23 +34,28 @@ Transform = Callable[[Any], torch.Tensor]
 
 
 def build_model(
-    cfg: ModelConfig, objective: ObjectiveConfig, precision: Precision
+    cfg: ModelConfig, objective: ObjectiveConfig, precision: Precision, deferred: DeferredInit | None = None
 ) -> tuple[nn.Module, Transform, Transform]:
     """Build the model and its transforms.
 
     Towers are locked after their weights are loaded.
 
+    Args:
+        deferred: for a model that will be sharded. Its weights are on the CPU, or on the meta device until they are
+            computed.
+
     Returns:
-        The model on the device of `precision`, in training mode, with dict outputs; the training transform; the
-        validation transform.
+        The model on the device of `precision` (or see `deferred`), in training mode, with dict outputs; the training
+        transform; the validation transform.
     """
     model: Any  # any class with the methods of CLIP
-    with progress.watch(f"Building {cfg.model}"):
+    offered = contextlib.nullcontext() if deferred is None else deferred.offered()
+    with progress.watch(f"Building {cfg.model}"), offered:
         model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
             cfg.model,
             cfg.pretrained,
             precision=precision.name,
-            device=precision.device,
+            device=precision.device if deferred is None else "cpu",
             force_quick_gelu=cfg.force_quick_gelu,
             force_custom_text=cfg.force_custom_text,
             force_patch_dropout=cfg.force_patch_dropout,
@@ -64,6 +71,18 @@ def build_model(
             output_dict=True,
             **(SIGLIP_INIT if objective.siglip else {}),
         )
+    with contextlib.nullcontext() if deferred is None else deferred.recording():
+        _lock_towers(model, cfg)
+    if cfg.grad_checkpointing:
+        model.set_grad_checkpointing()
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("%s: %.2f M parameters, %.2f M of them trainable.", cfg.model, total / 1e6, trainable / 1e6)
+    logger.debug("%s", model)
+    return model, preprocess_train, preprocess_val
+
+
+def _lock_towers(model: Any, cfg: ModelConfig) -> None:
     if cfg.lock_image:
         model.lock_image_tower(
             unlocked_groups=cfg.lock_image_unlocked_groups, freeze_bn_stats=cfg.lock_image_freeze_bn_stats
@@ -72,13 +91,6 @@ def build_model(
         model.lock_text_tower(
             unlocked_layers=cfg.lock_text_unlocked_layers, freeze_layer_norm=cfg.lock_text_freeze_layer_norm
         )
-    if cfg.grad_checkpointing:
-        model.set_grad_checkpointing()
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("%s: %.2f M parameters, %.2f M of them trainable.", cfg.model, total / 1e6, trainable / 1e6)
-    logger.debug("%s", model)
-    return model, preprocess_train, preprocess_val
 
 
 def start_logit_bias(model: Any) -> None:
@@ -123,11 +135,18 @@ def build_teacher(cfg: ObjectiveConfig, precision: Precision, cache_dir: str | N
     return teacher.eval().requires_grad_(False)
 
 
-def shard(model: nn.Module, cfg: DistributedConfig, world: World, precision: Precision) -> NoSharding:
-    """Shard the model in place with --fsdp, if there are several processes. Call it before the optimizer is created."""
-    if not (cfg.fsdp and world.distributed):
+def shard(
+    model: nn.Module, cfg: DistributedConfig, world: World, precision: Precision, deferred: DeferredInit | None
+) -> NoSharding:
+    """Shard the model in place, if `deferred` says so. Call it before the optimizer is created.
+
+    Args:
+        deferred: of `build_model`. None: the model is not sharded.
+    """
+    if deferred is None:
         return NoSharding()
-    shard_model(model, cfg, world, precision.compute_dtype if precision.is_autocast else None)
+    gather_dtype = precision.compute_dtype if precision.is_autocast else None
+    shard_model(model, cfg, world, gather_dtype, deferred.compute)
     return Sharding(model, world.device, cfg.fsdp_no_reshard_after_forward)
 
 

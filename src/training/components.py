@@ -13,8 +13,9 @@ from torch import nn
 
 import open_clip
 from open_clip import device as devices
+from open_clip.deferred_init import DeferredInit
 from training import half_weights, preflight, run_folder, run_warnings
-from training.batches import TextGrouping, to_pixels
+from training.batches import TextGrouping, TextReader, to_pixels
 from training.build import (
     Transform,
     build_model,
@@ -79,7 +80,9 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     cfg, device = run.cfg, run.world.device
     devices.get(device).set_fast_matmul(cfg.model.fp32_matmul == "high")
     preflight.check_compiled_step(cfg, run.precision, run.world)
-    model, transforms, tokenizer = _build_model(run)
+    # Without memory for the weights, until each rank gets its part of them.
+    deferred = DeferredInit() if cfg.distributed.fsdp and run.world.distributed else None
+    model, transforms, tokenizer = _build_model(run, deferred)
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from, is_lazy=cfg.distributed.fsdp)
     if checkpoint is not None:
         check_fit(model, checkpoint.get("state_dict", checkpoint))
@@ -95,11 +98,12 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     preflight.check_evaluation_data(model, evaluated, device)
     if "train" in data:
         steps_per_epoch = _steps_per_epoch(data["train"].dataloader, cfg.optim.accum_freq)
-        trainer, progress = _build_trainer(run, model, steps_per_epoch, writer, is_resumed=checkpoint is not None)
+        is_resumed = checkpoint is not None
+        trainer, progress = _build_trainer(run, model, deferred, steps_per_epoch, writer, is_resumed)
         state = _create_state(run, trainer, progress, data["train"], steps_per_epoch)
         components = Components(state, data, evaluators, trainer.average, trainer, progress)
     else:
-        average = shard(model, cfg.distributed, run.world, run.precision).create_average(model, cfg.optim.ema_decay)
+        average = _shard(run, model, deferred).create_average(model, cfg.optim.ema_decay)
         state = TrainState(model, device, str(cfg.checkpoint.name), cfg.data.seed, parts={"average": average})
         components = Components(state, data, evaluators, average, None, Progress(device))
     _resume(state, checkpoint, run)
@@ -107,12 +111,12 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     return components
 
 
-def _build_model(run: Run) -> tuple[nn.Module, list[Transform], Any]:
+def _build_model(run: Run, deferred: DeferredInit | None) -> tuple[nn.Module, list[Transform], Any]:
     """Return the model, the transforms for training and validation, and the tokenizer."""
     cfg, world = run.cfg, run.world
     random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
     with _without_factory_warnings(run.resume_from is not None or not world.is_master):
-        model, *transforms = build_model(cfg.model, cfg.objective, run.precision)
+        model, *transforms = build_model(cfg.model, cfg.objective, run.precision, deferred)
     random_seed(cfg.data.seed, world.rank)
     tokenizer = open_clip.get_tokenizer(
         cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
@@ -135,7 +139,7 @@ def _without_factory_warnings(is_hidden: bool) -> Iterator[None]:
 
 
 def _build_trainer(
-    run: Run, model: Any, steps_per_epoch: int, writer: Writer, is_resumed: bool
+    run: Run, model: Any, deferred: DeferredInit | None, steps_per_epoch: int, writer: Writer, is_resumed: bool
 ) -> tuple[Trainer, Progress]:
     cfg, world, precision, optim = run.cfg, run.world, run.precision, run.cfg.optim
     if cfg.model.use_bn_sync and world.distributed:
@@ -146,7 +150,8 @@ def _build_trainer(
     objective = create_objective(cfg.objective, model, teacher)
     at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
     compiled = _compile(model, cfg.model)
-    sharding = shard(model, cfg.distributed, world, precision)
+    readers = [model if deferred is None else TextReader(model), teacher]
+    sharding = _shard(run, model, deferred)
     if cfg.objective.siglip and not is_resumed:
         start_logit_bias(model)
     is_captured = cfg.model.torchcompile and cfg.model.torchcompile_strategy == "step"
@@ -166,7 +171,7 @@ def _build_trainer(
             if compiled.is_enabled
             else half_weights.create(model, precision, getattr(optimizer, "flats", ()))
         ),
-        group_text=TextGrouping([model, teacher], world.device, _text_groups(cfg.model, compiled, sharding)),
+        group_text=TextGrouping(readers, world.device, _text_groups(cfg.model, compiled, sharding)),
         accum_freq=optim.accum_freq,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,
@@ -198,6 +203,10 @@ def _steps_per_epoch(loader: Any, accum_freq: int) -> int:
             "Use more data, a smaller --batch-size or a smaller --accum-freq."
         )
     return steps
+
+
+def _shard(run: Run, model: nn.Module, deferred: DeferredInit | None) -> NoSharding:
+    return shard(model, run.cfg.distributed, run.world, run.precision, deferred)
 
 
 def _compile(model: Any, cfg: ModelConfig) -> NoCompilation:

@@ -28,6 +28,7 @@ from training.data.skips import NoUsableSamples
 from training.evaluators import class_names
 from training.params import CheckpointConfig, DataConfig, TrainConfig
 from training.params.checks import reporters, trains
+from training.sharding import shards
 
 _SAMPLE_CAPTION = "a photo of a cat"
 _LABELLED = ("imagenet_val", "imagenet_v2", "zeroshot_data")
@@ -52,6 +53,8 @@ def check_options(cfg: TrainConfig) -> None:
         optim.check_name(cfg.optim.opt)
         optim.check_options(cfg.optim)
         optim.check_weights(cfg.optim, precision.weights_dtype(cfg.model.precision))
+        if cfg.distributed.fsdp and ranks.world_info_from_env()[2] > 1:
+            shards.check_optimizer(cfg.optim)
     _check_pairs(data)
     for name in _LABELLED:
         folder = getattr(data, name)

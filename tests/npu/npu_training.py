@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import open_clip
 import tiny_clip
 from open_clip import device as devices
+from open_clip.deferred_init import DeferredInit
 from training import build, half_weights, precision, ranks
 from training.objective import create_objective
 from training.optim import create_optimizer
 from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
+from training.step_guard import StepGuard
 from training.trainer import Trainer
 
 GLOBAL_BATCH = 8
@@ -78,6 +80,28 @@ def make_trainer(
         scaler=kind.grad_scaler(**scaler),
         half_weights=half_weights.create(model, kind, getattr(optimizer, "flats", ())),
         grad_clip_norm=1.0,
+    )
+
+
+def make_sharded_trainer(world: ranks.World, cfg: DistributedConfig) -> Trainer:
+    """Create a Trainer of a model with blocks, sharded in the process group of training.ranks."""
+    deferred = DeferredInit(smallest=100)
+    torch.manual_seed(0)
+    with deferred.recording():
+        model = open_clip.CLIP(**tiny_clip.config({"layers": 2}, {"layers": 2}), output_dict=True)
+    objective = create_objective(ObjectiveConfig(local_loss=True, gather_with_grad=True), model)
+    kind = precision.create("fp32", world.device)
+    sharding = build.shard(model, cfg, world, kind, deferred)
+    optimizer = sharding.create_optimizer(model, OptimConfig(lr=2e-3, eps=1e-4), world.device)
+    return Trainer(
+        model=build.parallelize(model, cfg, world),
+        objective=objective,
+        optimizer=optimizer,
+        precision=kind,
+        scaler=sharding.agree(kind.grad_scaler()),
+        grad_clip_norm=1.0,
+        guard=StepGuard(model, optimizer, world.device),
+        sharding=sharding,
     )
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from emulated import run_ranks
-from npu_training import CPU, make_trainer, train
+from npu_training import CPU, make_model, make_trainer, train
 
 SCRIPT = """
     import json
@@ -96,3 +96,35 @@ def test_a_nan_on_one_rank_is_skipped_by_all(world_size: int, cases: list[tuple[
             assert third != second
             assert rank[case] == ranks[0][case]
             assert counters == [1, 0, 0]
+
+
+SHARDED = """
+    import json
+    import open_clip, torch
+    from npu_training import *
+    from training import ranks
+    from training.params import DistributedConfig
+
+    world = ranks.init(DistributedConfig())
+    found = {}
+    for name, cfg in {
+        'shards': DistributedConfig(fsdp=True),
+        'replicas': DistributedConfig(fsdp=True, hsdp=2 if world.world_size == 4 else 0),
+    }.items():
+        trainer = make_sharded_trainer(world, cfg)
+        found[name] = train(trainer, 50, world.rank, world.world_size)
+    ranks.barrier()
+    ranks.shutdown()
+    print(json.dumps([str(world.device), world.backend, found]))
+"""
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sharded_losses_of_fifty_steps_equal_the_cpus(world_size: int) -> None:
+    """With --fsdp, and on 4 NPUs with --hsdp 2 as well."""
+    reference = train(make_trainer(CPU, model=make_model(vision={"layers": 2}, text={"layers": 2})), 50)
+    ranks = [json.loads(lines[-1]) for lines in run_ranks(SHARDED, world_size)]
+    for rank, (device, backend, found) in enumerate(ranks):
+        assert (device, backend) == (f"npu:{rank}", "hccl")
+        for losses in found.values():
+            assert losses == pytest.approx(reference, abs=5e-4)

@@ -1,8 +1,8 @@
 """Retrieval metrics and validation losses on --val-data.
 
-The data are split over the ranks. In the loop over batches no rank waits for another, so the ranks may have different
-numbers of batches, or none. The results are combined after the loop. The host does not wait for the device after each
-batch: losses are read after the loop, and features when there are many.
+The data are split over the ranks, which may have different numbers of batches, or none. In the loop over batches no
+rank waits for another, unless the model is sharded. The results are combined after the loop. The host does not wait for
+the device after each batch: losses are read after the loop, and features when there are many.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from training.objective import as_outputs
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
+from training.sharding.in_step import batches_in_step, example_inputs
 
 _ROWS_ON_DEVICE = 8192  # of features, before they are moved to the host, which has more memory
 
@@ -43,19 +44,18 @@ class RetrievalEvaluator:
         self._dtype = precision.compute_dtype if cfg.val_retrieval_precision == "model" else torch.float32
 
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
-        here, device, loader = world(), next(model.parameters()).device, self._loader
+        here, device, loader = world(), self._precision.device, self._loader
         contrastive = open_clip.ClipLoss()
         losses = {name: _LossSums() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
         pad_id = getattr(model, "pad_id", 0)
         image_features, text_features, image_ids = _HostRows(), _HostRows(), []
         total, normalization = getattr(loader, "num_samples", None), getattr(loader, "normalization", None)
         with progress.Task("Evaluating the validation data", total, "samples") as task:
-            for batch in loader:
+            for batch in batches_in_step(loader, model, lambda: self._forward(model, example_inputs(model, device))):
                 if isinstance(batch, Mapping) and "image_id" in batch:
                     image_ids.append(batch["image_id"])
                 batch = to_device(batch, device, self._precision.input_dtype, normalization=normalization)
-                with self._precision.autocast():
-                    outputs = as_outputs(model(batch["image"], batch["text"]))
+                outputs = self._forward(model, batch)
                 image, text = outputs["image_features"].float(), outputs["text_features"].float()
                 loss = contrastive(image, text, outputs["logit_scale"].float())
                 losses["clip_val_loss"].add(loss, len(image))
@@ -82,6 +82,10 @@ class RetrievalEvaluator:
                 self._dtype,
             )
         yield from (metrics | averages | {"epoch": epoch, "num_samples": num_samples}).items()
+
+    def _forward(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        with self._precision.autocast():
+            return as_outputs(model(batch["image"], batch["text"]))
 
 
 class _LossSums:

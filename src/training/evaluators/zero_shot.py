@@ -20,6 +20,7 @@ from training.metrics import count_correct
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
+from training.sharding.in_step import batches_in_step, equal_shares, example_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +126,16 @@ def classify(
     num_images = 0
     total, ranks = getattr(dataloader, "num_samples", None), world().world_size
     normalization = getattr(dataloader, "normalization", None)
+
+    def encode(batch: Mapping[str, Any]) -> Tensor:
+        with precision.autocast():
+            outputs = model(image=batch["image"])
+        return outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]
+
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
-        for batch in dataloader:
+        for batch in batches_in_step(dataloader, model, lambda: encode(example_inputs(model, device))):
             batch = to_device(batch, device, precision.input_dtype, ("image", "label"), normalization)
-            with precision.autocast():
-                outputs = model(image=batch["image"])
-            features = outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]
+            features = encode(batch)
             scores, labels = features.float() @ classifier, batch["label"]
             correct += count(scores, labels, (1, TOP_K))
             num_images += len(labels)
@@ -154,16 +159,15 @@ def build_classifier(
 ) -> Tensor:
     """Build the classifier, [embed_dim, classes] on the model's device. The classes are split over the ranks."""
     start = time.monotonic()
-    here, device = world(), next(model.parameters()).device
-    split = here.distributed and len(classnames) >= FEWEST_CLASSES_TO_SPLIT * here.world_size
+    here, device, count = world(), precision.device, len(classnames)
+    split = here.distributed and count >= FEWEST_CLASSES_TO_SPLIT * here.world_size
     if split:
-        count = len(classnames)
-        classnames = classnames[count * here.rank // here.world_size : count * (here.rank + 1) // here.world_size]
+        classnames = equal_shares(classnames)
     with precision.autocast():
         classifier = build_zero_shot_classifier(model, tokenizer, classnames, templates, CLASSES_PER_BATCH, device)
     if split:
         barrier()
-        classifier = collectives.gather_rows(classifier.T.contiguous()).T
+        classifier = collectives.all_gather(classifier.T.contiguous())[:count].T
     if here.is_master:
         logger.info(
             "Built the zero-shot classifier of %d classes in %.1f s.", classifier.shape[1], time.monotonic() - start

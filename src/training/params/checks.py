@@ -164,6 +164,11 @@ def _check_compilation(args: argparse.Namespace) -> None:
             f"--torchcompile-mode {mode} uses CUDA graphs, which overwrite the losses before they are logged. "
             "Use default or max-autotune-no-cudagraphs."
         )
+    if args.fsdp and args.torchcompile_strategy != "blocks":
+        raise ValueError(
+            f"--torchcompile-strategy {args.torchcompile_strategy} would compile the gathering of weights of --fsdp. "
+            "Use --torchcompile-strategy blocks."
+        )
     if args.torchcompile_strategy != "step" or not trains(args):
         return
     if args.accum_freq > 1:

@@ -28,28 +28,21 @@ ELEMENTWISE = frozenset({
     "momentumw", "lion", "rmsprop", "rmsproptf", "adabelief", "laprop", "adopt", "adoptw", "madgrad", "madgradw",
 })  # fmt: skip
 
+_FORMS = ("auto", "torch", "off")  # of AdamW, which leave parameters where they are
 
-def local_optim_config(cfg: OptimConfig, device: torch.device) -> OptimConfig:
-    """Return the options of the optimizer for local parts.
 
-    Raises:
-        ValueError: the optimizer needs whole parameters.
-    """
-    name = cfg.opt.lower().removeprefix("timm/")
-    if name not in ELEMENTWISE:
+def check_optimizer(cfg: OptimConfig) -> None:
+    """Raise ValueError if the optimizer needs whole parameters, or moves them."""
+    if cfg.opt.lower().removeprefix("timm/") not in ELEMENTWISE:
         raise ValueError(
             f"--opt {cfg.opt} cannot be used with --fsdp, because its update of an element depends on other elements "
             "of the parameter, which other processes hold. Use --opt adamw."
         )
-    if cfg.fused_optimizer == "npu":
+    if cfg.fused_optimizer not in _FORMS:
         raise ValueError(
-            "--fused-optimizer npu cannot be used with --fsdp, because it moves the parameters. Use "
+            f"--fused-optimizer {cfg.fused_optimizer} cannot be used with --fsdp, because it moves the parameters. Use "
             "--fused-optimizer auto."
         )
-    if cfg.fused_optimizer != "auto":
-        return cfg
-    skips = devices.get(device).fused_adamw_skips
-    return dataclasses.replace(cfg, fused_optimizer="torch" if skips else "off")
 
 
 class Shards:
@@ -81,10 +74,14 @@ class Shards:
         """Create the optimizer of the local parts. Its groups and the names in its state dict are those of other runs.
 
         Raises:
-            ValueError: see `create_optimizer` of training.optim and `local_optim_config`.
+            ValueError: see `check_optimizer` and `create_optimizer` of training.optim.
         """
+        check_optimizer(cfg)
         device = next(iter(self.parameters.values())).device
-        optimizer = create_optimizer(self._model, local_optim_config(cfg, device), device)
+        if cfg.fused_optimizer == "auto":  # without FlatAdamW, which moves the parameters
+            form = "torch" if devices.get(device).fused_adamw_skips else "off"
+            cfg = dataclasses.replace(cfg, fused_optimizer=form)
+        optimizer = create_optimizer(self._model, cfg, device)
         local = {id(whole): self.parameters[name] for name, whole in self.wholes.items()}
         wholes = {id(self.parameters[name]): whole for name, whole in self.wholes.items()}
         for group in optimizer.param_groups:

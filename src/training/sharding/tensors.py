@@ -16,7 +16,9 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    """Return whether fully_shard was applied to the model, whose parameters may be gathered at the moment."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(model, getattr(module, "FSDPModule", ()))
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -1,0 +1,243 @@
+"""--fsdp trains as DDP and as a single process do, and each rank holds only its part. Run in processes with gloo."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sharded_runs
+from gloo_ranks import run_ranks
+from open_clip import collectives
+from sharded_runs import Case, train
+from training import ranks
+from training.checkpoint.state import TrainState
+from training.params import DistributedConfig
+from training.sharding.in_step import batches_in_step, equal_shares, example_inputs
+from training.sharding.tensors import gather, is_sharded, local_part
+from training.sharding.units import create_mesh
+
+FSDP = DistributedConfig(fsdp=True)
+KEEP = DistributedConfig(fsdp=True, fsdp_no_reshard_after_forward=True)
+LONG = 50  # steps
+
+# Runs of 2 ranks whose losses and weights are those of DDP: name -> (the run with DDP, the run with --fsdp)
+EQUAL: dict[str, tuple[Case, Case]] = {
+    name: (Case(**options), Case(**options, distributed=distributed))
+    for name, options, distributed in [
+        *((model, {"model": model}, FSDP) for model in sharded_runs.MODELS if model != "clip"),
+        ("accumulation", {"accum_freq": 3}, FSDP),
+        ("accumulation, kept", {"accum_freq": 3}, KEEP),
+        ("checkpointing", {"checkpointing": True}, FSDP),
+        ("checkpointing hf", {"checkpointing": True, "model": "hf"}, FSDP),
+        ("lock", {"lock": True, "ema_decay": 0.9}, FSDP),
+        ("average", {"ema_decay": 0.9}, FSDP),
+        ("no clipping", {"clip": float("inf")}, FSDP),
+        ("bad step", {"bad_step": 1, "ema_decay": 0.9}, FSDP),
+        ("bad step of a ResNet", {"bad_step": 1, "model": "resnet"}, FSDP),
+        ("timm's optimizer", {"opt": "timm/nadamw"}, FSDP),
+        ("offload", {}, DistributedConfig(fsdp=True, fsdp_offload_cpu=True)),
+    ]
+}
+
+
+def weights_and_average(trainer: Any) -> dict[str, Tensor]:
+    model = getattr(trainer.model, "module", trainer.model)
+    content = {**model.state_dict(), **{f"average {n}": v for n, v in trainer.average.state_dict().items()}}
+    return {name: value.clone() for name, value in gather(content, keep=True).items()}
+
+
+def run(rank: int, size: int) -> dict[str, Any]:
+    """Run everything that a world of this size proves."""
+    result: dict[str, Any] = {"fsdp": train(Case(steps=LONG, distributed=FSDP))[1]}
+    if size == 4:
+        result["ddp"] = train(Case(steps=LONG))[1]
+        result["hsdp"] = train(Case(steps=LONG, distributed=DistributedConfig(fsdp=True, hsdp=2)))[1]
+        result["bytes"] = state_bytes(train(Case(model="timm", steps=1, distributed=FSDP))[0])
+        return result
+    for name, (ddp, fsdp) in EQUAL.items():
+        for kind, case in (("ddp", ddp), ("fsdp", fsdp)):
+            trainer, losses = train(case)
+            counters = {key: int(value) for key, value in trainer.guard.counters().items()}
+            result[f"{name} {kind}"] = {"losses": losses, "weights": weights_and_average(trainer), "guard": counters}
+    result |= {"overflow": after_overflow(), "communication": communication(), "evaluation": evaluation(rank)}
+    result |= {"state": state_round_trip(), "hsdp error": hsdp_error(), "names": names()}
+    return result
+
+
+def state_bytes(trainer: Any) -> int:
+    """Count the bytes of weights, gradients and optimizer states that this rank holds."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    states = [v for p in parameters for v in trainer.optimizer.state[p].values()]
+    tensors = [*parameters, *(p.grad for p in parameters), *states]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def after_overflow() -> dict[str, Any]:
+    """Make rank 1 alone overflow, and return what the scaler and the weights are afterwards."""
+    trainer = sharded_runs.create_trainer(Case(distributed=FSDP, loss_scale=4.0))
+    before = weights_and_average(trainer)
+    trainer.backward([sharded_runs.batch(trainer.model, 0)])
+    if ranks.world().rank == 1:
+        next(p.grad for g in trainer.optimizer.param_groups for p in g["params"] if p.grad.numel()).fill_(torch.inf)
+    trainer._update()
+    after = weights_and_average(trainer)
+    return {"scale": trainer.scaler.get_scale(), "same": all(torch.equal(before[n], after[n]) for n in before)}
+
+
+def communication() -> dict[str, int]:
+    """Count the gathers and reductions of weights in a step, with and without accumulation."""
+    count = count_gathers_and_scatters
+    return {
+        "one batch": count(Case(distributed=KEEP)) - count(Case()),
+        "kept": count(Case(distributed=KEEP, accum_freq=3)) - count(Case(accum_freq=3)),
+        "resharded": count(Case(distributed=FSDP, accum_freq=3)) - count(Case(accum_freq=3)),
+    }
+
+
+def count_gathers_and_scatters(case: Case) -> int:
+    """Count them in the second step. Those of the loss are included. DDP has no others."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    trainer = sharded_runs.create_trainer(case)
+    model = getattr(trainer.model, "module", trainer.model)
+    batches = [sharded_runs.batch(model, n) for n in range(case.accum_freq)]
+    trainer.step(batches, 0)
+    with CommDebugMode() as counted:
+        trainer.step(batches, 1)
+    return sum(n for op, n in counted.get_comm_counts().items() if "gather" in str(op) or "scatter" in str(op))
+
+
+def evaluation(rank: int) -> dict[str, Any]:
+    """Run a sharded model on 3 batches of rank 0, and none of rank 1."""
+    trainer, _ = train(Case(steps=1, distributed=FSDP, ema_decay=0.5))
+    model: Any = trainer.model
+    given = [sharded_runs.batch(model, n) for n in range(3)] if rank == 0 else []
+    idle = lambda: model(**example_inputs(model, torch.device("cpu")))  # noqa: E731
+    with torch.no_grad():
+        features = [model(**b)["image_features"].sum() for b in batches_in_step(given, model, idle)]
+        encoded = model.encode_text(sharded_runs.batch(model, 0)["text"])
+        with trainer.average.in_place():
+            averaged = model.encode_text(sharded_runs.batch(model, 0)["text"])
+        again = model.encode_text(sharded_runs.batch(model, 0)["text"])
+    shares = collectives.all_gather(torch.tensor(equal_shares(range(9))))
+    return {
+        "batches": len(features), "shares": shares[:9], "differs": not torch.equal(encoded, averaged),
+        "same": torch.equal(encoded, again),
+    }  # fmt: skip
+
+
+def state_round_trip() -> bool:
+    """Save a run, load it into one that has trained otherwise, and compare the next steps."""
+    case = Case(steps=2, distributed=FSDP, ema_decay=0.9)
+    saved, _ = train(case)
+    other, _ = train(Case(steps=3, distributed=FSDP, ema_decay=0.9))
+
+    def state_of(trainer: Any) -> TrainState:
+        parts = {"optimizer": trainer.optimizer, "average": trainer.average}
+        return TrainState(trainer.model, torch.device("cpu"), parts=parts)
+
+    content = ranks.broadcast_object(state_of(saved).state_dict())  # rank 0 has the whole tensors
+    content = copy.deepcopy(content)  # on rank 0 they are those of the run
+    state_of(other).load_state_dict(content)
+    results = []
+    for trainer in (saved, other):
+        trainer.step([sharded_runs.batch(trainer.model, 9)], 9)
+        results.append(weights_and_average(trainer))
+    return all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def hsdp_error() -> str:
+    try:
+        create_mesh(DistributedConfig(fsdp=True, hsdp=2), ranks.world())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def names() -> dict[str, Any]:
+    """Return what is sharded, and the layout of the state dict."""
+    model: Any = sharded_runs.create_trainer(Case(model="siglip", distributed=FSDP)).model
+    state = model.state_dict()
+    whole = sharded_runs.create_trainer(Case(model="siglip")).model.module.state_dict()
+    return {
+        "layout": [(n, list(v.shape)) for n, v in state.items()] == [(n, list(v.shape)) for n, v in whole.items()],
+        "scale": list(state["logit_scale"].shape),
+        "not sharded": [n for n, p in model.named_parameters() if not is_sharded(p)],
+        "part": local_part(state["visual.proj"]).shape[0] / state["visual.proj"].shape[0],
+        "equal": all(torch.equal(gather(state[n], keep=True), whole[n]) for n in whole),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(__file__, "run", (2, 4), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return train(Case(steps=LONG))[1]
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, "fsdp"), (4, "fsdp"), (4, "ddp"), (4, "hsdp")])
+def test_losses_over_50_steps_are_those_of_one_process(results, one_process, size, kind):
+    assert one_process[-1] < one_process[0]
+    for of_rank in results[size]:
+        assert of_rank[kind] == pytest.approx(one_process, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_a_sharded_run_equals_ddp(results, name):
+    for of_rank in results[2]:
+        ddp, fsdp = of_rank[f"{name} ddp"], of_rank[f"{name} fsdp"]
+        assert fsdp["losses"] == pytest.approx(ddp["losses"], abs=1e-5, nan_ok=True)
+        assert fsdp["guard"] == ddp["guard"]
+        assert fsdp["guard"]["skipped_steps"] == ("bad" in name)
+    # DDP's statistics of BatchNorm differ between ranks. The master saves its own.
+    ddp, fsdp = (results[2][0][f"{name} {kind}"]["weights"] for kind in ("ddp", "fsdp"))
+    assert fsdp.keys() == ddp.keys()
+    for key, value in ddp.items():
+        torch.testing.assert_close(fsdp[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rank_of_four_holds_about_a_quarter_of_the_state(results):
+    whole = state_bytes(train(Case(model="timm", steps=1))[0])
+    assert max(of_rank["bytes"] for of_rank in results[4]) < 0.35 * whole
+    assert sum(of_rank["bytes"] for of_rank in results[4]) == pytest.approx(whole, rel=0.01)
+
+
+def test_an_overflow_of_one_rank_skips_the_step_on_all(results):
+    assert [of_rank["overflow"] for of_rank in results[2]] == [{"scale": 2.0, "same": True}] * 2
+
+
+def test_accumulation_communicates_as_often_as_one_batch_if_weights_are_kept(results):
+    counts = results[2][0]["communication"]
+    assert counts["kept"] == counts["one batch"] > 0, counts
+    assert counts["resharded"] > counts["kept"]
+
+
+def test_ranks_without_batches_take_part_in_evaluation(results):
+    found = [of_rank["evaluation"] for of_rank in results[2]]
+    assert [each["batches"] for each in found] == [3, 0]
+    for each in found:
+        assert each["shares"].tolist() == list(range(9))
+        assert each["differs"]
+        assert each["same"]
+
+
+def test_a_resumed_run_continues_with_equal_bits(results):
+    assert [of_rank["state"] for of_rank in results[2]] == [True, True]
+
+
+def test_names_shapes_and_initial_weights_are_those_of_other_runs(results):
+    for of_rank in results[2]:
+        assert of_rank["names"] == {
+            "layout": True, "scale": [], "not sharded": ["logit_scale", "logit_bias"], "part": 0.5, "equal": True,
+        }  # fmt: skip
+
+
+def test_hsdp_that_does_not_divide_the_processes_is_refused(results):
+    assert "--hsdp 2 needs a number of processes" in results[2][0]["hsdp error"]
