@@ -11,6 +11,7 @@ ranks, so their names and shapes in checkpoints do not change. `shards.Shards` a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,7 +47,6 @@ def shard_model(
         ValueError: --hsdp does not divide the number of processes.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 
     pin = devices.get(world.device).pin_memory
     options: dict[str, Any] = {
@@ -64,13 +64,42 @@ def shard_model(
         reshard = unit is not model and not cfg.fsdp_no_reshard_after_forward
         with _without_scalars(unit, world.device):
             fully_shard(unit, reshard_after_forward=reshard, **options)
-    for method in _FORWARD_METHODS:
-        if hasattr(model, method):
-            register_forward(model, method)
+    _gather_for_methods(model)
     if world.is_master:
         logger.info(
             "--fsdp: %s in %d units (%d blocks and the rest).", _describe(cfg, world), len(blocks) + 1, len(blocks)
         )
+
+
+def _gather_for_methods(model: nn.Module) -> None:
+    """Let the model gather its weights for `encode_image` and `encode_text`, unless `forward` calls them.
+
+    Within `forward` they are gathered already, and FSDP would free the last unit's weights before the backward pass.
+    """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    depth = 0
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+    for name in filter(functools.partial(hasattr, model), _FORWARD_METHODS):
+        plain = getattr(model, name)
+        register_fsdp_forward_method(model, name)
+        gathering = getattr(model, name)
+
+        @functools.wraps(plain)
+        def call(*args: Any, plain: Any = plain, gathering: Any = gathering, **kwargs: Any) -> Any:
+            return (plain if depth else gathering)(*args, **kwargs)
+
+        setattr(model, name, call)
 
 
 def _describe(cfg: DistributedConfig, world: World) -> str:
