@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     tuned.print_trainable_parameters()
 
     pairs = Pairs(args.train_data, preprocess_train, open_clip.get_tokenizer(args.model))
-    train(tuned, DataLoader(pairs, args.batch_size, shuffle=True, drop_last=True), device, args)
+    train(tuned, DataLoader(pairs, args.batch_size, shuffle=True, drop_last=len(pairs) > args.batch_size), device, args)
 
     tuned.save_pretrained(str(args.output / "adapter"))
     merged = tuned.merge_and_unload()

@@ -135,7 +135,7 @@ class TimmModel(NotScriptable, nn.Module):
                 _freeze_batch_norms(self.trunk, [name for name, _ in self.trunk.named_modules()])
             return
         groups = self._trunk_groups()
-        if unlocked_groups > len(groups):
+        if unlocked_groups >= len(groups):
             logger.warning("The trunk has %d groups: unlocking %d locks nothing.", len(groups), unlocked_groups)
         num_frozen = max(len(groups) - unlocked_groups, 0)
         set_trainable(groups[:num_frozen], False)

@@ -37,7 +37,7 @@ from training.evaluate import ScheduledEvaluator, create_evaluators
 from training.flops import pairs_at_peak
 from training.objective import create_objective
 from training.params import ModelConfig
-from training.params.checks import step_range
+from training.params.checks import reporters, step_range
 from training.progress import Progress, Writer
 from training.run_folder import Run
 from training.sharding.part import NoSharding
@@ -154,8 +154,7 @@ def _build_trainer(
     sharding = _shard(run, model, deferred)
     if cfg.objective.siglip and not is_resumed:
         start_logit_bias(model)
-    is_captured = cfg.model.torchcompile and cfg.model.torchcompile_strategy == "step"
-    optimizer = sharding.create_optimizer(model, optim, world.device, is_captured)
+    optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
     average = sharding.create_average(model, optim.ema_decay)
     remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
     guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
@@ -190,7 +189,7 @@ def _create_progress(run: Run, writer: Writer, pairs_at_peak: float | None) -> P
         logging_cfg.log_every_n_steps,
         writer,
         pairs_at_peak,
-        log_metric_every_n_steps=logging_cfg.log_metric_every_n_steps,
+        log_metric_every_n_steps=logging_cfg.log_metric_every_n_steps if reporters(logging_cfg.report_to) else None,
         loss_average_samples=logging_cfg.train_loss_ema_samples,
     )
 

@@ -134,10 +134,11 @@ def check_weights(cfg: OptimConfig, dtype: torch.dtype) -> None:
                 "--opt adamw, which keeps them in float32, or --precision amp."
             )
         return
-    if dtype == torch.float16 and form != "auto":
+    if dtype == torch.float16 and (form != "auto" or cfg.opt_kwargs):
+        given = "--opt-kwargs" if cfg.opt_kwargs else f"--fused-optimizer {form}"
         raise ValueError(
-            f"--fused-optimizer {form} keeps AdamW's second moment in the weights' float16, where it underflows to 0. "
-            "Use --fused-optimizer auto, which keeps it in float32, or --precision amp."
+            f"{given} keeps AdamW's second moment in the weights' float16, where it underflows to 0. "
+            f"Leave out {given}, so that it is kept in float32, or use --precision amp."
         )
     if dtype == torch.bfloat16 and form not in _BFLOAT16_FORMS:
         raise ValueError(

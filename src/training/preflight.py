@@ -108,7 +108,7 @@ def check_compiled_step(cfg: TrainConfig, used: precision.Precision, world: rank
     Raises:
         ValueError: it cannot.
     """
-    if not cfg.model.torchcompile or cfg.model.torchcompile_strategy != "step":
+    if not cfg.model.torchcompile or cfg.model.torchcompile_strategy != "step" or not trains(cfg.data):
         return
     if not compilation.can_trace_backward():
         raise ValueError(

@@ -278,7 +278,8 @@ class Progress:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.end_epoch()
-        self._loss_averages = dict(state_dict.get("loss_averages", {}))
+        if self._loss_average_samples is not None:
+            self._loss_averages = dict(state_dict.get("loss_averages", {}))
         if "meters" not in state_dict:
             return
         bad = state_dict["bad"]

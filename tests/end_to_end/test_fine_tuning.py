@@ -89,7 +89,7 @@ def test_the_documented_commands(folder: Path) -> None:
         run(words)
     logs = folder / "tuning/logs"
     for words in commands:
-        if "--epochs" in words and (logs / words[words.index("--name") + 1]).exists():
+        if "--epochs" in words:
             epochs = words[words.index("--epochs") + 1]
             assert (logs / words[words.index("--name") + 1] / f"checkpoints/epoch_{epochs}.pt").exists()
     assert {path.name for path in (folder / "tuning/exported").iterdir()} >= {"image.onnx", "text.onnx"}

@@ -17,7 +17,7 @@ from training.flat_adamw import FlatAdamW
 from training.optim import create_optimizer
 from training.parameter_groups import no_decay_names
 from training.params import OptimConfig, parse_args, sections
-from training.precision import disabled_scaler
+from training.precision import DisabledScaler
 from training.step_guard import StepGuard
 
 
@@ -221,7 +221,7 @@ def clip_step(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float 
     guard = StepGuard(model, optimizer, torch.device("cpu"))
     guard.begin(0, [])
     guard.mark(loss).backward()
-    guard.step(optimizer, disabled_scaler(), guard.norm(optimizer))
+    guard.step(optimizer, DisabledScaler(), guard.norm(optimizer))
 
 
 @pytest.mark.parametrize("options", [

@@ -86,7 +86,10 @@ def _load(
         names = _find_names(saved, sizes, optimizer, model, own)
     if [len(group) for group in names] != sizes:
         raise ValueError("its groups have other sizes than their names")
-    if names == own:
+    scales, own_scales = (
+        [g.get("lr_scale") for g in groups] for groups in (saved["param_groups"], optimizer.param_groups)
+    )
+    if names == own and scales == own_scales:
         _check_entries(optimizer, saved["state"].values())
         state = {
             index: stored.place(name, saved["state"][index])
@@ -121,8 +124,8 @@ def _log_regrouping(saved: Names, own: Names) -> None:
     if len(fresh) == len(new):
         raise ValueError("none of its parameters is trained in this run")
     logger.info(
-        "The optimizer state has other parameter groups (%d) than this run (%d). Parameters are matched by name; "
-        "learning rates and weight decay are those of this run.",
+        "The optimizer state has other parameter groups (%d) than this run (%d), or other layer decay. Parameters are "
+        "matched by name; learning rates and weight decay are those of this run.",
         len(saved),
         len(own),
     )

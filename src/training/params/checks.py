@@ -176,8 +176,9 @@ def _check_compilation(args: argparse.Namespace) -> None:
             f"--torchcompile-strategy step compiles one forward and backward pass, and --accum-freq {args.accum_freq} "
             "needs several. Use --torchcompile-strategy blocks, model or task."
         )
-    if args.opt.lower() != "adamw" or args.fused_optimizer != "auto":
+    if args.opt.lower() != "adamw" or args.fused_optimizer != "auto" or args.opt_kwargs:
         given = f"--opt {args.opt}" if args.opt.lower() != "adamw" else f"--fused-optimizer {args.fused_optimizer}"
+        given = "--opt-kwargs" if args.opt_kwargs else given
         raise ValueError(
             f"--torchcompile-strategy step compiles only this project's AdamW (--opt adamw, --fused-optimizer auto), "
             f"which can skip a step on the device. Leave out {given}, or use --torchcompile-strategy task."
@@ -329,8 +330,8 @@ def _optim_rules(args: argparse.Namespace, world_size: int) -> Rules:
         cools = args.lr_scheduler == "const-cooldown"
         cooldown = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
         yield cools, cooldown, "it belongs to --lr-scheduler const-cooldown"
-    groups = ("wd_exclude_patterns", "decay_rule", "image_layer_decay", "text_layer_decay", "opt_kwargs")
-    yield trains(args), groups, "there is no --train-data"
+    groups = ("wd_exclude_patterns", "decay_rule", "image_layer_decay", "text_layer_decay")
+    yield trains(args), (*groups, "opt_kwargs", "opt_fallback_list"), "there is no --train-data"
     update = ("opt", "lr_scheduler", "warmup", "accum_freq", "grad_clip_norm", "fused_optimizer", "max_bad_steps")
     yield trains(args), (*update, "profile_steps"), "there is no --train-data"
 
@@ -345,8 +346,9 @@ def _output_rules(args: argparse.Namespace, world_size: int) -> Rules:
     yield args.save_every_n_steps > 0, ("keep_last",), "there is no --save-every-n-steps"
     to_wandb = bool({"wandb", "all"} & set(reporters(args.report_to)))
     yield writes or to_wandb, ("report_to",), "--output-dir is None"
-    yield bool(reporters(args.report_to)), ("log_metric_every_n_steps",), "there is no --report-to"
     yield trains(args), ("log_metric_every_n_steps", "train_loss_ema_samples"), "there is no --train-data"
+    if trains(args):
+        yield bool(reporters(args.report_to)), ("log_metric_every_n_steps",), "there is no --report-to"
     yield to_wandb, ("wandb_notes", "wandb_project_name"), "--report-to has no wandb"
     yield args.remote_sync is not None, ("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync"
     yield world_size > 1, ("log_local",), "there is one process"

@@ -21,11 +21,14 @@ LIKE_4: dict[str, Any] = {
 
 def overrides(args: Any) -> dict[str, Any]:
     """Return the defaults that differ from those of the options for this namespace: LIKE_4, or nothing."""
-    return LIKE_4 if getattr(args, "like_4", False) else {}
+    if not getattr(args, "like_4", False):
+        return {}
+    # The main branch, too, compiles by blocks with --fsdp, whatever the strategy.
+    return {**LIKE_4, "torchcompile_strategy": "blocks"} if getattr(args, "fsdp", False) else LIKE_4
 
 
 def describe(args: Any) -> str:
     """Return a sentence with the values that --like-4 has set, without the options that were given other values."""
-    in_effect = [name for name, value in overrides(args).items() if getattr(args, name, value) == value]
-    words = [f"{flag(name)} {shlex.quote(str(LIKE_4[name]))}" for name in in_effect]
+    in_effect = {name: value for name, value in overrides(args).items() if getattr(args, name, value) == value}
+    words = [f"{flag(name)} {shlex.quote(str(value))}" for name, value in in_effect.items()]
     return f"--like-4 sets {', '.join(words) or 'nothing'}."
