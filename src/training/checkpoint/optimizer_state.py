@@ -86,10 +86,7 @@ def _load(
         names = _find_names(saved, sizes, optimizer, model, own)
     if [len(group) for group in names] != sizes:
         raise ValueError("its groups have other sizes than their names")
-    scales, own_scales = (
-        [g.get("lr_scale") for g in groups] for groups in (saved["param_groups"], optimizer.param_groups)
-    )
-    if names == own and scales == own_scales:
+    if names == own and _scales(saved["param_groups"]) == _scales(optimizer.param_groups):
         _check_entries(optimizer, saved["state"].values())
         state = {
             index: stored.place(name, saved["state"][index])
@@ -106,6 +103,10 @@ def _load(
     wanted = optimizer.state_dict()
     state = {index: stored.place(name, by_name[name]) for name, index in _numbered(own, wanted) if name in by_name}
     optimizer.load_state_dict({**wanted, "state": state})
+
+
+def _scales(groups: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    return [group.get("lr_scale") for group in groups]
 
 
 def _is_known(names: Names) -> bool:
