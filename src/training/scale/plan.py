@@ -67,9 +67,9 @@ class Plan:
 
     @property
     def is_flat_adamw(self) -> bool:
-        """Whether --fused-optimizer auto is FlatAdamW, see `training.optim`."""
+        """Whether --fused-optimizer auto is FlatAdamW, see `training.optim` and `training.sharding.shards`."""
         has_float16_weights = precisions.weights_dtype(self.precision) == torch.float16
-        return has_float16_weights or not devices.DEVICES[self.device].fused_adamw_skips
+        return not self.is_sharded and (has_float16_weights or not devices.DEVICES[self.device].fused_adamw_skips)
 
     @property
     def tile_elements(self) -> int:
