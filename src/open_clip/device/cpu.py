@@ -74,7 +74,7 @@ class CpuDevice(Device):
         pass  # the system's peak of a process cannot be reset
 
     def tile_elements(self, index: int | None = None) -> int:
-        return 2**20  # 4 MiB in float32: fits the cache. Smaller ones spend more time in starting threads
+        return 2**19  # 2 MiB in float32: three fit the cache. Smaller ones spend more time in starting threads
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
