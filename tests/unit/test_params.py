@@ -207,6 +207,9 @@ def test_refused_options_say_what_to_use(capsys, argv, instead):
         (["--profile-steps", "4:4"], "A:B"),
         (["--profile-steps", "a:4"], "A:B"),
         (["--fp32-matmul", "medium"], "--fp32-matmul"),
+        (["--hsdp", "2"], "--hsdp 2 sets the replicas of a sharded model. Add --fsdp."),
+        (["--fsdp", "--precision", "bf16"], "weights of two dtypes"),
+        (["--fsdp", "--precision", "pure_fp16"], "Use --precision amp."),
         (["--no-such-option"], "--no-such-option"),
     ],
 )  # fmt: skip
@@ -280,6 +283,8 @@ def test_valid_combinations_are_accepted(argv):
         (["--remote-sync-frequency", "3"], "--remote-sync-frequency"),
         (["--log-local"], "--log-local"),
         (["--torchscript"], "--torchscript"),
+        (["--fsdp"], "--fsdp"),
+        (["--fsdp-offload-cpu"], "--fsdp-offload-cpu"),
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named_once(argv, named):
