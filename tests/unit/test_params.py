@@ -217,6 +217,10 @@ def test_refused_options_say_what_to_use(capsys, argv, instead):
         ([*STEP, "--accum-freq", "2"], "--accum-freq 2 needs several"),
         ([*STEP, "--opt", "timm/lamb", "--lr", "1"], "Leave out --opt timm/lamb"),
         ([*STEP, "--fused-optimizer", "torch"], "Leave out --fused-optimizer torch"),
+        ([*STEP, "--opt-kwargs", "amsgrad=True"], "Leave out --opt-kwargs"),
+        (["--hsdp", "2"], "--hsdp 2 sets the replicas of a sharded model. Add --fsdp."),
+        (["--fsdp", "--precision", "bf16"], "weights of two dtypes"),
+        (["--fsdp", "--precision", "pure_fp16"], "Use --precision amp."),
         (["--no-such-option"], "--no-such-option"),
     ],
 )  # fmt: skip
@@ -295,6 +299,8 @@ def test_valid_combinations_are_accepted(argv):
         (["--torchcompile-strategy", "task"], "--torchcompile-strategy"),
         (["--torchcompile-backend", "eager"], "--torchcompile-backend"),
         ([*STEP, "--text-groups", "2"], "--text-groups"),
+        (["--fsdp"], "--fsdp"),
+        (["--fsdp-offload-cpu"], "--fsdp-offload-cpu"),
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named_once(argv, named):

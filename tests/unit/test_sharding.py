@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharded_runs
@@ -16,8 +16,9 @@ from open_clip import collectives
 from sharded_runs import Case, train
 from training import ranks
 from training.checkpoint.state import TrainState
-from training.params import DistributedConfig
+from training.params import DistributedConfig, OptimConfig
 from training.sharding.in_step import batches_in_step, equal_shares, example_inputs
+from training.sharding.shards import ELEMENTWISE, check_optimizer
 from training.sharding.tensors import gather, is_sharded, local_part
 from training.sharding.units import create_mesh
 
@@ -250,3 +251,29 @@ def test_names_shapes_and_initial_weights_are_those_of_other_runs(results):
 
 def test_hsdp_that_does_not_divide_the_processes_is_refused(results):
     assert "--hsdp 2 needs a number of processes" in results[2][0]["hsdp error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"opt": "timm/muon"}, "--opt timm/muon"), ({"fused_optimizer": "npu"}, "--fused-optimizer npu")],
+)
+def test_optimizers_that_need_whole_parameters_are_refused(options, words):
+    with pytest.raises(ValueError, match=f"{words} cannot be used with --fsdp"):
+        check_optimizer(OptimConfig(**options))
+
+
+@pytest.mark.parametrize("name", sorted(ELEMENTWISE))
+def test_accepted_optimizers_update_halves_as_they_update_the_whole(name):
+    from timm.optim import create_optimizer_v2
+
+    generator = torch.Generator().manual_seed(0)
+    whole = nn.Parameter(torch.randn(6, 4, generator=generator))
+    halves = [nn.Parameter(part.clone()) for part in whole.detach().chunk(2)]
+    optimizers = [create_optimizer_v2([p], name, lr=1e-2, weight_decay=0.1) for p in (whole, *halves)]
+    for _ in range(3):
+        whole.grad = torch.randn(6, 4, generator=generator)
+        for half, gradient in zip(halves, whole.grad.chunk(2), strict=True):
+            half.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(torch.cat([half.detach() for half in halves]), whole.detach(), rtol=1e-6, atol=1e-7)

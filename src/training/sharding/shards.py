@@ -25,7 +25,7 @@ from training.sharding.tensors import is_sharded, join_like, local_part, split_l
 # Optimizers of timm that treat the elements of a parameter independently.
 ELEMENTWISE = frozenset({
     "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "sgd", "nesterov", "momentum", "sgdw", "nesterovw",
-    "momentumw", "lion", "rmsprop", "rmsproptf", "adabelief", "laprop", "adopt", "adoptw", "madgrad", "madgradw",
+    "lion", "rmsprop", "rmsproptf", "adabelief", "laprop", "adopt", "adoptw", "madgrad", "madgradw",
 })  # fmt: skip
 
 _FORMS = ("auto", "torch", "off")  # of AdamW, which leave parameters where they are
