@@ -97,6 +97,8 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     evaluated = [data[name] for each in evaluators if each.frequency for name in each.data_names]
     preflight.check_evaluation_data(model, evaluated, device)
     if "train" in data:
+        if cfg.objective.siglip and checkpoint is None:
+            start_logit_bias(model)
         steps_per_epoch = _steps_per_epoch(data["train"].dataloader, cfg.optim.accum_freq)
         is_resumed = checkpoint is not None
         trainer, progress = _build_trainer(run, model, deferred, steps_per_epoch, writer, is_resumed)
@@ -152,8 +154,6 @@ def _build_trainer(
     compiled = _compile(model, cfg.model)
     readers = [model if deferred is None else TextReader(model), teacher]
     sharding = _shard(run, model, deferred)
-    if cfg.objective.siglip and not is_resumed:
-        start_logit_bias(model)
     optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
     average = sharding.create_average(model, optim.ema_decay)
     remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
