@@ -23,8 +23,11 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, which may be empty. It shares the memory of the tensor."""
+    if not is_sharded(tensor):
+        return tensor
     sharded: Any = tensor
-    return sharded.detach().to_local() if is_sharded(tensor) else tensor
+    with torch.no_grad():  # without it, to_local records an operation of DTensor
+        return sharded.to_local().detach()
 
 
 def split_like(whole: Tensor, like: Tensor) -> Tensor:
