@@ -31,7 +31,6 @@ from training.sharding.units import create_mesh, shard_model
 FSDP = DistributedConfig(fsdp=True)
 KEEP = DistributedConfig(fsdp=True, fsdp_no_reshard_after_forward=True)
 LONG = 50  # steps
-AMP_TOLERANCE = 5e-3
 
 # Runs of 2 ranks whose losses and weights are those of DDP: name -> (the run with DDP, the run with --fsdp)
 EQUAL: dict[str, tuple[Case, Case]] = {
@@ -103,9 +102,10 @@ def after_overflow() -> dict[str, Any]:
 def communication() -> dict[str, int]:
     """Count the gathers and reductions of weights in a step, with and without accumulation, and other collectives."""
     count = count_collectives
+    resnet: dict[str, Any] = {"model": "resnet", "precision": "amp_bf16"}  # its BatchNorms are not sharded
     return {
-        "broadcasts": count(Case(distributed=FSDP, model="resnet"), "broadcast"),
-        "other reductions": count(Case(distributed=FSDP, model="resnet", clip=float("inf")), "allreduce"),
+        "broadcasts": count(Case(distributed=FSDP, **resnet), "broadcast"),
+        "other reductions": count(Case(distributed=FSDP, **resnet), "allreduce") - count(Case(**resnet), "allreduce"),
         "one batch": count(Case(distributed=KEEP)) - count(Case()),
         "kept": count(Case(distributed=KEEP, accum_freq=3)) - count(Case(accum_freq=3)),
         "resharded": count(Case(distributed=FSDP, accum_freq=3)) - count(Case(accum_freq=3)),
@@ -292,17 +292,19 @@ def test_losses_over_50_steps_are_those_of_one_process(results, one_process, siz
 def test_a_sharded_run_equals_ddp(results, name):
     for of_rank in results[2]:
         ddp, fsdp = of_rank[f"{name} ddp"], of_rank[f"{name} fsdp"]
-        # With --precision amp_bf16 more weights are converted than by autocast.
-        tolerance = AMP_TOLERANCE if "amp" in name else 1e-5
-        assert fsdp["losses"] == pytest.approx(ddp["losses"], abs=tolerance, nan_ok=True)
+        # FSDP converts embeddings to half precision as well, which autocast does not.
+        tolerance = {"rel": 0.01} if "amp" in name else {"abs": 1e-5}
+        assert fsdp["losses"] == pytest.approx(ddp["losses"], **tolerance, nan_ok=True)
         assert fsdp["guard"] == ddp["guard"]
         assert fsdp["guard"]["skipped_steps"] == ("bad" in name)
     # DDP's statistics of BatchNorm differ between ranks. The master saves its own.
     ddp, fsdp = (results[2][0][f"{name} {kind}"]["weights"] for kind in ("ddp", "fsdp"))
     assert fsdp.keys() == ddp.keys()
     for key, value in ddp.items():
-        atol = AMP_TOLERANCE if "amp" in name else 1e-4
-        torch.testing.assert_close(fsdp[key], value, rtol=1e-3, atol=atol)
+        if "amp" in name:
+            assert float((fsdp[key] - value).abs().float().mean()) < 1e-3, key
+        else:
+            torch.testing.assert_close(fsdp[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_rank_of_four_holds_about_a_quarter_of_the_state(results):

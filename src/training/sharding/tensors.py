@@ -56,11 +56,12 @@ def join_like(part: Tensor, like: Tensor) -> Tensor:
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     layout: Any = like
-    return DTensor.from_local(
-        part, layout.device_mesh, layout.placements, run_check=False, shape=layout.shape, stride=layout.stride()
-    )
+    meta = TensorMeta(layout.shape, layout.stride(), part.dtype)
+    # DTensor.from_local would move a part in host memory (CPU offload) to the device of the mesh.
+    return DTensor(part, DTensorSpec(layout.device_mesh, layout.placements, meta), requires_grad=False)
 
 
 @torch.no_grad()
