@@ -121,12 +121,6 @@ SHARDED = """
         trainer = make_sharded_trainer(world, cfg, 'amp')
         found['amp'] = train(trainer, 8, world.rank, world.world_size)
         found['overflows'] = int(trainer.guard.counters()['scaler_overflows'])
-        scale = trainer.scaler.get_scale()
-        trainer.backward([move(make_batch(0, world.rank, 2), world.device)])
-        if world.rank == 1:
-            trainer.optimizer.param_groups[-1]["params"][0].grad.fill_(torch.inf)
-        trainer._update()
-        found['scale'] = trainer.scaler.get_scale() / scale
     ranks.barrier()
     ranks.shutdown()
     print(json.dumps([str(world.device), world.backend, found]))
@@ -144,6 +138,5 @@ def test_sharded_losses_of_fifty_steps_equal_the_cpus(world_size: int) -> None:
             assert found[name] == pytest.approx(reference, abs=5e-4)
         if world_size == 2:
             assert found["amp"][-1] < found["amp"][0]
-            assert found["overflows"] < 8
+            assert 0 < found["overflows"] < 8, "the initial scale is too high for float16"
             assert found["devices"] == ["cpu", "npu"]
-            assert found["scale"] == 0.5, "an overflow of one rank on its CPU is one of all ranks"
