@@ -124,7 +124,9 @@ class Compilation(NoCompilation):
         return {"recompiles": float(_num_graphs() - self._warm)}
 
 
-def compile_model(model: nn.Module, options: CompileOptions, text_varies: bool = False) -> Compilation:
+def compile_model(
+    model: nn.Module, options: CompileOptions, text_varies: bool = False, is_sharded: bool = False
+) -> Compilation:
     """Compile the blocks of a model or the model in place. The names in its state dict do not change.
 
     With the strategies task and step the model is not changed. The trainer compiles its functions.
@@ -132,10 +134,19 @@ def compile_model(model: nn.Module, options: CompileOptions, text_varies: bool =
     Args:
         text_varies: the texts have different lengths and numbers, so with the strategy blocks all blocks but those of
             the image tower (`model.visual`) are compiled for any shape.
+        is_sharded: the model will be sharded (--fsdp), so only its blocks can be compiled.
+
+    Raises:
+        ValueError: the model will be sharded and has no blocks.
     """
     strategy, blocks = options.strategy, find_blocks(model)
     if strategy == "blocks" and blocks:
         return _compile_blocks(model, blocks, options, text_varies)
+    if is_sharded:
+        raise ValueError(
+            "--torchcompile with --fsdp compiles the blocks of a model, and this model has no list of equal blocks. "
+            "Leave out --torchcompile."
+        )
     if strategy == "blocks":
         logger.info("--torchcompile: the model has no list of equal blocks, so it is compiled as a whole.")
     _configure_dynamo_for_one_graph(model, strategy)

@@ -105,7 +105,8 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
         state = _create_state(run, trainer, progress, data["train"], steps_per_epoch)
         components = Components(state, data, evaluators, trainer.average, trainer, progress)
     else:
-        average = _shard(run, model, deferred).create_average(model, cfg.optim.ema_decay)
+        sharding = shard(model, cfg.distributed, run.world, run.precision, deferred)
+        average = sharding.create_average(model, cfg.optim.ema_decay)
         state = TrainState(model, device, str(cfg.checkpoint.name), cfg.data.seed, parts={"average": average})
         components = Components(state, data, evaluators, average, None, Progress(device))
     _resume(state, checkpoint, run)
@@ -151,9 +152,9 @@ def _build_trainer(
         preflight.check_teacher(model, teacher)
     objective = create_objective(cfg.objective, model, teacher)
     at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
-    compiled = _compile(model, cfg.model)
+    compiled = _compile(model, cfg.model, deferred is not None)
     readers = [model if deferred is None else TextReader(model), teacher]
-    sharding = _shard(run, model, deferred)
+    sharding = shard(model, cfg.distributed, world, precision, deferred)
     optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
     average = sharding.create_average(model, optim.ema_decay)
     remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
@@ -204,15 +205,12 @@ def _steps_per_epoch(loader: Any, accum_freq: int) -> int:
     return steps
 
 
-def _shard(run: Run, model: nn.Module, deferred: DeferredInit | None) -> NoSharding:
-    return shard(model, run.cfg.distributed, run.world, run.precision, deferred)
-
-
-def _compile(model: Any, cfg: ModelConfig) -> NoCompilation:
+def _compile(model: Any, cfg: ModelConfig, is_sharded: bool) -> NoCompilation:
     if not cfg.torchcompile:
         return NoCompilation()
     options = CompileOptions(cfg.torchcompile_strategy, cfg.torchcompile_backend, cfg.torchcompile_mode)
-    return compile_model(model, options, cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
+    text_varies = cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False)
+    return compile_model(model, options, text_varies, is_sharded)
 
 
 def _text_groups(cfg: ModelConfig, compiled: NoCompilation, sharding: NoSharding) -> int:

@@ -66,12 +66,10 @@ class WeightAverage(NoAverage):
             weight = torch.where(skipped, 0.0, weight).float()
         elif skipped:
             return
-        weights, averages = list(self._parameters.values()), list(self._averages.values())
-        for start in range(0, len(weights), _CHUNK):
-            part = averages[start : start + _CHUNK]
-            differences = torch._foreach_sub([p.detach().float() for p in weights[start : start + _CHUNK]], part)
-            torch._foreach_mul_(differences, weight)
-            torch._foreach_add_(part, differences)
+        self._blend(weight)
+
+    def _blend(self, weight: Any) -> None:
+        blend(list(self._parameters.values()), list(self._averages.values()), weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -105,3 +103,16 @@ class WeightAverage(NoAverage):
             )
         for name, average in self._averages.items():
             average.copy_(state_dict[name])
+
+
+def blend(weights: list[Tensor], averages: list[Tensor], weight: Any) -> None:
+    """Add `weight` times the differences between weights and averages to the averages.
+
+    Args:
+        weight: a number, or a float32 scalar on the device of the tensors.
+    """
+    for start in range(0, len(weights), _CHUNK):
+        part = averages[start : start + _CHUNK]
+        differences = torch._foreach_sub([p.detach().float() for p in weights[start : start + _CHUNK]], part)
+        torch._foreach_mul_(differences, weight)
+        torch._foreach_add_(part, differences)

@@ -27,9 +27,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
 
     The formula is that of torch.nn.utils.clip_grad_norm_.
     """
-    flat: Any = optimizer if isinstance(optimizer, FlatAdamW) else getattr(optimizer, "shards", None)
-    if flat is None:
+    holder: Any = optimizer if isinstance(optimizer, FlatAdamW) else getattr(optimizer, "shards", None)
+    if holder is None:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=2.0)
     norm = gradient_norm(optimizer)
-    flat.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    holder.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

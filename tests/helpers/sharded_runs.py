@@ -40,6 +40,15 @@ def _hugging_face() -> nn.Module:
         return create_model(name, pretrained_text=False, output_dict=True)
 
 
+def _tied() -> nn.Module:
+    """Build a CLIP with parameters that are shared by two blocks, and by a block and the model."""
+    model: Any = _clip({"layers": 4})
+    first, second, third = model.visual.transformer.resblocks[:3]
+    second.mlp.c_fc.weight = first.mlp.c_fc.weight
+    third.ln_1.weight = model.visual.ln_pre.weight
+    return model
+
+
 MODELS = {
     "clip": lambda: _clip({"layers": 3}),
     "siglip": lambda: _clip({"layers": 2}, init_logit_bias=-10.0),
@@ -47,6 +56,7 @@ MODELS = {
     "timm": lambda: _clip(_TIMM, CustomTextCLIP),
     "hf": _hugging_face,
     "coca": lambda: coca_cases.build(coca_model),
+    "tied": _tied,
 }
 
 
@@ -59,6 +69,7 @@ class Case:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     precision: str = "fp32"
     opt: str = "adamw"
+    image_layer_decay: float | None = None
     accum_freq: int = 1
     clip: float = 1.0
     ema_decay: float | None = None
@@ -89,7 +100,9 @@ def create_trainer(case: Case) -> Trainer:
     objective = create_objective(options, model)
     sharding = build.shard(model, case.distributed, world, precision, deferred)
     # A large eps, because otherwise AdamW scales rounding errors of zero gradients up to the size of a normal step.
-    optimizer = sharding.create_optimizer(model, OptimConfig(opt=case.opt, lr=1e-3, eps=1e-4, wd=0.2), CPU)
+    decay = case.image_layer_decay
+    cfg = OptimConfig(opt=case.opt, lr=1e-3, eps=1e-4, wd=0.2, image_layer_decay=decay)
+    optimizer = sharding.create_optimizer(model, cfg, CPU)
     scaler = torch.amp.GradScaler("cpu", case.loss_scale, enabled=bool(case.loss_scale))
     return Trainer(
         model=build.parallelize(model, case.distributed, world, case.accum_freq),

@@ -83,14 +83,14 @@ def make_trainer(
     )
 
 
-def make_sharded_trainer(world: ranks.World, cfg: DistributedConfig) -> Trainer:
+def make_sharded_trainer(world: ranks.World, cfg: DistributedConfig, chosen: str = "fp32") -> Trainer:
     """Create a Trainer of a model with blocks, sharded in the process group of training.ranks."""
     deferred = DeferredInit(smallest=100)
     torch.manual_seed(0)
     with deferred.recording():
         model = open_clip.CLIP(**tiny_clip.config({"layers": 2}, {"layers": 2}), output_dict=True)
     objective = create_objective(ObjectiveConfig(local_loss=True, gather_with_grad=True), model)
-    kind = precision.create("fp32", world.device)
+    kind = precision.create(chosen, world.device)
     sharding = build.shard(model, cfg, world, kind, deferred)
     optimizer = sharding.create_optimizer(model, OptimConfig(lr=2e-3, eps=1e-4), world.device)
     return Trainer(
@@ -101,6 +101,7 @@ def make_sharded_trainer(world: ranks.World, cfg: DistributedConfig) -> Trainer:
         scaler=sharding.agree(kind.grad_scaler()),
         grad_clip_norm=1.0,
         guard=StepGuard(model, optimizer, world.device),
+        average=sharding.create_average(model, 0.5),
         sharding=sharding,
     )
 

@@ -113,6 +113,14 @@ SHARDED = """
     }.items():
         trainer = make_sharded_trainer(world, cfg)
         found[name] = train(trainer, 50, world.rank, world.world_size)
+    if world.world_size == 2:
+        cfg = DistributedConfig(fsdp=True, fsdp_offload_cpu=True)
+        trainer = make_sharded_trainer(world, cfg)
+        found['offload'] = train(trainer, 50, world.rank, world.world_size)
+        found['devices'] = sorted({p.device.type for p in trainer.average.state_dict().values()})
+        trainer = make_sharded_trainer(world, cfg, 'amp')
+        found['amp'] = train(trainer, 8, world.rank, world.world_size)
+        found['overflows'] = int(trainer.guard.counters()['scaler_overflows'])
     ranks.barrier()
     ranks.shutdown()
     print(json.dumps([str(world.device), world.backend, found]))
@@ -121,10 +129,14 @@ SHARDED = """
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_sharded_losses_of_fifty_steps_equal_the_cpus(world_size: int) -> None:
-    """With --fsdp, and on 4 NPUs with --hsdp 2 as well."""
+    """With --fsdp; on 4 NPUs with --hsdp 2 as well, on 2 NPUs with offload, --precision amp and an average as well."""
     reference = train(make_trainer(CPU, model=make_model(vision={"layers": 2}, text={"layers": 2})), 50)
     ranks = [json.loads(lines[-1]) for lines in run_ranks(SHARDED, world_size)]
     for rank, (device, backend, found) in enumerate(ranks):
         assert (device, backend) == (f"npu:{rank}", "hccl")
-        for losses in found.values():
-            assert losses == pytest.approx(reference, abs=5e-4)
+        for name in found.keys() & {"shards", "replicas", "offload"}:
+            assert found[name] == pytest.approx(reference, abs=5e-4)
+        if world_size == 2:
+            assert found["amp"][-1] < found["amp"][0]
+            assert 0 < found["overflows"] < 8, "the initial scale is too high for float16"
+            assert found["devices"] == ["cpu", "npu"]

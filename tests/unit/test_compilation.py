@@ -185,6 +185,13 @@ def test_a_model_without_repeated_blocks_is_compiled_as_a_whole(caplog: pytest.L
     assert "no list of equal blocks, so it is compiled as a whole" in caplog.text
 
 
+def test_a_sharded_model_without_repeated_blocks_is_refused() -> None:
+    model = Towers()
+    with pytest.raises(ValueError, match=r"--torchcompile with --fsdp .* no list of equal blocks. Leave out"):
+        compile_model(model, CompileOptions(backend="eager"), is_sharded=True)
+    assert not is_compiled(model)
+
+
 # Graphs and losses
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.ema import NoAverage, WeightAverage
+from training.ema import NoAverage, WeightAverage, blend
 from training.optim import create_optimizer
 from training.params import OptimConfig
 from training.sharding.shards import Shards
@@ -62,6 +62,10 @@ class Sharding(NoSharding):
     def create_optimizer(
         self, model: nn.Module, cfg: OptimConfig, device: torch.device, is_captured: bool = False
     ) -> torch.optim.Optimizer:
+        """Create the optimizer of the local parts, see `Shards`.
+
+        `device` and `is_captured` have no effect: the shards know the device, and a captured step cannot be sharded.
+        """
         return self._shards.create_optimizer(cfg)
 
     def create_average(self, model: nn.Module, decay: float | None) -> NoAverage:
@@ -69,7 +73,8 @@ class Sharding(NoSharding):
 
     def agree(self, scaler: Any) -> Any:
         if scaler.is_enabled():
-            scaler.__class__ = type(type(scaler).__name__, (_AgreedOverflow, type(scaler)), {})
+            overrides = {"collective_device": self._shards.device}
+            scaler.__class__ = type(type(scaler).__name__, (_AgreedOverflow, type(scaler)), overrides)
         return scaler
 
     def set_last_backward(self, is_last: bool) -> None:
@@ -86,11 +91,17 @@ class Sharding(NoSharding):
 class _AgreedOverflow:
     """Override of torch's GradScaler: an overflow on one rank is an overflow on all."""
 
+    collective_device: torch.device
+
     def _unscale_grads_(self, *args: Any) -> dict[torch.device, Tensor]:
         scaler: Any = super()
-        found = scaler._unscale_grads_(*args)
+        found = scaler._unscale_grads_(*args)  # per device; with CPU offload there are two, or only the CPU
+        total = torch.zeros((), device=self.collective_device)
         for overflows in found.values():
-            dist.all_reduce(overflows, dist.ReduceOp.MAX)
+            total += overflows.to(total)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        for overflows in found.values():
+            overflows.copy_(total)
         return found
 
 
@@ -108,6 +119,7 @@ class ShardedAverage(WeightAverage):
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the model use the averages until the end of the context. Values are copied: FSDP owns the memory."""
+        self._shards.bind()
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._copy(self._averages)
         try:
@@ -115,9 +127,21 @@ class ShardedAverage(WeightAverage):
         finally:
             self._copy(own)
 
+    def _blend(self, weight: Any) -> None:
+        for device, names in self._names_by_device().items():
+            weights, averages = ([of[name] for name in names] for of in (self._parameters, self._averages))
+            blend(weights, averages, weight.to(device) if isinstance(weight, Tensor) else weight)
+
+    def _names_by_device(self) -> dict[torch.device, list[str]]:
+        found: dict[torch.device, list[str]] = {}  # with CPU offload there are two devices
+        for name, average in self._averages.items():
+            found.setdefault(average.device, []).append(name)
+        return found
+
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         self._shards.reshard()
+        self._shards.bind()
         for name, p in self._parameters.items():
             p.copy_(values[name])
 

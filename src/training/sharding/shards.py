@@ -10,7 +10,7 @@ State dicts have DTensors again, so their names and shapes are those of other ru
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,12 +51,13 @@ class Shards:
     Attributes:
         wholes: the parameters of the model by name, DTensors or ordinary tensors.
         parameters: the local parts of `wholes`. Parameters that are not sharded are themselves.
+        device: of the collectives.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         """Create it. `device`: of the collectives; with CPU offload the parameters are elsewhere."""
         self._model: Any = model
-        self._device = device
+        self.device = device
         self.wholes = dict(model.named_parameters())
         self.parameters = {name: _as_local_parameter(p) for name, p in self.wholes.items()}
         self._replicated = [p for p in self.wholes.values() if not is_sharded(p)]
@@ -68,7 +69,6 @@ class Shards:
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             for buffer in module.buffers()
         ]
-        self._is_bound = False
 
     def create_optimizer(self, cfg: OptimConfig) -> torch.optim.Optimizer:
         """Create the optimizer of the local parts. Its groups and the names in its state dict are those of other runs.
@@ -77,11 +77,11 @@ class Shards:
             ValueError: see `check_optimizer` and `create_optimizer` of training.optim.
         """
         check_optimizer(cfg)
-        device = next(iter(self.parameters.values())).device
         if cfg.fused_optimizer == "auto":  # without FlatAdamW, which moves the parameters
-            form = "torch" if devices.get(device).fused_adamw_skips else "off"
+            kinds = {devices.get(p.device) for p in self.parameters.values()}  # with CPU offload there are two
+            form = "torch" if all(kind.fused_adamw_skips for kind in kinds) else "off"
             cfg = dataclasses.replace(cfg, fused_optimizer=form)
-        optimizer = create_optimizer(self._model, cfg, device)
+        optimizer = create_optimizer(self._model, cfg, self.device)
         local = {id(whole): self.parameters[name] for name, whole in self.wholes.items()}
         wholes = {id(self.parameters[name]): whole for name, whole in self.wholes.items()}
         for group in optimizer.param_groups:
@@ -98,33 +98,27 @@ class Shards:
         Gradients of parameters that are not sharded are averaged, and statistics of BatchNorm are those of rank 0, as
         DDP does both.
         """
-        self._bind()
+        self.bind()
         for name, whole in self.wholes.items():
             if is_sharded(whole):
                 self.parameters[name].grad = None if whole.grad is None else local_part(whole.grad)
                 whole.grad = None
-        gradients = [p.grad for p in self._replicated if p.grad is not None]
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient.div_(dist.get_world_size())
-        for buffer in self._statistics:
-            dist.broadcast(buffer, 0)
+        _update_as_one([p.grad for p in self._replicated], _average_over_ranks)
+        _update_as_one(self._statistics, lambda buffer: dist.broadcast(buffer, 0))
 
-    def _bind(self) -> None:
-        """Let the local parts share the memory of the DTensors, which fully_shard may move before the first step."""
-        if not self._is_bound:
-            for name, whole in self.wholes.items():
-                if is_sharded(whole):
-                    self.parameters[name].data = local_part(whole)
-            self._is_bound = True
+    def bind(self) -> None:
+        """Let the local parts share the memory of the DTensors. FSDP may move them, at the latest in the first step."""
+        for name, whole in self.wholes.items():
+            if is_sharded(whole):
+                self.parameters[name].data = local_part(whole)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Compute the global 2-norm of the gradients: a scalar on the device, equal on all ranks."""
         parts = [p.grad for name, p in self.parameters.items() if p.grad is not None and is_sharded(self.wholes[name])]
-        squares = _sum_of_squares(parts, self._device)
+        squares = _sum_of_squares(parts, self.device)
         dist.all_reduce(squares, group=self._group)
-        return (squares + _sum_of_squares([p.grad for p in self._replicated], self._device)).sqrt()
+        return (squares + _sum_of_squares([p.grad for p in self._replicated], self.device)).sqrt()
 
     @torch.no_grad()
     def scale_gradients(self, factor: Tensor) -> None:
@@ -148,6 +142,25 @@ def _by_device(tensors: Iterable[Tensor | None]) -> dict[torch.device, list[Tens
         if tensor is not None and tensor.numel():
             found.setdefault(tensor.device, []).append(tensor)
     return found
+
+
+def _average_over_ranks(gradient: Tensor) -> None:
+    dist.all_reduce(gradient)
+    gradient.div_(dist.get_world_size())
+
+
+def _update_as_one(tensors: Iterable[Tensor | None], update: Callable[[Tensor], object]) -> None:
+    """Update the tensors in place through one flat tensor per dtype, so that `update` communicates once per dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for same in by_dtype.values():
+        flat = torch.cat([tensor.flatten() for tensor in same])
+        update(flat)
+        parts = flat.split([tensor.numel() for tensor in same])
+        views = [part.view_as(tensor) for tensor, part in zip(same, parts, strict=True)]
+        torch._foreach_copy_(same, views, non_blocking=True)  # see FlatTensors
 
 
 def _sum_of_squares(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:

@@ -23,8 +23,11 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, which may be empty. It shares the memory of the tensor."""
+    if not is_sharded(tensor):
+        return tensor
     sharded: Any = tensor
-    return sharded.detach().to_local() if is_sharded(tensor) else tensor
+    with torch.no_grad():  # without it, to_local records an operation of DTensor
+        return sharded.to_local().detach()
 
 
 def split_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -53,11 +56,12 @@ def join_like(part: Tensor, like: Tensor) -> Tensor:
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     layout: Any = like
-    return DTensor.from_local(
-        part, layout.device_mesh, layout.placements, run_check=False, shape=layout.shape, stride=layout.stride()
-    )
+    meta = TensorMeta(layout.shape, layout.stride(), part.dtype)
+    # DTensor.from_local would move a part in host memory (CPU offload) to the device of the mesh.
+    return DTensor(part, DTensorSpec(layout.device_mesh, layout.placements, meta), requires_grad=False)
 
 
 @torch.no_grad()

@@ -4,8 +4,11 @@ Each block of the towers is a unit, and what is left is the last unit. The param
 runs and freed afterwards. Blocks are found by structure, as for compilation, so every tower is sharded: native ones,
 ResNets, and those of timm and Hugging Face.
 
-fully_shard does not accept parameters without dimensions (logit_scale). They stay ordinary parameters, equal on all
-ranks, so their names and shapes in checkpoints do not change. `shards.Shards` averages their gradients.
+Some parameters stay ordinary ones, equal on all ranks, and `shards.Shards` averages their gradients:
+- those without dimensions (logit_scale), which fully_shard does not accept;
+- with autocast, those of layers that have only vectors (normalization, layer scale). They are small and stay float32 as
+  in other runs: the parameters of a unit are gathered in half precision, which BatchNorm with running statistics in
+  float32 does not accept, nor LayerNorm with inputs in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,20 +59,30 @@ def shard_model(
         "mp_policy": MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=pin) if cfg.fsdp_offload_cpu else OffloadPolicy(),
     }
-    blocks = compilation.find_blocks(model)
-    done: dict[int, tuple[Tensor, Tensor]] = {}
+    blocks = _without_tied(compilation.find_blocks(model), model)
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
     for unit in (*blocks, model):
         if materialize is not None:
-            _materialize(unit, materialize, world.device, done)
+            _materialize(unit, materialize, world.device, buffers)
         # The backward pass starts with the last unit, so gathering it again would gain nothing.
         reshard = unit is not model and not cfg.fsdp_no_reshard_after_forward
-        with _without_scalars(unit, world.device):
+        with _without_replicated(unit, world.device, keeps_vectors=gather_dtype is not None):
             fully_shard(unit, reshard_after_forward=reshard, **options)
     _gather_for_methods(model)
     if world.is_master:
         logger.info(
             "--fsdp: %s in %d units (%d blocks and the rest).", _describe(cfg, world), len(blocks) + 1, len(blocks)
         )
+
+
+def _without_tied(blocks: list[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """Return the blocks without those that share a parameter with another module. They belong to the last unit."""
+    inside = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    owners: Counter[int] = Counter()
+    for modules in (outside, *(block.modules() for block in blocks)):
+        owners.update({id(p) for module in modules for p in module._parameters.values() if p is not None})
+    return [block for block in blocks if all(owners[id(p)] == 1 for p in block.parameters())]
 
 
 def _gather_for_methods(model: nn.Module) -> None:
@@ -128,15 +142,25 @@ def create_mesh(cfg: DistributedConfig, world: World) -> Any:
 
 
 def _materialize(
-    unit: nn.Module, compute: Callable[[Tensor], Tensor], device: torch.device, done: dict[int, tuple[Tensor, Tensor]]
+    unit: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+    device: torch.device,
+    buffers: dict[int, tuple[Tensor, Tensor]],
 ) -> None:
-    """Replace the tensors of a unit that are on the meta device. A tensor with several names stays one tensor."""
+    """Replace the tensors of a unit that are on the meta device. A tensor with several names stays one tensor.
+
+    Args:
+        buffers: (meta tensor, tensor) of the units so far, by id. Parameters are not added, because every rank would
+            keep the whole model on its device. They are not shared between units.
+    """
+    parameters: dict[int, tuple[Tensor, Tensor]] = {}
 
     def real(tensor: Tensor) -> Tensor:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        done = parameters if is_parameter else buffers
         if id(tensor) not in done:
             value = compute(tensor).to(device)
-            if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, tensor.requires_grad)
+            value = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
             done[id(tensor)] = tensor, value  # with the tensor, so that its id is not used again
         return done[id(tensor)][1]
 
@@ -148,19 +172,23 @@ def _materialize(
 
 
 @contextlib.contextmanager
-def _without_scalars(unit: nn.Module, device: torch.device) -> Iterator[None]:
-    """Hide parameters without dimensions from fully_shard, and move them to the device."""
-    modules = [m for m in unit.modules() if any(p is not None and p.dim() == 0 for p in m._parameters.values())]
-    own = [dict(module._parameters) for module in modules]
-    for module, parameters in zip(modules, own, strict=True):
-        for name, parameter in parameters.items():
-            if parameter is not None and parameter.dim() == 0:
-                parameter.data = parameter.data.to(device)
-                del module._parameters[name]
+def _without_replicated(unit: nn.Module, device: torch.device, keeps_vectors: bool) -> Iterator[None]:
+    """Hide from fully_shard the parameters that stay ordinary ones, and move them to the device."""
+    hidden: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+    for module in unit.modules():
+        own = dict(module._parameters)
+        found = {name: p for name, p in own.items() if p is not None}
+        if not (keeps_vectors and all(p.dim() < 2 for p in found.values())):
+            found = {name: p for name, p in found.items() if p.dim() == 0}
+        for name, parameter in found.items():
+            parameter.data = parameter.data.to(device)
+            del module._parameters[name]
+        if found:
+            hidden.append((module, own))
     try:
         yield
     finally:
-        for module, parameters in zip(modules, own, strict=True):
+        for module, parameters in hidden:
             sharded = dict(module._parameters)
             module._parameters.clear()  # and fill it again in the same order, which is that of state dicts
             module._parameters.update({name: sharded.get(name, p) for name, p in parameters.items()})
