@@ -25,11 +25,10 @@ OPTIONS = (
 
 def choose_fault(number: int, choose: random.Random, ranks: int, longest: float) -> dict:
     """Return the fault of a kill: number -1 is at the first of POINTS, -2 at the second; those from 0 are random."""
-    save = choose.randint(1, 2)
     if number < 0:
-        return {"ranks": [0], "save": save, "after": POINTS[-number - 1]}
+        return {"ranks": [0], "save": 1, "after": POINTS[-number - 1]}
     victims = list(range(ranks)) if number % 2 == 0 else [choose.randrange(ranks)]
-    return {"ranks": victims, "save": save, "seconds": choose.uniform(0, longest)}
+    return {"ranks": victims, "save": choose.randint(1, 2), "seconds": choose.uniform(0, longest)}
 
 
 def measure(runs: Runs, ranks: int, points: int, kills: int, seed: int) -> tuple[dict, bool]:
@@ -38,11 +37,12 @@ def measure(runs: Runs, ranks: int, points: int, kills: int, seed: int) -> tuple
     unbroken = runs.run("unbroken", *OPTIONS, ranks=ranks)
     assert unbroken.status == 0, unbroken.printed
     longest = max(float(seconds) for seconds in re.findall(r"Saved .* in ([\d.]+) s", unbroken.printed))
-    reached, failed, damaged, unfinished, lost = 0, 0, 0, 0, [0]
+    reached, failed, late, damaged, unfinished, lost = 0, 0, 0, 0, 0, [0]
     for number in range(-points, kills):
         fault = choose_fault(number, choose, ranks, longest)
         ended = runs.run("killed", *OPTIONS, ranks=ranks, faults={"kill_in_folder": fault})
-        failed += "exitcode  : -9" not in ended.printed
+        late += ended.status == 0  # the run ended before it had made so many saves
+        failed += ended.status != 0 and "exitcode  : -9" not in ended.printed
         lost.append(reached - ended.resumed_at())
         reached = 1 + max(runs.losses("killed"), default=-1)
         folder = runs.checkpoints("killed")
@@ -53,6 +53,7 @@ def measure(runs: Runs, ranks: int, points: int, kills: int, seed: int) -> tuple
     figures = {
         "kills right after a step of completing the folder": points,
         "kills at random moments of a sharded save": kills,
+        "of them too late, because the run had ended": late,
         "restarts that failed": failed + (ended.status != 0),
         "unfinished folders found": unfinished,
         "checkpoints that were damaged": damaged,
