@@ -7,7 +7,8 @@ written when the step is done, so it survives any later fault. FAULTS is a JSON 
     stall         {"rank", "step"}: from that step on, reading an image blocks
     kill_in_save  n: SIGKILL in the middle of the n-th save (from 1) of the process
     kill_in_folder {"ranks", "save", "seconds"}: SIGKILL of these ranks so long after the start of the n-th save (from
-                  1) of a sharded checkpoint
+                  1) of a sharded checkpoint. With {"after"} instead of "seconds": right after the file of this name
+                  was synced, or "rename": after the folder was renamed
     nan           {"rank", "steps"}: the images of these steps are NaN
     file_limit    bytes: files cannot grow beyond this size (RLIMIT_FSIZE), as on a full disk
 
@@ -66,12 +67,32 @@ def install_kill_in_folder() -> None:
     def writing(*args: Any) -> None:
         nonlocal saves
         saves += 1
-        if saves == fault["save"]:
+        if saves == fault["save"] and "after" in fault:
+            install_kill_after(fault["after"])
+        elif saves == fault["save"]:
             threading.Timer(fault["seconds"], os.kill, [os.getpid(), signal.SIGKILL]).start()
         write(*args)
 
     if RANK in fault["ranks"]:
         folder.write = writing  # type: ignore[assignment]
+
+
+def install_kill_after(name: str) -> None:
+    """Let the process die right after the next sync of a file of this name, or after the next "rename"."""
+    fsync, rename = os.fsync, os.rename
+
+    def syncing(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        fsync(descriptor)
+        if os.path.basename(path) == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def renaming(*args: Any, **options: Any) -> None:
+        rename(*args, **options)
+        if name == "rename":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync, os.rename = syncing, renaming
 
 
 def stall_pipe(rank: int) -> Path:

@@ -1,6 +1,8 @@
 """`python -m training.consolidate FOLDER OUT.pt`: make one checkpoint file of a sharded checkpoint.
 
-The file is what `--fsdp-checkpoint full` would have written. It holds one tensor in memory at a time.
+The file is what `--fsdp-checkpoint full` would have written, with the names of a distributed run ("module."), which
+open_clip 3.3 needs to resume on several processes. With --only, the names are those of the model. One tensor is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from open_clip import progress
 from open_clip.formats.sharded_folder import METADATA
 from open_clip.utils import check_folder, run_command
 from training.checkpoint import streamed_file
+from training.checkpoint.file_format import DDP_PREFIX
 from training.checkpoint.folder import find_damage
 from training.checkpoint.folder_reader import read_folder
 from training.checkpoint.stored_tensor import map_leaves
@@ -69,7 +72,9 @@ def consolidate(folder: Path, out: Path, only: str | None = None, overwrite: boo
     if damage is not None:
         raise ValueError(f"{folder} is damaged: {damage.rstrip('.')}. Use an earlier checkpoint.")
     content: dict[str, Any] = read_folder(folder)
-    if only is not None:
+    if only is None:
+        content["state_dict"] = {DDP_PREFIX + name: value for name, value in content["state_dict"].items()}
+    else:
         if _SELECTIONS[only] not in content:
             raise ValueError(f"{folder} has no averaged weights, because the run had no --ema-decay. Leave out --only.")
         content = content[_SELECTIONS[only]]

@@ -31,11 +31,11 @@ def pt_save(pt_obj: Any, file_path: str | os.PathLike[str]) -> None:
     Raises:
         OSError, RuntimeError: writing failed, for example because the disk is full.
     """
-    if _is_url(file_path):
+    if is_url(file_path):
         with progress.watch(f"Saving {file_path}"), _import_fsspec().open(os.fspath(file_path), "wb") as file:
             torch.save(pt_obj, file)
         return
-    with replacing(_local_path(file_path), is_synced=True) as temporary:
+    with replacing(local_path(file_path), is_synced=True) as temporary:
         # Pass the name, not a file: torch then writes in C++ and releases the GIL for the other threads.
         with progress.watch(f"Saving {file_path}", lambda: temporary.stat().st_size, unit="B"):
             torch.save(pt_obj, temporary)
@@ -60,11 +60,11 @@ def pt_load(file_path: str | os.PathLike[str], map_location: Any = None) -> Any:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged, or was not written by `torch.save`.
     """
-    if _is_url(file_path):
+    if is_url(file_path):
         with _import_fsspec().open(os.fspath(file_path), "rb") as file:
             loaded = read_checkpoint(file, os.fspath(file_path))
     else:
-        loaded = read_checkpoint(_local_path(file_path))
+        loaded = read_checkpoint(local_path(file_path))
     return loaded if map_location is None else _move(loaded, map_location)
 
 
@@ -78,21 +78,21 @@ def _move(nested: Any, device: Any) -> Any:
 
 def check_exists(file_path: str | os.PathLike[str]) -> bool:
     """Return whether the file at a path or URL exists."""
-    if _is_url(file_path):
+    if is_url(file_path):
         try:
             with _import_fsspec().open(os.fspath(file_path), "rb"):
                 return True
         except FileNotFoundError:
             return False
-    return _local_path(file_path).is_file()
+    return local_path(file_path).is_file()
 
 
 def open_binary(file_path: str | os.PathLike[str]) -> Any:
     """Open the file at a path or URL for reading."""
     return (
         _import_fsspec().open(os.fspath(file_path), "rb").open()
-        if _is_url(file_path)
-        else _local_path(file_path).open("rb")
+        if is_url(file_path)
+        else local_path(file_path).open("rb")
     )
 
 
@@ -190,13 +190,14 @@ def _run_sync_process(sync_every: float, local_dir: str, remote_dir: str, protoc
     keep_running_remote_sync(sync_every, local_dir, remote_dir, protocol)
 
 
-def _is_url(path: str | os.PathLike[str]) -> bool:
-    # s3://bucket/x, gs://..., memory://...; file:// is a local path.
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL: s3://bucket/x, gs://..., memory://... file:// is a local path."""
     text = os.fspath(path)
     return "://" in text and not text.startswith("file://")
 
 
-def _local_path(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a local path, which may begin with file://, as a Path."""
     return Path(os.fspath(path).removeprefix("file://"))
 
 

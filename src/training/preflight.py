@@ -21,6 +21,7 @@ from open_clip import device as devices
 from open_clip.recipe import read_recipe
 from training import compilation, file_utils, optim, precision, ranks
 from training.checkpoint import rng
+from training.checkpoint.folder_reader import is_folder
 from training.data import expand_urls, get_csv_dataset, get_dataset_fn, get_wds_dataset
 from training.data.probe import read_first_batch
 from training.data.shards.tar import is_local
@@ -65,13 +66,19 @@ def check_options(cfg: TrainConfig) -> None:
         class_names.read_templates(cfg.eval.zeroshot_templates)
         if cfg.eval.zeroshot_classnames is not None:
             class_names.read_text(cfg.eval.zeroshot_classnames, "--zeroshot-classnames")
-    resume = cfg.checkpoint.resume
-    if resume not in (None, "latest") and not ranks.restarts() and not file_utils.check_exists(str(resume)):
-        raise FileNotFoundError(
-            f"--resume {resume!r}: there is no such file. Use --resume latest to find the newest one of a run."
-        )
+    _check_resume(cfg.checkpoint.resume)
     if cfg.objective.distill_model is not None and trains(data):
         read_recipe(cfg.objective.distill_model, cfg.objective.distill_pretrained, cfg.model.cache_dir)
+
+
+def _check_resume(resume: str | None) -> None:
+    if resume is None or resume == "latest" or ranks.restarts():
+        return
+    if not file_utils.check_exists(resume) and not is_folder(resume):
+        raise FileNotFoundError(
+            f"--resume {resume!r}: there is no such file or folder of a sharded checkpoint. Use --resume latest to "
+            "find the newest checkpoint of a run."
+        )
 
 
 def check_device(cfg: TrainConfig) -> None:

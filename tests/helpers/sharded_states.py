@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from training.checkpoint import folder
 from training.checkpoint.state import TrainState
 from training.checkpoint.stored_tensor import map_leaves
 from training.ema import WeightAverage
@@ -51,6 +53,7 @@ def create(rank: int, mesh: Any = None, seed: int = 0) -> TrainState:
 
         fully_shard(model.body, mesh=mesh)
         fully_shard(model.frozen, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
               {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1}]  # fmt: skip
@@ -76,6 +79,14 @@ def make_step(state: TrainState, step: int) -> float:
     average.update(step)
     state.step += 1
     return loss.item()
+
+
+def save(path: Path, state: TrainState | None = None) -> dict[str, Any]:
+    """Write the folder of a sharded checkpoint. Return the content of the equivalent file."""
+    state = state or create(0)
+    content = state.state_dict()
+    folder.write(path, *folder.split(content, state.optimizer_parameter_names()), folder.Peers())
+    return content
 
 
 def whole(state: TrainState) -> dict[str, Any]:

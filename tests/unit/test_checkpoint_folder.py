@@ -15,23 +15,13 @@ import open_clip
 import sharded_states
 from open_clip.checkpoint.files import load_state_dict
 from open_clip.formats.sharded_folder import ShardedFolder
+from sharded_states import save
 from training import consolidate, run_folder
 from training.checkpoint import folder as checkpoint_folder
 from training.checkpoint.folder import find_damage
 from training.checkpoint.latest import get_latest_checkpoint
-from training.checkpoint.state import TrainState
 from training.checkpoint.stored_tensor import read_all
 from training.checkpoint.weights import load_checkpoint
-
-
-def save(path: Path, state: TrainState | None = None) -> dict[str, Any]:
-    """Write a folder. Return the content of the equivalent file."""
-    state = state or sharded_states.create(0)
-    content = state.state_dict()
-    checkpoint_folder.write(
-        path, *checkpoint_folder.split(content, state.optimizer_parameter_names()), checkpoint_folder.Peers()
-    )
-    return content
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -86,16 +76,44 @@ def test_files_and_folders_are_ordered_together(tmp_path):
 
 
 def test_a_start_completes_or_removes_what_an_interrupted_save_has_left(tmp_path):
-    for name in ("epoch_1", "epoch_2", "epoch_3"):
+    for name in ("epoch_1", "epoch_2", "epoch_3", "epoch_4"):
         save(tmp_path / name)
     (tmp_path / "epoch_1").rename(tmp_path / ".epoch_1.00000000.tmp")  # complete but for its name
     (tmp_path / "epoch_2").rename(tmp_path / ".epoch_2.00000000.tmp")
     (tmp_path / ".epoch_2.00000000.tmp" / "manifest.json").unlink()
     (tmp_path / "epoch_3").rename(tmp_path / ".epoch_3.00000000.removed.tmp")
+    (tmp_path / "epoch_4").rename(tmp_path / ".epoch_4.00000000.tmp")
+    for name in ("manifest.json", "training.pt"):  # what is left looks like a folder of open_clip
+        (tmp_path / ".epoch_4.00000000.tmp" / name).unlink()
+    (tmp_path / ".epoch_latest.tmp").symlink_to("epoch_1")
     assert get_latest_checkpoint(tmp_path) is None
     run_folder._remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_1"]
     assert find_damage(tmp_path / "epoch_1") is None
+
+
+def test_what_looks_like_a_folder_of_open_clip_is_written_last(tmp_path, monkeypatch):
+    """A save that is interrupted before the manifest must not leave weights without the rest of the state."""
+    seen = []
+
+    def synced(descriptor: int) -> None:
+        folder = next(tmp_path.glob(".epoch_1.*.tmp"), None)
+        if folder is not None:
+            seen.append({path.name for path in folder.iterdir()})
+
+    monkeypatch.setattr(checkpoint_folder.os, "fsync", synced)
+    save(tmp_path / "epoch_1")
+    assert len(seen) > 3
+    assert all("training.pt" in names for names in seen if ".metadata" in names)
+    (tmp_path / "epoch_1" / "training.pt").unlink()
+    with pytest.raises(ValueError, match=r"damaged: it has no training\.pt"):
+        load_checkpoint(tmp_path / "epoch_1")
+
+
+def test_a_host_that_does_not_share_the_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "_create_temporary", lambda folder: folder / "elsewhere" / "x.tmp")
+    with pytest.raises(OSError, match=r"not visible to rank 0\. All hosts must share the folder .*elsewhere"):
+        save(tmp_path / "epoch_1")
 
 
 def test_a_failed_commit_leaves_the_folder_that_it_would_replace(tmp_path, monkeypatch):
@@ -161,12 +179,21 @@ def test_folders_that_other_programs_wrote_with_torch_resume(tmp_path):
     theirs = sharded_states.create(0)
     optimizer: Any = theirs.parts["optimizer"]
     weights, states = get_state_dict(theirs.model, optimizer)
+    weights["logit_scale"] = weights["logit_scale"].reshape(1)  # fully_shard needs a dimension
+    all_states: Any = states["state"]
+    of_scale = all_states["logit_scale"]
+    moments = {key: value.reshape(1) for key, value in of_scale.items() if key.startswith("exp_avg")}
+    all_states["logit_scale"] = {**of_scale, **moments}
     dcp.save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path / "epoch_2", no_dist=True)
     torch.save({"epoch": 2, "name": "theirs", "global_step": 8}, tmp_path / "epoch_2" / "_metadata_extra.pt")
     assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_2")
+    checkpoint = load_checkpoint(tmp_path / "epoch_2")
+    groups = [[name for name, p in theirs.model.named_parameters() if p.requires_grad and (p.ndim < 2) == is_first]
+              for is_first in (True, False)]  # fmt: skip
+    assert checkpoint["train_state"]["optimizer_names"] == groups
     ours = sharded_states.create(0, seed=5)
     ours.steps_per_epoch = 4
-    ours.load_state_dict(load_checkpoint(tmp_path / "epoch_2"))
+    ours.load_state_dict(checkpoint)
     assert (ours.epoch, ours.step) == (2, 8)
     assert sharded_states.make_step(ours, 7) == sharded_states.make_step(theirs, 7)
     assert sharded_states.make_step(ours, 8) == sharded_states.make_step(theirs, 8)
@@ -187,7 +214,7 @@ def test_consolidation_writes_the_file_of_a_full_checkpoint(tmp_path, monkeypatc
     written = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
     torch.save(saved, tmp_path / "expected.pt")
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
-    assert_same(written["state_dict"], dict(expected["state_dict"]))
+    assert_same(written["state_dict"], {f"module.{name}": value for name, value in expected["state_dict"].items()})
     assert_same(written["state_dict_ema"], expected["state_dict_ema"])
     assert_same(written["optimizer"]["state"], expected["optimizer"]["state"])
     resumed = sharded_states.create(0, seed=4)

@@ -150,6 +150,22 @@ def test_names_of_a_wrapped_model_are_known():
     assert len(ours.parts["optimizer"].state) == sum(map(len, names))
 
 
+@pytest.mark.parametrize("after", [AS_3_3, AS_4])
+def test_scalars_that_are_stored_as_one_element_resume(after):
+    saved, ours = state_of(AS_3_3), state_of(after)
+    train(saved.model, saved.parts["optimizer"], range(2))
+    content = without_names(saved)
+    content["state_dict"]["logit_scale"] = content["state_dict"]["logit_scale"].reshape(1)
+    for state in content["optimizer"]["state"].values():
+        state |= {key: value.reshape(1) for key, value in state.items() if key != "step" and value.ndim == 0}
+    ours.load_state_dict(content)
+    scale, theirs = ours.model.logit_scale, saved.model.logit_scale
+    assert torch.equal(scale, theirs)
+    moment = ours.parts["optimizer"].state[scale]["exp_avg"]
+    assert torch.equal(moment, saved.parts["optimizer"].state[theirs]["exp_avg"])
+    train(ours.model, ours.parts["optimizer"], range(2, 3))
+
+
 @pytest.mark.parametrize("change", ["fewer", "shapes", "sizes"])
 def test_a_state_that_fits_no_grouping_is_refused(change):
     saved = state_of(AS_4)

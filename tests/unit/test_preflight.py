@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import sharded_states
 from gloo_ranks import run_ranks
 from open_clip import progress
 from train_runs import write_classes, write_csv, write_model, write_shards
@@ -131,7 +132,7 @@ BEFORE_A_MODEL = {
         lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer. Similar names: timm/lion",
     ),
     "moments that float16 does not hold": (
-        lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Use",
+        lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Leave out",
     ),
     "a timm optimizer for float16": (
         lambda i, t: ["--precision", "fp16", "--opt", "timm/lamb", "--lr", 1e-4], ValueError, "Use --opt adamw",
@@ -164,6 +165,16 @@ def test_what_options_and_files_tell_ends_the_run_before_a_model_is_built(inputs
     with pytest.raises(error, match=words.replace("{", r"\{")):
         main.main(arguments)
     assert not (tmp_path / "logs").exists(), "the name can be used again"
+
+
+def test_the_folder_of_a_sharded_checkpoint_can_be_resumed(inputs, tmp_path, no_model):
+    checkpoint_folder = tmp_path / "epoch_3"
+    sharded_states.save(checkpoint_folder)
+    arguments = training_options(inputs, tmp_path / "logs", "--resume", checkpoint_folder)
+    preflight.check_options(sections(parse_args(arguments)))
+    (checkpoint_folder / ".metadata").unlink()
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        main.main(arguments)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,37 @@ def test_a_copy_shares_nothing_with_its_source_and_its_memory_is_used_again():
     assert second["a"].tolist() == [1, 2, 3, 4]
 
 
+@pytest.fixture
+def folders(monkeypatch) -> None:
+    """Let every run write folders, also without sharded weights."""
+    monkeypatch.setattr(TrainState, "is_sharded", True)
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_folder_that_epoch_latest_points_to_is_kept(tmp_path):
+    options = {"save_frequency": 0, "save_most_recent": True, "save_every_n_steps": 3, "keep_last": 1}
+    saver = saver_of(tmp_path, state_of(), fsdp_checkpoint="sharded", **options)
+    run(saver, 1)
+    state = saver.state
+    for state.step in (6, 9):
+        saver.after_step()
+    saver.finish()
+    assert names(tmp_path) == ["epoch_1_step_4", "epoch_1_step_9", "epoch_latest"]
+    assert (tmp_path / "epoch_latest").resolve().name == "epoch_1_step_4"
+    state.epoch, state.step = 2, 10
+    saver.after_epoch()
+    saver.finish()
+    assert names(tmp_path) == ["epoch_2_step_10", "epoch_latest"]
+    assert (tmp_path / "epoch_latest").resolve().name == "epoch_2_step_10"
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_previous_epoch_is_removed_after_epoch_latest_points_to_the_new_one(tmp_path):
+    options = {"save_most_recent": True, "delete_previous_checkpoint": True}
+    run(saver_of(tmp_path, state_of(), epochs=3, fsdp_checkpoint="sharded", **options), 3)
+    assert names(tmp_path) == ["epoch_3", "epoch_latest"]
+
+
 # The newest that loads
 
 

@@ -16,6 +16,7 @@ from training import ranks
 from training.checkpoint import folder as checkpoint_folder
 from training.checkpoint.latest import get_latest_checkpoint
 from training.checkpoint.saver import Saver
+from training.checkpoint.state import TrainState
 from training.checkpoint.weights import load_checkpoint
 from training.params import CheckpointConfig
 
@@ -49,6 +50,8 @@ def save_and_load(rank: int, size: int) -> dict[str, Any]:
             result[f"{form}-{larger} data"] = other.rank_parts["data"].value
     if size == 2:
         result["failed save"] = save_with_a_full_disk(rank, folder / "full disk", state)
+        result["failed copy"] = save_with_a_failed_copy(rank, folder / "failed copy", state)
+        result["two names"] = save_tied_weights(rank, folder / "tied", mesh)
     result["losses"] = [sharded_states.make_step(state, step) for step in (2, 3)]
     result["losses of resumed"] = [sharded_states.make_step(other, step) for step in (2, 3)]
     return result
@@ -79,6 +82,42 @@ def save_with_a_full_disk(rank: int, folder: Path, state: Any) -> dict[str, Any]
     checkpoint_folder._write_parts = write_parts
     state.step -= 3
     return found
+
+
+def save_with_a_failed_copy(rank: int, folder: Path, state: Any) -> str:
+    """Save while the copy fails on rank 1. Return the error."""
+    folder.mkdir(exist_ok=True)
+    cfg = CheckpointConfig(fsdp_checkpoint="sharded", save_every_n_steps=1)
+    saver = Saver(cfg, folder, state, epochs=9)
+    copy = saver._writer.copy
+
+    def fail() -> None:
+        raise RuntimeError("the device is lost")
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        content, ready = copy(*arguments, **options)
+        return content, fail if rank == 1 else ready
+
+    saver._writer.copy = failing
+    saver.after_step()
+    saver.finish_shared()
+    return str(saver._error)
+
+
+def save_tied_weights(rank: int, folder: Path, mesh: Any) -> list[Any]:
+    """Save a parameter that has two names as a file. Return the weights in it, and the memory that they have."""
+    from torch.distributed.fsdp import fully_shard
+
+    folder.mkdir(exist_ok=True)
+    model: Any = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(2)))
+    model[1].weight = model[0].weight
+    fully_shard(model, mesh=mesh)
+    saver = Saver(CheckpointConfig(), folder, TrainState(model, sharded_states.CPU, epoch=1), epochs=1)
+    saver.after_epoch()
+    saver.finish()
+    ranks.barrier()
+    weights = torch.load(folder / "epoch_1.pt", weights_only=True)["state_dict"]
+    return [list(weights), len({value.data_ptr() for value in weights.values()})]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +191,11 @@ def test_all_ranks_know_that_a_save_failed_on_one_of_them(results):
         assert found["error 1"] == "[Errno 28] No space left on device (rank 1)"
         assert found["folders 0"] == found["folders 1"] == ["epoch_1_step_3"]
         assert found["folders 2"] == ["epoch_1_step_5"]
+
+
+def test_all_ranks_know_that_a_copy_failed_on_one_of_them(results):
+    assert [result["failed copy"] for result in results[2]] == ["the device is lost (rank 1)"] * 2
+
+
+def test_a_tensor_with_two_names_is_stored_once(results):
+    assert results[2][0]["two names"] == [["module.0.weight", "module.1.weight"], 1]

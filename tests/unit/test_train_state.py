@@ -18,6 +18,7 @@ from training.checkpoint.latest import get_latest_checkpoint, natural_key
 from training.checkpoint.rng import random_seed
 from training.checkpoint.saver import Saver
 from training.checkpoint.state import TrainState
+from training.checkpoint.stored_tensor import read_all
 from training.checkpoint.weights import load_checkpoint, load_weights
 from training.params import CheckpointConfig
 from training.precision import DisabledScaler
@@ -231,6 +232,25 @@ def test_code_in_a_checkpoint_is_not_run_and_damage_is_said(tmp_path):
         load_checkpoint(bad)
     with pytest.raises(FileNotFoundError, match="--resume latest"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_parts_of_a_file_keep_no_memory_of_the_whole(tmp_path):
+    torch.save({"state_dict": {"w": torch.arange(800.0).view(100, 8)}}, tmp_path / "x.pt")
+    stored = load_checkpoint(tmp_path / "x.pt", is_lazy=True)["state_dict"]["w"]
+    part = stored.read_part((10, 0), (25, 8))
+    assert torch.equal(part, torch.arange(80.0, 280.0).view(25, 8))
+    assert part.untyped_storage().nbytes() == part.numel() * 4
+    assert torch.equal(stored.read(), torch.arange(800.0).view(100, 8))
+
+
+def test_a_file_at_a_url_is_read_at_once(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    torch.save({"state_dict": {"w": torch.arange(3.0)}}, tmp_path / "x.pt")
+    fsspec.filesystem("memory").put(str(tmp_path / "x.pt"), "/lazy/x.pt")
+    for path, is_read in (("memory://lazy/x.pt", True), (f"file://{tmp_path}/x.pt", False)):
+        weight = load_checkpoint(path, is_lazy=True)["state_dict"]["w"]
+        assert (weight.device == CPU) == is_read
+        assert read_all(weight).tolist() == [0, 1, 2]
 
 
 def saved_names(folder: Path) -> list[str]:

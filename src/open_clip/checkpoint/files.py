@@ -225,7 +225,11 @@ def read_records(path: str | os.PathLike, records: list[TensorRecord]) -> list[t
     copies = [dataclasses.replace(record) for record in records]
     with BinaryFile(path) as file, name_damage(file.name):
         load_tensors(file, copies)
-    return [copy.tensor for copy in copies if copy.tensor is not None]
+    tensors = []
+    for copy in copies:
+        assert copy.tensor is not None
+        tensors.append(copy.tensor)
+    return tensors
 
 
 def _log_foreign(foreign: list[str], name: str) -> None:

@@ -166,7 +166,7 @@ class ShardedFolder:
             load_tensors(blob, records)
             return replace_records(tree, name)
 
-    def check(self) -> None:
+    def verify_checksums(self) -> None:
         """Read all chunks and verify their checksums.
 
         Raises:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from open_clip.checkpoint.key_prefixes import strip_prefixes
 
+DDP_PREFIX = "module."  # of the names of weights in files of distributed runs
+OPTIMIZER_NAMES = "optimizer_names"  # the part with the names of the optimizer's parameters, by group
 COUNTERS = ("step", "samples_seen", "epoch_step", "epoch_samples", "samples_per_step")
 _VERSION = 2  # of "train_state"
 _RANK_PARTS = ("rng", "data")  # lists with an entry per rank; those of other rank parts are under "by_rank"
@@ -47,7 +49,7 @@ class RunState:
 def to_file(state: RunState, is_distributed: bool) -> dict[str, Any]:
     """Return the content of the file. `from_file` is the inverse."""
     # open_clip writes the names of DDP's wrapper, and its distributed resume needs them.
-    prefix = "module." if is_distributed else ""
+    prefix = DDP_PREFIX if is_distributed else ""
     content: dict[str, Any] = {
         "epoch": state.epoch,
         "name": state.name,

@@ -3,7 +3,7 @@
     epoch_3/
         __0_0.distcp, __1_0.distcp, ...   the tensors of each rank: weights, averaged weights, optimizer state
         .metadata                         where each part of each tensor is (DCP reads this file)
-        training.pt                       everything else that a resumed run needs
+        training.pt                       everything else that a resumed run needs; written before .metadata
         manifest.json                     epoch, step, and the size and checksum of each file; written last
 
 `torch.distributed.checkpoint.load` and its `dcp_to_torch_save` read the tensors. Their names are model.NAME,
@@ -35,6 +35,7 @@ from torch import Tensor
 from open_clip.formats.sharded_folder import METADATA, ShardedFolder
 from open_clip.formats.whole_file import sync_folder
 from training import ranks
+from training.checkpoint.file_format import DDP_PREFIX
 from training.checkpoint.stored_tensor import is_written_here, part_and_offsets
 from training.sharding.tensors import is_sharded
 
@@ -86,7 +87,7 @@ def split(content: Mapping[str, Any], parameter_names: list[str]) -> tuple[list[
         parameter_names: of the optimizer's parameters, by index.
     """
     rest = {key: value for key, value in content.items() if key not in ("state_dict", "state_dict_ema", "optimizer")}
-    weights = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    weights = {name.removeprefix(DDP_PREFIX): value for name, value in content["state_dict"].items()}
     tensors: dict[tuple[str, ...], Any] = {("model", name): value for name, value in weights.items()}
     for name, value in content.get("state_dict_ema", {}).items():
         if value is not weights.get(name):  # the average of a frozen parameter or a buffer is itself
@@ -186,7 +187,7 @@ def _write_parts(folder: Path, rank: int, parts: Iterable[Part]) -> tuple[list[_
     """Write the file of this rank. Return its entries, and its name with its checksum."""
     entries: list[_Entry] = []
     file_name = f"__{rank}_0.distcp"
-    with _Checksummed(folder / file_name) as file:
+    with _create(folder / file_name, rank) as file:
         for part in parts:
             values, start = part.values.cpu(), file.nbytes
             if values.untyped_storage().nbytes() != values.numel() * values.element_size():
@@ -195,6 +196,15 @@ def _write_parts(folder: Path, rank: int, parts: Iterable[Part]) -> tuple[list[_
             sizes, nbytes = tuple(values.shape), file.nbytes - start
             entries.append(_Entry(part.path, part.shape, values.dtype, part.offsets, sizes, file_name, start, nbytes))
     return entries, {file_name: file.crc32}
+
+
+def _create(path: Path, rank: int) -> _Checksummed:
+    try:
+        return _Checksummed(path)
+    except FileNotFoundError as error:  # rank 0 has created the folder
+        raise OSError(
+            f"{path.parent} is not visible to rank {rank}. All hosts must share the folder {path.parent.parent}"
+        ) from error
 
 
 class _Checksummed:
@@ -231,16 +241,16 @@ class _Checksummed:
 def _commit(
     temporary: Path, folder: Path, entries: list[_Entry], checksums: dict[str, int], rest: Mapping[str, Any]
 ) -> None:
-    """Complete the folder and give it its name."""
-    missing = [name for name in checksums if not (temporary / name).exists()]
-    if missing:
-        raise OSError(f"{missing[0]} is not visible to rank 0. All hosts must share the folder {folder.parent}")
-    with _Checksummed(temporary / METADATA) as file:
-        pickle.dump(_metadata(entries), file)
-    checksums[METADATA] = file.crc32
+    """Complete the folder and give it its name.
+
+    METADATA comes after TRAINING: a folder of open_clip has only METADATA, and would be resumed as such.
+    """
     with _Checksummed(temporary / TRAINING) as file:
         torch.save(dict(rest), file)
     checksums[TRAINING] = file.crc32
+    with _Checksummed(temporary / METADATA) as file:
+        pickle.dump(_metadata(entries), file)
+    checksums[METADATA] = file.crc32
     manifest = {
         "format": "sharded checkpoint of open_clip",
         "version": _VERSION,
@@ -298,16 +308,26 @@ def remove_leftovers(folder: Path) -> list[tuple[Path, Path | None]]:
     """
     found: list[tuple[Path, Path | None]] = []
     for temporary in sorted(folder.glob(".epoch_*.tmp")):
+        if temporary.is_symlink():  # to be epoch_latest
+            temporary.unlink()
+            found.append((temporary, None))
+            continue
         if not temporary.is_dir():
             continue
         target = folder / temporary.name[1:].partition(".")[0]
-        if not target.exists() and not temporary.name.endswith(".removed.tmp") and find_damage(temporary) is None:
+        if not target.exists() and _is_complete(temporary):
             _rename(temporary, target)
             found.append((temporary, target))
         else:
             shutil.rmtree(temporary, ignore_errors=True)
             found.append((temporary, None))
     return found
+
+
+def _is_complete(temporary: Path) -> bool:
+    """Return whether a temporary folder has everything but its name. The manifest is written last."""
+    is_removed = temporary.name.endswith(".removed.tmp")
+    return not is_removed and (temporary / MANIFEST).exists() and find_damage(temporary) is None
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -343,7 +363,7 @@ def find_damage(path: Path) -> str | None:
         if not manifest:  # from open_clip
             if (path / TRAINING).exists():
                 return f"it has no {MANIFEST}"
-            folder.check()
+            folder.verify_checksums()
     except (ValueError, OSError) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return None

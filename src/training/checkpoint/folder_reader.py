@@ -13,6 +13,7 @@ from typing import Any
 from open_clip.checkpoint.mismatch import join_some
 from open_clip.formats.sharded_folder import METADATA, ShardedFolder
 from training import file_utils
+from training.checkpoint.file_format import OPTIMIZER_NAMES
 from training.checkpoint.folder import MANIFEST, TRAINING
 from training.checkpoint.stored_tensor import StoredTensor
 
@@ -22,7 +23,10 @@ _STATE = "optimizer.state."
 
 def is_folder(path: str | Path) -> bool:
     """Return whether a path or URL is a sharded checkpoint."""
-    return file_utils.check_exists(f"{path}/{METADATA}")
+    try:
+        return file_utils.check_exists(f"{path}/{METADATA}")
+    except (NotADirectoryError, FileExistsError):  # from stores in which `path` is a file
+        return False
 
 
 def is_complete(url: str) -> bool:
@@ -51,6 +55,8 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     if file_utils.check_exists(f"{path}/{TRAINING}"):
         rest = dict(file_utils.pt_load(f"{path}/{TRAINING}"))
         saved, names = rest.pop("optimizer", None), rest.pop("tensors")
+    elif file_utils.check_exists(f"{path}/{MANIFEST}"):
+        raise ValueError(f"{path} is damaged: it has no {TRAINING}. Copy the folder again, or use another checkpoint.")
     else:
         (rest, saved), names = _read_open_clip(folder, str(path)), list(folder.tensors)
     if missing := [name for name in names if name not in folder.tensors]:
@@ -105,9 +111,10 @@ def _read_open_clip(folder: ShardedFolder, path: str) -> tuple[dict[str, Any], d
     ordered = [groups[number] for number in sorted(groups)]
     if not ordered or not all(isinstance(group.get("params"), list) for group in ordered):
         return rest, None
-    names = [name for group in ordered for name in group["params"]]
+    names = [group["params"] for group in ordered]
+    rest["train_state"] = {OPTIMIZER_NAMES: names}
     numbers = itertools.count()
     return rest, {
-        "parameters": names,
+        "parameters": list(itertools.chain.from_iterable(names)),
         "param_groups": [{**group, "params": [next(numbers) for _ in group["params"]]} for group in ordered],
     }

@@ -200,8 +200,13 @@ def _misfits(states: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, T
         name
         for name, state in states.items()
         for key in _MOMENTS
-        if name in parameters and isinstance(state.get(key), Tensor) and state[key].shape != parameters[name].shape
+        if name in parameters and isinstance(state.get(key), Tensor) and not _fits(state[key], parameters[name])
     ]
+
+
+def _fits(moment: Tensor, parameter: Tensor) -> bool:
+    """Return whether a moment has the shape of its parameter. open_clip's sharded runs store scalars as one element."""
+    return moment.shape == parameter.shape or (parameter.ndim == 0 and moment.shape == (1,))
 
 
 def _candidates(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> Iterator[Names]:

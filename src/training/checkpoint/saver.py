@@ -184,9 +184,7 @@ class Saver(NullSaver):
     def _write(self, content: Any, ready: Callable[[], None], files: list[Path]) -> None:
         start = time.perf_counter()
         try:
-            ready()
-            for file in files:
-                self._writer.write(content, file, earlier=files[0])
+            for file in self._writer.write(content, ready, files):
                 if ranks.world().is_master:
                     logger.info("Saved %s in %.1f s.", file, time.perf_counter() - start)
                     self._remove_older(file)
@@ -196,20 +194,31 @@ class Saver(NullSaver):
             logger.error("Saving %s failed: %s. Earlier checkpoints are unchanged.", files[0], error)
 
     def _remove_older(self, file: Path) -> None:
-        """Remove what --keep-last and --delete-previous-checkpoint do not keep, after `file` has been written."""
+        """Remove what --keep-last and --delete-previous-checkpoint do not keep, after `file` has been written.
+
+        The folder to which epoch_latest points is kept.
+        """
         numbered = find_numbered(self.folder)
         if file not in numbered:
             return
         here = numbered[file]
+        latest = self.folder / "epoch_latest"  # of folders, a link
+        linked = latest.resolve() if latest.is_symlink() else None
         if self.cfg.delete_previous_checkpoint and here[1] == 0:
             earlier = [path for path, at in numbered.items() if at[1] == 0 and at < here]
-            if earlier:
-                remove(max(earlier, key=numbered.__getitem__))
+            previous = max(earlier, key=numbered.__getitem__, default=None)
+            if previous is not None and previous.resolve() != linked:
+                remove(previous)
         steps = sorted((path for path, at in numbered.items() if at[1]), key=numbered.__getitem__)
         # Later ones are from before the run was resumed from an earlier checkpoint.
         before = [path for path in steps if numbered[path] <= here]
-        for older in [*before[: -self.cfg.keep_last], *steps[len(before) :]]:
-            remove(older)
+        for older in before[: -self.cfg.keep_last]:
+            if older.resolve() != linked:
+                remove(older)
+        for later in steps[len(before) :]:
+            if later.resolve() == linked:
+                latest.unlink()
+            remove(later)
 
     def _raise_if_failed(self) -> None:
         if self._error is not None and self.cfg.on_save_failure == "stop":

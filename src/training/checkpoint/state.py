@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from training import ranks
 from training.checkpoint import optimizer_state, rng
-from training.checkpoint.file_format import COUNTERS, RunState, from_file, is_training_checkpoint, to_file
-from training.checkpoint.stored_tensor import part_like, read_all
+from training.checkpoint.file_format import (
+    COUNTERS,
+    OPTIMIZER_NAMES,
+    RunState,
+    from_file,
+    is_training_checkpoint,
+    to_file,
+)
+from training.checkpoint.stored_tensor import element, part_like, read_all
 from training.checkpoint.weights import load_weights
 from training.sharding.tensors import is_sharded_model
 
@@ -24,8 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
-
-_NAMES = "optimizer_names"  # of the parameters, by group
 
 
 class RankStateful(Protocol):
@@ -105,7 +110,7 @@ class TrainState:
             RunState(
                 epoch=self.epoch,
                 name=self.name,
-                weights=self.model.state_dict(),
+                weights=self._weights(),
                 counters={name: getattr(self, name) for name in COUNTERS},
                 parts=self._part_states(),
                 by_rank={name: [states[name] for states in by_rank] for name in by_rank[0]},
@@ -113,11 +118,21 @@ class TrainState:
             is_distributed=ranks.world().distributed,
         )
 
+    def _weights(self) -> dict[str, Any]:
+        """Return the state dict of the model. A sharded parameter with two names is one DTensor."""
+        weights = self.model.state_dict()
+        if self.is_sharded:
+            first: dict[int, str] = {}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                if name in weights:
+                    weights[name] = weights[first.setdefault(id(parameter), name)]
+        return weights
+
     def _part_states(self) -> dict[str, Any]:
         states: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         optimizer = self.parts.get("optimizer")
         if isinstance(optimizer, torch.optim.Optimizer):
-            states[_NAMES] = self._optimizer_names(optimizer)  # its state has numbers in their place
+            states[OPTIMIZER_NAMES] = self._optimizer_names(optimizer)  # its state has numbers in their place
         return states
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -149,8 +164,9 @@ class TrainState:
 
     def _load_part(self, name: str, part: Stateful, saved: Mapping[str, Any]) -> None:
         if isinstance(part, torch.optim.Optimizer):
-            sharded = dict(self.model.named_parameters()) if self.is_sharded else {}
-            stored = optimizer_state.Stored(saved.get(name), saved.get(_NAMES), functools.partial(_place, sharded))
+            parameters = dict(self.model.named_parameters())
+            place = functools.partial(_place, parameters, self.is_sharded)
+            stored = optimizer_state.Stored(saved.get(name), saved.get(OPTIMIZER_NAMES), place)
             optimizer_state.load(part, stored, self.model, self._optimizer_names(part))
         elif name in saved:
             # The scaler of torch_npu has one more entry than torch's.
@@ -205,17 +221,25 @@ class TrainState:
         )
 
 
-def _place(sharded: Mapping[str, Tensor], name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+def _place(parameters: Mapping[str, Tensor], is_sharded: bool, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter's saved state: of tensors with the size of a sharded parameter, this rank's part."""
-    whole = sharded.get(name)
-    return {key: read_all(value) if whole is None else _like(key, value, whole) for key, value in state.items()}
+    parameter = parameters.get(name)
+    if parameter is None:
+        return {key: read_all(value) for key, value in state.items()}
+    return {
+        key: part_like(value, parameter) if is_sharded and _is_like(key, value, parameter) else _read(value, parameter)
+        for key, value in state.items()
+    }
 
 
-def _like(key: str, value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    is_count = key == "step" or value.numel() != parameter.numel()
-    return read_all(value) if is_count else part_like(value, parameter)
+def _is_like(key: str, value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and key != "step" and value.numel() == parameter.numel()
+
+
+def _read(value: Any, parameter: Tensor) -> Any:
+    value = read_all(value)
+    is_element = parameter.ndim == 0 and isinstance(value, Tensor) and value.shape == (1,)
+    return element(value) if is_element else value
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def read_file_lazily(path: Any) -> Any:
     def store(record: TensorRecord) -> StoredTensor:
         def read_part(offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
             (whole,) = read_records(path, [record])
-            return whole[_slices(offsets, sizes)]
+            return _cut(whole, offsets, sizes)
 
         return StoredTensor.create(record.shape, record.dtype, read_part)
 
@@ -75,6 +75,13 @@ def map_leaves(nested: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 def read_all(nested: Any) -> Any:
     """Copy nested containers, with the values of stored tensors read into host memory."""
     return map_leaves(nested, StoredTensor, lambda stored: stored.read())
+
+
+def element(tensor: Tensor) -> Tensor:
+    """Return the scalar that is stored as a tensor with one element."""
+    if not isinstance(tensor, StoredTensor):
+        return tensor.reshape(())
+    return StoredTensor.create((), tensor.dtype, lambda _, __: tensor.read().reshape(()))
 
 
 def part_and_offsets(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
@@ -121,8 +128,11 @@ def _part(source: Tensor, target: Any, offsets: Sequence[int], sizes: Sequence[i
         offsets, sizes = (0,) * source.ndim, tuple(source.shape)
     if isinstance(source, StoredTensor):
         return source.read_part(offsets, sizes)
-    return source[_slices(offsets, sizes)]
+    return _cut(source, offsets, sizes)
 
 
-def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+def _cut(whole: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Return a part of a tensor in memory of its own, so that it does not keep the whole."""
+    if tuple(sizes) == tuple(whole.shape):
+        return whole
+    return whole[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))].clone()

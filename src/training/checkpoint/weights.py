@@ -13,7 +13,7 @@ from open_clip.checkpoint.key_prefixes import drop_extras, strip_prefixes, strip
 from open_clip.checkpoint.mismatch import compare
 from training import file_utils
 from training.checkpoint.folder_reader import is_folder, read_folder
-from training.checkpoint.stored_tensor import fill, read_all, read_file_lazily
+from training.checkpoint.stored_tensor import element, fill, read_all, read_file_lazily
 from training.sharding.tensors import is_sharded_model
 
 
@@ -23,7 +23,7 @@ def load_checkpoint(path: str | Path, is_lazy: bool = False) -> dict[str, Any]:
     Args:
         path: path or URL of a file, or of the folder of a sharded checkpoint.
         is_lazy: whether to read the large tensors of a local file later, as `StoredTensor`s, because this process needs
-            only a part of them. Those of a folder are always read later.
+            only a part of them. Those of a folder are always read later, those of the file at a URL never.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -40,7 +40,10 @@ def load_checkpoint(path: str | Path, is_lazy: bool = False) -> dict[str, Any]:
         )
     try:
         with progress.watch(f"Loading {path}"):
-            checkpoint = read_file_lazily(path) if is_lazy else file_utils.pt_load(path)
+            if is_lazy and not file_utils.is_url(path):
+                checkpoint = read_file_lazily(file_utils.local_path(path))
+            else:
+                checkpoint = file_utils.pt_load(path)
     except ValueError as error:
         raise ValueError(f"--resume: {error} For weights in other formats use --pretrained.") from error
     if not isinstance(checkpoint, Mapping):
@@ -63,6 +66,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         fill(own[name], value)
 
 
+def _as_scalar(value: Tensor, own: Tensor | None) -> Tensor:
+    """Return the value of a scalar. open_clip's sharded runs store it as one element."""
+    is_element = own is not None and own.ndim == 0 and isinstance(value, Tensor) and value.shape == (1,)
+    return element(value) if is_element else value
+
+
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights without the prefixes of wrappers, after checking that they fit the model.
 
@@ -74,7 +83,7 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
     named, own = strip_prefixes(weights), model.state_dict()
     if not own.keys() <= named.keys():
         named = strip_to_fit(named, own, lambda stripped: stripped, "The checkpoint") or named
-    named = drop_extras(named, own)
+    named = {name: _as_scalar(value, own.get(name)) for name, value in drop_extras(named, own).items()}
     if mismatch := compare(own, named):
         raise ValueError(
             f"The checkpoint is of another model than this run. {mismatch} Use the --model and --force-* options that "

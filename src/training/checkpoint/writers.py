@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,12 @@ class FileWriter:
             return copied if self._is_master else None, ready
         return checkpoint if self._is_master else None, lambda: None
 
-    def write(self, content: Any, path: Path, earlier: Path) -> None:
-        """Write a copy to a path. `earlier`: the first path to which this copy was written."""
-        file_utils.pt_save(content, path)
+    def write(self, content: Any, ready: Callable[[], None], paths: Sequence[Path]) -> Iterator[Path]:
+        """Write a copy to each path, and yield the path. See `copy` for `content` and `ready`."""
+        ready()
+        for path in paths:
+            file_utils.pt_save(content, path)
+            yield path
 
 
 class FolderWriter(FileWriter):
@@ -69,13 +72,20 @@ class FolderWriter(FileWriter):
         (values, rest), ready = self._copy.take(([part.values for part in parts], rest))
         return ([part.with_values(v) for part, v in zip(parts, values, strict=True)], rest), ready
 
-    def write(self, content: Any, path: Path, earlier: Path) -> None:
-        if path != earlier:  # epoch_latest, the same state: a link, which can be replaced atomically
-            if self._is_master:
-                replace_link(path, earlier.name)
-            return
+    def write(self, content: Any, ready: Callable[[], None], paths: Sequence[Path]) -> Iterator[Path]:
         parts, rest = content
-        folder.write(path, parts, rest, self._peers)
+        folder.write(paths[0], _wait_for(ready, parts), rest, self._peers)
+        for link in paths[1:]:  # epoch_latest, the same state: a link, which can be replaced atomically
+            if self._is_master:
+                replace_link(link, paths[0].name)
+        # Only now may `paths[0]` cause the removal of the folder to which the link pointed.
+        yield from paths
+
+
+def _wait_for(ready: Callable[[], None], parts: Iterable[folder.Part]) -> Iterator[folder.Part]:
+    """Yield the parts of a complete copy. An error of the copy is raised where the ranks agree on errors."""
+    ready()
+    yield from parts
 
 
 def replace_link(link: Path, target: str) -> None:
