@@ -329,7 +329,7 @@ def test_import_does_not_load_torchvision():
 def counting_fast_path(transform):
     calls = []
     fast = transform._fast
-    transform._fast = lambda image: (calls.append(1), fast(image))[1]
+    transform._fast = lambda image, **options: (calls.append(1), fast(image, **options))[1]
     return calls
 
 
