@@ -329,7 +329,7 @@ def test_32768_pairs_of_several_ranks_need_at_most_200_operators_on_each(without
 
 def test_a_tile_is_one_percent_of_the_memory():
     assert Accelerator().tile_elements() == 2**27
-    assert tiles.shape(4096, 4096, torch.device("cpu")) == (1024, 1024)
+    assert tiles.shape(4096, 4096, torch.device("cpu")) == (1024, 512)
     assert tiles.shape(300, 300, torch.device("cpu")) == (300, 300)
 
 
