@@ -138,7 +138,7 @@ def check_weights(cfg: OptimConfig, dtype: torch.dtype) -> None:
         given = "--opt-kwargs" if cfg.opt_kwargs else f"--fused-optimizer {form}"
         raise ValueError(
             f"{given} keeps AdamW's second moment in the weights' float16, where it underflows to 0. "
-            f"Leave out {given}, so that it is kept in float32, or use --precision amp."
+            "Use --fused-optimizer auto without --opt-kwargs, which keeps it in float32, or --precision amp."
         )
     if dtype == torch.bfloat16 and form not in _BFLOAT16_FORMS:
         raise ValueError(
