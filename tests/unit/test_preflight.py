@@ -132,7 +132,7 @@ BEFORE_A_MODEL = {
         lambda i, t: ["--opt", "timm/lionn", "--lr", 1e-4], ValueError, "no such optimizer. Similar names: timm/lion",
     ),
     "moments that float16 does not hold": (
-        lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "underflows to 0. Leave out",
+        lambda i, t: ["--precision", "fp16", "--fused-optimizer", "off"], ValueError, "Use --fused-optimizer auto",
     ),
     "a timm optimizer for float16": (
         lambda i, t: ["--precision", "fp16", "--opt", "timm/lamb", "--lr", 1e-4], ValueError, "Use --opt adamw",
