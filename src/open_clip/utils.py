@@ -25,13 +25,16 @@ def expect(name: str, value: Any, known: Collection[Any]) -> None:
         raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
-def run_command(main: Callable[[], object]) -> NoReturn:
-    """Run a command's `main`, and exit. For errors that the user can fix, print only the message: status 1."""
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's `main` as the last call of a program.
+
+    For errors that the user can fix, print only the message and exit with status 1.
+    """
     try:
         main()
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         exit_command(str(error))
-    exit_command()
+    gc.freeze()  # see exit_command
 
 
 def exit_command(status: int | str = 0) -> NoReturn:
