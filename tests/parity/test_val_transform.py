@@ -52,10 +52,15 @@ def test_pixels_equal_the_recorded_ones_within_one_level(recorded, monkeypatch, 
 def test_both_implementations_of_resizing_are_used(monkeypatch):
     """The vectorized resize is used exactly where it is allowed, so the tests above cover it."""
     monkeypatch.setattr(image_resize, "_has_fast_uint8_resize", lambda: True)
-    assert image_resize._torch_agrees(odd_image("RGB", "photo"), (16, 24))
-    assert not image_resize._torch_agrees(odd_image("RGB", "photo"), (50, 75))
-    assert not image_resize._torch_agrees(odd_image("RGBA", "photo"), (16, 24))
-    assert not image_resize._torch_agrees(odd_image("RGB", "tall"), (16, 16))
+
+    def agrees(mode: str, name: str, size: tuple[int, int]) -> bool:
+        image = odd_image(mode, name)
+        return image_resize._torch_agrees(image.mode, (image.height, image.width), size)
+
+    assert agrees("RGB", "photo", (16, 24))
+    assert not agrees("RGB", "photo", (50, 75))
+    assert not agrees("RGBA", "photo", (16, 24))
+    assert not agrees("RGB", "tall", (16, 16))
     assert image_resize._should_use_box(odd_image("RGB", "wide"), 16, (16, 377))
     assert not image_resize._should_use_box(odd_image("RGB", "photo"), 16, (16, 24))
     for mode in ("P", "1", "LA", "RGBA"):
