@@ -14,6 +14,7 @@ from open_clip.config import closest
 from training.flat_adamw import FlatAdamW
 from training.parameter_groups import build_groups, grouping_of, log_groups
 from training.params import OptimConfig
+from training.params.options import TORCH_OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ _FLAG_OF = {
     "eps": "--eps",
     "momentum": "--momentum",
 }
-TORCH_OPTIMIZERS = ("adamw", "nadamw")
 _BFLOAT16_FORMS = ("auto", "torch", "off")
 
 

@@ -29,6 +29,7 @@ from training.data.skips import NoUsableSamples
 from training.evaluators import class_names
 from training.params import CheckpointConfig, DataConfig, TrainConfig
 from training.params.checks import reporters, trains
+from training.params.option import flag
 from training.sharding import shards
 
 _SAMPLE_CAPTION = "a photo of a cat"
@@ -60,8 +61,7 @@ def check_options(cfg: TrainConfig) -> None:
     for name in _LABELLED:
         folder = getattr(data, name)
         if folder and not os.path.isdir(folder):
-            flag = "--" + name.replace("_", "-")
-            raise FileNotFoundError(f"{flag} {folder}: no such folder (looked for {os.path.abspath(folder)}).")
+            raise FileNotFoundError(f"{flag(name)} {folder}: no such folder (looked for {os.path.abspath(folder)}).")
     if data.zeroshot_data:
         class_names.read_templates(cfg.eval.zeroshot_templates)
         if cfg.eval.zeroshot_classnames is not None:
@@ -169,8 +169,8 @@ def _check_packages(cfg: TrainConfig) -> None:
             f"--remote-sync {sync.remote_sync} needs the command `aws`, which was not found. Install the AWS CLI, or "
             "use --remote-sync-protocol fsspec."
         )
-    for flag, url in _urls(sync):
-        _check_protocol(flag, url)
+    for name, url in _urls(sync):
+        _check_protocol(name, url)
 
 
 def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -188,8 +188,8 @@ def _packages(cfg: TrainConfig) -> Iterator[tuple[str, str]]:
             yield "braceexpand", path
     if cfg.optim.opt.lower().startswith("timm/") and trains(cfg.data):
         yield "timm", f"--opt {cfg.optim.opt}"
-    for flag, url in _urls(cfg.checkpoint):
-        yield "fsspec", f"{flag} {url}"
+    for name, url in _urls(cfg.checkpoint):
+        yield "fsspec", f"{name} {url}"
 
 
 def _urls(cfg: CheckpointConfig) -> Iterator[tuple[str, str]]:

@@ -172,7 +172,7 @@ class Progress:
         return (step - 1) % self.log_every_n_steps == 0
 
     def is_point_due(self, step: int) -> bool:
-        """Return whether a point is due that is not part of a report."""
+        """Return whether a point of --log-metric-every-n-steps is due after `step` steps of the epoch."""
         every = self.log_metric_every_n_steps
         return every is not None and (step - 1) % every == 0
 

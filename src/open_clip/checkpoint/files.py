@@ -154,6 +154,15 @@ def open_state_dict(
         yield records, load
 
 
+def _parse_plain_tree(file: BinaryFile) -> tuple[Any, Any]:
+    """Return (plain containers with `TensorRecord`s, the records). Log foreign objects, and raise if they are all."""
+    tree, foreign = _parse(file)
+    if is_foreign(tree):
+        raise FileError(_holds_no_weights(tree, file.name))
+    _log_foreign(foreign, file.name)
+    return to_plain_tree(tree, file.name)
+
+
 def _parse(file: BinaryFile) -> tuple[Any, list[str]]:
     """Return (nested containers with tensor records, names of the unknown classes in the file)."""
     kind = _format_of(file)
@@ -178,11 +187,7 @@ def read_checkpoint(source: Any, name: str = "") -> Any:
         ValueError: the file is damaged, or has another format.
     """
     with BinaryFile(source, name) as file, name_damage(file.name):
-        tree, foreign = _parse(file)
-        if is_foreign(tree):
-            raise FileError(_holds_no_weights(tree, file.name))
-        _log_foreign(foreign, file.name)
-        tree, records = to_plain_tree(tree, file.name)
+        tree, records = _parse_plain_tree(file)
         load_tensors(file, records)
         return replace_records(tree, file.name)
 
@@ -211,11 +216,7 @@ def read_tree(path: str | os.PathLike) -> Any:
         ValueError: the file is damaged, or has another format.
     """
     with BinaryFile(path) as file, name_damage(file.name):
-        tree, foreign = _parse(file)
-        if is_foreign(tree):
-            raise FileError(_holds_no_weights(tree, file.name))
-        _log_foreign(foreign, file.name)
-        tree, records = to_plain_tree(tree, file.name)
+        tree, records = _parse_plain_tree(file)
         check_records(file, records)
         return tree
 

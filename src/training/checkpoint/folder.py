@@ -36,8 +36,8 @@ from open_clip.formats.sharded_folder import METADATA, ShardedFolder
 from open_clip.formats.whole_file import sync_folder
 from training import ranks
 from training.checkpoint.file_format import DDP_PREFIX
-from training.checkpoint.stored_tensor import is_written_here, part_and_offsets
-from training.sharding.tensors import is_sharded
+from training.checkpoint.stored_tensor import is_written_here
+from training.sharding.tensors import is_sharded, part_and_offsets
 
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"

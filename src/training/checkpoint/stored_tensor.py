@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_clip.checkpoint.files import read_records, read_tree
 from open_clip.formats.tensor_records import TensorRecord
-from training.sharding.tensors import is_sharded, join_like, local_part
+from training.sharding.tensors import join_like, part_and_offsets
 
 _LARGE = ("state_dict", "state_dict_ema", "optimizer")  # what a checkpoint file has of the size of the model
 
@@ -82,16 +82,6 @@ def element(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, StoredTensor):
         return tensor.reshape(())
     return StoredTensor.create((), tensor.dtype, lambda _, __: tensor.read().reshape(()))
-
-
-def part_and_offsets(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
-    """Return (part of this rank, its offsets in the whole). An ordinary tensor is the whole."""
-    if not is_sharded(tensor):
-        return tensor, (0,) * tensor.ndim
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return local_part(tensor), tuple(offsets)
 
 
 def is_written_here(tensor: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.params.config import SECTIONS, default_values
 from training.params.option import flag, options_of
-from training.params.options import DataConfig
+from training.params.options import TORCH_OPTIMIZERS, DataConfig
 
 REPORTERS = ("tensorboard", "wandb", "all")
 # File names whose extension determines the type of the data.
@@ -103,7 +103,7 @@ def _check_names(args: argparse.Namespace) -> None:
     if args.profile_steps is not None:
         step_range(args.profile_steps)
     opt = args.opt.lower()
-    if opt not in ("adamw", "nadamw") and not (opt.startswith("timm/") and len(opt) > len("timm/")):
+    if opt not in TORCH_OPTIMIZERS and not (opt.startswith("timm/") and len(opt) > len("timm/")):
         raise ValueError(
             f"Unknown --opt {args.opt!r}. Use adamw, nadamw or timm/NAME (for example timm/{args.opt.strip('/')})."
         )

@@ -30,6 +30,16 @@ def local_part(tensor: Tensor) -> Tensor:
         return sharded.to_local().detach()
 
 
+def part_and_offsets(tensor: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Return (part of this rank, its offsets in the whole). An ordinary tensor is the whole."""
+    if not is_sharded(tensor):
+        return tensor, (0,) * tensor.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return local_part(tensor), tuple(offsets)
+
+
 def split_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return this rank's part of a whole tensor, as a view.
 
@@ -41,13 +51,9 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
         return local_part(whole)
     if not is_sharded(like):
         return whole
-    layout: Any = like
-    for mesh_dim, placement in enumerate(layout.placements):
-        if placement.is_shard():
-            length, count = whole.shape[placement.dim], layout.device_mesh.size(mesh_dim)
-            size = -(-length // count)  # as torch.chunk
-            start = min(layout.device_mesh.get_local_rank(mesh_dim) * size, length)
-            whole = whole.narrow(placement.dim, start, min(size, length - start))
+    part, offsets = part_and_offsets(like)
+    for dim, (start, size) in enumerate(zip(offsets, part.shape, strict=True)):
+        whole = whole.narrow(dim, start, size)
     return whole
 
 

@@ -8,12 +8,13 @@ from training.params.options.data import DATASET_TYPES, DataConfig
 from training.params.options.distributed import DistributedConfig
 from training.params.options.model import ModelConfig
 from training.params.options.objective import ObjectiveConfig
-from training.params.options.optim import OptimConfig, ScheduleConfig
+from training.params.options.optim import TORCH_OPTIMIZERS, OptimConfig, ScheduleConfig
 from training.params.options.outputs import CheckpointConfig, EvalConfig, LoggingConfig
 from training.params.options.unsupported import UnsupportedConfig
 
 __all__ = [
     "DATASET_TYPES",
+    "TORCH_OPTIMIZERS",
     "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from training.params.option import option
 
+TORCH_OPTIMIZERS = ("adamw", "nadamw")  # the others are those of timm
+
 
 # fmt: off
 # Each option is followed by its help text.
