@@ -15,7 +15,7 @@ import open_clip
 from open_clip import device as devices
 from open_clip.deferred_init import DeferredInit
 from training import half_weights, preflight, run_folder, run_warnings
-from training.batches import TextGrouping, TextReader, to_pixels
+from training.batches import to_pixels
 from training.build import (
     Transform,
     build_model,
@@ -45,6 +45,7 @@ from training.signals import Agreement
 from training.step_guard import StepGuard
 from training.trace import StepTrace
 from training.trainer import Trainer, unwrap_model
+from training.unpadding import PaddingOptions, PaddingReader, Unpadding
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _build_trainer(
     objective = create_objective(cfg.objective, model, teacher)
     at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
     compiled = _compile(model, cfg.model, deferred is not None)
-    readers = [model if deferred is None else TextReader(model), teacher]
+    readers = [model if deferred is None else PaddingReader(model), teacher]
     sharding = shard(model, cfg.distributed, world, precision, deferred)
     optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
     average = sharding.create_average(model, optim.ema_decay)
@@ -171,7 +172,7 @@ def _build_trainer(
             if compiled.is_enabled
             else half_weights.create(model, precision, getattr(optimizer, "flats", ()))
         ),
-        group_text=TextGrouping(readers, world.device, _text_groups(cfg.model, compiled, sharding)),
+        unpad=Unpadding(readers, world.device, PaddingOptions(_text_groups(cfg.model, compiled, sharding))),
         accum_freq=optim.accum_freq,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from training import scheduler
-from training.batches import to_device
+from training.batches import num_samples, to_device
 from training.checkpoint.saver import NullSaver
 from training.checkpoint.state import TrainState
 from training.data.skips import report_skips
@@ -61,7 +61,7 @@ def run_epoch(
             progress.exclude(trainer.rehearse(batches))
         with around_step(number):
             losses = trainer.step(batches, number)
-        samples = sum(len(batch["image"]) for batch in batches) * world_size
+        samples = sum(num_samples(batch, trainer.objective.traits.sample_key) for batch in batches) * world_size
         state.add_step(samples)
         progress.add(losses, samples, data_seconds, trainer.guard.bad)
         is_last = state.epoch_step == state.steps_per_epoch
@@ -123,7 +123,7 @@ def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]
             batches.append(
                 to_device(
                     batch, trainer.device, trainer.precision.input_dtype,
-                    normalization=normalization, group_text=trainer.group_text,
+                    trainer.objective.traits.inputs, normalization, trainer.unpad,
                 )
             )  # fmt: skip
             if len(batches) == trainer.accum_freq:

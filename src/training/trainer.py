@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip import device as devices
-from training.batches import keep_text
+from training.batches import keep_padding
 from training.captured_step import CapturedStep
 from training.checkpoint import rng
 from training.compilation import NoCompilation
@@ -52,7 +52,7 @@ class Trainer:
         scaler: gradient scaler. A disabled one does not scale.
         scheduler: called with the number of each step, sets its learning rate.
         half_weights: creates the context in which weights are converted once per step, see `training.half_weights`.
-        group_text: applied to the texts of a batch before they are moved to the device, see `batches.TextGrouping`.
+        unpad: applied to a batch before it is moved to the device, see `training.unpadding`.
         accum_freq: batches per step, see `_accumulate`.
         grad_clip_norm: upper bound of the global 2-norm of the gradient; inf: no bound.
         guard: decides whether to skip a step, see `training.step_guard`.
@@ -69,7 +69,7 @@ class Trainer:
     scaler: Any = field(default_factory=DisabledScaler)
     scheduler: Callable[[int], Any] = _keep_lr
     half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    group_text: Callable[[Any], Any] = keep_text
+    unpad: Callable[[dict[str, Any]], dict[str, Any]] = keep_padding
     accum_freq: int = 1
     grad_clip_norm: float = math.inf
     guard: NoGuard = field(default_factory=NoGuard)
@@ -204,7 +204,7 @@ class Trainer:
         for name, value in kept.items():
             leaves[name].requires_grad_(value.requires_grad)
         losses = self._losses_of_all(leaves, batches)
-        shared, gradients = _gradients(leaves, [len(batch["image"]) for batch in batches])
+        shared, gradients = _gradients(leaves, parts)
 
         self.sharding.set_last_backward(False)
         _backward(kept, gradients.pop())
@@ -253,16 +253,21 @@ def _clamp_logit_scale(model: nn.Module) -> None:
             logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs]]:
-    """Return the gradients of SHARED outputs, and those of each batch's rows. They are 0 for unused outputs."""
+def _gradients(leaves: Outputs, parts: list[Outputs]) -> tuple[Outputs, list[Outputs]]:
+    """Return the gradients of SHARED outputs, and those of each batch's rows. They are 0 for unused outputs.
+
+    Args:
+        leaves: the outputs of all batches, concatenated.
+        parts: the outputs of each batch.
+    """
     whole = {
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         for name, leaf in leaves.items()
         if leaf.requires_grad
     }
     shared = {name: whole.pop(name) for name in SHARED & whole.keys()}
-    by_name = {name: gradient.split(sizes) for name, gradient in whole.items()}
-    return shared, [{name: parts[i] for name, parts in by_name.items()} for i in range(len(sizes))]
+    by_name = {name: gradient.split([len(part[name]) for part in parts]) for name, gradient in whole.items()}
+    return shared, [{name: rows[i] for name, rows in by_name.items()} for i in range(len(parts))]
 
 
 def _backward(outputs: Outputs, gradients: Outputs) -> None:
