@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training import evaluate as evaluation
 from training import half_weights
 from training.checkpoint.state import TrainState
-from training.epoch import run_epoch
+from training.epoch import run_epoch, steps_per_epoch
 from training.evaluators.retrieval import maybe_compute_generative_loss
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
@@ -139,7 +139,7 @@ def train_one_epoch(
     state = TrainState(
         model=bare,
         device=precision.device,
-        steps_per_epoch=loader.num_batches // args.accum_freq,
+        steps_per_epoch=steps_per_epoch(loader, args.accum_freq),
         samples_per_epoch=loader.num_samples,
         epoch=epoch,
     )
