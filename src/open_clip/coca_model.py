@@ -13,6 +13,7 @@ from . import aliases, generation
 from .coca_generation import CaptionLogits, as_criteria, strip_padding, write_by_length
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .model import INIT_LOGIT_SCALE, SeparateTextTower, _build_text_tower, _build_vision_tower
+from .model_traits import ModelTraits
 from .tokenizer import SimpleTokenizer
 from .towers import layer_types
 from .transformer.decoder import MultimodalTransformer
@@ -68,6 +69,8 @@ class CoCa(SeparateTextTower):
     Raises:
         ValueError: a tower without `output_tokens`.
     """
+
+    traits = ModelTraits(objective="captioning")
 
     def __init__(
         self,

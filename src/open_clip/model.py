@@ -21,6 +21,7 @@ from .constants import OPENAI_SIZES
 from .convert.layout import to_custom_text_layout as convert_to_custom_text_state_dict
 from .convert.openai_sizes import infer_text_cfg, infer_vision_cfg
 from .model_inputs import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
+from .model_traits import IMAGE_TEXT
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
 from .precision import (
     convert_weights_to_fp16,
@@ -91,6 +92,7 @@ class TwoTowers(NotScriptable, nn.Module):
         output_dict: return a dictionary from `forward`.
     """
 
+    traits = IMAGE_TEXT
     # DistributedDataParallel need not broadcast these tables before each step: they are constant.
     _ddp_params_and_buffers_to_ignore = ("attn_mask", "text.attn_mask", "text_decoder.attn_mask")
 

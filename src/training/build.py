@@ -150,18 +150,25 @@ def shard(
     return Sharding(model, world.device, cfg.fsdp_no_reshard_after_forward)
 
 
-def parallelize(model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1) -> nn.Module:
+def parallelize(
+    model: nn.Module, cfg: DistributedConfig, world: World, accum_freq: int = 1, steps_vary: bool = False
+) -> nn.Module:
     """Wrap the model with DDP if there are several processes and it is not sharded.
 
     Call it after the optimizer was created.
 
     Gradients become views of DDP's buckets, which saves memory and copies, unless the optimizer has allocated them.
+
+    Args:
+        accum_freq: batches per step.
+        steps_vary: the number of batches differs between steps.
     """
     if not world.distributed or cfg.fsdp:
         return model
-    static_graph = cfg.ddp_static_graph and accum_freq == 1
+    static_graph = cfg.ddp_static_graph and accum_freq == 1 and not steps_vary
     if cfg.ddp_static_graph and not static_graph and world.is_master:
-        logger.warning("--ddp-static-graph has no effect, because the passes of a step differ with --accum-freq.")
+        cause = "images of any size" if steps_vary else "--accum-freq"
+        logger.warning("--ddp-static-graph has no effect, because the passes of a step differ with %s.", cause)
     indexed = devices.get(world.device).indexed
     return DistributedDataParallel(
         model,

@@ -125,7 +125,11 @@ class Compilation(NoCompilation):
 
 
 def compile_model(
-    model: nn.Module, options: CompileOptions, text_varies: bool = False, is_sharded: bool = False
+    model: nn.Module,
+    options: CompileOptions,
+    text_varies: bool = False,
+    is_sharded: bool = False,
+    images_vary: bool = False,
 ) -> Compilation:
     """Compile the blocks of a model or the model in place. The names in its state dict do not change.
 
@@ -135,13 +139,14 @@ def compile_model(
         text_varies: the texts have different lengths and numbers, so with the strategy blocks all blocks but those of
             the image tower (`model.visual`) are compiled for any shape.
         is_sharded: the model will be sharded (--fsdp), so only its blocks can be compiled.
+        images_vary: the images have different sizes and numbers, so the same holds for the blocks of the image tower.
 
     Raises:
         ValueError: the model will be sharded and has no blocks.
     """
     strategy, blocks = options.strategy, find_blocks(model)
     if strategy == "blocks" and blocks:
-        return _compile_blocks(model, blocks, options, text_varies)
+        return _compile_blocks(model, blocks, options, text_varies, images_vary)
     if is_sharded:
         raise ValueError(
             "--torchcompile with --fsdp compiles the blocks of a model, and this model has no list of equal blocks. "
@@ -157,14 +162,15 @@ def compile_model(
 
 
 def _compile_blocks(
-    model: nn.Module, blocks: list[nn.Module], options: CompileOptions, text_varies: bool
+    model: nn.Module, blocks: list[nn.Module], options: CompileOptions, text_varies: bool, images_vary: bool
 ) -> Compilation:
     num_layouts = len({_layout(block) for block in blocks})
     _configure_dynamo_for_blocks(num_layouts)
     visual = getattr(model, "visual", None)
     image_modules = set(visual.modules()) if isinstance(visual, nn.Module) else set()
     for block in blocks:
-        block.compile(dynamic=text_varies and block not in image_modules, **options.arguments())
+        varies = images_vary if block in image_modules else text_varies
+        block.compile(dynamic=varies, **options.arguments())
     return Compilation(f"{len(blocks)} blocks ({num_layouts} different)", options, takes_any_length=True)
 
 

@@ -15,7 +15,7 @@ import open_clip
 from open_clip import device as devices
 from open_clip.deferred_init import DeferredInit
 from training import half_weights, preflight, run_folder, run_warnings
-from training.batches import TextGrouping, TextReader, to_pixels
+from training.batches import to_pixels
 from training.build import (
     Transform,
     build_model,
@@ -33,6 +33,7 @@ from training.checkpoint.weights import check_fit, load_checkpoint
 from training.compilation import CompileOptions, NoCompilation, compile_model
 from training.data import DataInfo, get_data
 from training.ema import NoAverage
+from training.epoch import steps_per_epoch
 from training.evaluate import ScheduledEvaluator, create_evaluators
 from training.flops import pairs_at_peak
 from training.objective import create_objective
@@ -45,6 +46,7 @@ from training.signals import Agreement
 from training.step_guard import StepGuard
 from training.trace import StepTrace
 from training.trainer import Trainer, unwrap_model
+from training.unpadding import PaddingOptions, PaddingReader, Unpadding
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +101,10 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     if "train" in data:
         if cfg.objective.siglip and checkpoint is None:
             start_logit_bias(model)
-        steps_per_epoch = _steps_per_epoch(data["train"].dataloader, cfg.optim.accum_freq)
-        is_resumed = checkpoint is not None
-        trainer, progress = _build_trainer(run, model, deferred, steps_per_epoch, writer, is_resumed)
-        state = _create_state(run, trainer, progress, data["train"], steps_per_epoch)
+        loader = data["train"].dataloader
+        _check_steps(loader, cfg.optim.accum_freq)
+        trainer, progress = _build_trainer(run, model, deferred, loader, writer, checkpoint is not None)
+        state = _create_state(run, trainer, progress, data["train"])
         components = Components(state, data, evaluators, trainer.average, trainer, progress)
     else:
         sharding = shard(model, cfg.distributed, run.world, run.precision, deferred)
@@ -142,7 +144,7 @@ def _without_factory_warnings(is_hidden: bool) -> Iterator[None]:
 
 
 def _build_trainer(
-    run: Run, model: Any, deferred: DeferredInit | None, steps_per_epoch: int, writer: Writer, is_resumed: bool
+    run: Run, model: Any, deferred: DeferredInit | None, loader: Any, writer: Writer, is_resumed: bool
 ) -> tuple[Trainer, Progress]:
     cfg, world, precision, optim = run.cfg, run.world, run.precision, run.cfg.optim
     if cfg.model.use_bn_sync and world.distributed:
@@ -152,27 +154,29 @@ def _build_trainer(
         preflight.check_teacher(model, teacher)
     objective = create_objective(cfg.objective, model, teacher)
     at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
-    compiled = _compile(model, cfg.model, deferred is not None)
-    readers = [model if deferred is None else TextReader(model), teacher]
+    steps_vary = getattr(loader, "ends_steps", False)
+    compiled = _compile(model, cfg.model, deferred is not None, steps_vary)
+    readers = [model if deferred is None else PaddingReader(model), teacher]
     sharding = shard(model, cfg.distributed, world, precision, deferred)
     optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
     average = sharding.create_average(model, optim.ema_decay)
     remembered = cfg.logging.log_every_n_steps + optim.max_bad_steps  # the host learns of bad steps when it logs
     guard = StepGuard(model, optimizer, world.device, optim.max_bad_steps, run.folder, remembered)
     trainer = Trainer(
-        model=parallelize(model, cfg.distributed, world, optim.accum_freq),
+        model=parallelize(model, cfg.distributed, world, optim.accum_freq, steps_vary),
         objective=objective,
         optimizer=optimizer,
         precision=precision,
         scaler=sharding.agree(precision.grad_scaler()),
-        scheduler=build_scheduler(optimizer, cfg.schedule, optim, steps_per_epoch),
+        scheduler=build_scheduler(optimizer, cfg.schedule, optim, steps_per_epoch(loader, optim.accum_freq)),
         half_weights=(
             contextlib.nullcontext
             if compiled.is_enabled
             else half_weights.create(model, precision, getattr(optimizer, "flats", ()))
         ),
-        group_text=TextGrouping(readers, world.device, _text_groups(cfg.model, compiled, sharding)),
+        unpad=Unpadding(readers, world.device, PaddingOptions(_text_groups(cfg.model, compiled, sharding))),
         accum_freq=optim.accum_freq,
+        steps_vary=steps_vary,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,
         average=average,
@@ -195,22 +199,31 @@ def _create_progress(run: Run, writer: Writer, pairs_at_peak: float | None) -> P
     )
 
 
-def _steps_per_epoch(loader: Any, accum_freq: int) -> int:
-    steps = loader.num_batches // accum_freq
-    if steps == 0:
+def _check_steps(loader: Any, accum_freq: int) -> None:
+    """Raise ValueError if an epoch has no step, or the batches say where a step ends and --accum-freq does, too."""
+    if accum_freq > 1 and getattr(loader, "ends_steps", False):
+        raise ValueError(
+            f"--accum-freq {accum_freq}: a step over images of any size is already cut into batches that fit the "
+            "memory. Leave out --accum-freq, and use a larger --batch-size for more samples per step."
+        )
+    if steps_per_epoch(loader, accum_freq) == 0:
         raise ValueError(
             f"An epoch has {loader.num_batches} batches per process, fewer than --accum-freq {accum_freq}. "
             "Use more data, a smaller --batch-size or a smaller --accum-freq."
         )
-    return steps
 
 
-def _compile(model: Any, cfg: ModelConfig, is_sharded: bool) -> NoCompilation:
+def _compile(model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool) -> NoCompilation:
     if not cfg.torchcompile:
         return NoCompilation()
     options = CompileOptions(cfg.torchcompile_strategy, cfg.torchcompile_backend, cfg.torchcompile_mode)
+    if images_vary and options.strategy != "blocks":
+        raise ValueError(
+            f"--torchcompile-strategy {options.strategy} compiles for fixed shapes, and the images have any size. Use "
+            "--torchcompile-strategy blocks."
+        )
     text_varies = cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False)
-    return compile_model(model, options, text_varies, is_sharded)
+    return compile_model(model, options, text_varies or images_vary, is_sharded, images_vary)
 
 
 def _text_groups(cfg: ModelConfig, compiled: NoCompilation, sharding: NoSharding) -> int:
@@ -220,7 +233,7 @@ def _text_groups(cfg: ModelConfig, compiled: NoCompilation, sharding: NoSharding
     return min(cfg.text_groups, 1) if sharding.is_enabled else cfg.text_groups
 
 
-def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo, steps_per_epoch: int) -> TrainState:
+def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInfo) -> TrainState:
     """Register everything that changes during the run."""
     cfg = run.cfg
     loader: Any = train.dataloader
@@ -237,7 +250,7 @@ def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInf
             "guard": trainer.guard,
         },
         rank_parts={"data": train},
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=steps_per_epoch(loader, trainer.accum_freq),
         samples_per_epoch=loader.num_samples,
         samples_per_step=cfg.data.batch_size * trainer.accum_freq * run.world.world_size,
     )

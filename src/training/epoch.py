@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from training import scheduler
-from training.batches import to_device
+from training.batches import num_samples, num_tokens, to_device
 from training.checkpoint.saver import NullSaver
 from training.checkpoint.state import TrainState
+from training.data.loader import ENDS_STEP
 from training.data.skips import report_skips
 from training.progress import Progress, format_line
 from training.ranks import world
@@ -33,12 +35,13 @@ def run_epoch(
 ) -> None:
     """Train epoch number `state.epoch`, or the rest of it if `state` and `data` are within the epoch.
 
-    A step takes `trainer.accum_freq` batches. An incomplete last step is left out, so an epoch has
-    `state.steps_per_epoch` steps.
+    A step takes `trainer.accum_freq` batches, or those up to one that says that it ends the step. An incomplete last
+    step is left out, so an epoch has `state.steps_per_epoch` steps.
 
     Args:
-        data: training.data.DataInfo. Its batches are dicts {"image": float or uint8 [B, 3, H, W], "text": int64
-            [B, L]}. uint8 images are normalized on the device, see `training.batches.to_device`.
+        data: training.data.DataInfo. Its batches are dicts with the inputs of the model, such as {"image": float or
+            uint8 [B, 3, H, W], "text": int64 [B, L]}, whose values may be dicts. uint8 images are normalized on the
+            device, see `training.batches.to_device`.
         state: updated after each step.
         progress: collects the losses, and reports them to its writer.
         saver: called after each step but the last.
@@ -61,9 +64,9 @@ def run_epoch(
             progress.exclude(trainer.rehearse(batches))
         with around_step(number):
             losses = trainer.step(batches, number)
-        samples = sum(len(batch["image"]) for batch in batches) * world_size
+        samples = sum(num_samples(batch, trainer.objective.traits.sample_key) for batch in batches) * world_size
         state.add_step(samples)
-        progress.add(losses, samples, data_seconds, trainer.guard.bad)
+        progress.add(losses, samples, data_seconds, trainer.guard.bad, _count_tokens(batches))
         is_last = state.epoch_step == state.steps_per_epoch
         if is_last or progress.is_line_due(state.epoch_step):
             _log_line(trainer, data, state, progress)
@@ -82,6 +85,19 @@ def run_epoch(
         logger.info("%s", progress.bottleneck())
     state.end_epoch()
     progress.end_epoch()
+
+
+def steps_per_epoch(loader: Any, accum_freq: int) -> int:
+    """Return how many steps an epoch has, for a step of `accum_freq` batches unless the loader knows the number."""
+    steps = getattr(loader, "steps_per_epoch", None)
+    return loader.num_batches // accum_freq if steps is None else steps
+
+
+def _count_tokens(batches: list[Batch]) -> Counter[str]:
+    tokens: Counter[str] = Counter()
+    for batch in batches:
+        tokens.update(num_tokens(batch))
+    return tokens
 
 
 def _log_line(trainer: Trainer, data: Any, state: TrainState, progress: Progress) -> None:
@@ -120,13 +136,13 @@ def _steps(loader: Any, trainer: Trainer) -> Iterator[tuple[list[Batch], float]]
     try:
         for batch in loader:
             waited += time.perf_counter() - start
-            batches.append(
-                to_device(
-                    batch, trainer.device, trainer.precision.input_dtype,
-                    normalization=normalization, group_text=trainer.group_text,
-                )
+            moved = to_device(
+                batch, trainer.device, trainer.precision.input_dtype,
+                trainer.objective.traits.inputs, normalization, trainer.unpad,
             )  # fmt: skip
-            if len(batches) == trainer.accum_freq:
+            ends_step = moved.pop(ENDS_STEP, None)
+            batches.append(moved)
+            if len(batches) == trainer.accum_freq if ends_step is None else ends_step:
                 yield batches, waited
                 batches, waited = [], 0.0
                 position.mark()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,9 @@ from training.metrics import AverageMeter
 from training.objective import Outputs
 from training.ranks import world
 
+_NO_TOKENS: Mapping[str, int] = {}
 _LARGE_SHARE = 0.2  # of the time of an epoch, from which `Progress.bottleneck` names a cause
+_TOKENS = "_tokens_per_second_per_gpu"  # ends the names of speeds
 _MOST_STEPS_AHEAD = 2  # if the host waits for the device for more steps, the device was never idle
 
 
@@ -35,7 +38,7 @@ class NoWriter:
 
 @dataclass
 class _Window:
-    """Figures of some steps, on the host. Losses are means over the good steps."""
+    """Figures of some steps, on the host. Losses are means over the good steps. Tokens are those of this process."""
 
     steps: int = 0
     good: int = 0
@@ -44,6 +47,7 @@ class _Window:
     data_seconds: float = 0.0
     save_seconds: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: _Window) -> None:
         """Add the figures of later steps."""
@@ -53,6 +57,7 @@ class _Window:
         self.seconds += other.seconds
         self.data_seconds += other.data_seconds
         self.save_seconds += other.save_seconds
+        self.tokens = dict(Counter(self.tokens) + Counter(other.tokens))
         for name, loss in other.losses.items():
             before = self.losses.get(name, 0.0)
             if other.good:
@@ -69,6 +74,7 @@ class _Window:
             "batch_time": self.seconds / self.steps,
             "samples_per_second": self.samples / self.seconds,
             "samples_per_second_per_gpu": per_device,
+            **{f"{name}{_TOKENS}": tokens / self.seconds for name, tokens in self.tokens.items()},
             **self.losses,
         }
         if self.save_seconds:
@@ -138,10 +144,18 @@ class Progress:
         self._bad: Tensor | int = 0  # number of steps that were not finite, whose losses do not count
         self._steps = 0
         self._samples = 0
+        self._tokens: Counter[str] = Counter()
         self._data_seconds = 0.0
         self._save_seconds = 0.0
 
-    def add(self, losses: Outputs, samples: int, data_seconds: float, bad: Tensor | bool = False) -> None:
+    def add(
+        self,
+        losses: Outputs,
+        samples: int,
+        data_seconds: float,
+        bad: Tensor | bool = False,
+        tokens: Mapping[str, int] = _NO_TOKENS,
+    ) -> None:
         """Add a step.
 
         Args:
@@ -149,6 +163,7 @@ class Progress:
             samples: of all ranks.
             data_seconds: how long the step has waited for data.
             bad: whether the step does not count; a scalar on the device, or False.
+            tokens: how many this process has computed, by the name of the input. Their speeds are then reported.
         """
         if isinstance(bad, Tensor):
             losses = {name: torch.where(bad, 0, loss) for name, loss in losses.items()}
@@ -157,6 +172,7 @@ class Progress:
         self._sums = {name: sums[name] + loss if name in sums else loss for name, loss in losses.items()}
         self._steps += 1
         self._samples += samples
+        self._tokens.update(tokens)
         self._data_seconds += data_seconds
 
     def add_saving(self, seconds: float) -> None:
@@ -216,7 +232,10 @@ class Progress:
         counted = self._steps - int(fetched.pop("bad", 0))
         losses = {name: fetched.pop(name) for name in self._sums}
         self._latest = fetched
-        window = _Window(self._steps, counted, self._samples, seconds, self._data_seconds, self._save_seconds, losses)
+        window = _Window(
+            self._steps, counted, self._samples, seconds, self._data_seconds, self._save_seconds, losses,
+            dict(self._tokens),
+        )  # fmt: skip
         self._line.add(window)
         if self.log_metric_every_n_steps is not None:
             self._point.add(window)
@@ -273,6 +292,8 @@ class Progress:
             "data_seconds": self._data_seconds,
             "seconds": time.perf_counter() - self._started,
         }
+        if self._tokens:
+            state["tokens"] = dict(self._tokens)
         windows = {"line": self._line, "point": self._point}
         return state | {name: asdict(window) for name, window in windows.items() if window.steps}
 
@@ -287,6 +308,7 @@ class Progress:
         self._bad = bad.to(self._device) if isinstance(bad, Tensor) else bad
         self._steps = state_dict["steps"]
         self._samples = state_dict["samples"]
+        self._tokens = Counter(state_dict.get("tokens", {}))
         self._data_seconds = state_dict["data_seconds"]
         self._seconds_before = state_dict["seconds"]
         self._started = time.perf_counter() - self._seconds_before
@@ -311,6 +333,7 @@ def format_line(numbers: Mapping[str, float], progress: Progress, state: Any) ->
         f"Data (t): {numbers['data_time']:.3f}",
         f"Batch (t): {numbers['batch_time']:.3f},",
         f"{numbers['samples_per_second']:.6g}/s, {numbers['samples_per_second_per_gpu']:.6g}/s/device",
+        *(f"{numbers[name]:.6g} {name.removesuffix(_TOKENS)} tokens/s/device" for name in numbers if _TOKENS in name),
         f"LR: {numbers['lr']:.6g}",
     ]
     if "mfu" in numbers:

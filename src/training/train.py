@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from training import evaluate as evaluation
 from training import half_weights
-from training.batches import TextGrouping
 from training.checkpoint.state import TrainState
-from training.epoch import run_epoch
+from training.epoch import run_epoch, steps_per_epoch
 from training.evaluators.retrieval import maybe_compute_generative_loss
 from training.metrics import AverageMeter, get_clip_metrics
 from training.objective import LossModule, Objective, Outputs
@@ -28,6 +27,7 @@ from training.ranks import world
 from training.scheduler import unchanged_lr
 from training.script_options import precision_of, tokenizer_of
 from training.trainer import Trainer, unwrap_model
+from training.unpadding import Unpadding
 
 __all__ = [
     "AverageMeter", "backward", "evaluate", "get_clip_metrics", "maybe_compute_generative_loss",
@@ -131,7 +131,7 @@ def train_one_epoch(
         scaler=DisabledScaler() if scaler is None else scaler,
         scheduler=unchanged_lr(optimizer) if args.skip_scheduler or scheduler is None else scheduler,
         half_weights=half_weights.create(bare, precision),
-        group_text=TextGrouping([bare, dist_model], precision.device),
+        unpad=Unpadding([bare, dist_model], precision.device),
         accum_freq=args.accum_freq,
         grad_clip_norm=math.inf if args.grad_clip_norm is None else args.grad_clip_norm,
     )
@@ -139,7 +139,7 @@ def train_one_epoch(
     state = TrainState(
         model=bare,
         device=precision.device,
-        steps_per_epoch=loader.num_batches // args.accum_freq,
+        steps_per_epoch=steps_per_epoch(loader, args.accum_freq),
         samples_per_epoch=loader.num_samples,
         epoch=epoch,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip import device as devices
-from training.batches import keep_text
+from training.batches import keep_padding
 from training.captured_step import CapturedStep
 from training.checkpoint import rng
 from training.compilation import NoCompilation
@@ -52,8 +52,9 @@ class Trainer:
         scaler: gradient scaler. A disabled one does not scale.
         scheduler: called with the number of each step, sets its learning rate.
         half_weights: creates the context in which weights are converted once per step, see `training.half_weights`.
-        group_text: applied to the texts of a batch before they are moved to the device, see `batches.TextGrouping`.
+        unpad: applied to a batch before it is moved to the device, see `training.unpadding`.
         accum_freq: batches per step, see `_accumulate`.
+        steps_vary: the number of batches and their sizes differ between steps, see `training.data.loader.ENDS_STEP`.
         grad_clip_norm: upper bound of the global 2-norm of the gradient; inf: no bound.
         guard: decides whether to skip a step, see `training.step_guard`.
         average: moving average of the weights, updated after each step.
@@ -69,8 +70,9 @@ class Trainer:
     scaler: Any = field(default_factory=DisabledScaler)
     scheduler: Callable[[int], Any] = _keep_lr
     half_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    group_text: Callable[[Any], Any] = keep_text
+    unpad: Callable[[dict[str, Any]], dict[str, Any]] = keep_padding
     accum_freq: int = 1
+    steps_vary: bool = False
     grad_clip_norm: float = math.inf
     guard: NoGuard = field(default_factory=NoGuard)
     average: NoAverage = field(default_factory=NoAverage)
@@ -79,15 +81,16 @@ class Trainer:
     sharding: NoSharding = field(default_factory=NoSharding)
 
     def __post_init__(self) -> None:
-        if self.accum_freq > 1 and getattr(self.model, "static_graph", False):
+        if (self.accum_freq > 1 or self.steps_vary) and getattr(self.model, "static_graph", False):
             raise ValueError(
                 "DDP with static_graph counts every backward pass from its second step on, so with gradient "
                 "accumulation it would use the gradients of some of the batches only. Create it without static_graph."
             )
         if self.compilation.captures_step and not self._can_be_captured():
             raise ValueError(
-                "A compiled step needs accum_freq=1, a disabled gradient scaler, a model without DDP, and a guard and "
-                "an optimizer that skip steps on the device (StepGuard with FlatAdamW)."
+                "A compiled step needs accum_freq=1, batches of one shape (steps_vary=False), a disabled gradient "
+                "scaler, a model without DDP, and a guard and an optimizer that skip steps on the device (StepGuard "
+                "with FlatAdamW)."
             )
         self._losses_of_batch = self.compilation.compile_task(self._compute_losses)
         self._compute_features = self.compilation.compile_task(self.objective.features)  # for accumulation
@@ -98,7 +101,8 @@ class Trainer:
             self._update_with = CapturedStep(self.optimizer, self.device, captured)
 
     def _can_be_captured(self) -> bool:
-        is_one_pass = self.accum_freq == 1 and not isinstance(self.model, DistributedDataParallel)
+        is_one_pass = self.accum_freq == 1 and not self.steps_vary
+        is_one_pass &= not isinstance(self.model, DistributedDataParallel)
         return is_one_pass and not self.scaler.is_enabled() and self.guard.decides_on_device
 
     @property
@@ -106,7 +110,11 @@ class Trainer:
         return self.precision.device
 
     def step(self, batches: list[Batch], number: int) -> Outputs:
-        """Make step `number` (from 0) with `accum_freq` batches on the device. Return the losses, on the device."""
+        """Make step `number` (from 0) with one or several batches on the device, whose sizes and shapes may differ.
+
+        Returns:
+            The losses, on the device.
+        """
         self.scheduler(number)
         self.guard.begin(number, batches)
         self.optimizer.zero_grad()  # sets None or zero, as the optimizer prefers
@@ -140,14 +148,12 @@ class Trainer:
         return seconds
 
     def _rehearse_update(self, batches: list[Batch]) -> None:
-        """Make steps that are skipped, because the images are NaN: one uncompiled, then one that is compiled.
+        """Make steps that are skipped, because their floats are NaN: one uncompiled, then one that is compiled.
 
         The first one creates the state of the optimizer, which would otherwise compile the step once more.
         """
         counts = self.guard.state_dict()
-        without_numbers: list[Batch] = [
-            {**batch, "image": torch.full_like(batch["image"], torch.nan)} for batch in batches
-        ]
+        without_numbers: list[Batch] = [_without_numbers(batch) for batch in batches]
         for update in (self._backward_and_update, self._update_with):
             self.guard.begin(0, [])
             self.optimizer.zero_grad()
@@ -204,7 +210,7 @@ class Trainer:
         for name, value in kept.items():
             leaves[name].requires_grad_(value.requires_grad)
         losses = self._losses_of_all(leaves, batches)
-        shared, gradients = _gradients(leaves, [len(batch["image"]) for batch in batches])
+        shared, gradients = _gradients(leaves, parts)
 
         self.sharding.set_last_backward(False)
         _backward(kept, gradients.pop())
@@ -246,6 +252,13 @@ class Trainer:
         return clip_gradients(self.optimizer, self.model.parameters(), self.grad_clip_norm)
 
 
+def _without_numbers(batch: Batch) -> Batch:
+    return {
+        name: torch.full_like(value, torch.nan) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
 def _clamp_logit_scale(model: nn.Module) -> None:
     logit_scale = getattr(model, "logit_scale", None)
     if isinstance(logit_scale, Tensor):
@@ -253,16 +266,21 @@ def _clamp_logit_scale(model: nn.Module) -> None:
             logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _gradients(leaves: Outputs, sizes: list[int]) -> tuple[Outputs, list[Outputs]]:
-    """Return the gradients of SHARED outputs, and those of each batch's rows. They are 0 for unused outputs."""
+def _gradients(leaves: Outputs, parts: list[Outputs]) -> tuple[Outputs, list[Outputs]]:
+    """Return the gradients of SHARED outputs, and those of each batch's rows. They are 0 for unused outputs.
+
+    Args:
+        leaves: the outputs of all batches, concatenated.
+        parts: the outputs of each batch.
+    """
     whole = {
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         for name, leaf in leaves.items()
         if leaf.requires_grad
     }
     shared = {name: whole.pop(name) for name in SHARED & whole.keys()}
-    by_name = {name: gradient.split(sizes) for name, gradient in whole.items()}
-    return shared, [{name: parts[i] for name, parts in by_name.items()} for i in range(len(sizes))]
+    by_name = {name: gradient.split([len(part[name]) for part in parts]) for name, gradient in whole.items()}
+    return shared, [{name: rows[i] for name, rows in by_name.items()} for i in range(len(parts))]
 
 
 def _backward(outputs: Outputs, gradients: Outputs) -> None:

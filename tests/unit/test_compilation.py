@@ -21,7 +21,7 @@ import tiny_clip
 from gloo_ranks import run_ranks
 from towers import Towers
 from training import build, precision, scheduler
-from training.batches import TextGrouping, to_device
+from training.batches import to_device
 from training.captured_step import CapturedStep
 from training.compilation import CompileOptions, NoCompilation, compile_model, find_blocks, is_compiled, paused
 from training.ema import WeightAverage
@@ -32,6 +32,7 @@ from training.params import DistributedConfig, ObjectiveConfig, OptimConfig
 from training.ranks import World
 from training.step_guard import StepGuard
 from training.trainer import Trainer, unwrap_model
+from training.unpadding import PaddingOptions, Unpadding
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -102,8 +103,8 @@ def train(
 ) -> list:
     """Train as the command does, and return the losses of each step."""
     bare = unwrap_model(model)
-    grouping = TextGrouping([bare], CPU, text_groups)
-    grouping._group_cost = 1  # several groups in small batches
+    unpad = Unpadding([bare], CPU, PaddingOptions(text_groups))
+    unpad._functions["text"]._group_cost = 1  # several groups in small batches
     optimizer = create_optimizer(bare, OptimConfig(lr=1e-3), CPU, is_captured=compiled.captures_step)
     trainer = Trainer(
         model=model.train(),
@@ -118,7 +119,7 @@ def train(
         compilation=compiled,
     )
     torch.manual_seed(0)
-    moved = [to_device(batch, CPU, group_text=grouping) for batch in batches]
+    moved = [to_device(batch, CPU, unpad=unpad) for batch in batches]
     if compiled.is_enabled:
         trainer.rehearse(moved[:accum])
     steps = [moved[start : start + accum] for start in range(0, len(moved), accum)]

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from open_clip.model_traits import IMAGE_TEXT
 from training.objective import (
     CaptioningObjective,
     ContrastiveObjective,
     DistillationObjective,
     LossModule,
     SigmoidObjective,
-    as_outputs,
     concatenate,
     create_objective,
 )
@@ -83,7 +83,7 @@ def test_the_contrastive_loss_is_clips_whatever_form_the_model_answers_in(as_dic
     assert isinstance(objective, ContrastiveObjective)
     losses = losses_of(objective, model, batch)
     assert set(losses) == {"contrastive_loss", "loss"}
-    torch.testing.assert_close(losses["loss"], contrastive(as_outputs(model(**batch))))
+    torch.testing.assert_close(losses["loss"], contrastive(IMAGE_TEXT.name_outputs(model(**batch))))
 
 
 def test_the_sigmoid_loss_judges_each_pair():
@@ -102,7 +102,7 @@ def test_a_teacher_makes_it_distillation_and_learns_nothing_itself():
     objective = create_objective(ObjectiveConfig(), model, teacher)
     assert isinstance(objective, DistillationObjective)
     losses = losses_of(objective, model, batch)
-    outputs, targets = model(**batch), as_outputs(teacher(**batch))
+    outputs, targets = model(**batch), IMAGE_TEXT.name_outputs(teacher(**batch))
     expected = 0.0
     for first, second in (("image_features", "text_features"), ("text_features", "image_features")):
         student, wanted = (o["logit_scale"] * o[first] @ o[second].T for o in (outputs, targets))

@@ -12,10 +12,11 @@ import open_clip
 from open_clip.hf_model import HFTextEncoder
 from open_clip.text_groups import GroupedText, group_by_length
 from open_clip.transformer.text import TextTransformer
-from training.batches import TextGrouping, to_device
+from training.batches import to_device
 from training.objective import ContrastiveObjective
 from training.precision import create
 from training.trainer import Trainer
+from training.unpadding import PaddingOptions, TextUnpadding, Unpadding
 
 CPU = torch.device("cpu")
 END = 49407
@@ -126,7 +127,7 @@ def losses_of_steps(accum_freq: int, max_groups: int) -> list[float]:
     model = open_clip.CLIP(8, vision, text_cfg, output_dict=True).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = Trainer(model, ContrastiveObjective(), optimizer, create("fp32", CPU), accum_freq=accum_freq)
-    grouping = TextGrouping([model], CPU, max_groups)
+    unpad = Unpadding([model], CPU, PaddingOptions(max_groups))
     generator = torch.Generator().manual_seed(2)
     losses = []
     for number in range(20):
@@ -134,7 +135,7 @@ def losses_of_steps(accum_freq: int, max_groups: int) -> list[float]:
         for _ in range(accum_freq):
             lengths = (torch.randn(8, generator=generator).exp() * 14).long().clamp(3, 77).tolist()
             image = torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64)
-            batches.append(to_device({"image": image, "text": ids(lengths)}, CPU, group_text=grouping))
+            batches.append(to_device({"image": image, "text": ids(lengths)}, CPU, unpad=unpad))
         losses.append(trainer.step(batches, number)["loss"].item())
     return losses
 
@@ -146,6 +147,10 @@ def test_training_has_the_same_losses(accum_freq, max_groups):
     assert losses_of_steps(accum_freq, max_groups) == pytest.approx(plain, rel=1e-9)
 
 
+def grouping(models: list, max_groups: int = 4) -> TextUnpadding:
+    return TextUnpadding(models, CPU, PaddingOptions(max_groups))
+
+
 def double(text_lengths) -> SimpleNamespace:
     return SimpleNamespace(takes_grouped_text=True, text_lengths=text_lengths)
 
@@ -154,12 +159,12 @@ def test_texts_for_two_models_keep_the_tokens_that_either_needs():
     """The teacher has another text tower, or one whose embeddings depend on padding."""
     text, longer = ids([5] * 8), double(lambda text: torch.full((len(text),), 20))
     model = double(lambda text: text.argmax(dim=-1) + 1)
-    assert TextGrouping([model], CPU, 4)(text).shape == (8, 8)
-    assert TextGrouping([model, longer], CPU, 4)(text).shape == (8, 24)
-    assert TextGrouping([model, SimpleNamespace()], CPU, 4)(text) is text
-    assert TextGrouping([model], CPU, 0)(text) is text
+    assert grouping([model], 4)(text).shape == (8, 8)
+    assert grouping([model, longer], 4)(text).shape == (8, 24)
+    assert grouping([model, SimpleNamespace()], 4)(text) is text
+    assert grouping([model], 0)(text) is text
     strings = ["not", "tokenized"]
-    assert TextGrouping([model], CPU, 4)(strings) is strings
+    assert grouping([model], 4)(strings) is strings
 
 
 def small_clip(kind: type[open_clip.CLIP] = open_clip.CLIP) -> open_clip.CLIP:
@@ -179,12 +184,12 @@ def test_programs_that_read_the_text_get_a_tensor():
             return super().encode_text(text.clone(), normalize)
 
     text = ids([5] * 40 + [60] * 24)
-    assert isinstance(TextGrouping([small_clip()], CPU)(text), GroupedText)
+    assert isinstance(grouping([small_clip()])(text), GroupedText)
     patched, hooked = small_clip(), small_clip()
     patched.encode_text = lambda text, normalize=False: text
     hooked.register_forward_pre_hook(lambda module, args: None)
     for model in (small_clip(OwnForward), small_clip(OwnEncoder), patched, hooked):
-        assert TextGrouping([model], CPU)(text) is text
-        model(text=TextGrouping([model], CPU)(text))
+        assert grouping([model])(text) is text
+        model(text=grouping([model])(text))
     hooked._forward_pre_hooks.clear()
-    assert isinstance(TextGrouping([hooked], CPU)(text), GroupedText)
+    assert isinstance(grouping([hooked])(text), GroupedText)

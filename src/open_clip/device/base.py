@@ -51,6 +51,8 @@ class Device:
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # environment variables that affect it, for reports
     text_group_cost: ClassVar[int] = 4096  # in tokens, see text_groups; about the cost of several hundred launches
+    # Attention over sequences that are packed one after another is faster than over padded ones, see open_clip.packing.
+    packs_sequences: ClassVar[bool] = False
     converts_weights_once: ClassVar[bool] = False  # per step, which saves launches, see training.half_weights
     deterministic_env: ClassVar[dict[str, str]] = {}  # defaults set by `set_deterministic`
     deterministic_switches: ClassVar[tuple[str, ...]] = ("torch.use_deterministic_algorithms",)

@@ -20,6 +20,7 @@ class CpuDevice(Device):
     pin_memory = False
     fused_adamw_skips = True
     text_group_cost = 64
+    packs_sequences = True
     indexed = False
 
     def is_available(self) -> bool:

@@ -14,6 +14,7 @@ class CudaDevice(Device):
     type = "cuda"
     backend = "nccl"
     fused_adamw_skips = True
+    packs_sequences = True
     peaks = peaks.NVIDIA_PEAKS
     variables = (
         "CUDA_VISIBLE_DEVICES",

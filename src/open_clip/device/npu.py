@@ -79,6 +79,7 @@ class NpuDevice(Device):
             "ERR99999 means only that an exception outside torch_npu ended a process. Its traceback has the cause.",
         ),
     )
+    packs_sequences = True
     converts_weights_once = True
 
     @property

@@ -30,6 +30,7 @@ _PREFETCHED_BATCHES = 2  # per worker
 _WORKER_EXIT_TIMEOUT = 2.0  # seconds, before they are killed
 AFTER = "__after__"  # in a batch from a data set of shards: the read position after it
 KEY = "key"  # in a batch: list of str, the name of each sample
+ENDS_STEP = "__ends_step__"  # in a batch of a loader with `ends_steps`: whether it is the last batch of a step
 
 
 @dataclass
@@ -81,11 +82,16 @@ class Loader(DataLoader):
         num_samples: of an epoch, over all ranks.
         num_batches: of an epoch, on this rank.
         classes: class names, if the data are a folder of classes.
+        ends_steps: the batches of a step differ in number and size, and say with ENDS_STEP where it ends. All ranks get
+            the same number of batches per step.
+        steps_per_epoch: number of steps, if the batches say where they end. None: it follows from `num_batches`.
         members: if set, a batch is the list of these entries of the dict.
         normalization: what `training.batches.to_device` does to the images; None for nothing.
         agreement: makes the ranks stop before the same batch of training data. By default no signal stops them.
     """
 
+    ends_steps: bool = False
+    steps_per_epoch: int | None = None
     members: tuple[str, ...] | None = None
     normalization: Normalization | None = None
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import ranks
+from training.batches import num_samples
 from training.data.messages import shorten
 from training.data.rows import csv_file, synthetic
 from training.data.sampling import SharedEpoch, stable_hash
@@ -155,7 +156,7 @@ def count_samples(dataloader: Iterable[Any]) -> tuple[int, int]:
     samples = batches = 0
     for batch in dataloader:
         batches += 1
-        samples += len(batch["image"] if isinstance(batch, Mapping) else batch[0])
+        samples += num_samples(batch) if isinstance(batch, Mapping) else len(batch[0])
     return samples, batches
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import collectives, progress
+from open_clip.model_traits import traits_of
 from training.batches import to_device
 from training.metrics import AverageMeter, retrieval_metrics
-from training.objective import as_outputs
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
@@ -85,7 +85,8 @@ class RetrievalEvaluator:
 
     def _forward(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         with self._precision.autocast():
-            return as_outputs(model(batch["image"], batch["text"]))
+            traits = traits_of(model)
+            return traits.name_outputs(model(*traits.select_inputs(batch).values()))
 
 
 class _LossSums:
