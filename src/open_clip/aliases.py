@@ -27,7 +27,7 @@ def _legacy(*names: str) -> dict[str, str]:
 
 # Module -> name -> source: "module", or "module:name" if the name differs there.
 NAMES: dict[str, dict[str, str]] = {
-    "open_clip": {"get_model_from_task": "open_clip.task"},
+    "open_clip": {"ModernTextTransformer": "open_clip.modern_text", "get_model_from_task": "open_clip.task"},
     "open_clip.coca_model": {
         **_LAYERS,
         **_legacy("_has_transformers", "_token_to_tensor"),
@@ -148,6 +148,13 @@ NAMES: dict[str, dict[str, str]] = {
         **_CHECKPOINT,
         **dict.fromkeys(("feature_take_indices", "to_2tuple"), "open_clip.utils"),
         "get_2d_sincos_pos_embed": "open_clip.pos_embed",
+        **dict.fromkeys(
+            (
+                *("ModernTextAttention", "ModernTextBlock", "ModernTextPool", "ModernTextTransformer", "ReLUSquared"),
+                *("RotaryEmbedding1D", "SwiGLU"),
+            ),
+            "open_clip.modern_text",
+        ),
     },
     "open_clip.utils": {
         **_legacy("_out_indices_as_tuple"),
@@ -161,7 +168,6 @@ _TASK = "Task objects are not supported yet. Use training.train.train_one_epoch,
 _AUDIO = "Audio models are not supported yet. Use open_clip's main branch for CLAP."
 _NAFLEX = "NaFlex towers are not supported yet. Images are resized to the size of the model."
 _GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models generate captions."
-_MODERN_TEXT = "The modern text tower is not supported yet. Use a native or a Hugging Face text tower."
 _TIKTOKEN = "Tokenizers of tiktoken are not supported yet. Use SimpleTokenizer or HFTokenizer."
 _FUSED_LOSS = "Use CoCaLoss, or torch.nn.functional.linear and cross_entropy."
 
@@ -174,10 +180,6 @@ _TASK_CLASSES = (
     *("TrainingTask", "ImageTextTask", "CLIPTask", "SigLIPTask", "CoCaTask", "DistillCLIPTask"),
     *("GenLipTask", "GenLapTask"),
 )
-_TEXT_CLASSES = (
-    *("ModernTextAttention", "ModernTextBlock", "ModernTextPool", "ModernTextTransformer", "ReLUSquared"),
-    *("RotaryEmbedding1D", "SwiGLU"),
-)
 
 # Module -> public name of open_clip's main branch that is not here -> what to use instead.
 REFUSED: dict[str, dict[str, str]] = {
@@ -186,7 +188,6 @@ REFUSED: dict[str, dict[str, str]] = {
         **_refused(_AUDIO, "CLAP", "AUDIO_AVAILABLE", "AudioAugmentationCfg", "AudioTower", "CLIPAudioCfg"),
         **_refused(_AUDIO, "audio_transform_v2", "require_audio"),
         **_refused(_GENERATIVE, "NaFlexGenLip", "NaFlexGenLap", "GenLipLoss"),
-        "ModernTextTransformer": _MODERN_TEXT,
     },
     "open_clip.factory": {"create_task": _TASK},
     "open_clip.loss": {"GenLipLoss": _GENERATIVE, "fused_linear_cross_entropy": _FUSED_LOSS},
@@ -196,7 +197,6 @@ REFUSED: dict[str, dict[str, str]] = {
         _NAFLEX,
         *("NaFlexTransformFactory", "NaFlexEvalTransformFactory", "is_naflex_aug_cfg", "naflex_eval_transform_v2"),
     ),
-    "open_clip.transformer": _refused(_MODERN_TEXT, *_TEXT_CLASSES),
 }
 
 # Arguments of the main branch's create_model and create_model_and_transforms.

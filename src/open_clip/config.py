@@ -69,7 +69,7 @@ class CLIPVisionCfg:
 
 @dataclasses.dataclass
 class CLIPTextCfg:
-    """The text tower: a native transformer, or a Hugging Face model (`hf_model_name`)."""
+    """The text tower: a native transformer, a modern one (`text_arch`), or a Hugging Face model (`hf_model_name`)."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -83,11 +83,12 @@ class CLIPTextCfg:
     mlp_ratio: float = 4.0
     ls_init_value: float | None = None
     embed_cls: bool = False  # append a learned class token to the text, as in CoCa
-    pad_id: int = 0
-    eos_id: int = 2
+    pad_id: int | None = 0  # of a modern tower: None, unless it is given
+    eos_id: int | None = 2  # of a modern tower: None, unless it is given
     no_causal_mask: bool = False
     final_ln_after_pool: bool = False  # no effect: the final norm handles each token separately
-    pool_type: str = "argmax"  # "first", "last", "argmax", "eos" or "none"
+    # "first", "last", "argmax", "eos" or "none"; of a modern tower "eos" (also "argmax"), "last", "mean" or "map"
+    pool_type: str = "argmax"
     proj_bias: bool = False
     proj_type: str = "linear"  # or "none"
     output_tokens: bool = False
@@ -106,6 +107,25 @@ class CLIPTextCfg:
     hf_model_pretrained: bool = True
     hf_proj_type: str = "mlp"
     hf_pooler_type: str = "mean_pooler"
+
+    _: dataclasses.KW_ONLY  # fields of open_clip's main branch
+    text_arch: str = "clip"  # or "modern", which has the fields below
+    bos_id: int | None = None
+    attention_mode: str = "causal"  # or "bidirectional"
+    pos_embed: str = "rope"
+    rope_temperature: float = 10000.0
+    mlp_type: str = "swiglu"  # or "mlp", "relu2"
+    norm_type: str | None = None  # "rmsnorm" (None) or "layernorm"
+    norm_eps: float = 1e-6
+    attn_gated: bool = False
+    pre_norm: bool = False  # a norm before the first block
+    norm_placement: str = "pre"  # or "sandwich"
+    zero_init_residual: bool = False
+    reg_tokens: int = 0
+    value_residual: bool = False
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    gate_bias: bool | None = None  # None: attention_bias
 
 
 @dataclasses.dataclass
@@ -143,6 +163,9 @@ def as_config(cls: type[ConfigT], cfg: ConfigT | Mapping[str, Any]) -> ConfigT:
     if unknown:
         hints = [f"{key!r} ({_hint(key, fields)})" for key in unknown]
         raise ValueError(f"{cls.__name__} has no {', '.join(hints)}. This is probably a typo.")
+    if cls is CLIPTextCfg and cfg.get("text_arch") == "modern":
+        # The native tower's defaults are ids of CLIP's vocabulary. Another vocabulary has other ids there.
+        cfg = {"pad_id": None, "eos_id": None, **cfg}
     return cls(**cfg)
 
 

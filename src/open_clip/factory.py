@@ -67,8 +67,9 @@ def _instantiate(model_cfg: dict[str, Any], cast_dtype: torch.dtype | None, outp
     if "multimodal_cfg" in kwargs:
         model_class = CoCa
     else:
-        custom_text = model_cfg.get("custom_text") or model_cfg["text_cfg"].get("hf_model_name")
-        model_class = CustomTextCLIP if custom_text else CLIP
+        text_cfg = model_cfg["text_cfg"]
+        is_foreign = text_cfg.get("hf_model_name") or text_cfg.get("text_arch") == "modern"
+        model_class = CustomTextCLIP if model_cfg.get("custom_text") or is_foreign else CLIP
     known = inspect.signature(model_class).parameters
     for key in kwargs.keys() - known.keys():
         near = closest(key, known, n=1)

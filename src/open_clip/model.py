@@ -30,7 +30,7 @@ from .precision import (
     get_input_dtype,
     low_precision_tensors,
 )
-from .text_groups import GroupedText
+from .text_groups import GroupedText, PackedText
 from .towers import build_text_tower as _build_text_tower  # programs import and patch these names of open_clip 3.3
 from .towers import build_vision_tower as _build_vision_tower
 from .transformer.text import TextTransformer
@@ -125,7 +125,7 @@ class TwoTowers(NotScriptable, nn.Module):
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
 
-    def _text_tower(self, text: torch.Tensor) -> Features:
+    def _text_tower(self, text: torch.Tensor | PackedText) -> Features:
         raise NotImplementedError
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class TwoTowers(NotScriptable, nn.Module):
         features = self.visual(image)
         return _normalize_features(features) if normalize else features
 
-    def encode_text(self, text: torch.Tensor | GroupedText, normalize: bool = False) -> Features:
+    def encode_text(self, text: torch.Tensor | GroupedText | PackedText, normalize: bool = False) -> Features:
         """Encode token ids [batch, tokens] to features [batch, embed_dim], with unit norm if `normalize`."""
         if isinstance(text, GroupedText):
             return text.encode(lambda group: _pooled_features(self.encode_text(group, normalize)))
@@ -191,13 +191,13 @@ class TwoTowers(NotScriptable, nn.Module):
         return self._logits(image_features, text_features)
 
     def forward(
-        self, image: torch.Tensor | None = None, text: torch.Tensor | GroupedText | None = None
+        self, image: torch.Tensor | None = None, text: torch.Tensor | GroupedText | PackedText | None = None
     ) -> tuple[torch.Tensor | None, ...] | dict[str, torch.Tensor | None]:
         """Compute features with unit norm, and the scale (and bias, if the model has one) for their logits.
 
         Args:
             image: [batch, 3, height, width], or None.
-            text: token ids [batch, tokens], the same grouped by length, or None.
+            text: token ids [batch, tokens], the same grouped by length or packed (if `takes_packed_text`), or None.
 
         Returns:
             (image_features, text_features, exp(logit_scale)[, logit_bias]). The features of an input that is None are
@@ -218,6 +218,11 @@ class TwoTowers(NotScriptable, nn.Module):
     def takes_grouped_text(self) -> bool:
         """Whether forward accepts a GroupedText: not if a program has replaced or hooked what reads the text."""
         return has_method(self, _FORWARD) and has_method(self, _ENCODE_TEXT, "encode_text") and not has_hooks(self)
+
+    @property
+    def takes_packed_text(self) -> bool:
+        """Whether forward accepts a PackedText: the text tower does, and nothing is replaced that reads the text."""
+        return False
 
     def forward_intermediates(
         self,
@@ -322,7 +327,7 @@ class CLIP(TextEncoder, TwoTowers):
     text_pool_type = text_option("pool_type")
     text_eos_id = text_option("eos_id")
 
-    def _text_tower(self, text: torch.Tensor) -> torch.Tensor:
+    def _text_tower(self, text: Any) -> torch.Tensor:
         return self.encode_with_tokens(text)[0]
 
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -351,8 +356,12 @@ class SeparateTextTower(TwoTowers):
         super()._attach_text_tower(text)
         self.text = text
 
-    def _text_tower(self, text: torch.Tensor) -> Features:
+    def _text_tower(self, text: torch.Tensor | PackedText) -> Features:
         return self.text(text)
+
+    @property
+    def takes_packed_text(self) -> bool:
+        return self.takes_grouped_text and getattr(self.text, "takes_packed_text", False)
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
         """Call `text_lengths` of the text tower. Return None if the tower does not have it."""

@@ -1,17 +1,21 @@
-"""Group the texts of a batch by length, so that a text tower computes less padding.
+"""Group the texts of a batch by length, or pack them, so that a text tower computes less padding.
 
 Captions typically have 10 to 20 tokens, and tokenizers pad them to 77. If padding changes no embedding, a batch can be
-sorted by length, split into a few groups that are cut to their longest text, encoded, and restored to its order.
+sorted by length, split into a few groups that are cut to their longest text, encoded, and restored to its order. Packed
+one after another, texts have no padding at all, but only some towers take them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import packing
 
 MAX_GROUPS = 4
 # Group sizes are multiples of batch / _PARTS and lengths are from a list, so that compilers and devices which prepare
@@ -85,3 +89,37 @@ def _best_cuts(ends: list[int], needed: list[int], group_cost: int, max_groups: 
 
     inner_cuts = itertools.chain.from_iterable(itertools.combinations(range(last), n) for n in range(max_groups))
     return min(((*cuts, last) for cuts in inner_cuts), key=cost)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedText:
+    """Token ids of a batch of texts, one after another without padding. `len()` is the number of texts.
+
+    Attributes:
+        ids: int64 [tokens].
+        segments: where each text is.
+    """
+
+    ids: Tensor
+    segments: packing.Segments
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedText:
+        return PackedText(self.ids.to(device, non_blocking=non_blocking), self.segments.to(device, non_blocking))
+
+    def pin_memory(self) -> PackedText:
+        return PackedText(self.ids.pin_memory(), self.segments.pin_memory())
+
+
+def pack_text(text: Tensor, lengths: Tensor) -> PackedText:
+    """Pack the first tokens of each text.
+
+    Args:
+        text: int64 [batch, tokens], on the CPU.
+        lengths: int64 [batch], on the CPU, the number of first tokens on which each text's embedding depends; at least
+            1. `text_lengths` of a model returns them.
+    """
+    is_needed = torch.arange(text.shape[1]) < lengths[:, None]
+    return PackedText(*packing.pack(text, is_needed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from .config import CLIPTextCfg, CLIPVisionCfg, as_config
 from .constants import RESNET_STRIDE
 from .hf_model import HFTextEncoder
+from .modern_text import ModernTextTransformer
 from .modified_resnet import ModifiedResNet
 from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .transformer.layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
 from .transformer.text import TextTransformer
+from .utils import expect
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +40,10 @@ def layer_types(
     return {"act_layer": act_layer, "norm_layer": norm_layer}
 
 
-def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, *excluded: str) -> dict[str, Any]:
-    """Return the fields of `cfg` that are arguments of native towers: all except those with the given prefixes."""
-    names = [field.name for field in dataclasses.fields(cfg)]
-    return {name: getattr(cfg, name) for name in names if not name.startswith((*excluded, "act_kwargs", "norm_kwargs"))}
+def _tower_options(cfg: CLIPVisionCfg | CLIPTextCfg, tower: type) -> dict[str, Any]:
+    """Return the fields of `cfg` that are arguments of a native tower."""
+    known = inspect.signature(tower).parameters
+    return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name in known}
 
 
 def build_vision_tower(
@@ -70,7 +73,7 @@ def build_vision_tower(
             logger.warning("patch_dropout=%s has no effect: a ResNet has no patches.", cfg.patch_dropout)
         heads = cfg.width * RESNET_STRIDE // cfg.head_width
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
-    options = _tower_options(cfg, "timm_", "head_width") | layer_types(cfg, quick_gelu, cast_dtype)
+    options = _tower_options(cfg, VisionTransformer) | layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
 
 
@@ -79,8 +82,8 @@ def build_text_tower(
     text_cfg: CLIPTextCfg | Mapping[str, Any],
     quick_gelu: bool = False,
     cast_dtype: torch.dtype | None = None,
-) -> TextTransformer | HFTextEncoder:
-    """Build a Hugging Face tower if `hf_model_name` is set, else a native transformer."""
+) -> TextTransformer | ModernTextTransformer | HFTextEncoder:
+    """Build a Hugging Face tower if `hf_model_name` is set, else a modern or native transformer (`text_arch`)."""
     cfg = as_config(CLIPTextCfg, text_cfg)
     if cfg.hf_model_name:
         return HFTextEncoder(
@@ -91,5 +94,26 @@ def build_text_tower(
             pretrained=cfg.hf_model_pretrained,
             output_tokens=cfg.output_tokens,
         )
-    options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
+    expect("text_arch", cfg.text_arch, ("clip", "modern"))
+    if cfg.text_arch == "modern":
+        return ModernTextTransformer(cfg, embed_dim)
+    _check_no_modern_fields(cfg)
+    options = _tower_options(cfg, TextTransformer)
     return TextTransformer(output_dim=embed_dim, **(options | layer_types(cfg, quick_gelu, cast_dtype)))
+
+
+# Fields of CLIPTextCfg that only the modern tower has.
+_MODERN_FIELDS = (
+    *("attention_mode", "pos_embed", "rope_temperature", "mlp_type", "norm_type", "norm_eps", "attn_gated"),
+    *("pre_norm", "norm_placement", "zero_init_residual", "reg_tokens", "value_residual"),
+    *("attention_bias", "mlp_bias", "gate_bias"),
+)
+
+
+def _check_no_modern_fields(cfg: CLIPTextCfg) -> None:
+    for field in dataclasses.fields(CLIPTextCfg):
+        value = getattr(cfg, field.name)
+        if field.name in _MODERN_FIELDS and value != field.default:
+            raise ValueError(
+                f"{field.name}={value!r} has no effect on a native text tower. Set text_arch to 'modern', or remove it."
+            )

@@ -145,9 +145,13 @@ def check_images(
     )
 
 
-def check_token_ids(text: torch.Tensor) -> None:
-    """Raise ValueError unless `text` is [batch, tokens]."""
-    if is_symbolic(text) or text.dim() == 2:
+def check_token_ids(text: Any) -> None:
+    """Raise ValueError unless `text` is a tensor [batch, tokens]."""
+    if is_symbolic(text):
+        return
+    if not isinstance(text, torch.Tensor):
+        raise ValueError(f"This text tower takes token ids [batch, tokens], got a {type(text).__name__}.")
+    if text.dim() == 2:
         return
     fix = "Add the batch dimension with text.unsqueeze(0)." if text.dim() < 2 else "Use text.flatten(0, -2)."
     raise ValueError(f"Token ids have the shape {list(text.shape)}, and this model takes [batch, tokens]. {fix}")

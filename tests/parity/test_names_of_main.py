@@ -21,7 +21,10 @@ CHANGES = json.loads(
 )
 NEW = [(module, name) for module, found in CHANGES.items() if module.startswith("open_clip") and "new" in found
        for name in found["new"]]  # fmt: skip
-HERE = {("open_clip", "get_model_from_task")}
+MODERN_TEXT = ("ModernTextAttention", "ModernTextBlock", "ModernTextPool", "ModernTextTransformer", "ReLUSquared",
+               "RotaryEmbedding1D", "SwiGLU")  # fmt: skip
+HERE = {("open_clip", "get_model_from_task"), ("open_clip", "ModernTextTransformer"),
+        *(("open_clip.transformer", name) for name in MODERN_TEXT)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "name"), NEW)

@@ -255,13 +255,13 @@ def _clip_config(model_cfg: Mapping[str, Any], text: CLIPTextCfg, vision: CLIPVi
     _check_other_fields(text, _TEXT_FIELDS | {"pool_type"}, {}, name, "text")
     if model_cfg.get("init_logit_bias") is not None:
         raise ValueError(f"{name} has a logit bias, which transformers' CLIP does not have.")
-    if text.pool_type not in ("argmax", "eos") or (text.pool_type == "eos" and text.eos_id == _LEGACY_END):
+    if text.pool_type not in ("argmax", "eos") or (text.pool_type == "eos" and text.eos_id in (None, _LEGACY_END)):
         raise ValueError(
             f"{name} pools text by {text.pool_type!r} (eos_id={text.eos_id}). transformers' CLIP pools at the highest "
             f"id, or at the first end of text if its id is not {_LEGACY_END}."
         )
     embed_dim, quick_gelu = model_cfg["embed_dim"], bool(model_cfg.get("quick_gelu"))
-    end = text.eos_id if text.pool_type == "eos" else text.vocab_size - 1
+    end = text.eos_id if text.pool_type == "eos" and text.eos_id is not None else text.vocab_size - 1
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

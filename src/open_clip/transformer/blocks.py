@@ -39,7 +39,7 @@ _Forward = TypeVar("_Forward", bound=Callable)
 LentWeights = Callable[[], contextlib.AbstractContextManager]
 
 
-def _with_lent_weights(forward: _Forward) -> _Forward:
+def with_lent_weights(forward: _Forward) -> _Forward:
     """Decorate a block's `forward` to run in the context of `lent_weights`, which a training step sets temporarily."""
 
     @functools.wraps(forward)
@@ -112,7 +112,7 @@ class ResidualAttentionBlock(NotScriptable, nn.Module):
         k_x, v_x = (q_x if x is None else x for x in (k_x, v_x))
         return attend(self.attn, q_x, k_x, v_x, attn_mask, kernel_mask, cache)
 
-    @_with_lent_weights
+    @with_lent_weights
     def forward(
         self,
         q_x: torch.Tensor,
@@ -185,7 +185,7 @@ class CustomResidualAttentionBlock(NotScriptable, nn.Module):
     def get_weight_dtype(self) -> torch.dtype:
         return self.mlp.c_fc.weight.dtype
 
-    @_with_lent_weights
+    @with_lent_weights
     def forward(
         self,
         x: torch.Tensor,
