@@ -17,6 +17,7 @@ from .ops import attention as attention
 from .ops import elementary_ops as elementary_ops
 from .ops import gelu as gelu
 from .ops import layer_norm as layer_norm
+from .ops import packed_attention as packed_attention
 from .ops import quick_gelu as quick_gelu
 from .ops import softplus as softplus
 from .ops import use_fused_ops as use_fused_ops

@@ -16,6 +16,7 @@ from . import npu_loading as npu_loading  # before torch
 import torch  # isort: skip
 import torch.nn.functional as F
 
+from . import packed_attention as packed
 from . import peaks
 
 
@@ -290,6 +291,10 @@ class Device:
             query, key, value, inputs.attn_mask, inputs.dropout_p, inputs.is_causal, scale=inputs.scale
         )
         return out if inputs.num_heads is None else merge_heads(out)
+
+    def packed_attention(self, inputs: packed.PackedInputs) -> torch.Tensor:
+        """See `ops.packed_attention`."""
+        return packed.by_sequence(inputs)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """Create a profiler that traces `active` steps once and writes them for TensorBoard.

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from . import packed_attention as packed
 from .base import AttentionInputs, Device, elementary_attention, exact_gelu
+from .segments import Segments
 from .table import DEVICES
 
 _PLAIN = DEVICES["cpu"]
@@ -96,3 +98,20 @@ def attention(
     """
     inputs = AttentionInputs(query, key, value, attn_mask, dropout_p, is_causal, scale, num_heads)
     return _device_of(query).attention(inputs) if _fused_ops else elementary_attention(inputs)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    kv_segments: Segments | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Compute attention within each of several sequences that are stored one after another.
+
+    `open_clip.packing.attention` explains the arguments.
+    """
+    inputs = packed.PackedInputs(query, key, value, segments, kv_segments or segments, is_causal, scale)
+    return _device_of(query).packed_attention(inputs)
