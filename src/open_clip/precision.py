@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .hf_model import HFTextEncoder
+from .naflex import NaFlexTower
 from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .transformer.attention import Attention, MultiheadAttention
@@ -67,7 +68,9 @@ def low_precision_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """
     for module in model.modules():
         if isinstance(module, (TimmModel, HFTextEncoder)):
-            yield from (x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point())
+            kept = {id(x) for x in module.rope_tensors()} if isinstance(module, NaFlexTower) else set()
+            tensors = (*module.parameters(), *module.buffers())
+            yield from (x for x in tensors if x.is_floating_point() and id(x) not in kept)
             continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             names = ["weight", "bias"]

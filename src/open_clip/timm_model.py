@@ -44,6 +44,7 @@ class TimmModel(NotScriptable, nn.Module):
         pretrained: download timm's weights.
         act_kwargs: arguments of the trunk's GELUs, `{"approximate": "tanh"}` or `{"approximate": "none"}`, for weights
             that were trained with another GELU than timm's.
+        model_kwargs: more arguments of timm's model.
 
     Raises:
         RuntimeError: timm is not installed, or does not have the model.
@@ -65,6 +66,7 @@ class TimmModel(NotScriptable, nn.Module):
         patch_drop: float | None = None,
         pretrained: bool = False,
         act_kwargs: dict[str, Any] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         expect("proj", proj, PROJECTIONS)
@@ -73,6 +75,7 @@ class TimmModel(NotScriptable, nn.Module):
         options: dict[str, Any] = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop, "pretrained": pretrained}
         if not has_head:
             options |= {"num_classes": 0 if proj == "none" else embed_dim, "global_pool": pool}
+        options |= model_kwargs or {}
         self.trunk = _create_trunk(model_name, self.image_size, options)
         self.head = nn.Sequential()
         if has_head:
@@ -228,8 +231,12 @@ class TimmModel(NotScriptable, nn.Module):
             output["image_intermediates_prefix"] = prefixes
         output["image_intermediates"] = intermediates
         if not intermediates_only:
-            output["image_features"] = self.head(self.trunk.forward_head(last))
+            output["image_features"] = self._image_features(last, x)
         return output
+
+    def _image_features(self, tokens: Any, images: Any) -> torch.Tensor:
+        """Compute features [batch, embed_dim] from the output of the last block."""
+        return self.head(self.trunk.forward_head(tokens))
 
 
 # Building

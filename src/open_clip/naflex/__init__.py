@@ -1,0 +1,5 @@
+"""Image towers for images of any size and aspect ratio (NaFlex), on timm's `naflexvit` models."""
+
+from .tower import NaFlexTower
+
+__all__ = ["NaFlexTower"]

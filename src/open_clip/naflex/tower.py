@@ -1,0 +1,310 @@
+"""The image tower for images of any size and aspect ratio, around timm's NaFlexVit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import packing
+from ..packed_patches import Grid, PackedPatches, index_grids
+from ..timm_model import TimmModel
+from ..utils import check_images, has_hooks, has_method, is_symbolic, to_2tuple
+from .inputs import check_patches, patch_size_of
+from .positions import PositionTables
+from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight
+
+Images = Tensor | Mapping[str, Tensor] | PackedPatches
+
+
+class NaFlexTower(TimmModel):
+    """An image tower for images of any size and aspect ratio (NaFlex).
+
+    The papers are NaViT (https://arxiv.org/abs/2307.06304), FlexiViT (https://arxiv.org/abs/2212.08013) and SigLIP 2
+    (https://arxiv.org/abs/2502.14786). The trunk is timm's NaFlexVit. It takes images of one size, [B, 3, height,
+    width], padded patches, {"patches": [B, N, P * P * 3] or [B, N, P, P, 3], "patch_coord": int [B, N, 2],
+    "patch_valid": bool [B, N]}, or PackedPatches. The features of an image are the same in each form.
+
+    Patches may have another size than the model's. The weight of the patch embedding is resized for them.
+
+    Args:
+        image_seq_len: number of patches of an image in evaluation; None: that of `image_size`.
+        norm_eps: epsilon of the trunk's norms; None: timm's.
+        others: as in TimmModel.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        image_seq_len: int | None = None,
+        norm_eps: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        from .blocks import use_packed_blocks
+
+        self.image_seq_len = image_seq_len
+        self._tables = PositionTables()
+        use_packed_blocks(self.trunk)
+        if norm_eps is not None:
+            for module in self.trunk.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = norm_eps
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """The (height, width) of the patches in pixels for which the weights are stored."""
+        return to_2tuple(self.trunk.embeds.patch_size)
+
+    @property
+    def takes_packed_patches(self) -> bool:
+        """Whether forward computes PackedPatches without padding them.
+
+        It does not if the trunk has parts that are not known here, or if a program has hooked or replaced what reads
+        the images.
+        """
+        return (
+            has_method(self, NaFlexTower.forward)
+            and not has_hooks(self)
+            and self._knows_trunk()
+            and self._knows_blocks()
+        )
+
+    def _knows_trunk(self) -> bool:
+        """Whether the parts of the trunk can be called here one after another instead of the trunk."""
+        trunk, embeds = self.trunk, self.trunk.embeds
+        return (
+            "forward" not in trunk.__dict__
+            and not has_hooks(trunk)
+            and not has_hooks(embeds)
+            and embeds.is_linear
+            and embeds.channels_last
+            and not embeds.pos_embed_use_grid_sample
+            and not trunk.rope_is_mixed
+        )
+
+    def _knows_blocks(self) -> bool:
+        from .blocks import can_pack
+
+        return can_pack(self.trunk)
+
+    def forward(self, x: Images) -> Tensor:
+        """Encode images to features [batch, embed_dim]."""
+        if isinstance(x, PackedPatches):
+            if self.takes_packed_patches:
+                check_patches(x.patches, self.trunk.embeds, x.patch_size)
+                return self.head(self._encode_packed(x))
+            x = x.padded()
+        if isinstance(x, Mapping):
+            check_patches(x["patches"], self.trunk.embeds)
+            return self.head(self._encode_padded(x) if self._knows_trunk() else self.trunk(dict(x)))
+        if is_symbolic(x):
+            return self.head(self.trunk(x))
+        check_images(x, None)
+        self._check_multiple(x)
+        # Graphs contain timm's path, which depends on no tables kept outside of them.
+        is_plain = self._knows_trunk() and not torch.compiler.is_compiling()
+        return self.head(self._encode_images(x) if is_plain else self.trunk(x))
+
+    def _check_multiple(self, x: Tensor) -> None:
+        height, width = self.patch_size
+        if self.trunk.embeds.dynamic_img_pad or not (x.shape[-2] % height or x.shape[-1] % width):
+            return
+        raise ValueError(
+            f"Images have {x.shape[-2]} x {x.shape[-1]} pixels, which the model cannot divide into patches of {height} "
+            f"x {width}. Resize them to multiples of the patch size."
+        )
+
+    # Tokens
+
+    def _embed(self, patches: Tensor, patch_size: tuple[int, int]) -> Tensor:
+        """Embed patches [..., pixels of a patch], without positions."""
+        embeds = self.trunk.embeds
+        if embeds.norm_input is not None:
+            patches = embeds.norm_input(patches)
+        weight = resize_patch_weight(embeds.proj.weight, self.patch_size, patch_size, embeds.pos_embed_interp_mode)
+        if weight is embeds.proj.weight:
+            return embeds.norm(embeds.proj(patches.to(weight.dtype)))
+        return embeds.norm(F.linear(patches.to(weight.dtype), weight, embeds.proj.bias))
+
+    def _add_positions(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None) -> Tensor:
+        """Add the learned positions to tokens. `place` has the index of each token in the tables of `grids`."""
+        table = self._tables.learned(self.trunk.embeds, grids)
+        if table is None:
+            return x
+        table = table.to(x.dtype)
+        return x + (table if place is None else F.embedding(place, table))
+
+    def _rotary(self, grids: tuple[Grid, ...], place: Tensor | None) -> Tensor | None:
+        """Return the rotary positions of the patches, float32 [..., 2 * head_dim]."""
+        if self.trunk.rope is None:
+            return None
+        table = self._tables.rotary(self.trunk.rope, grids)
+        return table if place is None else F.embedding(place, table)
+
+    def _prefix(self) -> Tensor | None:
+        """Return the class and register tokens, [prefix tokens, width]."""
+        tokens = [token for token in (self.trunk.embeds.cls_token, self.trunk.embeds.reg_token) if token is not None]
+        return torch.cat(tokens, dim=1)[0] if tokens else None
+
+    # Images of one size, and padded ones
+
+    def _encode_images(self, x: Tensor) -> Tensor:
+        patches, grid = _patchify(x, self.patch_size, self.trunk.embeds.dynamic_img_pad)
+        return self._encode_batch(self._embed(patches, self.patch_size), (grid,), None, None)
+
+    def _encode_padded(self, images: Mapping[str, Tensor]) -> Tensor:
+        patches, valid = images["patches"], images["patch_valid"]
+        size = patch_size_of(patches, self.trunk.embeds)
+        coord = images["patch_coord"].long() * valid[..., None]
+        last = coord.amax(dim=1).tolist()  # once per batch the host waits for the device here
+        grids, start, columns = index_grids([(row + 1, column + 1) for row, column in last])
+        start, columns = torch.stack([start, columns]).to(coord.device, non_blocking=True)
+        place = start[:, None] + coord[..., 0] * columns[:, None] + coord[..., 1]
+        return self._encode_batch(self._embed(patches.flatten(2), size), grids, place, valid.bool())
+
+    def _encode_batch(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None, valid: Tensor | None) -> Tensor:
+        """Encode embedded patches [batch, patches, width] to pooled features [batch, width]."""
+        from timm.models.naflexvit import create_attention_mask
+
+        trunk = self.trunk
+        x = self._add_positions(x, grids, place)
+        rope = self._rotary(grids, place)
+        if rope is not None and rope.dim() == 3:
+            rope = rope[:, None]
+        prefix = self._prefix()
+        if prefix is not None:
+            x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = trunk.embeds.pos_drop(x)
+        if self.training and trunk.patch_drop is not None:
+            x, rope, valid = self._drop_padded(x, rope, valid)
+        mask = create_attention_mask(
+            valid,
+            num_prefix_tokens=trunk.num_prefix_tokens,
+            symmetric=not trunk.use_key_only_attn_mask,
+            q_len=1 if trunk.use_key_only_attn_mask else None,
+            dtype=x.dtype,
+        )
+        x = trunk.norm(self._run_blocks(trunk.norm_pre(x), {"attn_mask": mask}, rope))
+        return trunk.forward_head(x, patch_valid=valid)
+
+    def _run_blocks(self, x: Tensor, options: dict[str, Any], rope: Tensor | None = None) -> Tensor:
+        from timm.models import checkpoint
+
+        if rope is not None:
+            options = options | {"rope": rope}
+        for block in self.trunk.blocks:
+            is_recomputed = self.trunk.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, **options) if is_recomputed else block(x, **options)
+        return x
+
+    def _drop_padded(
+        self, x: Tensor, rope: Tensor | None, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Drop a fraction of the valid patches of each image. Patches of padding are dropped first."""
+        first, (batch, tokens) = self.trunk.num_prefix_tokens, x.shape[:2]
+        keep = 1 - self.trunk.patch_drop.prob
+        noise = torch.rand(batch, tokens - first, device=x.device)
+        if valid is not None:
+            noise = noise + 2 * ~valid
+        kept = noise.argsort(dim=1)[:, : max(1, int((tokens - first) * keep))]
+        if valid is not None:
+            numbers = (valid.sum(dim=1, keepdim=True) * keep).long().clamp(min=1)
+            valid = torch.arange(kept.shape[1], device=x.device) < numbers
+        if rope is not None:
+            rope = rope.expand(batch, 1, -1, -1)
+            rope = rope.gather(2, kept[:, None, :, None].expand(-1, -1, -1, rope.shape[-1]))
+        patches = x[:, first:].gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        return torch.cat([x[:, :first], patches], dim=1), rope, valid
+
+    # Packed images
+
+    def _encode_packed(self, images: PackedPatches) -> Tensor:
+        """Encode packed images to pooled features [images, width]."""
+        from .blocks import PackedTokens
+
+        trunk = self.trunk
+        size = images.patch_size or patch_size_of(images.patches, trunk.embeds)
+        x = self._add_positions(self._embed(images.patches.flatten(1), size), images.grids, images.place)
+        rope = self._rotary(images.grids, images.place)
+        if self.training and trunk.patch_drop is not None:
+            images, kept = images.dropped(trunk.patch_drop.prob)
+            x, rope = x[kept], None if rope is None else rope[kept]
+        segments = images.segments
+        prefix = self._prefix()
+        if prefix is not None:
+            layout = images.with_prefix(len(prefix))
+            segments = layout.segments
+            x = torch.cat([prefix.to(x.dtype).repeat(len(images), 1), x])[layout.order]
+            if rope is not None:
+                unrotated = _no_rotation(rope).expand(len(images) * len(prefix), -1)
+                rope = torch.cat([unrotated, rope])[layout.order]
+        tokens = PackedTokens(segments, None if rope is None else rope[:, None])
+        x = self._run_blocks(trunk.norm_pre(trunk.embeds.pos_drop(x)), {"attn_mask": tokens})
+        return self._pool_packed(trunk.norm(x), images, tokens)
+
+    def _pool_packed(self, x: Tensor, images: PackedPatches, tokens: Any) -> Tensor:
+        from .blocks import pool_latent
+
+        trunk, segments = self.trunk, tokens.segments
+        if trunk.attn_pool is None and trunk.global_pool == "token":
+            pooled = packing.first(x, segments)
+        else:
+            if trunk.num_prefix_tokens and not trunk.pool_include_prefix:
+                x, segments = x[images.with_prefix(trunk.num_prefix_tokens).patches], images.segments
+            is_mean = trunk.attn_pool is None
+            pooled = packing.mean(x, segments) if is_mean else pool_latent(trunk.attn_pool, x, segments)
+        return trunk.head(trunk.head_drop(trunk.fc_norm(pooled)))
+
+    # The interface of TimmModel
+
+    def train(self, mode: bool = True) -> NaFlexTower:
+        self._tables.clear()
+        return super().train(mode)
+
+    def set_input_size(self, image_size: int | tuple[int, int]) -> None:
+        """Change `image_size`, the size of images in evaluation. The tower takes images of any size."""
+        self.image_size = to_2tuple(image_size)
+
+    def rope_tensors(self) -> list[Tensor]:
+        """Return the frequencies of rotary positions, which stay float32 in every precision."""
+        rope = self.trunk.rope
+        return [] if rope is None else [*rope.parameters(), *rope.buffers()]
+
+    def resize_pos_embed(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
+        """Interpolate the position tables of a state dict for the grid of this model, in place."""
+        embeds = self.trunk.embeds
+        for name in ("pos_embed", "pos_embed_y", "pos_embed_x"):
+            key = f"{prefix}trunk.embeds.{name}"
+            target, table = getattr(embeds, name), state_dict.get(key)
+            if target is None or table is None or table.shape == target.shape or table.dim() != target.dim():
+                continue
+            if name == "pos_embed":
+                interpolation = Interpolation(embeds.pos_embed_interp_mode, embeds.pos_embed_antialias)
+                resized = resize_grid(table[0], tuple(target.shape[1:3]), interpolation)
+            else:
+                resized = resize_axis(table[0], target.shape[1], target.shape[1])
+            state_dict[key] = resized[None].to(table.dtype)
+
+    def _image_features(self, tokens: Any, images: Any) -> Tensor:
+        valid = images["patch_valid"] if isinstance(images, Mapping) else None
+        return self.head(self.trunk.forward_head(tokens, patch_valid=valid))
+
+
+def _patchify(x: Tensor, patch_size: tuple[int, int], pads: bool) -> tuple[Tensor, Grid]:
+    """Cut images [B, C, height, width] into patches [B, N, P * P * C], (row, column, channel) in each."""
+    height, width = patch_size
+    if pads:
+        x = F.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
+    grid = (x.shape[-2] // height, x.shape[-1] // width)
+    patches = x.unflatten(3, (grid[1], width)).unflatten(2, (grid[0], height))  # [B, C, rows, P, columns, P]
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), grid
+
+
+def _no_rotation(rope: Tensor) -> Tensor:
+    """Return rotary positions (sine, cosine) that rotate nothing, [1, 2 * head_dim]."""
+    half = rope.shape[-1] // 2
+    return torch.cat([rope.new_zeros(1, half), rope.new_ones(1, half)], dim=1)
