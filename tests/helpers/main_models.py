@@ -27,7 +27,13 @@ def fields(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
 
 
-# The towers of these models are complete when their configurations can be read.
-ARE_COMPLETE = "timm_model_kwargs" in fields(config.CLIPVisionCfg) and {"text_arch", "variable_text"} <= fields(
-    config.CLIPTextCfg
-)
+def is_known(name: str) -> bool:
+    """Whether all fields of a model's configuration exist."""
+    cfg: Any = config.get_model_config(name)
+    return cfg["vision_cfg"].keys() <= fields(config.CLIPVisionCfg) and cfg["text_cfg"].keys() <= fields(
+        config.CLIPTextCfg
+    )
+
+
+HAS_NAFLEX = "timm_model_kwargs" in fields(config.CLIPVisionCfg)
+READY = [name for name in BUILT if is_known(name)]

@@ -26,7 +26,7 @@ from open_clip.convert import (
 from open_clip.convert.__main__ import main
 from open_clip.push_to_hf_hub.for_transformers import save_for_transformers
 
-needs_towers = pytest.mark.skipif(not main_models.ARE_COMPLETE, reason="towers of the main branch are missing")
+needs_towers = pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
 
 
 @pytest.fixture

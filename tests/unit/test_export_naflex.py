@@ -17,7 +17,7 @@ import tiny_naflex
 from open_clip.export import command as export
 from open_clip.export import naflex
 
-needs_towers = pytest.mark.skipif(not main_models.ARE_COMPLETE, reason="towers of the main branch are missing")
+needs_towers = pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
 
 
 def make(tmp_path, **vision):
