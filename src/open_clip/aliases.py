@@ -199,6 +199,33 @@ REFUSED: dict[str, dict[str, str]] = {
     ),
 }
 
+# Models of the main branch that are not here: name -> kind of model, and what to use instead.
+_AUDIO_MODEL = ("an audio model", "Use the main branch for CLAP.")
+_GENERATIVE_MODEL = ("a generative model", "CoCa models generate captions, for example coca_ViT-B-32.")
+_REFUSED_MODELS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys((f"CLAP-HTSAT-{size}" for size in ("tiny", "base", "large")), _AUDIO_MODEL),
+    **dict.fromkeys((f"CLAP-HTSAT-{size}-Roberta-base" for size in ("tiny", "base")), _AUDIO_MODEL),
+    "CLAP-HTSAT-tiny-Roberta-base-fused": _AUDIO_MODEL,
+    **dict.fromkeys((f"CLAP-Whisper-{size}-Roberta-base" for size in ("tiny", "base", "small")), _AUDIO_MODEL),
+    **dict.fromkeys((f"naflexclap_{size}" for size in ("little", "mediumd", "test")), _AUDIO_MODEL),
+    **dict.fromkeys((f"naflexclap_{size}_roberta" for size in ("little", "mediumd")), _AUDIO_MODEL),
+    **dict.fromkeys((f"naflexclap_{size}_pf4_pt20_moderntextp" for size in ("mediumd", "base")), _AUDIO_MODEL),
+    **dict.fromkeys((f"naflexclap_base_pf8_{kind}" for kind in ("pt16_moderntext", "pt16_moderntextp")), _AUDIO_MODEL),
+    "naflexclap_base_pf8_pt20_moderntextp": _AUDIO_MODEL,
+    **dict.fromkeys((f"naflexgenlip_{size}" for size in ("b16", "so150m2", "so16", "test")), _GENERATIVE_MODEL),
+    **dict.fromkeys(
+        (f"naflexgenlap_{size}" for size in ("betwixt", "so150m2", "test_1d", "test_2d")), _GENERATIVE_MODEL
+    ),
+}
+
+
+def check_model_of_main(name: str) -> None:
+    """Raise NotImplementedError if `name` is a model of open_clip's main branch that is not supported yet."""
+    if name in _REFUSED_MODELS:
+        kind, instead = _REFUSED_MODELS[name]
+        raise NotImplementedError(f"{name} is {kind} of open_clip's main branch, not supported yet. {instead}")
+
+
 # Arguments of the main branch's create_model and create_model_and_transforms.
 _REFUSED_ARGUMENTS = {"force_naflex_vision": _NAFLEX, "audio_aug_cfg": _AUDIO, "pretrained_audio_path": _AUDIO}
 

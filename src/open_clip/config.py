@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import aliases
+
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
@@ -266,8 +268,15 @@ def add_model_config(path: str | Path | Iterable[str | Path]) -> None:
 
 
 def get_model_config(model_name: str) -> dict[str, Any] | None:
-    """Return a copy of the configuration of `model_name`, or None if the name is unknown."""
-    return copy.deepcopy(_models().get(model_name))
+    """Return a copy of the configuration of `model_name`, or None if the name is unknown.
+
+    Raises:
+        NotImplementedError: it is an audio or a generative model of open_clip's main branch.
+    """
+    cfg = _models().get(model_name)
+    if cfg is None:
+        aliases.check_model_of_main(model_name)
+    return copy.deepcopy(cfg)
 
 
 def parse_model_name(model_name: str | os.PathLike) -> tuple[str | None, str]:

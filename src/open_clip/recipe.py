@@ -293,7 +293,10 @@ def _transformers_recipe(model_name: str, config: Path, preprocessor: Path | Non
         model_cfg["text_cfg"]["hf_tokenizer_name"] = repository
     preprocess_cfg = {}
     if preprocessor is not None:
-        preprocess_cfg = preprocess_cfg_from_transformers(_read_json(preprocessor), str(preprocessor))
+        content = _read_json(preprocessor)
+        preprocess_cfg = preprocess_cfg_from_transformers(content, str(preprocessor))
+        if "image_seq_len" in model_cfg["vision_cfg"] and isinstance(content.get("max_num_patches"), int):
+            model_cfg["vision_cfg"]["image_seq_len"] = content["max_num_patches"]
     return Recipe(model_name, model_cfg, preprocess_cfg)
 
 

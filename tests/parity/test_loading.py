@@ -74,13 +74,15 @@ def test_training_resumes_from_it(tmp_path, writer):
 
 
 def test_registry_of_weights():
-    assert open_clip.list_pretrained(as_str=True) == DEFAULTS["list_pretrained"]
+    added = {"ViT-B-16-SigLIP2-naflex:webli", "ViT-SO400M-16-SigLIP2-naflex:webli"}  # of the main branch
+    assert [pair for pair in open_clip.list_pretrained(as_str=True) if pair not in added] == DEFAULTS["list_pretrained"]
     assert open_clip.list_openai_models() == DEFAULTS["openai_models"]
     for tag, cfg in DEFAULTS["tags"].items():
         assert json.loads(json.dumps(open_clip.get_pretrained_cfg("ViT-B-32", tag))) == cfg, tag
         assert open_clip.is_pretrained_cfg("ViT-B-32", tag) == bool(cfg)
     for tag, models in DEFAULTS["models_by_tag"].items():
-        assert open_clip.list_pretrained_models_by_tag(tag) == models, tag
+        found = [model for model in open_clip.list_pretrained_models_by_tag(tag) if not model.endswith("-naflex")]
+        assert found == models, tag
 
 
 def test_preprocessing_of_a_folder(tmp_path):

@@ -73,6 +73,7 @@ def test_columns_are_the_published_ones() -> None:
 def is_native(cfg: dict[str, Any]) -> bool:
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     foreign = "timm_model_name" in vision or isinstance(vision.get("layers"), list) or "hf_model_name" in text
+    foreign = foreign or "text_arch" in text
     return not foreign and "multimodal_cfg" not in cfg
 
 

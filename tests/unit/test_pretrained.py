@@ -119,8 +119,8 @@ ROWS = list_pretrained()
 
 
 def test_every_entry_is_complete():
-    """Each of the 196 entries has a known model, a URL or a repository, and preprocessing."""
-    assert len(ROWS) == len(set(ROWS)) == 196
+    """Each of the 198 entries has a known model, a URL or a repository, and preprocessing."""
+    assert len(ROWS) == len(set(ROWS)) == 198
     models = set(list_models())
     for model, tag in ROWS:
         cfg = get_pretrained_cfg(model, tag)
@@ -145,7 +145,7 @@ def test_every_entry_has_a_source(monkeypatch, prefer_hf_hub):
     assert with_address == 52
     assert sources.count("url") == (0 if prefer_hf_hub else 52)
     assert all(len(x) == 1 or (re.fullmatch(r"[\w-]+/[\w.-]+", x[0]) and x[1].endswith("safetensors")) for x in asked)
-    assert len(asked) == 196
+    assert len(asked) == 198
 
 
 def test_tags_in_any_case_and_with_dashes():

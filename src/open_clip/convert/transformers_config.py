@@ -1,7 +1,7 @@
-"""Conversion of configurations between our models and transformers' CLIP and SigLIP, in both directions.
+"""Conversion of configurations between our models and transformers' CLIP, SigLIP and SigLIP 2, in both directions.
 
 The files of transformers are `config.json` and `preprocessor_config.json`. A `config.json` omits values that are
-defaults, so this file contains the defaults of the released classes.
+defaults, so this file contains the defaults of the released classes. `transformers_naflex` has SigLIP 2's image tower.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import CLIPTextCfg, CLIPVisionCfg, as_config
-from ..constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from ..constants import INCEPTION_MEAN, INCEPTION_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from ..utils import to_2tuple
+from . import transformers_naflex as naflex
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,14 @@ def _tower(width: int, heads: int, act: str, eps: float, **others: Any) -> Confi
 _CLIP_TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
 _SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64}
 _IMAGES = {"num_channels": 3, "image_size": 224}
+_PATCHES = {"num_channels": 3, "num_patches": 256}
 _DEFAULTS: dict[tuple[str, str], Config] = {
     ("clip", "text"): _tower(512, 8, "quick_gelu", 1e-5, **_CLIP_TEXT),
     ("clip", "vision"): _tower(768, 12, "quick_gelu", 1e-5, **_IMAGES, patch_size=32),
     ("siglip", "text"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_SIGLIP_TEXT),
     ("siglip", "vision"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_IMAGES, patch_size=16, vision_use_head=True),
+    ("siglip2", "text"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_SIGLIP_TEXT),
+    ("siglip2", "vision"): _tower(768, 12, "gelu_pytorch_tanh", 1e-6, **_PATCHES, patch_size=16, vision_use_head=True),
 }
 _PROJECTION_DIM = 512  # default of CLIPConfig
 _LOGIT_SCALE = 2.6592
@@ -64,10 +68,10 @@ def model_cfg_from_transformers(config: Mapping[str, Any], source: str) -> Confi
         ValueError: it is another kind of model, or a CLIP or SigLIP that this package cannot build.
     """
     kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
+    if kind not in ("clip", "siglip", naflex.MODEL_TYPE):
         raise ValueError(
-            f"{source} has the model_type {str(kind)[:40]!r}. Of transformers' models, open_clip supports 'clip' and "
-            "'siglip' (also SigLIP 2 with a fixed resolution)."
+            f"{source} has the model_type {str(kind)[:40]!r}. Of transformers' models, open_clip supports 'clip', "
+            "'siglip' (also SigLIP 2 with a fixed resolution) and 'siglip2'."
         )
     text, vision = _part(config, kind, "text"), _part(config, kind, "vision")
     if vision["num_channels"] != 3:
@@ -136,8 +140,7 @@ def _clip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, sou
     }
 
 
-def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, source: str) -> Config:
-    width = vision["hidden_size"]
+def _siglip_vision_cfg(vision: Config, source: str) -> Config:
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
     tower = tuple(vision[key] for key in keys)
     if tower not in SIGLIP_TOWERS or not vision["vision_use_head"] or vision["layer_norm_eps"] != 1e-6:
@@ -145,17 +148,22 @@ def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, s
             f"{source} has an image tower that is not in timm: width, layers, heads, MLP and patch size are {tower}. "
             f"timm has {', '.join(map(str, SIGLIP_TOWERS))}, with attention pooling and an epsilon of 1e-6."
         )
-    output = text.get("projection_size") or text["hidden_size"]
-    if output != width:
-        raise ValueError(f"{source}: text features have the width {output}, image features {width}. They must agree.")
-    vision_cfg = {
+    return {
         "image_size": vision["image_size"],
         "timm_model_name": SIGLIP_TOWERS[tower],
         "timm_model_pretrained": False,
         "timm_pool": "map",
         "timm_proj": "none",
-        "act_kwargs": {"approximate": "none", **_numerics(vision, source).get("act_kwargs", {})},
     }
+
+
+def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, source: str) -> Config:
+    is_naflex = config["model_type"] == naflex.MODEL_TYPE
+    vision_cfg = (naflex.vision_cfg_from_transformers if is_naflex else _siglip_vision_cfg)(vision, source)
+    vision_cfg["act_kwargs"] = {"approximate": "none", **_numerics(vision, source).get("act_kwargs", {})}
+    width, output = vision["hidden_size"], text.get("projection_size") or text["hidden_size"]
+    if output != width:
+        raise ValueError(f"{source}: text features have the width {output}, image features {width}. They must agree.")
     text_cfg = {
         "context_length": text["max_position_embeddings"],
         "vocab_size": text["vocab_size"],
@@ -185,17 +193,19 @@ def preprocess_cfg_from_transformers(config: Mapping[str, Any], source: str) -> 
     Raises:
         ValueError: our preprocessing does not support its interpolation.
     """
-    resample, size = config.get("resample", 3), config.get("size") or {}
+    is_naflex = naflex.is_naflex_processor(config)
+    resample, size = config.get("resample", 2 if is_naflex else 3), config.get("size") or {}
     if resample not in _RESAMPLE:
         raise ValueError(f"{source} has resample={resample}. Supported are 2 (bilinear) and 3 (bicubic).")
     # An int or "shortest_edge": resize the shorter side, crop the centre. "height" and "width": resize both sides.
     squash = isinstance(size, Mapping) and "height" in size and not config.get("do_center_crop", False)
+    squash = squash or is_naflex  # images of a fixed size; patches keep the aspect ratio
     sides = [set(side.values()) if isinstance(side, Mapping) else {side} for side in (size, config.get("crop_size"))]
     if not squash and all(sides) and None not in sides[1] and sides[0] != sides[1]:
         logger.warning("%s resizes to %s and crops to %s. Images will be resized to the crop size.", source, *sides)
     return {
-        "mean": config.get("image_mean") or list(OPENAI_DATASET_MEAN),
-        "std": config.get("image_std") or list(OPENAI_DATASET_STD),
+        "mean": config.get("image_mean") or list(INCEPTION_MEAN if is_naflex else OPENAI_DATASET_MEAN),
+        "std": config.get("image_std") or list(INCEPTION_STD if is_naflex else OPENAI_DATASET_STD),
         "interpolation": _RESAMPLE[resample],
         "resize_mode": "squash" if squash else "shortest",
     }
@@ -207,13 +217,15 @@ def preprocess_cfg_from_transformers(config: Mapping[str, Any], source: str) -> 
 _SIZES = {"layers", "width", "mlp_ratio", "act_kwargs", "norm_kwargs"}
 _VISION_FIELDS = _SIZES | {"head_width", "patch_size", "image_size", "patch_dropout", "final_ln_after_pool"}
 _TIMM_FIELDS = {"image_size", "act_kwargs", "patch_dropout", "timm_drop_path", "timm_drop", "timm_model_pretrained"}
+_TIMM_FIELDS |= {"timm_model_kwargs", "image_seq_len"}  # of NaFlex towers
 _TEXT_FIELDS = _SIZES | {"heads", "context_length", "vocab_size", "eos_id", "pad_id", "final_ln_after_pool"}
 _TEXT_FIELDS |= {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "hf_model_pretrained"}
 
 
 def is_siglip_model_cfg(model_cfg: Mapping[str, Any]) -> bool:
-    """Whether a configuration of open_clip has SigLIP's image tower."""
-    return _timm_stem(model_cfg["vision_cfg"].get("timm_model_name")) in _tower_sizes()
+    """Whether a configuration of open_clip has the image tower of SigLIP or SigLIP 2."""
+    vision_cfg = model_cfg["vision_cfg"]
+    return naflex.is_naflex_siglip(vision_cfg) or _timm_stem(vision_cfg.get("timm_model_name")) in _tower_sizes()
 
 
 def _timm_stem(name: str | None) -> str:
@@ -292,25 +304,33 @@ def _siglip_config(
     _check_other_fields(text, _TEXT_FIELDS, pooled, name, "text")
     if model_cfg.get("init_logit_bias") is None:
         raise ValueError(f"{name} has no logit bias, which transformers' SigLIP needs.")
-    width, layers, heads, mlp_width, patch_size = _tower_sizes()[_timm_stem(vision.timm_model_name)]
+    is_naflex = naflex.is_naflex_siglip(model_cfg["vision_cfg"])
+    kind = naflex.MODEL_TYPE if is_naflex else "siglip"
+    if is_naflex:
+        sizes = naflex.vision_cfg_to_transformers(model_cfg["vision_cfg"], name)
+    else:
+        sizes = _siglip_vision_config(vision, name)
     return {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
+        "architectures": ["Siglip2Model" if is_naflex else "SiglipModel"],
+        "model_type": kind,
         "text_config": {
-            "model_type": "siglip_text_model",
+            "model_type": f"{kind}_text_model",
             "projection_size": model_cfg["embed_dim"],
             **_text_config(text, quick_gelu=bool(model_cfg.get("quick_gelu"))),
         },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": mlp_width,
-            "hidden_act": _GELUS[image_gelu],
-            "layer_norm_eps": 1e-6,
-            **_image_sizes(dataclasses.replace(vision, patch_size=patch_size), name),
-        },
+        "vision_config": {"model_type": f"{kind}_vision_model", "hidden_act": _GELUS[image_gelu], **sizes},
+    }
+
+
+def _siglip_vision_config(vision: CLIPVisionCfg, name: str) -> Config:
+    width, layers, heads, mlp_width, patch_size = _tower_sizes()[_timm_stem(vision.timm_model_name)]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp_width,
+        "layer_norm_eps": 1e-6,
+        **_image_sizes(dataclasses.replace(vision, patch_size=patch_size), name),
     }
 
 
@@ -358,12 +378,21 @@ def _check_other_fields(
             )
 
 
-def preprocess_cfg_to_transformers(preprocess_cfg: Mapping[str, Any], siglip: bool) -> Config:
+def preprocess_cfg_to_transformers(
+    preprocess_cfg: Mapping[str, Any], siglip: bool, vision_cfg: Mapping[str, Any] | None = None
+) -> Config:
     """Convert the preprocessing of a model (fields of PreprocessCfg) to transformers' `preprocessor_config.json`.
+
+    Args:
+        preprocess_cfg: preprocessing of the model.
+        siglip: whether the model is a SigLIP.
+        vision_cfg: configuration of the image tower. The processor of a NaFlex tower needs it.
 
     Raises:
         ValueError: images are padded, which transformers' processors do not support.
     """
+    if siglip and vision_cfg and naflex.is_naflex_siglip(vision_cfg):
+        return naflex.preprocessor_to_transformers(vision_cfg, preprocess_cfg, "the model")
     height, width = to_2tuple(preprocess_cfg["size"])
     mode = preprocess_cfg["resize_mode"]
     if mode not in ("shortest", "squash"):

@@ -31,7 +31,7 @@ from ..tokenizer import DEFAULT_CONTEXT_LENGTH
 from ..utils import check_folder, expect, to_2tuple
 from ..version import __version__
 from .formats import FORMATS, OPSET, ExportError, Writer, count_bytes, create_writer
-from .graphs import Tower, build_towers, default_context_length
+from .graphs import Tower, build_towers
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def export_model(
     tolerance: float | None = None,
     context_length: int | None = None,
     description: dict[str, Any] | None = None,
+    patch_grid: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Write the towers of `model` to image.onnx and text.onnx (or .pt2), and their description to a JSON file.
 
@@ -63,15 +64,16 @@ def export_model(
         batch_size: batch size of the inputs; None: any.
         opset: ONNX opset.
         normalize: whether the graphs return normalized features.
-        tolerance: largest accepted difference from the model, relative to the largest feature. Default: 1e-4, or 2e-2
-            in half precision.
+        tolerance: largest accepted difference, relative to the largest feature; 1e-4, or 2e-2 in half precision.
         context_length: number of tokens of a text. Default: that of the model, at most 77 for Hugging Face towers.
         description: more entries for the JSON file: "model", "pretrained", "tokenizer", ...
+        patch_grid: rows and columns of patches, for a NaFlex image tower: the image graph takes patches [batch,
+            rows * columns, patch height * patch width * 3], in the order (row, column, channel). Default: images.
 
     Returns:
         The contents of the JSON file: "image" and "text" with "file", "input", "output" (name, shape, dtype) and
         "largest_difference"; "normalized", "logit_scale" (the factor, not its logarithm), "logit_bias", "preprocess",
-        "context_length", "vocab_size", and the entries of `description`.
+        "context_length", "vocab_size", with `patch_grid` also "patch_grid", and the entries of `description`.
 
     Raises:
         ValueError: an argument is invalid.
@@ -85,16 +87,15 @@ def export_model(
     content |= description or {}
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the files can be moved by renaming.
-    unchecked = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    unchecked = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))  # files are moved by renaming
     try:
         with torch.no_grad():
-            for tower in build_towers(model.eval(), context_length or default_context_length(model), normalize):
+            for tower in build_towers(model.eval(), context_length, normalize, patch_grid):
                 content[tower.name] = _export_tower(tower, writer, batch_size, tolerance, unchecked)
         content |= {"normalized": normalize, "context_length": content["text"]["input"]["shape"][1]}
-        content |= _describe_model(model)
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (unchecked / f"export{writer.suffix}.json").write_text(text + "\n", encoding="utf-8")
+        content |= _describe_model(model, patch_grid)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (unchecked / f"export{writer.suffix}.json").write_text(text, encoding="utf-8")
         _move_files(unchecked, folder, writer.suffix)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
@@ -163,18 +164,19 @@ def _signature(name: str, tensor: torch.Tensor, batch_size: int | None) -> dict[
     return {"name": name, "shape": [batch_size or "batch", *tensor.shape[1:]], "dtype": dtype}
 
 
-def _describe_model(model: Any) -> dict[str, Any]:
+def _describe_model(model: Any, patch_grid: tuple[int, int] | None) -> dict[str, Any]:
     """Return what the graphs lack: scale and bias of the logits, preprocessing, and vocabulary size."""
     bias = getattr(model, "logit_bias", None)
     preprocess = get_model_preprocess_cfg(model)
     if "size" in preprocess:
         preprocess["size"] = to_2tuple(preprocess["size"])
-    return {
+    described = {
         "logit_scale": model.logit_scale.exp().item(),
         "logit_bias": None if bias is None else bias.item(),
         "preprocess": preprocess,
         "vocab_size": model.vocab_size,
     }
+    return {**described, "patch_grid": list(patch_grid)} if patch_grid else described
 
 
 def _move_files(source: Path, folder: Path, suffix: str) -> None:
@@ -197,6 +199,14 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--opset", type=int, default=OPSET, help="ONNX opset; ATC of CANN 8 supports up to 18")
     parser.add_argument("--normalize", action="store_true", help="return normalized features")
     parser.add_argument("--image-size", type=int, nargs="+", default=None, help="pixels: side, or height and width")
+    parser.add_argument(
+        "--patch-grid",
+        type=int,
+        nargs=2,
+        default=None,
+        metavar=("ROWS", "COLUMNS"),
+        help="take patches of this grid instead of images; for NaFlex towers",
+    )
     parser.add_argument("--context-length", type=int, default=None, metavar="N", help="number of tokens of a text")
     parser.add_argument("--tolerance", type=float, default=None, help="largest accepted difference from the model")
     parser.add_argument("--device", default="cpu", help="device of a torch-export graph")
@@ -205,6 +215,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.image_size is not None and len(options.image_size) > 2:
         parser.error(f"--image-size takes one or two numbers, got {options.image_size}")
+    if options.patch_grid is not None and min(options.patch_grid) < 1:
+        parser.error(f"--patch-grid needs at least one row and one column, got {options.patch_grid}")
     if options.format != "onnx" and options.opset != OPSET:
         logger.warning("--opset has no effect on %s.", options.format)
     return options
@@ -273,6 +285,7 @@ def _export_from_options(options: argparse.Namespace) -> int:
             options.tolerance,
             context_length,
             description,
+            options.patch_grid and tuple(options.patch_grid),
         )
     except (ExportError, ValueError, OSError, ImportError) as error:
         logger.error("%s", error)

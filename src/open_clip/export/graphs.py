@@ -12,6 +12,7 @@ from torch import nn
 
 from ..tokenizer import DEFAULT_CONTEXT_LENGTH
 from ..utils import to_2tuple
+from . import naflex
 
 SEED = 0  # seed of the random images and texts that check the graphs
 
@@ -31,32 +32,67 @@ class Tower:
     inputs: Callable[[int], torch.Tensor]
 
 
-def build_towers(model: Any, context_length: int, normalize: bool) -> list[Tower]:
-    """Return the image tower and the text tower of a model, in evaluation mode."""
+def build_towers(
+    model: Any, context_length: int | None, normalize: bool, patch_grid: tuple[int, int] | None = None
+) -> list[Tower]:
+    """Return the image tower and the text tower of a model, in evaluation mode.
+
+    Args:
+        model: the model.
+        context_length: number of tokens of a text; None: `default_context_length`.
+        normalize: whether the graphs return normalized features.
+        patch_grid: rows and columns of patches. The image graph then takes patches instead of images.
+
+    Raises:
+        ValueError: the image tower is not a NaFlex tower, or its image size is not a multiple of the patch size.
+    """
     without_text = {"visual", "text_decoder"}
     text_modules = [name for name, _ in model.named_children() if name not in without_text]
     text_parameters = [name for name in model._parameters if name not in ("logit_scale", "logit_bias")]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(SEED)
-    height, width = to_2tuple(model.visual.image_size)
-    # With half precision weights, norms and embeddings are float32, and the images have the lower precision.
-    dtype = min((p.dtype for p in model.visual.parameters()), key=lambda dtype: dtype.itemsize)
-
-    def images(count: int) -> torch.Tensor:
-        return torch.randn(count, 3, height, width, generator=generator).to(device, dtype)
+    tokens = context_length or default_context_length(model)
 
     def texts(count: int) -> torch.Tensor:
         """Return random ids with the end of text (the highest id) at a random position, followed by padding."""
-        ids = torch.randint(1, model.vocab_size - 1, (count, context_length), generator=generator)
-        ends = torch.randint(1, context_length, (count, 1), generator=generator)
-        positions = torch.arange(context_length)
+        ids = torch.randint(1, model.vocab_size - 1, (count, tokens), generator=generator)
+        ends = torch.randint(1, tokens, (count, 1), generator=generator)
+        positions = torch.arange(tokens)
         ids = ids.masked_fill(positions == ends, model.vocab_size - 1)
         return ids.masked_fill(positions > ends, _pad_id(model)).to(device)
 
     return [
-        Tower("image", _ImageGraph(_select_children(model, ["visual"]), normalize).eval(), images),
+        _build_image_tower(model, normalize, patch_grid, generator),
         Tower("text", _TextGraph(_select_children(model, text_modules, text_parameters), normalize).eval(), texts),
     ]
+
+
+def _build_image_tower(
+    model: Any, normalize: bool, patch_grid: tuple[int, int] | None, generator: torch.Generator
+) -> Tower:
+    device = next(model.parameters()).device
+    # With half precision weights, norms and embeddings are float32, and the images have the lower precision.
+    dtype = min((p.dtype for p in model.visual.parameters()), key=lambda dtype: dtype.itemsize)
+    shape: tuple[int, ...] = (3, *to_2tuple(model.visual.image_size))
+    part: Any = _select_children(model, ["visual"])
+    arrange: nn.Module = nn.Identity()
+    if naflex.is_naflex(model.visual):
+        grid = patch_grid or naflex.grid_of_image(model.visual)
+        part._modules["visual"] = naflex.with_fixed_grid(model.visual, grid)
+        if patch_grid:
+            patch_size = naflex.patch_size_of(model.visual)
+            arrange = naflex.PatchesToImage(grid, patch_size)
+            shape = (grid[0] * grid[1], patch_size[0] * patch_size[1] * 3)
+    elif patch_grid:
+        raise ValueError(
+            f"--patch-grid {patch_grid[0]} {patch_grid[1]} needs a NaFlex image tower. The tower of this model is a "
+            f"{type(model.visual).__name__} and takes images. Remove --patch-grid."
+        )
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randn(count, *shape, generator=generator).to(device, dtype)
+
+    return Tower("image", _ImageGraph(part, normalize, arrange).eval(), images)
 
 
 def default_context_length(model: Any) -> int:
@@ -85,8 +121,12 @@ class _Graph(nn.Module):
 
 
 class _ImageGraph(_Graph):
+    def __init__(self, model: Any, normalize: bool, arrange: nn.Module) -> None:
+        super().__init__(model, normalize)
+        self.arrange = arrange
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self._finish(self.model.encode_image(image, normalize=False))
+        return self._finish(self.model.encode_image(self.arrange(image), normalize=False))
 
 
 class _TextGraph(_Graph):

@@ -49,7 +49,7 @@ def save_for_transformers(
     visual: Any = model.visual
     image_gelu = visual.trunk.blocks[0].mlp.act.approximate if siglip else "none"
     config = model_cfg_to_transformers(model_config, name, image_gelu)
-    preprocessor = preprocess_cfg_to_transformers(get_model_preprocess_cfg(model), siglip)
+    preprocessor = preprocess_cfg_to_transformers(get_model_preprocess_cfg(model), siglip, model_config["vision_cfg"])
     state_dict = {key: value.detach().cpu() for key, value in strip_prefixes(model.state_dict()).items()}
     weights = to_transformers(to_plain_layout(state_dict), siglip)
     directory = Path(save_directory)
