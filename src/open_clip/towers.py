@@ -16,7 +16,6 @@ from .constants import RESNET_STRIDE
 from .hf_model import HFTextEncoder
 from .modern_text import ModernTextTransformer
 from .modified_resnet import ModifiedResNet
-from .naflex import NaFlexTower
 from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .transformer.layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
@@ -56,9 +55,7 @@ def build_vision_tower(
     """Build a timm tower if `timm_model_name` is set, a ModifiedResNet if `layers` has four numbers, else a ViT."""
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
-        is_naflex = is_naflex_cfg(cfg)
-        tower_class = functools.partial(NaFlexTower, **_naflex_options(cfg)) if is_naflex else TimmModel
-        return tower_class(
+        return TimmModel(
             cfg.timm_model_name,
             embed_dim,
             image_size=cfg.image_size,
@@ -70,10 +67,53 @@ def build_vision_tower(
             patch_drop=cfg.patch_dropout or None,
             pretrained=cfg.timm_model_pretrained,
             act_kwargs=cfg.act_kwargs,
-            model_kwargs=cfg.timm_model_kwargs,
         )
     if isinstance(cfg.layers, (tuple, list)):
         if cfg.patch_dropout:
             logger.warning("patch_dropout=%s has no effect: a ResNet has no patches.", cfg.patch_dropout)
         heads = cfg.width * RESNET_STRIDE // cfg.head_width
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
+    options = _tower_options(cfg, VisionTransformer) | layer_types(cfg, quick_gelu, cast_dtype)
+    return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
+
+
+def build_text_tower(
+    embed_dim: int,
+    text_cfg: CLIPTextCfg | Mapping[str, Any],
+    quick_gelu: bool = False,
+    cast_dtype: torch.dtype | None = None,
+) -> TextTransformer | ModernTextTransformer | HFTextEncoder:
+    """Build a Hugging Face tower if `hf_model_name` is set, else a modern or native transformer (`text_arch`)."""
+    cfg = as_config(CLIPTextCfg, text_cfg)
+    if cfg.hf_model_name:
+        return HFTextEncoder(
+            cfg.hf_model_name,
+            output_dim=embed_dim,
+            pooler_type=cfg.hf_pooler_type,
+            proj_type=cfg.hf_proj_type,
+            pretrained=cfg.hf_model_pretrained,
+            output_tokens=cfg.output_tokens,
+        )
+    expect("text_arch", cfg.text_arch, ("clip", "modern"))
+    if cfg.text_arch == "modern":
+        return ModernTextTransformer(cfg, embed_dim)
+    _check_no_modern_fields(cfg)
+    options = _tower_options(cfg, TextTransformer)
+    return TextTransformer(output_dim=embed_dim, **(options | layer_types(cfg, quick_gelu, cast_dtype)))
+
+
+# Fields of CLIPTextCfg that only the modern tower has.
+_MODERN_FIELDS = (
+    *("attention_mode", "pos_embed", "rope_temperature", "mlp_type", "norm_type", "norm_eps", "attn_gated"),
+    *("pre_norm", "norm_placement", "zero_init_residual", "reg_tokens", "value_residual"),
+    *("attention_bias", "mlp_bias", "gate_bias"),
+)
+
+
+def _check_no_modern_fields(cfg: CLIPTextCfg) -> None:
+    for field in dataclasses.fields(CLIPTextCfg):
+        value = getattr(cfg, field.name)
+        if field.name in _MODERN_FIELDS and value != field.default:
+            raise ValueError(
+                f"{field.name}={value!r} has no effect on a native text tower. Set text_arch to 'modern', or remove it."
+            )
