@@ -39,8 +39,8 @@ from training.data.shards.pairs import DEFAULT_MEMBERS, PairMembers
 from training.data.shards.samples import Sample, find_unsorted, read_shard, unsorted_shard, why_unusable
 from training.data.skips import BAD_IN_A_ROW, BAD_SHARDS, BadSample, BadStreak, NoUsableSamples, SkipCounter
 
-# The limits of a block, in samples and in bytes. The next block is read while one is consumed, so a reader holds about
-# one block of encoded samples, and two at most.
+# The limits of a block, in samples (rounded up to whole pools of length bucketing) and in bytes. The next block is read
+# while one is consumed, so a reader holds about one block of encoded samples, and two at most.
 BLOCK_SAMPLES = 2048
 BLOCK_BYTES = 1 << 28
 
