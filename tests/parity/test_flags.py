@@ -48,6 +48,7 @@ OURS = {
     "text_groups": 4,
     "decay_rule": None,
     "like_4": False,
+    "bucket_runs": 4,
 }
 # Options of the main branch whose default is another here, because 3.3.0 has no limit, no averages and other points.
 DIFFERENT_FROM_MAIN = {
@@ -146,6 +147,10 @@ SERVED = {
     "val_retrieval_precision": ["model"],
     "log_metric_every_n_steps": ["2"],
     "train_loss_ema_samples": ["100"],
+    "length_bucketing": [],
+    "bucket_pool": ["4096"],
+    "bucket_chunk": ["64"],
+    "bucket_prefetch_pools": ["1"],
 }
 
 

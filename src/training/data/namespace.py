@@ -80,6 +80,14 @@ class EachCaption:
     def reduction_fn(self) -> Any:
         return getattr(self.tokenizer, "reduction_fn", None)
 
+    @property
+    def encode(self) -> Any:
+        return getattr(self.tokenizer, "encode", None)
+
+    @property
+    def context_length(self) -> Any:
+        return getattr(self.tokenizer, "context_length", None)
+
     def __call__(self, captions: Sequence[str]) -> Any:
         rows = tuple(self.tokenizer([text] if self.form.captions_in_lists else text)[0] for text in captions)
         return self.form.column(rows)

@@ -8,7 +8,8 @@ that the uninterrupted run would have got, from any position in an epoch. With o
   rest. Rows (CSV, folders): the rest lacks less than one global batch, as every epoch does. Shards: what the old
   readers had left is divided among the new ones. All ranks stop when the first one has no more batches, so the rest may
   lack what the other ranks have left: about a block (2,048 samples), a shard and a batch per reader. With resampling,
-  the rest consists of new draws, as many as were missing.
+  the rest consists of new draws, as many as were missing. Other options of length bucketing are another layout, too: a
+  partly read pool is read to its end in the order in which it was started.
 * With other data or another seed a position is meaningless: the epoch starts from the beginning, with a warning.
 
 (If an epoch of shards has more samples than a reader's part of the shards, the reader starts over and repeats samples.

@@ -67,10 +67,17 @@ class SampleRef(NamedTuple):
     epoch: int
 
 
+NO_ROWS = torch.empty(0, dtype=torch.int32)
+
+
 class TrainSampler(Sampler[list[SampleRef]]):
     """The batches of this rank from `num_samples` samples, shuffled by (seed, epoch).
 
-    The last incomplete global batch is dropped. A resumed run skips the first `start` samples of the order.
+    The last incomplete global batch is dropped.
+
+    Attributes:
+        rest: int32, rows that a resumed run reads first.
+        start: index in the order of the epoch of the first row that it reads after these.
     """
 
     def __init__(
@@ -82,22 +89,42 @@ class TrainSampler(Sampler[list[SampleRef]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = epoch
+        self.rest = NO_ROWS
         self.start = 0
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world_size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_samples // (self.batch_size * self.world_size)
+        return self.num_samples // self.global_batch
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
-        epoch = self.epoch
-        generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
-        order = torch.randperm(self.num_samples, generator=generator)[self.start :]
-        mine = order[self.rank :: self.world_size]
-        for step in range(len(order) // (self.batch_size * self.world_size)):
-            batch = mine[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [SampleRef(row, epoch) for row in batch.tolist()]
+        epoch, unread = self.epoch, NO_ROWS
+        for part in self.parts():
+            unread = torch.cat([unread, part]) if len(unread) else part
+            for start in range(0, len(unread) - self.global_batch + 1, self.global_batch):
+                mine = unread[start : start + self.global_batch][self.rank :: self.world_size]
+                yield [SampleRef(row, epoch) for row in mine.tolist()]
+            unread = unread[len(unread) // self.global_batch * self.global_batch :]
+
+    def order(self) -> torch.Tensor:
+        """Return the order of the epoch: int64 [num_samples]."""
+        generator = torch.Generator().manual_seed(stable_hash("order", self.seed, self.epoch))
+        return torch.randperm(self.num_samples, generator=generator)
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """Yield the rows that all ranks read, in order, in parts of any size."""
+        rest, order = self.rest, self.order()[self.start :]
+        yield rest
+        yield order
+
+    def position_after_batch(self, start: int, rest: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Return (start, rest) after the next global batch; see the attributes of these names."""
+        return start + max(0, self.global_batch - len(rest)), rest[self.global_batch :]
 
 
 class EvalSampler(Sampler[list[SampleRef]]):

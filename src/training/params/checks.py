@@ -40,6 +40,7 @@ def validate(args: argparse.Namespace) -> None:
             declared.check(flag(name) if declared.has_flag else name, getattr(args, name), defaults[name])
     _check_images(args)
     _check_sample_keys(args)
+    _check_buckets(args)
     _check_names(args)
     _check_combinations(args)
     _check_compilation(args)
@@ -79,6 +80,21 @@ def _check_sample_keys(args: argparse.Namespace) -> None:
         )
     if len(set(fields)) < len(fields):
         raise ValueError(f"--json-text-key {args.json_text_key!r} has a field twice. Give each weight once.")
+
+
+def _check_buckets(args: argparse.Namespace) -> None:
+    if not args.length_bucketing or not trains(args):
+        return
+    if args.bucket_runs == 1 and args.bucket_chunk > args.bucket_pool:
+        raise ValueError(
+            f"--bucket-chunk {args.bucket_chunk} is larger than --bucket-pool {args.bucket_pool}: runs are cut from a "
+            "pool, so they would not be sorted apart. Use a smaller chunk or a larger pool."
+        )
+    if args.bucket_runs > args.batch_size:
+        raise ValueError(
+            f"--bucket-runs {args.bucket_runs} needs a sample of each run in a batch, and --batch-size is "
+            f"{args.batch_size}. Use fewer runs, or a larger batch."
+        )
 
 
 def _join(values: Iterable[Any]) -> str:
@@ -268,6 +284,13 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     yield reads_shards, of_shards, "the data are not webdataset shards"
     if reads_shards:
         yield args.json_text_key is None, ("text_key",), "--json-text-key has the captions"
+    buckets = ("bucket_runs", "bucket_pool", "bucket_chunk")
+    yield training, ("length_bucketing",), "there is no --train-data"
+    yield args.dataset_type != "synthetic", ("length_bucketing",), "synthetic captions have one length"
+    yield args.length_bucketing, buckets, "there is no --length-bucketing"
+    yield False, ("bucket_prefetch_pools",), "workers read the next pool while they decode one"
+    if args.length_bucketing:
+        yield args.bucket_runs == 1, ("bucket_chunk",), "it belongs to --bucket-runs 1"
     yield bool(paths), ("max_image_pixels",), "there is no --train-data and no --val-data"
     yield training, ("train_num_samples", "max_bad_fraction"), "there is no --train-data"
     if training:

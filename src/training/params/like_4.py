@@ -13,6 +13,7 @@ LIKE_4: dict[str, Any] = {
     "torchcompile_strategy": "task",
     "image_key": "jpg;png;jpeg;webp",
     "max_image_pixels": 25_000_000,
+    "bucket_runs": 1,
     "val_retrieval_chunk_size": 4096,
     "log_metric_every_n_steps": 10,
     "train_loss_ema_samples": 50_000,

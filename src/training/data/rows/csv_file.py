@@ -75,6 +75,10 @@ class CsvDataset(Dataset):
     def __len__(self) -> int:
         return len(self.captions)
 
+    def caption_at(self, index: int) -> str:
+        """Return the caption of a row, also if the row cannot be used."""
+        return self.captions[index]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.images[index]
         row = f"{path or '(no path)'} (row {index + 1} of {self.filename})"

@@ -102,13 +102,18 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def caption_at(self, index: int) -> str:
+        """Return the caption of an image, made from the name of its class."""
+        assert self.caption is not None
+        return self.caption.format(self.classes[int(self.labels[index])].replace("_", " "))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
         label = int(self.labels[index])
         image = load_image(path, self.transform, path, self.max_image_pixels)
         if self.caption is None:
             return {"image": image, "label": label, "key": path}
-        text = self.caption.format(self.classes[label].replace("_", " "))
+        text = self.caption_at(index)
         text = text if self.tokenizer is None else self.tokenizer([text])[0]
         return {"image": image, "text": text, "key": path}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch.utils.data import Dataset
 
 from training import ranks
+from training.data.bucketing import LengthBuckets
 from training.data.loader import Collate, DataInfo, Loader, check_one_batch
+from training.data.rows.bucket_sampler import BucketSampler, Captions, RowLengths
 from training.data.rows.position import RowPosition
 from training.data.sampling import EvalSampler, SampleRef, TrainSampler, sample_rng, stable_hash
 from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
@@ -102,7 +104,7 @@ def make_row_loader(
     position = None
     if is_train:
         check_one_batch(size, cfg.batch_size, world.world_size, source)
-        sampler = TrainSampler(size, cfg.batch_size, world.rank, world.world_size, cfg.seed, epoch)
+        sampler = _train_sampler(dataset, cfg, tokenizer, epoch)
         position = RowPosition(sampler, source)
     else:
         sampler = EvalSampler(size, cfg.batch_size, world.rank, world.world_size)
@@ -120,3 +122,13 @@ def make_row_loader(
         position=position,
     )
     return DataInfo(loader, sampler=sampler, skipped=skipped)
+
+
+def _train_sampler(dataset: IndexedSamples, cfg: DataConfig, tokenizer: Any, epoch: int) -> TrainSampler:
+    world = ranks.world()
+    arguments = len(dataset), cfg.batch_size, world.rank, world.world_size, cfg.seed, epoch
+    buckets = LengthBuckets.from_options(cfg, cfg.batch_size * world.world_size)
+    if buckets is None:
+        return TrainSampler(*arguments)
+    lengths = RowLengths(cast("Captions", dataset), tokenizer)
+    return BucketSampler(*arguments, buckets=buckets, lengths=lengths)

@@ -6,15 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from training.data.position import EpochState, Position, StateDict
-from training.data.sampling import TrainSampler
+from training.data.sampling import NO_ROWS, TrainSampler
 
 
 @dataclass
 class RowState(EpochState):
-    """How many samples of the epoch's order all ranks together have read."""
+    """What all ranks together have not read: the rows `rest`, and those from `start` on in the order of the epoch.
 
-    samples: int = 0
+    Without length bucketing there is no rest. With it, the rest are the unread rows of a pool, in the order in which
+    they are read. So a resumed run can have other buckets, or none.
+    """
+
+    start: int = 0
+    rest: torch.Tensor = NO_ROWS
+
+    @property
+    def samples(self) -> int:
+        """How many samples have been read."""
+        return self.start - len(self.rest)
 
 
 class RowPosition(Position[RowState]):
@@ -25,8 +37,9 @@ class RowPosition(Position[RowState]):
         self.sampler = sampler
 
     def record_batch(self, after: Any) -> None:
-        assert self._current is not None
-        self._current.samples += self.sampler.batch_size * self.sampler.world_size
+        current = self._current
+        assert current is not None
+        current.start, current.rest = self.sampler.position_after_batch(current.start, current.rest)
 
     def _epoch(self) -> int:
         return self.sampler.epoch
@@ -38,10 +51,10 @@ class RowPosition(Position[RowState]):
         return RowState(epoch)
 
     def _start(self, state: RowState, is_resumed: bool) -> None:
-        self.sampler.start = state.samples
+        self.sampler.start, self.sampler.rest = state.start, state.rest
 
     def _to_state_dict(self, state: RowState) -> StateDict:
-        return {
+        saved = {
             "form": "rows",
             "seed": self.sampler.seed,
             "size": self.sampler.num_samples,
@@ -49,6 +62,11 @@ class RowPosition(Position[RowState]):
             "epoch": state.epoch,
             "samples": state.samples,
         }
+        if len(state.rest) and self.sampler.rank == 0:  # it is the same on all ranks
+            saved["rest"] = state.rest.clone()  # without the rows of the tensor that it is a view of
+        return saved
 
     def _from_state_dicts(self, states: Sequence[StateDict]) -> RowState:
-        return RowState(states[0]["epoch"], max(state["samples"] for state in states))
+        epoch, rest = states[0]["epoch"], states[0].get("rest", NO_ROWS)
+        samples = max(state["samples"] for state in states)
+        return RowState(epoch, samples + len(rest), rest)

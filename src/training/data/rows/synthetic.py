@@ -38,6 +38,9 @@ class SyntheticDataset(Dataset):
     def __len__(self) -> int:
         return self.dataset_size
 
+    def caption_at(self, index: int) -> str:
+        return self.caption
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.image if self.transform is None else self.transform(self.image)
         text = self.caption if self.tokenizer is None else self.tokenizer([self.caption])[0]

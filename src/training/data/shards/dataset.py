@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import ranks
+from training.data.bucketing import CaptionLength, LengthBuckets
 from training.data.images import load_image
 from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
@@ -59,6 +60,7 @@ class ShardBatches(IterableDataset):
         source: str,
         skipped: SkipCounter,
         max_image_pixels: int | None = None,
+        caption_length: CaptionLength | None = None,
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -70,6 +72,7 @@ class ShardBatches(IterableDataset):
         self.source = source
         self.skipped = skipped
         self.max_image_pixels = max_image_pixels
+        self.caption_length = caption_length or CaptionLength(tokenizer)
 
     def __iter__(self) -> Iterator[ShardBatch]:
         info = get_worker_info()
@@ -92,7 +95,9 @@ class ShardBatches(IterableDataset):
             give_up_after = readers if self.shards.endless else None
         else:
             get_plan, give_up_after = dict(enumerate(state.plans[worker])).get, None
-        shard_reader = ShardReader(self.shards, get_plan, order_key, self.source, self.skipped)
+        shard_reader = ShardReader(
+            self.shards, get_plan, order_key, self.source, self.skipped, functools.partial(self._length, state.epoch)
+        )
         return shard_reader.samples(state.positions[worker], give_up_after)
 
     def _regular_plan(self, state: ShardState, reader: int, readers: int, number: int) -> ShardPlan | None:
@@ -109,8 +114,7 @@ class ShardBatches(IterableDataset):
     ) -> Iterator[tuple[Sample, ReadPosition]]:
         streak = self.shards.bad_streak(self.source)
         for sample, after in encoded:
-            name = f"{sample['__url__']}/{sample['__key__']}"
-            random_key = (self.shards.seed, epoch, name, sample["__read_id__"])
+            name, random_key = self._identify(sample, epoch)
             try:
                 caption = self._caption(sample, name, random_key)
                 with sample_rng(*random_key):
@@ -122,6 +126,17 @@ class ShardBatches(IterableDataset):
             streak.add_good()
             self.skipped.add_good()
             yield decoded, after
+
+    def _identify(self, sample: Sample, epoch: int) -> tuple[str, tuple[object, ...]]:
+        """Return the name of a sample, and the key of its random numbers."""
+        name = f"{sample['__url__']}/{sample['__key__']}"
+        return name, (self.shards.seed, epoch, name, sample["__read_id__"])
+
+    def _length(self, epoch: int, sample: Sample) -> int:
+        try:
+            return self.caption_length(self._caption(sample, *self._identify(sample, epoch)))
+        except BadSample:  # counted and dropped when it is decoded
+            return 0
 
     def _caption(self, sample: Sample, name: str, random_key: tuple[object, ...]) -> str:
         # A generator of its own: the augmentation of the image does not depend on how captions are chosen.
@@ -171,6 +186,7 @@ def make_shard_loader(
         source=source,
         skipped=skipped,
         max_image_pixels=cfg.max_image_pixels,
+        caption_length=CaptionLength(tokenizer),
     )
     loader = Loader(
         dataset,
@@ -199,7 +215,8 @@ def _find_shards(cfg: DataConfig, is_train: bool) -> tuple[ShardSet, str]:
     _check_present(urls, str(source))
     single_rank = not ranks.world().distributed
     members = PairMembers.from_options(cfg)
-    shards = ShardSet(urls, cfg.seed, is_train, resampled, weights, shard_sizes(urls), single_rank, members)
+    buckets = LengthBuckets.from_options(cfg, cfg.batch_size) if is_train else None
+    shards = ShardSet(urls, cfg.seed, is_train, resampled, weights, shard_sizes(urls), single_rank, members, buckets)
     return shards, shorten(source)
 
 

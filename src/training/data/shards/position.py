@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from training.data.bucketing import LengthBuckets
 from training.data.position import EpochState, Position, StateDict
 from training.data.sampling import SharedEpoch
 from training.data.shards.reader import ReadPosition, ShardPlan, ShardRead, ShardSet
@@ -174,14 +175,18 @@ class ShardPosition(Position[ShardState]):
             "seed": self.shards.seed,
             "size": len(self.shards.urls),
             "resampled": self.shards.resampled,
-            "layout": self.layout.state_dict(),
+            "layout": self._layout_state(),
             **state.state_dict(),
         }
 
     def _from_state_dicts(self, states: Sequence[StateDict]) -> ShardState:
-        if all(state["layout"] == self.layout.state_dict() for state in states):
+        if all(state["layout"] == self._layout_state() for state in states):
             return ShardState.from_state_dict(states[self.layout.rank])
         return self._rest_of_epoch(states)
+
+    def _layout_state(self) -> StateDict:
+        buckets = self.shards.buckets
+        return self.layout.state_dict() | ({} if buckets is None else {"buckets": buckets.to_state()})
 
     def _rest_of_epoch(self, states: Sequence[StateDict]) -> ShardState:
         """Return this rank's part of the rest of an epoch that another layout of readers started."""
@@ -199,7 +204,7 @@ class ShardPosition(Position[ShardState]):
         if self.shards.resampled:
             rest.draw_key = samples_read
             return rest
-        partial, unread = _remaining_reads(old_states, states[0]["layout"]["workers"], self.shards)
+        partial, unread = _remaining_reads(old_states, states[0]["layout"], self.shards)
         rest.plans = []
         for worker in range(self.layout.workers):
             reader = self.layout.reader(worker)
@@ -215,19 +220,21 @@ class ShardPosition(Position[ShardState]):
 
 
 def _remaining_reads(
-    states: Sequence[ShardState], workers: int, shards: ShardSet
+    states: Sequence[ShardState], layout: StateDict, shards: ShardSet
 ) -> tuple[list[ShardPlan], list[ShardRead]]:
     """Return (plans that continue in a partly read block, shard reads that have not started) of all readers.
 
-    A reader after its first regular plan has read its part completely and repeats another one: it leaves nothing.
+    `layout` is that of the readers. A reader after its first regular plan has read its part completely and repeats
+    another one: it leaves nothing.
     """
+    buckets = LengthBuckets.from_state(layout.get("buckets"))
     partial: list[ShardPlan] = []
     unread: list[ShardRead] = []
     for rank, state in enumerate(states):
         for worker, position in enumerate(state.positions):
             reader = rank + len(states) * worker
             if state.plans is None:
-                plans = [shards.plan(state.epoch, 0, reader, len(states) * workers)]
+                plans = [shards.plan(state.epoch, 0, reader, len(states) * layout["workers"])]
             else:
                 plans = list(state.plans[worker])
             for number, plan in enumerate(plans):
@@ -240,6 +247,7 @@ def _remaining_reads(
                     unread += reads
                     continue
                 plan_start = start._replace(plan=0, read=0, last_read=start.last_read - start.read)
-                partial.append(ShardPlan(reads[start.read : start.last_read + 1], plan_start))
+                block_reads = reads[start.read : start.last_read + 1]
+                partial.append(ShardPlan(block_reads, plan_start, plan.buckets_of(start, buckets)))
                 unread += reads[start.last_read + 1 :]
     return partial, unread

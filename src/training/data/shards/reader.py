@@ -10,7 +10,8 @@ How the samples of one shard get into a batch. A reader is one worker process of
     ShardReader
       ._usable_samples           drops and counts bad samples; BadStreak ends the run after too many in a row
       ._stream                   the usable samples of all reads of a plan
-      ._shuffled                 blocks of 2,048 samples, each shuffled by (seed, epoch, position of the block)
+      ._shuffled                 blocks of 2,048 samples, each shuffled by (seed, epoch, position of the block), and
+                                 with length bucketing then sorted, pool by pool (data.bucketing)
       .samples                   (sample, ReadPosition after it)
     dataset.ShardBatches         decodes images and captions, and groups samples into ShardBatch(samples, after)
     data.loader.Loader           moves batches to the training process, takes `after` out of each one, and calls
@@ -28,17 +29,18 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from training.data.bucketing import LengthBuckets
 from training.data.sampling import stable_hash
 from training.data.shards.pairs import DEFAULT_MEMBERS, PairMembers
 from training.data.shards.samples import Sample, find_unsorted, read_shard, unsorted_shard, why_unusable
 from training.data.skips import BAD_IN_A_ROW, BAD_SHARDS, BadSample, BadStreak, NoUsableSamples, SkipCounter
 
-# The limits of a block, in samples and in bytes. The next block is read while one is consumed, so a reader holds about
-# one block of encoded samples, and two at most.
+# The limits of a block, in samples (rounded up to whole pools of length bucketing) and in bytes. The next block is read
+# while one is consumed, so a reader holds about one block of encoded samples, and two at most.
 BLOCK_SAMPLES = 2048
 BLOCK_BYTES = 1 << 28
 
@@ -82,20 +84,34 @@ START = ReadPosition()
 
 @dataclass
 class ShardPlan:
-    """Shard reads in order, and the position at which to start in them (its `plan` is not used)."""
+    """Shard reads in order, and the position at which to start in them.
+
+    Attributes:
+        reads: the shard reads.
+        start: the position; its `plan` is not used.
+        buckets: how another layout of readers sorted the block in which `start` is, if it read a part of it.
+    """
 
     reads: Iterable[ShardRead]
     start: ReadPosition = START
+    buckets: LengthBuckets | None = None
 
-    def to_state(self) -> dict[str, torch.Tensor]:
-        """Return the plan as tensors, under the names that existing checkpoints have."""
+    def buckets_of(self, block: ReadPosition, regular: LengthBuckets | None) -> LengthBuckets | None:
+        """Return how a block is sorted that starts at `block`: as its first readers did, otherwise by `regular`."""
+        is_continued = self.start.taken > 0 and block[1:4] == self.start[1:4]
+        return self.buckets if is_continued else regular
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the plan as tensors and numbers, under the names that existing checkpoints have."""
         reads = torch.tensor(list(self.reads), dtype=torch.int32).reshape(-1, len(ShardRead._fields))
-        return {"visits": reads, "start": torch.tensor(self.start)}
+        buckets = {} if self.buckets is None else {"buckets": self.buckets.to_state()}
+        return {"visits": reads, "start": torch.tensor(self.start), **buckets}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, torch.Tensor]) -> ShardPlan:
+    def from_state(cls, state: Mapping[str, Any]) -> ShardPlan:
         reads = [ShardRead(*read) for read in state["visits"].tolist()]
-        return cls(reads, ReadPosition(*state["start"].tolist()))
+        buckets = LengthBuckets.from_state(state.get("buckets"))
+        return cls(reads, ReadPosition(*state["start"].tolist()), buckets)
 
 
 @dataclass(frozen=True)
@@ -111,6 +127,7 @@ class ShardSet:
         sizes: samples by shard, where known.
         single_rank: whether there is only one rank.
         members: the members of a sample that are its image and its caption.
+        buckets: how the samples of a block are sorted in training; None for the shuffled order.
     """
 
     urls: Sequence[str]
@@ -121,6 +138,7 @@ class ShardSet:
     sizes: Mapping[str, int] | None = None
     single_rank: bool = True
     members: PairMembers = DEFAULT_MEMBERS
+    buckets: LengthBuckets | None = None
 
     def bad_streak(self, source: str) -> BadStreak:
         """Return the detector of useless data for the samples of one reader."""
@@ -167,14 +185,17 @@ class _StreamItem(NamedTuple):
 class _Block:
     """Consecutive samples of a stream, up to the limits of a block."""
 
-    def __init__(self, stream: Iterator[_StreamItem]) -> None:
+    def __init__(self, stream: Iterator[_StreamItem], buckets: LengthBuckets | None) -> None:
         self.stream = stream
+        self.buckets = buckets
+        pool = 1 if buckets is None else buckets.pool
+        self.samples = -(-BLOCK_SAMPLES // pool) * pool
         self.items: list[_StreamItem] = []
         self.bytes = 0
 
     def add_next(self) -> bool:
         """Add the next sample of the stream. Return False if the block is full or the stream has ended."""
-        if len(self.items) >= BLOCK_SAMPLES or self.bytes >= BLOCK_BYTES:
+        if len(self.items) >= self.samples or self.bytes >= BLOCK_BYTES:
             return False
         item = next(self.stream, None)
         if item is not None:
@@ -210,6 +231,7 @@ class ShardReader:
         order_key: what the order in a block depends on, in addition to the position of the block.
         source: name of the data for messages.
         skipped: counts bad samples.
+        length: returns the length of a sample's caption, for `LengthBuckets`.
     """
 
     def __init__(
@@ -219,11 +241,13 @@ class ShardReader:
         order_key: tuple[object, ...],
         source: str,
         skipped: SkipCounter,
+        length: Callable[[Sample], int],
     ) -> None:
         self.shards = shards
         self.get_plan = get_plan
         self.order_key = order_key
         self.skipped = skipped
+        self.length = length
         self.streak = shards.bad_streak(source)
 
     def samples(self, start: ReadPosition, give_up_after: int | None) -> Iterator[tuple[Sample, ReadPosition]]:
@@ -243,22 +267,23 @@ class ShardReader:
             plan_start = start if number == start.plan and start != ReadPosition(number) else plan.start
             stream = self._stream(plan.reads, plan_start)
             if self.shards.endless:
-                yield from self._shuffled(stream, number, plan_start)
+                buckets = plan.buckets_of(plan_start, self.shards.buckets)
+                yield from self._shuffled(stream, number, plan_start, buckets)
             else:
                 yield from ((item.sample, ReadPosition(number)) for item in stream)
             if give_up_after is not None and number + 1 >= give_up_after and not self.streak.any_good:
                 raise self.streak.error()
 
     def _shuffled(
-        self, stream: Iterator[_StreamItem], plan: int, start: ReadPosition
+        self, stream: Iterator[_StreamItem], plan: int, start: ReadPosition, buckets: LengthBuckets | None
     ) -> Iterator[tuple[Sample, ReadPosition]]:
-        """Yield the samples of the stream block by block, each block shuffled."""
-        block, taken = _Block(stream), start.taken
+        """Yield the samples of the stream block by block, each block shuffled. `buckets` are those of the first."""
+        block, taken = _Block(stream, buckets), start.taken
         block.fill()
         while block.items:
             block_start = block.start(plan)
             order = self._block_order(block)
-            following = _Block(stream)
+            following = _Block(stream, self.shards.buckets)
             for number in range(taken, len(order)):
                 # Add one sample to the next block for each that is taken; two if reading resumed within a block.
                 while len(following.items) <= number and following.add_next() and len(following.items) % 2:
@@ -275,8 +300,12 @@ class ShardReader:
         first = block.items[0]
         block_key = (first.sample["__shard__"], first.sample["__read_id__"], first.sample_index)
         order = list(range(len(block.items)))
-        random.Random(stable_hash("block", *self.order_key, *block_key)).shuffle(order)
-        return order
+        rng = random.Random(stable_hash("block", *self.order_key, *block_key))
+        rng.shuffle(order)
+        if block.buckets is None:
+            return order
+        lengths = [self.length(block.items[number].sample) for number in order]
+        return [order[number] for number in block.buckets.order(lengths, rng)]
 
     def _stream(self, reads: Iterable[ShardRead], start: ReadPosition) -> Iterator[_StreamItem]:
         for number, read in enumerate(reads):

@@ -65,6 +65,23 @@ class DataConfig:
         "stop the run when more than this fraction (0 to 1) of the samples or shards read so far, over all processes, "
         "is unusable. Checked each time the log is written. Unusable samples are always skipped and counted; 1 never "
         "stops")
+    length_bucketing: bool = option(False, help=
+        "make batches of captions of a few lengths, so that less padding is computed and all processes have equal "
+        "work. Samples are read in pools, which are sorted by the number of tokens. Every batch has short and long "
+        "captions (see --bucket-runs). Useful if the captions have very different lengths; see docs/training.md")
+    bucket_pool: int = option(2048, at_least=1, metavar="SAMPLES", help=
+        "samples that --length-bucketing sorts together: of each worker for webdataset, of all processes for CSV files "
+        "and folders. A larger pool has less padding. At least 8 batches, unless --bucket-runs is 1. A worker keeps "
+        "the encoded images of one pool in memory (256 MB at most)")
+    bucket_runs: int = option(4, at_least=1, metavar="N", help=
+        "lengths in a batch: a batch consists of N runs of captions of nearly equal length, one of short captions, one "
+        "of longer ones, and so on. Use the number of --text-groups. More runs have more padding. 1: the order of "
+        "open_clip's main branch, whose batches have one length each. It suits models that pad every batch to its "
+        "longest caption, but makes the negatives of a caption all as long as the caption")
+    bucket_chunk: int = option(128, at_least=1, metavar="SAMPLES", help=
+        "samples of a run with --bucket-runs 1: the sorted pool is cut into such runs, which are shuffled")
+    bucket_prefetch_pools: int = option(0, at_least=0, metavar="N", help=
+        "no effect: workers read the next pool while they decode one")
     workers: int = option(4, at_least=0, metavar="N", help=
         "data loader workers per training process. Use more if the data time in the log is not near 0; 0 decodes "
         "images in the training process itself")

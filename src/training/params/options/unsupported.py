@@ -12,10 +12,6 @@ _NAFLEX = (
     "NaFlex towers, which take images of any size and aspect ratio, are not supported yet. Leave the option out: "
     "images are resized to the size of the model (--force-image-size, --image-resize-mode)."
 )
-_BUCKETS = (
-    "Sorting samples by length is not supported yet. Leave the option out: --text-groups sorts the captions of each "
-    "batch by length and computes less padding."
-)
 _PADDING = (
     "Captions of variable length are not supported yet. Leave the option out: --text-groups cuts captions to the "
     "longest one of their group."
@@ -78,10 +74,6 @@ class UnsupportedConfig:
     naflex_batch_divisor: int = _later(8, _NAFLEX, "N")
     naflex_loss_scale: str = _later("none", _NAFLEX, choices=("none", "linear", "sqrt"))
     naflex_pad_multiple: int | None = _later(None, _NAFLEX, "N")
-    length_bucketing: bool = _later(False, _BUCKETS)
-    bucket_pool: int = _later(2048, _BUCKETS, "SAMPLES")
-    bucket_chunk: int = _later(128, _BUCKETS, "SAMPLES")
-    bucket_prefetch_pools: int = _later(0, _BUCKETS, "N")
     text_pad_multiple: int | None = _later(None, _PADDING, "TOKENS")
     genlip: bool = _later(False, _GENERATIVE, has_flag=False)
     genlap: bool = _later(False, _GENERATIVE, has_flag=False)
