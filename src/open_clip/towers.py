@@ -16,6 +16,7 @@ from .constants import RESNET_STRIDE
 from .hf_model import HFTextEncoder
 from .modern_text import ModernTextTransformer
 from .modified_resnet import ModifiedResNet
+from .naflex import NaFlexTower
 from .timm_model import TimmModel
 from .transformer import VisionTransformer
 from .transformer.layers import GELU, LayerNorm, LayerNormFp32, ModuleFactory, QuickGELU
@@ -55,7 +56,9 @@ def build_vision_tower(
     """Build a timm tower if `timm_model_name` is set, a ModifiedResNet if `layers` has four numbers, else a ViT."""
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
-        return TimmModel(
+        is_naflex = is_naflex_cfg(cfg)
+        tower_class = functools.partial(NaFlexTower, **_naflex_options(cfg)) if is_naflex else TimmModel
+        return tower_class(
             cfg.timm_model_name,
             embed_dim,
             image_size=cfg.image_size,
@@ -67,6 +70,7 @@ def build_vision_tower(
             patch_drop=cfg.patch_dropout or None,
             pretrained=cfg.timm_model_pretrained,
             act_kwargs=cfg.act_kwargs,
+            model_kwargs=cfg.timm_model_kwargs,
         )
     if isinstance(cfg.layers, (tuple, list)):
         if cfg.patch_dropout:
@@ -75,6 +79,16 @@ def build_vision_tower(
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, VisionTransformer) | layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
+
+
+def is_naflex_cfg(cfg: CLIPVisionCfg) -> bool:
+    """Whether a configuration describes a tower for images of any size."""
+    options = cfg.timm_model_kwargs or {}
+    return "naflexvit" in (cfg.timm_model_name or "") or bool(options.get("use_naflex"))
+
+
+def _naflex_options(cfg: CLIPVisionCfg) -> dict[str, Any]:
+    return {"image_seq_len": cfg.image_seq_len, "norm_eps": (cfg.norm_kwargs or {}).get("eps")}
 
 
 def build_text_tower(
