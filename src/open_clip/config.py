@@ -107,6 +107,12 @@ class CLIPTextCfg:
     hf_proj_type: str = "mlp"
     hf_pooler_type: str = "mean_pooler"
 
+    _: dataclasses.KW_ONLY  # fields of open_clip's main branch
+    variable_text: bool = False  # train on batches that are padded to their longest caption
+    tokenizer_type: str = ""  # or "tiktoken"
+    tiktoken_name: str = "cl100k_base"  # the encoding, if tokenizer_type is "tiktoken"
+    hf_model_config: dict | None = None  # values that replace those of the Hugging Face model's configuration
+
 
 @dataclasses.dataclass
 class MultimodalCfg(CLIPTextCfg):

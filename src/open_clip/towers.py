@@ -90,6 +90,7 @@ def build_text_tower(
             proj_type=cfg.hf_proj_type,
             pretrained=cfg.hf_model_pretrained,
             output_tokens=cfg.output_tokens,
+            config_overrides=cfg.hf_model_config,
         )
-    options = _tower_options(cfg, "hf_", "tokenizer_", "final_ln_after_pool")
+    options = _tower_options(cfg, "hf_", "tokenizer_", "tiktoken_", "variable_text", "final_ln_after_pool")
     return TextTransformer(output_dim=embed_dim, **(options | layer_types(cfg, quick_gelu, cast_dtype)))

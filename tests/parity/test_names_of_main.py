@@ -21,7 +21,7 @@ CHANGES = json.loads(
 )
 NEW = [(module, name) for module, found in CHANGES.items() if module.startswith("open_clip") and "new" in found
        for name in found["new"]]  # fmt: skip
-HERE = {("open_clip", "get_model_from_task")}
+HERE = {("open_clip", "get_model_from_task"), ("open_clip.tokenizer", "TikTokenTokenizer")}
 
 
 @pytest.mark.parametrize(("module", "name"), NEW)
