@@ -168,7 +168,6 @@ _TASK = "Task objects are not supported yet. Use training.train.train_one_epoch,
 _AUDIO = "Audio models are not supported yet. Use open_clip's main branch for CLAP."
 _NAFLEX = "NaFlex towers are not supported yet. Images are resized to the size of the model."
 _GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models generate captions."
-_TIKTOKEN = "Tokenizers of tiktoken are not supported yet. Use SimpleTokenizer or HFTokenizer."
 _FUSED_LOSS = "Use CoCaLoss, or torch.nn.functional.linear and cross_entropy."
 
 
@@ -192,7 +191,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "open_clip.factory": {"create_task": _TASK},
     "open_clip.loss": {"GenLipLoss": _GENERATIVE, "fused_linear_cross_entropy": _FUSED_LOSS},
     "open_clip.task": _refused(_TASK, *_TASK_CLASSES, "CLAPTask"),
-    "open_clip.tokenizer": {"TikTokenTokenizer": _TIKTOKEN},
     "open_clip.transform": _refused(
         _NAFLEX,
         *("NaFlexTransformFactory", "NaFlexEvalTransformFactory", "is_naflex_aug_cfg", "naflex_eval_transform_v2"),

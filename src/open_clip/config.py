@@ -130,6 +130,10 @@ class CLIPTextCfg:
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     gate_bias: bool | None = None  # None: attention_bias
+    variable_text: bool = False  # train on batches that are padded to their longest caption
+    tokenizer_type: str = ""  # or "tiktoken"
+    tiktoken_name: str = "cl100k_base"  # the encoding, if tokenizer_type is "tiktoken"
+    hf_model_config: dict | None = None  # values that replace those of the Hugging Face model's configuration
 
 
 @dataclasses.dataclass

@@ -14,7 +14,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ from .model_inputs import get_model_preprocess_cfg, set_model_preprocess_cfg
 from .precision import check_precision, get_cast_dtype, set_precision
 from .pretrained import is_unchanging
 from .recipe import Recipe, apply_overrides, check_quick_gelu, read_recipe, use_tower_defaults
-from .tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+from .tokenizer import HFTokenizer, SimpleTokenizer, TikTokenTokenizer
+from .tokenizer.from_config import create_tokenizer
 from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
 __all__ = [
@@ -365,7 +365,7 @@ def get_tokenizer(
     context_length: int | None = None,
     cache_dir: PathOrText | None = None,
     **kwargs: Any,
-) -> SimpleTokenizer | HFTokenizer:
+) -> SimpleTokenizer | HFTokenizer | TikTokenTokenizer:
     """Create the tokenizer of a model, which converts texts to ids: int64 [batch, context_length].
 
     Args:
@@ -375,36 +375,13 @@ def get_tokenizer(
         kwargs: arguments of the tokenizer. They replace those in the configuration.
 
     Raises:
-        RuntimeError, ValueError, FileNotFoundError: see `create_model`, or the tokenizer's files are not available.
+        RuntimeError, ValueError, FileNotFoundError: see `create_model`, or the tokenizer's files are not available, or
+            its ids are not those of the configuration.
         ImportError: the tokenizer is from Hugging Face, and transformers is not installed.
     """
     model_name = os.fspath(model_name)
     text_cfg = read_recipe(model_name, None, cache_dir).model_cfg["text_cfg"] if model_name else {}
-    options = {
-        "context_length": context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH),
-        **(text_cfg.get("tokenizer_kwargs") or {}),
-        **kwargs,
-    }
-    if not text_cfg.get("hf_tokenizer_name"):
-        return SimpleTokenizer(**options)
-    name, revision = _tokenizer_source(model_name, text_cfg["hf_tokenizer_name"])
-    if revision:
-        options.setdefault("revision", revision)
-    options.setdefault("tokenizer_mode", text_cfg.get("tokenizer_mode"))
-    return HFTokenizer(name, cache_dir=cache_dir, **options)
-
-
-def _tokenizer_source(model_name: str, hf_tokenizer_name: str) -> tuple[str, str]:
-    """Return (repository or folder, revision) of a tokenizer. Files next to the model's weights come first."""
-    schema, identifier = parse_model_name(model_name)
-    if schema == "hf-hub":
-        repository, _, revision = identifier.partition("@")
-        return repository, revision
-    if schema == "local-dir":
-        folder = Path(identifier).expanduser()
-        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-            return str(folder), ""
-    return hf_tokenizer_name, ""
+    return create_tokenizer(text_cfg, model_name, context_length, cache_dir, **kwargs)
 
 
 def create_loss(args: Any) -> nn.Module:

@@ -43,15 +43,28 @@ _M2M_100_NAMES = {
     "token_embeddings_attr": "embed_tokens",
     "final_norm_attr": "layer_norm",
 }
+_MODERNBERT_NAMES = {
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "layers": "num_hidden_layers",
+    "window": "sliding_window",  # farthest token in each direction that the tokens of a local layer see
+    "layer_attr": "layers",
+    "token_embeddings_attr": "embeddings",
+    "final_norm_attr": "final_norm",
+}
 
-# model_type -> attribute names of sizes (in the configuration) and parts (in the module); the default pooler
+# model_type -> attribute names of sizes (in the configuration) and parts (in the module); the default pooler; whether
+# the encoder can have a pooling layer
 arch_dict: dict[str, dict[str, Any]] = {
-    "roberta": {"config_names": _BERT_NAMES, "pooler": "mean_pooler"},
-    "xlm-roberta": {"config_names": _BERT_NAMES, "pooler": "mean_pooler"},
+    "roberta": {"config_names": _BERT_NAMES, "pooler": "mean_pooler", "has_pooling_layer": True},
+    "xlm-roberta": {"config_names": _BERT_NAMES, "pooler": "mean_pooler", "has_pooling_layer": True},
     "mt5": {"config_names": _T5_NAMES, "pooler": "mean_pooler"},
     "t5": {"config_names": _T5_NAMES, "pooler": "mean_pooler"},
-    "bert": {"config_names": _BERT_NAMES, "pooler": "cls_pooler"},
+    "bert": {"config_names": _BERT_NAMES, "pooler": "cls_pooler", "has_pooling_layer": True},
     "m2m_100": {"config_names": _M2M_100_NAMES, "pooler": "cls_pooler"},
+    "modernbert": {"config_names": _MODERNBERT_NAMES, "pooler": "mean_pooler"},
 }
 
 _BERT_BASE = {
@@ -109,8 +122,25 @@ _NLLB = {
     "decoder_start_token_id": 2,
 }
 
+_MODERNBERT_BASE = {
+    "vocab_size": 50368,
+    "hidden_size": 768,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 12,
+    "intermediate_size": 1152,
+    "max_position_embeddings": 8192,
+    "local_attention": 128,
+    "hidden_activation": "gelu",
+    "norm_eps": 1e-5,
+    "bos_token_id": 50281,
+    "eos_token_id": 50282,
+    "cls_token_id": 50281,
+    "sep_token_id": 50282,
+    "pad_token_id": 50283,
+}
+
 # Name on the hub -> (model_type, values of its published config.json). Papers: BERT arXiv:1810.04805, RoBERTa
-# arXiv:1907.11692, XLM-R arXiv:1911.02116, mT5 arXiv:2010.11934, NLLB arXiv:2207.04672.
+# arXiv:1907.11692, XLM-R arXiv:1911.02116, mT5 arXiv:2010.11934, NLLB arXiv:2207.04672, ModernBERT arXiv:2412.13663.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": (
         "bert",
@@ -131,6 +161,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "m2m_100",
         _NLLB | {"encoder_layers": 24, "decoder_layers": 24, "encoder_ffn_dim": 8192, "decoder_ffn_dim": 8192},
     ),
+    "answerdotai/ModernBERT-base": ("modernbert", _MODERNBERT_BASE),
+    "Alibaba-NLP/gte-modernbert-base": ("modernbert", _MODERNBERT_BASE),
 }
 # Organisations that the hub later added to names without one.
 _ORGANISATIONS = ("FacebookAI/", "google-bert/")

@@ -1,23 +1,22 @@
 """Text towers from Hugging Face's transformers: an encoder, a pooler that makes one vector per text, and a projection.
 
-The encoder computes attention with `device.attention` and gets padding as a bool mask of the shape that fused kernels
-take. Without that shape, transformers reads the mask's values to decide whether a mask is needed, so the host waits for
-the device in each forward pass.
+The encoder gets padding as a bool mask of the shape that fused kernels take. Without that shape, transformers reads the
+mask's values to decide whether a mask is needed, so the host waits for the device in each forward pass.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import aliases
-from . import device as devices
-from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
+from .hf_configs import arch_dict
+from .hf_encoder import check_model_type, load_encoder, new_encoder, read_config, use_exact_gelu
 from .hf_poolers import POOLERS, ClsPooler
 from .transformer.layers import GELU
 from .utils import (
@@ -37,135 +36,6 @@ __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 DEFAULT_CONTEXT_LENGTH = 77  # for models without a limit
 
 
-# Encoders
-
-ATTENTION = "open_clip"  # the name under which transformers finds `_attention`
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    position_bias: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute attention with the signature that transformers calls.
-
-    Args:
-        query, key, value: [batch, heads, tokens, dim].
-        attention_mask: bool, True where a token may be attended to.
-        position_bias: [1 or batch, heads, tokens, tokens], added to the scores (T5).
-
-    Returns:
-        [batch, tokens, heads, dim], and None for the attention weights.
-    """
-    if position_bias is not None:
-        position_bias = position_bias.to(query.dtype)  # autocast leaves embeddings in float32, but not queries
-        if attention_mask is None:
-            attention_mask = position_bias
-        else:
-            attention_mask = position_bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    output = devices.attention(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _transformers() -> Any:
-    """Import transformers and register `_attention`."""
-    transformers = import_transformers("A text tower of Hugging Face")
-    from transformers.masking_utils import sdpa_mask
-
-    transformers.AttentionInterface.register(ATTENTION, _attention)
-    # For programs that call the encoder with a mask [batch, tokens].
-    transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    return transformers
-
-
-def _read_config(name_or_path: str, offline: bool) -> Any:
-    """Load the transformers configuration of a model.
-
-    Args:
-        offline: take the configuration from the table in hf_configs, if the model is in it.
-
-    Raises:
-        RuntimeError: the configuration cannot be loaded.
-    """
-    transformers = _transformers()
-    known = known_architecture(name_or_path)
-    if offline and known is not None and not os.path.isdir(name_or_path):
-        model_type, values = known
-        return transformers.AutoConfig.for_model(model_type, **values)
-    try:
-        return transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _unavailable(name_or_path, error) from error
-
-
-def _check_model_type(config: Any, name_or_path: str) -> None:
-    if config.model_type not in arch_dict:
-        raise ValueError(
-            f"{name_or_path!r} has model_type {config.model_type!r}, which is not supported as a text tower. Use one "
-            f"of {', '.join(arch_dict)}."
-        )
-
-
-def _unavailable(name_or_path: str, error: Exception) -> RuntimeError:
-    return unavailable(
-        "The text tower",
-        name_or_path,
-        "config.json, and for its weights model.safetensors (or pytorch_model.bin)",
-        error,
-        others="For random weights, set pretrained_text=False (hf_model_pretrained in a text_cfg).",
-    )
-
-
-def _use_exact_gelu(encoder: nn.Module) -> None:
-    """Replace the GELUs of transformers by ours: theirs compute the tanh approximation on some devices."""
-    for module in encoder.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ == "GELUActivation":
-                setattr(module, name, GELU())
-
-
-def _new_encoder(config: Any, add_pooling_layer: bool) -> Any:
-    """Build the encoder of a configuration with random weights. The decoder of an encoder-decoder is not built."""
-    transformers = _transformers()
-    config = copy.deepcopy(config)
-    if config.model_type == "m2m_100":  # transformers has no auto class for its encoder alone
-        from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
-
-        config._attn_implementation = ATTENTION
-        return M2M100Encoder(config)
-    options = {"attn_implementation": ATTENTION, "dtype": torch.float32}
-    if config.is_encoder_decoder:
-        return transformers.AutoModelForTextEncoding.from_config(config, **options).encoder
-    return transformers.AutoModel.from_config(config, add_pooling_layer=add_pooling_layer, **options)
-
-
-def _load_encoder(name_or_path: str, add_pooling_layer: bool) -> Any:
-    """Load an encoder with its published weights from a local folder, the hub's cache, or the hub."""
-    transformers = _transformers()
-    config = _read_config(name_or_path, offline=False)
-    _check_model_type(config, name_or_path)
-    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32, "trust_remote_code": False}
-    auto_model = transformers.AutoModel
-    if config.model_type in ("t5", "mt5"):
-        auto_model = transformers.AutoModelForTextEncoding  # does not load the decoder's weights
-    elif not config.is_encoder_decoder:
-        options["add_pooling_layer"] = add_pooling_layer
-    try:
-        model = auto_model.from_pretrained(name_or_path, weights_only=True, **options)
-    except OSError as error:
-        raise _unavailable(name_or_path, error) from error
-    return (model.get_encoder() if config.is_encoder_decoder else model).train()
-
-
-# Tower
-
-
 def _around(parent: nn.Module, child: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the modules of `parent` before and after `child`."""
     parts = list(parent.children())
@@ -182,10 +52,10 @@ class HFTextEncoder(NotScriptable, nn.Module):
         output_dim: width of the features.
         config: a transformers configuration to use instead of that of `model_name_or_path`; the weights are random.
         pooler_type: name of a registered pooler; None for the default of the model.
-        proj_type: "linear" or "mlp" (two layers with GELU between), both without bias; None for no projection, if the
-            encoder's width is `output_dim`.
+        proj_type: see `_projection`; None for no projection, if the encoder's width is `output_dim`.
         pretrained: load the published weights from the folder or the hub.
         output_tokens: return (features, tokens).
+        config_overrides: values that replace those of the configuration of `model_name_or_path`.
 
     Raises:
         ImportError: transformers is not installed, or too old.
@@ -202,6 +72,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         proj_type: str | None = None,
         pretrained: bool = True,
         output_tokens: bool = False,
+        config_overrides: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.output_tokens = output_tokens
@@ -209,13 +80,15 @@ class HFTextEncoder(NotScriptable, nn.Module):
         # Without this, the parameters of an unused pooling layer would get no gradients.
         add_pooling_layer = pooler_type == "cls_pooler"
         if config is None and pretrained:
-            self.transformer = _load_encoder(model_name_or_path, add_pooling_layer)
+            self.transformer = load_encoder(model_name_or_path, add_pooling_layer, config_overrides or {})
             self.config = self.transformer.config
         else:
-            self.config = _read_config(model_name_or_path, offline=True) if config is None else config
-            _check_model_type(self.config, model_name_or_path)
-            self.transformer = _new_encoder(self.config, add_pooling_layer)
-        _use_exact_gelu(self.transformer)
+            if config is None:
+                config = read_config(model_name_or_path, offline=True, overrides=config_overrides or {})
+            self.config = config
+            check_model_type(self.config, model_name_or_path)
+            self.transformer = new_encoder(self.config, add_pooling_layer)
+        use_exact_gelu(self.transformer)
         self.vocab_size = self._config_value("vocab_size")
         self.context_length = self._config_value("context_length") or DEFAULT_CONTEXT_LENGTH
         pooler_type = pooler_type or arch_dict[self.config.model_type]["pooler"]
@@ -320,9 +193,36 @@ class HFTextEncoder(NotScriptable, nn.Module):
         """Return the encoder's output, and a bool mask [batch, tokens] that is False for padding."""
         check_token_ids(text)
         is_token = text != self.config.pad_token_id
+        return self.transformer(input_ids=text, attention_mask=self._attention_mask(is_token)), is_token
+
+    def _attention_mask(self, is_token: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return the bool mask [batch, 1, tokens, tokens], or that of each type of layer for models with local layers.
+
+        A padding token of a local layer sees all tokens: a row of attention without any would not be finite.
+        """
+        num_tokens = is_token.shape[1]
         # Expanded, because not every fused kernel broadcasts the mask over the query tokens.
-        mask = is_token[:, None, None, :].expand(-1, -1, text.shape[1], -1)
-        return self.transformer(input_ids=text, attention_mask=mask), is_token
+        mask = is_token[:, None, None, :].expand(-1, -1, num_tokens, -1)
+        if "window" not in self.config_names:
+            return mask
+        window = self._config_value("window")
+        local = mask
+        if num_tokens > window + 1:
+            place = torch.arange(num_tokens, device=is_token.device)
+            is_near = (place[:, None] - place).abs() <= window
+            local = mask & (is_near | ~is_token[:, None, :, None])
+        return {"full_attention": mask, "sliding_attention": local}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HFTextEncoder:
+        """Move or cast the tower, but keep the frequencies of rotary positions in float32."""
+        frequencies = {name: b for name, b in self.transformer.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, buffer in frequencies.items():
+            owner, _, last = name.rpartition(".")
+            moved = self.transformer.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self.transformer.get_submodule(owner), last, buffer.to(moved.device))
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Encode token ids.
@@ -390,12 +290,20 @@ class HFTextEncoder(NotScriptable, nn.Module):
 
 
 def _projection(proj_type: str | None, width: int, output_dim: int) -> nn.Module:
-    expect("proj_type", proj_type, (None, "linear", "mlp"))
+    """Create the projection of the pooled text, [batch, width] -> [batch, output_dim].
+
+    Args:
+        proj_type: "linear"; "mlp", two layers with GELU between; both without bias. "clap_mlp", two layers with bias
+            and ReLU between, as in CLAP (arXiv:2211.06687). None, if `width` is `output_dim`.
+    """
+    expect("proj_type", proj_type, (None, "linear", "mlp", "clap_mlp"))
     if proj_type == "linear":
         return nn.Linear(width, output_dim, bias=False)
     if proj_type == "mlp":
         hidden = (width + output_dim) // 2
         return nn.Sequential(nn.Linear(width, hidden, bias=False), GELU(), nn.Linear(hidden, output_dim, bias=False))
+    if proj_type == "clap_mlp":
+        return nn.Sequential(nn.Linear(width, output_dim), nn.ReLU(), nn.Linear(output_dim, output_dim))
     if width != output_dim:
         raise ValueError(
             f"The encoder's width is {width} and output_dim is {output_dim}. Use proj_type 'linear' or 'mlp'."
@@ -415,9 +323,11 @@ def _restore_buffers(tower: HFTextEncoder, incompatible_keys: Any) -> None:
         return
     config = copy.deepcopy(tower.config)
     setattr(config, tower.config_names["layers"], 0)
+    if config.model_type != "m2m_100":  # whose table of positions depends on it
+        config.pad_token_id = 0
     setattr(config, tower.config_names["vocab_size"], (config.pad_token_id or 0) + 1)
     with weight.device:
-        buffers = dict(_new_encoder(config, add_pooling_layer=False).named_buffers())
+        buffers = dict(new_encoder(config, add_pooling_layer=False).named_buffers())
     for name in names:
         owner, _, last = name.rpartition(".")
         dtype = tower.transformer.get_buffer(name).dtype

@@ -45,6 +45,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)
 _TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
+_TOKENIZER_KWARGS |= {"add_bos", "add_eos", "padding_side"}
 
 
 @dataclasses.dataclass

@@ -107,6 +107,7 @@ def build_text_tower(
             proj_type=cfg.hf_proj_type,
             pretrained=cfg.hf_model_pretrained,
             output_tokens=cfg.output_tokens,
+            config_overrides=cfg.hf_model_config,
         )
     expect("text_arch", cfg.text_arch, ("clip", "modern"))
     if cfg.text_arch == "modern":

@@ -32,6 +32,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": _BERT | {"pad_token_id": 0},
     "mt5": _T5,
     "t5": _T5,
+    "modernbert": _BERT
+    | {"pad_token_id": 0, "local_attention": 4, "layer_types": ["full_attention", "sliding_attention"]},
     "m2m_100": {
         "vocab_size": 30,
         "d_model": WIDTH,
@@ -49,6 +51,7 @@ NO_DROPOUT: dict[str, dict[str, float]] = {
     "t5": {"dropout_rate": 0.0},
     "mt5": {"dropout_rate": 0.0},
     "m2m_100": {"dropout": 0.0, "attention_dropout": 0.0},
+    "modernbert": {},
 }
 KINDS = tuple(SIZES)
 POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")

@@ -24,6 +24,7 @@ NEW = [(module, name) for module, found in CHANGES.items() if module.startswith(
 MODERN_TEXT = ("ModernTextAttention", "ModernTextBlock", "ModernTextPool", "ModernTextTransformer", "ReLUSquared",
                "RotaryEmbedding1D", "SwiGLU")  # fmt: skip
 HERE = {("open_clip", "get_model_from_task"), ("open_clip", "ModernTextTransformer"),
+        ("open_clip.tokenizer", "TikTokenTokenizer"),
         *(("open_clip.transformer", name) for name in MODERN_TEXT)}  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import ftfy
 import pytest
 import torch
 
-from open_clip.tokenizer import SimpleTokenizer, bpe, decode, get_reduction_mask_fn, simple, tokenize
+from open_clip.tokenizer import SimpleTokenizer, bpe, decode, get_reduction_mask_fn, tokenize
 from open_clip.tokenizer.bpe import bytes_to_unicode, default_bpe, get_pairs, load_merges
 from open_clip.tokenizer.cleaning import basic_clean, canonicalize_text, get_clean_fn, whitespace_clean
 
@@ -177,7 +177,7 @@ def test_inputs_other_than_text_raise(default, texts):
 
 
 def test_the_word_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(simple, "MAX_CACHED_WORDS", 10)
+    monkeypatch.setattr(bpe, "MAX_CACHED_WORDS", 10)
     own = SimpleTokenizer()
     text = " ".join(f"word{i}" for i in range(25)) + " " + "long" * 30
     assert own.encode(text) == own.encode(text) == SimpleTokenizer().encode(text)

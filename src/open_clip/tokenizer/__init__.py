@@ -8,6 +8,7 @@ from .cleaning import basic_clean, canonicalize_text, get_clean_fn, whitespace_c
 from .hf import HFTokenizer, SigLipTokenizer
 from .masks import get_reduction_mask_fn, random_mask_tokenize, simple_mask_tokenize, syntax_mask_tokenize
 from .simple import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer, decode, tokenize
+from .tiktoken import TikTokenTokenizer
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
@@ -16,6 +17,7 @@ __all__ = [
     "HFTokenizer",
     "SigLipTokenizer",
     "SimpleTokenizer",
+    "TikTokenTokenizer",
     "basic_clean",
     "bytes_to_unicode",
     "canonicalize_text",

@@ -9,7 +9,7 @@ plus 512, and the merge loop works on ids alone: `after[left].get(right)` is bot
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +19,10 @@ WORD_END = "</w>"
 # CLIP uses only the first merges of the file: its vocabulary is 512 byte symbols, these merges and 2 special tokens.
 NUM_MERGES = 49152 - 256 - 2
 NO_MERGE = 1 << 62
+
+# Limits of the word cache: about 25 MB when full. Longer words rarely occur twice.
+MAX_CACHED_WORDS = 1 << 17
+MAX_CACHED_WORD_LENGTH = 64
 
 
 @lru_cache
@@ -76,23 +80,48 @@ class MergeTable:
         if not ids:
             return []
         ids[-1] += 256
-        after = self.after
-        ranks = [after[left].get(right, NO_MERGE) for left, right in pairwise(ids)]
-        # Merge one pair at a time, leftmost first. The merges of a symbol rank after the merge that made it (checked
-        # when the file is read), so a merge never creates a pair with a lower rank. The result is the same as merging
-        # all occurrences of the best pair at once.
-        while ranks:
-            best = min(ranks)
-            if best == NO_MERGE:
-                break
-            i = ranks.index(best)
-            ids[i] = best
-            del ids[i + 1], ranks[i]
-            if i < len(ranks):
-                ranks[i] = after[best].get(ids[i + 1], NO_MERGE)
-            if i:
-                ranks[i - 1] = after[ids[i - 1]].get(best, NO_MERGE)
-        return ids
+        return merge_pairs(ids, self.after)
+
+
+def merge_pairs(ids: list[int], after: Sequence[Mapping[int, int]]) -> list[int]:
+    """Merge the adjacent pair with the lowest rank, leftmost first, until no pair can be merged. Changes `ids`.
+
+    The merges of a symbol of CLIP rank after the merge that made it (checked when the file is read), so a merge never
+    creates a pair with a lower rank. There the result is the same as merging all occurrences of the best pair at once.
+
+    Args:
+        ids: ids of bytes.
+        after: `after[left][right]` is the id that the pair is merged into. It is the rank of the merge, too.
+    """
+    ranks = [after[left].get(right, NO_MERGE) for left, right in pairwise(ids)]
+    while ranks:
+        best = min(ranks)
+        if best == NO_MERGE:
+            break
+        i = ranks.index(best)
+        ids[i] = best
+        del ids[i + 1], ranks[i]
+        if i < len(ranks):
+            ranks[i] = after[best].get(ids[i + 1], NO_MERGE)
+        if i:
+            ranks[i - 1] = after[ids[i - 1]].get(best, NO_MERGE)
+    return ids
+
+
+class WordIds(dict):
+    """Cache from a word to its ids, packed as bytes. It is filled on lookup and cleared when full."""
+
+    def __init__(self, encode_word: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._encode_word = encode_word
+
+    def __missing__(self, word: str) -> bytes:
+        packed = self._encode_word(word)
+        if len(word) <= MAX_CACHED_WORD_LENGTH:
+            if len(self) >= MAX_CACHED_WORDS:
+                self.clear()
+            self[word] = packed
+        return packed
 
 
 def load_merges(path: str) -> MergeTable:

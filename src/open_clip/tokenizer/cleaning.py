@@ -121,6 +121,14 @@ def _words_whitespace(text: str) -> list[str]:
     return basic_clean(text).split()
 
 
+def _clean_whitespace_underscore(text: str) -> str:
+    return " ".join(_words_whitespace_underscore(text))
+
+
+def _words_whitespace_underscore(text: str) -> list[str]:
+    return basic_clean(text).replace("_", " ").split()
+
+
 def _words_canonicalize(text: str) -> list[str]:
     return canonicalize_text(basic_clean(text)).split()
 
@@ -129,16 +137,21 @@ _CLEAN_FNS: dict[str, Callable[[str], str]] = {
     "canonicalize": _clean_canonicalize,
     "lower": _clean_lower,
     "whitespace": _clean_whitespace,
+    "whitespace_underscore": _clean_whitespace_underscore,
 }
 _WORDS_FNS: dict[Callable[[str], str], Callable[[str], list[str]]] = {
     _clean_canonicalize: _words_canonicalize,
     _clean_lower: _words_lower,
     _clean_whitespace: _words_whitespace,
+    _clean_whitespace_underscore: _words_whitespace_underscore,
 }
 
 
 def get_clean_fn(type: str) -> Callable[[str], str]:
-    """Return the cleaning function named `type`: `lower`, `whitespace` or `canonicalize`. All call `basic_clean` first.
+    """Return the cleaning function named `type`. All call `basic_clean` first.
+
+    `whitespace` collapses white space, `whitespace_underscore` also replaces "_" by a space, `lower` also lower-cases,
+    `canonicalize` also lower-cases and removes punctuation.
 
     Raises:
         ValueError: the name is unknown.

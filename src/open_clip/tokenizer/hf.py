@@ -29,10 +29,12 @@ MODES = ("", "clips")
 class HFTokenizer:
     """A tokenizer of transformers that cleans captions first.
 
+    Padding is on the side that the tokenizer's files name. `padding_side="right"` changes it.
+
     Args:
         tokenizer_name: a folder with the tokenizer's files, or a repository on the hub.
         context_length: number of columns that `__call__` returns. None: every call must pass it.
-        clean: `whitespace`, `lower` or `canonicalize` (lower case without punctuation).
+        clean: a cleaning of `get_clean_fn`, such as `canonicalize` (lower case without punctuation).
         strip_sep_token: replace the separator's id by 0.
         language: language code of the captions, for tokenizers that mark it (NLLB: "fra_Latn").
         cache_dir: folder for downloads; the hub's cache by default.
@@ -102,32 +104,71 @@ class HFTokenizer:
             self.tokenizer.src_lang = before
             raise ValueError(f"The tokenizer does not know the language {src_lang!r}. It remains {before!r}.")
 
-    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
+    @property
+    def pad_token_id(self) -> int:
+        """The id of padding."""
+        return self.tokenizer.pad_token_id
+
+    @property
+    def sot_token_id(self) -> int | None:
+        """The id that starts a text: bos, else cls. None if the tokenizer has neither."""
+        return _first_known(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+
+    bos_token_id = sot_token_id
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The id that ends a text: eos, else sep. None if the tokenizer has neither."""
+        return _first_known(self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+
+    eos_token_id = eot_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, including added tokens."""
+        return len(self.tokenizer)
+
+    def __call__(self, texts: str | Iterable[str], context_length: int | None = None, pad: bool = True) -> Any:
         """Tokenize captions; pad and truncate to `context_length`, with the special tokens of the mode.
 
         Args:
             texts: one caption or several.
             context_length: number of columns; the tokenizer's `context_length` by default.
+            pad: False returns the ids of each caption without padding.
 
         Returns:
-            int64 [batch, context_length].
+            int64 [batch, context_length], or with `pad=False` a list of lists of ids.
 
         Raises:
-            ValueError: neither the call nor the tokenizer has a context length.
+            ValueError: neither the call nor the tokenizer has a context length, or `pad` is False with the mode clips,
+                whose last token is after the padding.
             TypeError: a caption is not a str.
         """
         context_length = context_length or self.context_length
         if not context_length:
             raise ValueError("No context_length. Pass a positive number of tokens to the tokenizer or to the call.")
+        if not pad and self.tokenizer_mode == "clips":
+            raise ValueError(
+                "pad=False is not possible with tokenizer_mode='clips': its class token follows the padding."
+            )
         texts = [self.clean_fn(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not pad:
+            return self._unpadded_ids(texts, context_length)
         if not texts:
-            return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
+            return torch.zeros(0, context_length, dtype=torch.int64)
         if self.tokenizer_mode == "clips":
             return self._clips_tokenize(texts, context_length)
         ids = _padded_ids(self.tokenizer, texts, context_length)
         if self.strip_sep_token:
             ids[ids == self.tokenizer.sep_token_id] = 0
         return ids
+
+    def _unpadded_ids(self, texts: list[str], context_length: int) -> list[list[int]]:
+        rows = _unpadded_ids(self.tokenizer, texts, context_length)
+        if not self.strip_sep_token:
+            return rows
+        separator = self.tokenizer.sep_token_id
+        return [[0 if token == separator else token for token in row] for row in rows]
 
     def _clips_tokenize(self, texts: list[str], context_length: int) -> torch.LongTensor:
         special = self.tokenizer
@@ -184,14 +225,21 @@ class SigLipTokenizer:
         """Write the tokenizer's files into the folder `dest`. HFTokenizer(dest) reads them."""
         _save_tokenizer(self.tokenizer, dest)
 
-    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
+    @property
+    def pad_token_id(self) -> int:
+        """The id of padding."""
+        return self.tokenizer.pad_token_id
+
+    def __call__(self, texts: str | Iterable[str], context_length: int | None = None, pad: bool = True) -> Any:
         """Tokenize captions to int64 [batch, context_length]. Arguments and errors are those of HFTokenizer."""
         context_length = context_length or self.context_length
         if not context_length:
             raise ValueError("No context_length. Pass a positive number of tokens to the tokenizer or to the call.")
         texts = [canonicalize_text(basic_clean(text)) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not pad:
+            return _unpadded_ids(self.tokenizer, texts, context_length)
         if not texts:
-            return torch.zeros(0, context_length, dtype=torch.int64)  # type: ignore[return-value]
+            return torch.zeros(0, context_length, dtype=torch.int64)
         return _padded_ids(self.tokenizer, texts, context_length)
 
 
@@ -205,6 +253,14 @@ def ids_to_list(tokens: Iterable[Any]) -> list[Any]:
 def _padded_ids(tokenizer: Any, texts: list[str], context_length: int) -> torch.LongTensor:
     encoded = tokenizer(texts, return_tensors="pt", max_length=context_length, padding="max_length", truncation=True)
     return encoded["input_ids"]
+
+
+def _unpadded_ids(tokenizer: Any, texts: list[str], context_length: int) -> list[list[int]]:
+    return tokenizer(texts, max_length=context_length, truncation=True)["input_ids"] if texts else []
+
+
+def _first_known(*ids: int | None) -> int | None:
+    return next((token for token in ids if token is not None), None)
 
 
 def _load_tokenizer(name: str, **kwargs: Any) -> Any:

@@ -16,33 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bpe import WORD_END, MergeTable, bytes_to_unicode, default_bpe, load_merges
+from .bpe import WORD_END, MergeTable, WordIds, bytes_to_unicode, default_bpe, load_merges
 from .cleaning import get_clean_fn, get_words_fn
 from .hf import ids_to_list
 from .masks import check_context_length, get_reduction_mask_fn, to_tensor
 
 DEFAULT_CONTEXT_LENGTH = 77
 DEFAULT_SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
-
-# Limits of the word cache: about 25 MB when full. Longer words rarely occur twice.
-MAX_CACHED_WORDS = 1 << 17
-MAX_CACHED_WORD_LENGTH = 64
-
-
-class _WordIds(dict):
-    """Cache from a word to its ids, packed as bytes. It is filled on lookup and cleared when full."""
-
-    def __init__(self, encode_word: Callable[[str], bytes]) -> None:
-        super().__init__()
-        self._encode_word = encode_word
-
-    def __missing__(self, word: str) -> bytes:
-        packed = self._encode_word(word)
-        if len(word) <= MAX_CACHED_WORD_LENGTH:
-            if len(self) >= MAX_CACHED_WORDS:
-                self.clear()
-            self[word] = packed
-        return packed
 
 
 class SimpleTokenizer:
@@ -123,6 +103,8 @@ class SimpleTokenizer:
     def _special_ids(self) -> dict[str, int]:
         return {token: i for i, token in enumerate(self.special_tokens, start=len(self._table.symbols))}
 
+    pad_token_id = 0  # it is also the id of "!"
+
     @cached_property
     def sot_token_id(self) -> int:
         return self.all_special_ids[0]
@@ -183,8 +165,8 @@ class SimpleTokenizer:
         return array(self._typecode, ids).tobytes()
 
     @cached_property
-    def _word_ids(self) -> _WordIds:
-        return _WordIds(lambda word: self._pack(self._word_to_ids(word)))
+    def _word_ids(self) -> WordIds:
+        return WordIds(lambda word: self._pack(self._word_to_ids(word)))
 
     def _encode_packed(self, text: str) -> bytes:
         if self._special_tokens_have_no_space:
@@ -227,7 +209,9 @@ class SimpleTokenizer:
             table[i] = text + b" " if symbol.endswith(WORD_END) else text
         return table | {i: token.encode() for token, i in self._special_ids.items()}
 
-    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.LongTensor:
+    def __call__(
+        self, texts: str | Iterable[str], context_length: int | None = None, pad: bool = True
+    ) -> torch.LongTensor:
         """Tokenize captions: start of text, ids, end of text, padding with 0.
 
         A caption that is too long is truncated (or reduced, see `reduction_mask`); its last id is end of text.
@@ -235,14 +219,21 @@ class SimpleTokenizer:
         Args:
             texts: one caption or several.
             context_length: number of columns; the tokenizer's `context_length` by default.
+            pad: must be True. Other tokenizers return lists without padding if it is False.
 
         Returns:
             int64 [batch, context_length].
 
         Raises:
-            ValueError: neither the call nor the tokenizer has a context length, or it is negative.
+            ValueError: neither the call nor the tokenizer has a context length, or it is negative, or `pad` is False.
             TypeError: a caption is not a str.
         """
+        if not pad:
+            raise ValueError(
+                "SimpleTokenizer cannot leave out the padding (pad=False): it pads with 0, which is also the id of the "
+                "character '!', so padding that is added later cannot be told from text. Use pad=True, or a tokenizer "
+                "with a padding token (TikTokenTokenizer, HFTokenizer)."
+            )
         context_length = check_context_length(context_length or self.context_length)
         texts = [texts] if isinstance(texts, str) else texts
         if self.reduction_fn is not None:
