@@ -192,10 +192,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "open_clip.loss": {"GenLipLoss": _GENERATIVE, "fused_linear_cross_entropy": _FUSED_LOSS},
     "open_clip.task": _refused(_TASK, *_TASK_CLASSES, "CLAPTask"),
     "open_clip.tokenizer": {"TikTokenTokenizer": _TIKTOKEN},
-    "open_clip.transform": _refused(
-        _NAFLEX,
-        *("NaFlexTransformFactory", "NaFlexEvalTransformFactory", "is_naflex_aug_cfg", "naflex_eval_transform_v2"),
-    ),
     "open_clip.transformer": _refused(_MODERN_TEXT, *_TEXT_CLASSES),
 }
 

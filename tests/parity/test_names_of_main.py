@@ -21,7 +21,13 @@ CHANGES = json.loads(
 )
 NEW = [(module, name) for module, found in CHANGES.items() if module.startswith("open_clip") and "new" in found
        for name in found["new"]]  # fmt: skip
-HERE = {("open_clip", "get_model_from_task")}
+HERE = {
+    ("open_clip", "get_model_from_task"),
+    ("open_clip.transform", "NaFlexTransformFactory"),
+    ("open_clip.transform", "NaFlexEvalTransformFactory"),
+    ("open_clip.transform", "is_naflex_aug_cfg"),
+    ("open_clip.transform", "naflex_eval_transform_v2"),
+}
 
 
 @pytest.mark.parametrize(("module", "name"), NEW)
