@@ -191,10 +191,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "open_clip.factory": {"create_task": _TASK},
     "open_clip.loss": {"GenLipLoss": _GENERATIVE, "fused_linear_cross_entropy": _FUSED_LOSS},
     "open_clip.task": _refused(_TASK, *_TASK_CLASSES, "CLAPTask"),
-    "open_clip.transform": _refused(
-        _NAFLEX,
-        *("NaFlexTransformFactory", "NaFlexEvalTransformFactory", "is_naflex_aug_cfg", "naflex_eval_transform_v2"),
-    ),
 }
 
 # Models of the main branch that are not here: name -> kind of model, and what to use instead.

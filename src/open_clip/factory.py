@@ -34,7 +34,8 @@ from .pretrained import is_unchanging
 from .recipe import Recipe, apply_overrides, check_quick_gelu, read_recipe, use_tower_defaults
 from .tokenizer import HFTokenizer, SimpleTokenizer, TikTokenTokenizer
 from .tokenizer.from_config import create_tokenizer
-from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from .transform import AugmentationCfg, PreprocessCfg, image_transform_v2, is_naflex_aug_cfg, merge_preprocess_dict
+from .transform.naflex import naflex_transforms
 
 __all__ = [
     "add_model_config",
@@ -267,7 +268,8 @@ def create_model_and_transforms(
 
     Args:
         image_mean, image_std, image_interpolation, image_resize_mode: replace the preprocessing of the weights.
-        aug_cfg: augmentation of the training transform (fields of AugmentationCfg).
+        aug_cfg: augmentation of the training transform (fields of AugmentationCfg). With `naflex`, both transforms are
+            NaFlex factories, see `transform.naflex`.
 
     Returns:
         (model, training transform, validation transform). A transform converts a PIL image to float32
@@ -298,6 +300,8 @@ def create_model_and_transforms(
         **model_kwargs,
     )
     cfg = PreprocessCfg(**get_model_preprocess_cfg(model))
+    if aug_cfg is not None and is_naflex_aug_cfg(aug_cfg):
+        return (model, *naflex_transforms(model.visual, cfg, aug_cfg))
     return (
         model,
         image_transform_v2(cfg, is_train=True, aug_cfg=aug_cfg),

@@ -23,9 +23,14 @@ NEW = [(module, name) for module, found in CHANGES.items() if module.startswith(
        for name in found["new"]]  # fmt: skip
 MODERN_TEXT = ("ModernTextAttention", "ModernTextBlock", "ModernTextPool", "ModernTextTransformer", "ReLUSquared",
                "RotaryEmbedding1D", "SwiGLU")  # fmt: skip
-HERE = {("open_clip", "get_model_from_task"), ("open_clip", "ModernTextTransformer"),
-        ("open_clip.tokenizer", "TikTokenTokenizer"),
-        *(("open_clip.transformer", name) for name in MODERN_TEXT)}  # fmt: skip
+NAFLEX = ("NaFlexTransformFactory", "NaFlexEvalTransformFactory", "is_naflex_aug_cfg", "naflex_eval_transform_v2")
+HERE = {
+    ("open_clip", "get_model_from_task"),
+    ("open_clip", "ModernTextTransformer"),
+    ("open_clip.tokenizer", "TikTokenTokenizer"),
+    *(("open_clip.transformer", name) for name in MODERN_TEXT),
+    *(("open_clip.transform", name) for name in NAFLEX),
+}
 
 
 @pytest.mark.parametrize(("module", "name"), NEW)

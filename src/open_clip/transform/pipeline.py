@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,7 @@ class AugmentationCfg:
         color_jitter: strengths of brightness, contrast, saturation and hue, or one number for all (timm only).
         re_prob: probability of random erasing (timm only).
         re_count: number of erased rectangles (timm only).
+        naflex: resize to a sequence of patches and keep the aspect ratio, see `naflex`.
         use_timm: use timm's `create_transform`.
         color_jitter_prob, gray_scale_prob: probabilities of color jitter and of grayscale (not with timm).
     """
@@ -111,6 +112,7 @@ class AugmentationCfg:
     color_jitter: float | tuple[float, float, float] | tuple[float, float, float, float] | None = None
     re_prob: float | None = None
     re_count: int | None = None
+    naflex: bool = False
     use_timm: bool = False
     color_jitter_prob: float | None = None
     gray_scale_prob: float | None = None
@@ -120,7 +122,12 @@ _ONLY_TIMM = ("ratio", "re_prob", "re_count")
 _NOT_TIMM = ("color_jitter_prob", "gray_scale_prob")
 
 
-def _to_augmentation_cfg(aug_cfg: dict[str, Any] | AugmentationCfg | None) -> AugmentationCfg:
+def to_augmentation_cfg(aug_cfg: Mapping[str, Any] | AugmentationCfg | None) -> AugmentationCfg:
+    """Return `aug_cfg` as an AugmentationCfg.
+
+    Raises:
+        ValueError: it has a key that is not a field.
+    """
     if isinstance(aug_cfg, AugmentationCfg):
         return aug_cfg
     known = [f.name for f in fields(AugmentationCfg)]
@@ -166,7 +173,7 @@ class gray_scale:
         return f"{type(self).__name__}(p={self.p})"
 
 
-def _to_channels(values: float | Sequence[float] | None, default: tuple[float, ...]) -> tuple[float, ...]:
+def to_channels(values: float | Sequence[float] | None, default: tuple[float, ...]) -> tuple[float, ...]:
     """Return one value per channel, from one number for all, a sequence, or None for the default."""
     if isinstance(values, (int, float)):
         return (float(values),) * len(default)
@@ -286,11 +293,13 @@ def image_transform(
     resize_mode = resize_mode or "shortest"
     expect("interpolation", interpolation, INTERPOLATIONS)
     expect("resize_mode", resize_mode, RESIZE_MODES)
-    normalize = Normalize(_to_channels(mean, OPENAI_DATASET_MEAN), _to_channels(std, OPENAI_DATASET_STD))
-    cfg = _to_augmentation_cfg(aug_cfg)
+    normalize = Normalize(to_channels(mean, OPENAI_DATASET_MEAN), to_channels(std, OPENAI_DATASET_STD))
+    cfg = to_augmentation_cfg(aug_cfg)
     if not is_train:
         fixed = "bilinear" if interpolation == "bilinear" else "bicubic"
         return _val_transform(size, normalize, resize_mode, fixed, fill_color)
+    if cfg.naflex:
+        raise ValueError("aug_cfg has naflex, whose transforms have no image size. Use NaFlexTransformFactory.")
     if cfg.use_timm:
         return _timm_train_transform(cfg, size, normalize, interpolation)
     return _train_transform(cfg, size, normalize)
