@@ -95,7 +95,8 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
         tokenizer=tokenizer,
         agreement=agreement,
     )
-    evaluators = create_evaluators(data, cfg.eval, run.precision, tokenizer)
+    padding = PaddingOptions(max_groups=0, packing=cfg.model.packing)
+    evaluators = create_evaluators(data, cfg.eval, run.precision, tokenizer, padding)
     evaluated = [data[name] for each in evaluators if each.frequency for name in each.data_names]
     preflight.check_evaluation_data(model, evaluated, device)
     if "train" in data:
@@ -174,7 +175,7 @@ def _build_trainer(
             if compiled.is_enabled
             else half_weights.create(model, precision, getattr(optimizer, "flats", ()))
         ),
-        unpad=Unpadding(readers, world.device, PaddingOptions(_text_groups(cfg.model, compiled, sharding))),
+        unpad=_create_unpadding(readers, run, compiled, sharding),
         accum_freq=optim.accum_freq,
         steps_vary=steps_vary,
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
@@ -222,8 +223,17 @@ def _compile(model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool) 
             f"--torchcompile-strategy {options.strategy} compiles for fixed shapes, and the images have any size. Use "
             "--torchcompile-strategy blocks."
         )
-    text_varies = cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False)
+    text_varies = cfg.packing == "on" or (cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
     return compile_model(model, options, text_varies or images_vary, is_sharded, images_vary)
+
+
+def _create_unpadding(readers: list[Any], run: Run, compiled: NoCompilation, sharding: NoSharding) -> Unpadding:
+    cfg = run.cfg.model
+    packing = "off" if cfg.packing == "auto" and compiled.is_enabled else cfg.packing
+    unpadding = Unpadding(readers, run.world.device, PaddingOptions(_text_groups(cfg, compiled, sharding), packing))
+    if packing == "on":
+        unpadding.check_packs()
+    return unpadding
 
 
 def _text_groups(cfg: ModelConfig, compiled: NoCompilation, sharding: NoSharding) -> int:

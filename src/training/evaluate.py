@@ -15,6 +15,7 @@ from training.evaluators.retrieval import RetrievalEvaluator
 from training.evaluators.zero_shot import ImageNetEvaluator, ZeroShotEvaluator
 from training.params import EvalConfig
 from training.precision import Precision
+from training.unpadding import KEEP_TEXTS, PaddingOptions
 
 
 class Evaluator(Protocol):
@@ -51,12 +52,17 @@ class ScheduledEvaluator:
 
 
 def create_evaluators(
-    data: Mapping[str, Any], cfg: EvalConfig, precision: Precision, tokenizer: Callable[[list[str]], Tensor]
+    data: Mapping[str, Any],
+    cfg: EvalConfig,
+    precision: Precision,
+    tokenizer: Callable[[list[str]], Tensor],
+    padding: PaddingOptions = KEEP_TEXTS,
 ) -> list[ScheduledEvaluator]:
     """Create the evaluators that have data.
 
     Args:
         data: any of "val", "imagenet-val", "imagenet-v2" and "zeroshot", each with a `.dataloader`.
+        padding: how padding is removed from the batches, for evaluators that have an attribute `padding`.
 
     Raises:
         ValueError, FileNotFoundError: the data do not fit an evaluator, see there.
@@ -66,6 +72,8 @@ def create_evaluators(
         found = tuple(name for name in names if name in data)
         if found:
             evaluator = create(data, cfg, precision, tokenizer)
+            if hasattr(evaluator, "padding"):
+                evaluator.padding = padding
             scheduled.append(ScheduledEvaluator(evaluator, getattr(cfg, frequency), found))
     return scheduled
 

@@ -54,7 +54,7 @@ class Trainer:
         half_weights: creates the context in which weights are converted once per step, see `training.half_weights`.
         unpad: applied to a batch before it is moved to the device, see `training.unpadding`.
         accum_freq: batches per step, see `_accumulate`.
-        steps_vary: the number of batches and their sizes differ between steps, see `training.data.loader.ENDS_STEP`.
+        steps_vary: the data decide which batches form a step, so their number and sizes differ between steps.
         grad_clip_norm: upper bound of the global 2-norm of the gradient; inf: no bound.
         guard: decides whether to skip a step, see `training.step_guard`.
         average: moving average of the weights, updated after each step.

@@ -17,8 +17,6 @@ from torch import Tensor
 from open_clip import device as devices
 from open_clip.text_groups import MAX_GROUPS, group_by_length
 
-PACKING = ("auto", "on", "off")
-
 
 @dataclass(frozen=True)
 class PaddingOptions:
@@ -26,15 +24,19 @@ class PaddingOptions:
 
     Attributes:
         max_groups: maximum number of groups of texts per batch that are not packed. 0: these texts keep their padding.
-        packing: one of PACKING. "auto": where the device gains from it (`Device.packs_sequences`).
+        packing: whether inputs are packed for models that accept packed ones: "on", "off", or "auto" where the device
+            gains from it (`Device.packs_sequences`).
     """
 
     max_groups: int = MAX_GROUPS
     packing: str = "auto"
 
     def packs_on(self, device: torch.device) -> bool:
-        """Return whether inputs are packed for models that accept packed ones."""
+        """Return whether inputs are packed on this device."""
         return self.packing == "on" or (self.packing == "auto" and devices.get(device).packs_sequences)
+
+
+KEEP_TEXTS = PaddingOptions(max_groups=0)  # for evaluation, whose results do not depend on the groups of a batch
 
 
 class PaddingReader:
@@ -59,7 +61,7 @@ class Unpadding:
     def __init__(self, models: Sequence[Any], device: torch.device, options: PaddingOptions | None = None) -> None:
         options = options or PaddingOptions()
         read_by = [model for model in models if model is not None]
-        self._functions: dict[str, Callable[[Any, Tensor | None], Any]] = {
+        self._functions: dict[str, TextUnpadding | PatchPacking] = {
             "text": TextUnpadding(read_by, device, options),
             "image": PatchPacking(read_by, device, options),
         }
@@ -70,6 +72,15 @@ class Unpadding:
             name: self._functions[name](value, batch.get(f"{name}_valid")) if name in self._functions else value
             for name, value in batch.items()
         }
+
+    def check_packs(self) -> None:
+        """Raise ValueError if one of the models accepts neither packed texts nor packed images."""
+        if not any(function.packs() for function in self._functions.values()):
+            raise ValueError(
+                "--packing on: the model has neither a text tower nor an image tower that takes packed inputs, or "
+                "--distill-model has not. Leave out --packing, or choose a model with a modern text tower or a NaFlex "
+                "image tower."
+            )
 
 
 class TextUnpadding:
@@ -91,7 +102,7 @@ class TextUnpadding:
         """
         if not isinstance(text, Tensor) or text.dim() != 2 or not len(text) or not text.is_cpu:
             return text
-        is_packed = self._packs and self._all("takes_packed_text")
+        is_packed = self.packs()
         if not is_packed and not (self._max_groups and self._all("takes_grouped_text")):
             return text
         lengths = [_text_lengths(model, text, valid) for model in self._models]
@@ -102,6 +113,10 @@ class TextUnpadding:
         if is_packed:
             return _pinned(_function("text_groups", "pack_text")(text, longest), self._pins)
         return group_by_length(text, longest, self._group_cost, self._max_groups)
+
+    def packs(self) -> bool:
+        """Return whether texts are packed."""
+        return self._packs and self._all("takes_packed_text")
 
     def _all(self, trait: str) -> bool:
         return bool(self._models) and all(getattr(model, trait, False) for model in self._models)
@@ -117,11 +132,13 @@ class PatchPacking:
 
     def __call__(self, image: Any, valid: Tensor | None = None) -> Any:
         """Pack a dict with "patches", "patch_coord" and "patch_valid" on the CPU. Other values are not changed."""
-        if not self._packs or not isinstance(image, Mapping) or not image["patch_valid"].is_cpu:
-            return image
-        if not self._models or not all(map(takes_packed_patches, self._models)):
+        if not isinstance(image, Mapping) or not image["patch_valid"].is_cpu or not self.packs():
             return image
         return _pinned(_function("packed_patches", "pack_patches")(image), self._pins)
+
+    def packs(self) -> bool:
+        """Return whether patches are packed."""
+        return self._packs and bool(self._models) and all(map(takes_packed_patches, self._models))
 
 
 def takes_packed_patches(model: Any) -> bool:

@@ -46,6 +46,7 @@ OURS = {
     "deterministic": False,
     "profile_level": 0,
     "text_groups": 4,
+    "packing": "auto",
     "decay_rule": None,
     "like_4": False,
     "bucket_runs": 4,

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _PREFETCHED_BATCHES = 2  # per worker
 _WORKER_EXIT_TIMEOUT = 2.0  # seconds, before they are killed
 AFTER = "__after__"  # in a batch from a data set of shards: the read position after it
+ENDS_STEP = "__ends_step__"  # in a micro-batch: whether it is the last one of its step
 KEY = "key"  # in a batch: list of str, the name of each sample
-ENDS_STEP = "__ends_step__"  # in a batch of a loader with `ends_steps`: whether it is the last batch of a step
 
 
 @dataclass
@@ -81,16 +81,14 @@ class Loader(DataLoader):
     Attributes:
         num_samples: of an epoch, over all ranks.
         num_batches: of an epoch, on this rank.
+        steps_per_epoch: of the training loop, if the data decide which batches form a step. Then each batch has an
+            entry ENDS_STEP, and `num_batches` counts steps.
         classes: class names, if the data are a folder of classes.
-        ends_steps: the batches of a step differ in number and size, and say with ENDS_STEP where it ends. All ranks get
-            the same number of batches per step.
-        steps_per_epoch: number of steps, if the batches say where they end. None: it follows from `num_batches`.
         members: if set, a batch is the list of these entries of the dict.
         normalization: what `training.batches.to_device` does to the images; None for nothing.
         agreement: makes the ranks stop before the same batch of training data. By default no signal stops them.
     """
 
-    ends_steps: bool = False
     steps_per_epoch: int | None = None
     members: tuple[str, ...] | None = None
     normalization: Normalization | None = None
@@ -136,6 +134,11 @@ class Loader(DataLoader):
         self.position = position
         self.agreement = Agreement()
         self._is_single_rank = not world.distributed
+
+    @property
+    def ends_steps(self) -> bool:
+        """Whether the data decide which batches form a step."""
+        return self.steps_per_epoch is not None
 
     def __len__(self) -> int:
         return self.num_batches

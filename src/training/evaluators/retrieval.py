@@ -23,6 +23,7 @@ from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
 from training.sharding.in_step import batches_in_step, example_inputs
+from training.unpadding import KEEP_TEXTS, Unpadding
 
 _ROWS_ON_DEVICE = 8192  # of features, before they are moved to the host, which has more memory
 
@@ -40,12 +41,13 @@ class RetrievalEvaluator:
     ) -> None:
         self._loader = data["val"].dataloader
         self._precision = precision
+        self.padding = KEEP_TEXTS
         self._gallery_rows = cfg.val_retrieval_chunk_size
         self._dtype = precision.compute_dtype if cfg.val_retrieval_precision == "model" else torch.float32
 
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
         here, device, loader = world(), self._precision.device, self._loader
-        contrastive = open_clip.ClipLoss()
+        contrastive, unpad = open_clip.ClipLoss(), Unpadding([model], device, self.padding)
         losses = {name: _LossSums() for name in ("clip_val_loss", "val_generative_loss", "val_caption_loss")}
         pad_id = getattr(model, "pad_id", 0)
         image_features, text_features, image_ids = _HostRows(), _HostRows(), []
@@ -54,7 +56,7 @@ class RetrievalEvaluator:
             for batch in batches_in_step(loader, model, lambda: self._forward(model, example_inputs(model, device))):
                 if isinstance(batch, Mapping) and "image_id" in batch:
                     image_ids.append(batch["image_id"])
-                batch = to_device(batch, device, self._precision.input_dtype, normalization=normalization)
+                batch = to_device(batch, device, self._precision.input_dtype, normalization=normalization, unpad=unpad)
                 outputs = self._forward(model, batch)
                 image, text = outputs["image_features"].float(), outputs["text_features"].float()
                 loss = contrastive(image, text, outputs["logit_scale"].float())

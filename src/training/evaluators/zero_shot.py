@@ -21,6 +21,7 @@ from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
 from training.sharding.in_step import batches_in_step, equal_shares, example_inputs
+from training.unpadding import KEEP_TEXTS, PaddingOptions, Unpadding
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class ImageNetEvaluator:
         """
         self._loaders = {key: data[key].dataloader for key in _IMAGENET if key in data}
         self._precision = precision
+        self.padding = KEEP_TEXTS
         self._tokenizer = tokenizer
         self._cache = TextCache()
         for key, loader in self._loaders.items():
@@ -53,7 +55,7 @@ class ImageNetEvaluator:
         prompts = (IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES)
         classifier = self._cache.get(model, lambda: build_classifier(model, self._tokenizer, *prompts, self._precision))
         for key, loader in self._loaders.items():
-            accuracies = classify(model, classifier, loader, self._precision, key)
+            accuracies = classify(model, classifier, loader, self._precision, key, padding=self.padding)
             yield from _name_metrics(_IMAGENET[key], accuracies, classifier)
 
 
@@ -71,13 +73,14 @@ class ZeroShotEvaluator:
         self._classnames = read_classnames(cfg.zeroshot_classnames, self._loader.classes)
         self._templates = read_templates(cfg.zeroshot_templates)
         self._precision = precision
+        self.padding = KEEP_TEXTS
         self._tokenizer = tokenizer
         self._cache = TextCache()
 
     def run(self, model: nn.Module, epoch: int) -> Iterator[tuple[str, float]]:
         prompts = (self._classnames, self._templates)
         classifier = self._cache.get(model, lambda: build_classifier(model, self._tokenizer, *prompts, self._precision))
-        accuracies = classify(model, classifier, self._loader, self._precision, "zero-shot data")
+        accuracies = classify(model, classifier, self._loader, self._precision, padding=self.padding)
         yield from _name_metrics("zeroshot", accuracies, classifier)
 
 
@@ -111,6 +114,7 @@ def classify(
     precision: Precision,
     name: str = "zero-shot data",
     count: Callable[[Tensor, Tensor, Sequence[int]], Tensor] = count_correct,
+    padding: PaddingOptions = KEEP_TEXTS,
 ) -> tuple[float, float]:
     """Compute (top-1, top-5) accuracy over the images of all ranks.
 
@@ -120,12 +124,13 @@ def classify(
         dataloader: gives batches {"image": [B, 3, H, W], "label": [B]}, or pairs of these.
         name: name of the data, for messages.
         count: as `metrics.count_correct`.
+        padding: how padding is removed from the images.
     """
     device, classifier = classifier.device, classifier.float()
     correct = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
     num_images = 0
     total, ranks = getattr(dataloader, "num_samples", None), world().world_size
-    normalization = getattr(dataloader, "normalization", None)
+    normalization, unpad = getattr(dataloader, "normalization", None), Unpadding([model], device, padding)
 
     def encode(batch: Mapping[str, Any]) -> Tensor:
         with precision.autocast():
@@ -134,7 +139,7 @@ def classify(
 
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
         for batch in batches_in_step(dataloader, model, lambda: encode(example_inputs(model, device))):
-            batch = to_device(batch, device, precision.input_dtype, ("image", "label"), normalization)
+            batch = to_device(batch, device, precision.input_dtype, ("image", "label"), normalization, unpad)
             features = encode(batch)
             scores, labels = features.float() @ classifier, batch["label"]
             correct += count(scores, labels, (1, TOP_K))

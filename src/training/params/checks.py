@@ -185,6 +185,12 @@ def _check_compilation(args: argparse.Namespace) -> None:
             f"--torchcompile-strategy {args.torchcompile_strategy} would compile the gathering of weights of --fsdp. "
             "Use --torchcompile-strategy blocks."
         )
+    if args.packing == "on" and args.torchcompile_strategy != "blocks":
+        raise ValueError(
+            f"--packing on: the number of packed tokens differs between batches, and --torchcompile-strategy "
+            f"{args.torchcompile_strategy} compiles for fixed shapes. Use --packing auto, or --torchcompile-strategy "
+            "blocks."
+        )
     if args.torchcompile_strategy != "step" or not trains(args):
         return
     if args.accum_freq > 1:

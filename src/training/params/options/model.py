@@ -71,6 +71,11 @@ class ModelConfig:
         "sort the captions of a batch by length and encode them in at most N groups without most of their padding. 1 "
         "cuts all captions to the longest one, 0 keeps the padding. The embeddings are the same. No effect on models "
         "whose text tower reads the padding, such as SigLIP and CoCa")
+    packing: str = option("auto", choices=("auto", "on", "off"), help=
+        "compute captions and images of different lengths one after another, without padding, in models that can do so "
+        "(modern text towers, NaFlex image towers). The features are the same. auto: if the device gains from it and "
+        "nothing is compiled; on: also with compiled blocks, and an error if the model cannot; off: padded. Other text "
+        "towers group captions (--text-groups)")
     torchcompile: bool = option(False, help=
         "compile with torch.compile, before the first step; --torchcompile-strategy says what. Needs triton-ascend on "
         "an NPU, triton on a GPU and a C++ compiler on the CPU, which is checked at the start")
