@@ -8,15 +8,17 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import fill_rule
+import open_clip
 from data_files import data_args, fake_world, jpeg, noisy, write_tar
 from training.data import get_data
-from training.data.bucketing import CaptionLength, LengthBuckets
+from training.data.bucketing import CaptionLengths, LengthBuckets
 from training.data.rows.bucket_sampler import BucketSampler, RowLengths
 
 ORACLE = Path(__file__).parents[1] / "parity" / "fixtures" / "open_clip_4" / "oracle_data.json"
@@ -115,14 +117,37 @@ class Words:
         return torch.tensor([[int(text.split()[0]), len(text.split())] for text in texts])
 
 
-def test_the_length_of_a_caption():
-    length = CaptionLength(Words())
-    assert length("a b c") == 3
-    assert length("a " * 100) == 48  # longer captions are cut
-    assert length("a\udc80 b") == 2  # a bad sample, which is replaced later
-    assert length("a " * (1 << 20)) == 0
-    assert CaptionLength(lambda texts: texts)("four") == 4
-    assert CaptionLength(None)("four") == 4
+def test_lengths_are_tokens_with_a_tokenizer_that_encodes():
+    lengths = CaptionLengths(Words())
+    assert lengths(["a b c", "a " * 100, "", "a\udc80 b", "a " * (1 << 20)]) == [3, 48, 0, 2, 0]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    short, long = CaptionLengths(tokenizer)(["two dogs", "a photo of " * 50])
+    assert (short, long) == (2, 77)
+    assert CaptionLengths(tokenizer)([]) == []
+
+
+class Padded:
+    """A tokenizer that can leave out the padding, unless `needs_padding`."""
+
+    def __init__(self, needs_padding=False, is_fast=True):
+        self.needs_padding = needs_padding
+        self.tokenizer = SimpleNamespace(is_fast=is_fast)
+
+    def __call__(self, texts, context_length=None, pad=True):
+        if not pad and self.needs_padding:
+            raise ValueError("pad=False is not possible.")
+        ids = [[1, *map(len, text.split()), 2] for text in texts]
+        return torch.tensor([row + [0] * (8 - len(row)) for row in ids]) if pad else ids
+
+
+def test_lengths_are_tokens_with_a_tokenizer_that_leaves_out_the_padding():
+    assert CaptionLengths(Padded())(["a bb ccc", ""]) == [5, 2]
+    assert CaptionLengths(Padded())([]) == []
+
+
+@pytest.mark.parametrize("tokenizer", [None, list, Padded(needs_padding=True), Padded(is_fast=False)])
+def test_lengths_are_characters_otherwise(tokenizer):
+    assert CaptionLengths(tokenizer)(["a bb", "", "ccc"]) == [4, 0, 3]
 
 
 # Loaders

@@ -25,6 +25,7 @@ negatives of a caption have its length, and ranks have unequal work.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 from collections.abc import Sequence
@@ -109,21 +110,40 @@ class LengthBuckets:
         return [self.batch * end // sum(weights) for end in itertools.accumulate(weights, initial=0)]
 
 
-class CaptionLength:
-    """The length of a caption: the number of tokens, or of characters if the tokenizer has no `encode`.
+class CaptionLengths:
+    """The lengths of captions in tokens, or in characters with a tokenizer that does not tell them.
 
-    Tokenizers of transformers would be called once per caption, which is slow. Characters sort the captions of most
-    data sets nearly as well. The longest length in tokens is the context length, because longer captions are cut.
+    That is one without `encode`, which cannot leave out the padding (`pad=False`) either, or which would be slow, as
+    those of transformers that are written in Python. Tokens are counted up to the context length.
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self.encode = getattr(tokenizer, "encode", None)
         self.longest = getattr(tokenizer, "context_length", None)
+        self.leaves_out_padding = self.encode is None and _leaves_out_padding(tokenizer)
 
-    def __call__(self, caption: str) -> int:
-        if len(caption) > CAPTION_LIMIT:  # a bad sample, which is dropped or replaced later
-            return 0
+    def __call__(self, captions: Sequence[str]) -> list[int]:
+        texts = [_valid_text(caption) for caption in captions]
+        if self.leaves_out_padding:
+            return [len(ids) for ids in self.tokenizer(texts, pad=False)] if texts else []
         if self.encode is None:
-            return len(caption)
-        length = len(self.encode(caption if caption.isascii() else caption.encode("utf-8", "replace").decode()))
-        return length if self.longest is None else min(length, self.longest)
+            return [len(text) for text in texts]
+        lengths = [len(self.encode(text)) for text in texts]
+        return lengths if self.longest is None else [min(length, self.longest) for length in lengths]
+
+
+def _leaves_out_padding(tokenizer: Any) -> bool:
+    if not callable(tokenizer) or not getattr(getattr(tokenizer, "tokenizer", None), "is_fast", True):
+        return False
+    try:
+        return "pad" in inspect.signature(tokenizer).parameters and isinstance(tokenizer(["a"], pad=False), list)
+    except ValueError:  # it needs the padding, or is a built-in function without a signature
+        return False
+
+
+def _valid_text(caption: str) -> str:
+    """Return a text that any tokenizer takes. Samples with other captions are dropped or replaced later."""
+    if len(caption) > CAPTION_LIMIT:
+        return ""
+    return caption if caption.isascii() else caption.encode("utf-8", "replace").decode()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from training.data.bucketing import CaptionLength, LengthBuckets
+from training.data.bucketing import CaptionLengths, LengthBuckets
 from training.data.sampling import TrainSampler, stable_hash
 
 
@@ -26,12 +26,12 @@ class RowLengths:
 
     def __init__(self, dataset: Captions, tokenizer: Any) -> None:
         self.dataset = dataset
-        self.length_of = CaptionLength(tokenizer)
+        self.lengths_of = CaptionLengths(tokenizer)
         self.known = np.full(len(dataset), -1, dtype=np.int32)
 
     def of_rows(self, rows: np.ndarray) -> list[int]:
-        for row in rows[self.known[rows] < 0].tolist():
-            self.known[row] = self.length_of(self.dataset.caption_at(row))
+        new = rows[self.known[rows] < 0]
+        self.known[new] = self.lengths_of([self.dataset.caption_at(row) for row in new.tolist()])
         return self.known[rows].tolist()
 
 

@@ -13,13 +13,13 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from training import ranks
-from training.data.bucketing import CaptionLength, LengthBuckets
+from training.data.bucketing import CaptionLengths, LengthBuckets
 from training.data.images import load_image
 from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
@@ -60,7 +60,7 @@ class ShardBatches(IterableDataset):
         source: str,
         skipped: SkipCounter,
         max_image_pixels: int | None = None,
-        caption_length: CaptionLength | None = None,
+        caption_lengths: CaptionLengths | None = None,
     ) -> None:
         super().__init__()
         self.shards = shards
@@ -72,7 +72,7 @@ class ShardBatches(IterableDataset):
         self.source = source
         self.skipped = skipped
         self.max_image_pixels = max_image_pixels
-        self.caption_length = caption_length or CaptionLength(tokenizer)
+        self.caption_lengths = caption_lengths or CaptionLengths(tokenizer)
 
     def __iter__(self) -> Iterator[ShardBatch]:
         info = get_worker_info()
@@ -96,7 +96,7 @@ class ShardBatches(IterableDataset):
         else:
             get_plan, give_up_after = dict(enumerate(state.plans[worker])).get, None
         shard_reader = ShardReader(
-            self.shards, get_plan, order_key, self.source, self.skipped, functools.partial(self._length, state.epoch)
+            self.shards, get_plan, order_key, self.source, self.skipped, functools.partial(self._lengths, state.epoch)
         )
         return shard_reader.samples(state.positions[worker], give_up_after)
 
@@ -132,11 +132,14 @@ class ShardBatches(IterableDataset):
         name = f"{sample['__url__']}/{sample['__key__']}"
         return name, (self.shards.seed, epoch, name, sample["__read_id__"])
 
-    def _length(self, epoch: int, sample: Sample) -> int:
-        try:
-            return self.caption_length(self._caption(sample, *self._identify(sample, epoch)))
-        except BadSample:  # counted and dropped when it is decoded
-            return 0
+    def _lengths(self, epoch: int, samples: Sequence[Sample]) -> list[int]:
+        captions = []
+        for sample in samples:
+            try:
+                captions.append(self._caption(sample, *self._identify(sample, epoch)))
+            except BadSample:  # counted and dropped when it is decoded
+                captions.append("")
+        return self.caption_lengths(captions)
 
     def _caption(self, sample: Sample, name: str, random_key: tuple[object, ...]) -> str:
         # A generator of its own: the augmentation of the image does not depend on how captions are chosen.
@@ -186,7 +189,7 @@ def make_shard_loader(
         source=source,
         skipped=skipped,
         max_image_pixels=cfg.max_image_pixels,
-        caption_length=CaptionLength(tokenizer),
+        caption_lengths=CaptionLengths(tokenizer),
     )
     loader = Loader(
         dataset,

@@ -231,7 +231,7 @@ class ShardReader:
         order_key: what the order in a block depends on, in addition to the position of the block.
         source: name of the data for messages.
         skipped: counts bad samples.
-        length: returns the length of a sample's caption, for `LengthBuckets`.
+        lengths: returns the lengths of the samples' captions, for `LengthBuckets`.
     """
 
     def __init__(
@@ -241,13 +241,13 @@ class ShardReader:
         order_key: tuple[object, ...],
         source: str,
         skipped: SkipCounter,
-        length: Callable[[Sample], int],
+        lengths: Callable[[Sequence[Sample]], list[int]],
     ) -> None:
         self.shards = shards
         self.get_plan = get_plan
         self.order_key = order_key
         self.skipped = skipped
-        self.length = length
+        self.lengths = lengths
         self.streak = shards.bad_streak(source)
 
     def samples(self, start: ReadPosition, give_up_after: int | None) -> Iterator[tuple[Sample, ReadPosition]]:
@@ -304,7 +304,7 @@ class ShardReader:
         rng.shuffle(order)
         if block.buckets is None:
             return order
-        lengths = [self.length(block.items[number].sample) for number in order]
+        lengths = self.lengths([block.items[number].sample for number in order])
         return [order[number] for number in block.buckets.order(lengths, rng)]
 
     def _stream(self, reads: Iterable[ShardRead], start: ReadPosition) -> Iterator[_StreamItem]:
