@@ -221,7 +221,7 @@ def check_model_of_main(name: str) -> None:
 
 
 # Arguments of the main branch's create_model and create_model_and_transforms.
-_REFUSED_ARGUMENTS = {"force_naflex_vision": _NAFLEX, "audio_aug_cfg": _AUDIO, "pretrained_audio_path": _AUDIO}
+_REFUSED_ARGUMENTS = {"audio_aug_cfg": _AUDIO, "pretrained_audio_path": _AUDIO}
 
 
 def drop_arguments_of_main(kwargs: dict[str, Any]) -> None:

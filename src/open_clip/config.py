@@ -38,7 +38,6 @@ class CLIPVisionCfg:
     mlp_ratio: float = 4.0
     patch_size: int = 16
     image_size: tuple[int, int] | int = 224
-    image_seq_len: int | None = None  # number of patches of an image in evaluation, for NaFlex towers
 
     ls_init_value: float | None = None  # initial value of layer scale; None disables it
     patch_dropout: float = 0.0  # fraction of patches dropped in training, https://arxiv.org/abs/2212.00794
@@ -68,7 +67,9 @@ class CLIPVisionCfg:
     timm_proj_bias: bool = False
     timm_drop: float = 0.0
     timm_drop_path: float | None = None
+    # After the fields of open_clip 3.3, because programs may pass those by position.
     timm_model_kwargs: dict | None = None  # more arguments of timm's model
+    image_seq_len: int | None = None  # number of patches of an image in evaluation, for NaFlex towers
 
 
 @dataclasses.dataclass

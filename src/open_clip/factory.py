@@ -26,6 +26,7 @@ from .checkpoint.fit import load_checkpoint, load_tower_checkpoint
 from .checkpoint.meta import NoInitialization
 from .coca_model import CoCa
 from .config import add_model_config, closest, get_model_config, list_models, parse_model_name
+from .convert import apply_naflex_vision_config
 from .loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from .model import CLIP, CustomTextCLIP, TwoTowers
 from .model_inputs import get_model_preprocess_cfg, set_model_preprocess_cfg
@@ -166,7 +167,8 @@ def create_model(
         require_pretrained: whether a model without weights is an error.
         weights_only: accepted for compatibility with open_clip, without effect. No code in a file is ever run.
         model_kwargs: replace top-level keys of the configuration, such as `init_logit_bias=-10`. `pretrained_hf` is
-            accepted as the name of `pretrained_text` before open_clip 3.
+            accepted as the name of `pretrained_text` before open_clip 3. With `force_naflex_vision=True` the image
+            tower, a native ViT or one of timm, becomes one for images of any size; its weights are converted.
 
     Raises:
         RuntimeError: the name or tag is unknown, the weights cannot be downloaded or belong to another model, or the
@@ -182,6 +184,7 @@ def create_model(
     check_precision(precision)
     target = _resolve_device(device)
     pretrained_text = model_kwargs.pop("pretrained_hf", pretrained_text)
+    is_naflex_forced = model_kwargs.pop("force_naflex_vision", False)
     aliases.drop_arguments_of_main(model_kwargs)
     recipe = read_recipe(model_name, pretrained, cache_dir)
     apply_overrides(
@@ -208,6 +211,8 @@ def create_model(
         pretrained_image and needs_weights and not pretrained_image_path,
         pretrained_text and needs_weights and not pretrained_text_path,
     )
+    if is_naflex_forced:
+        apply_naflex_vision_config(recipe.model_cfg)
     model = _build(recipe, precision, output_dict, target, weights_only)
     if recipe.fetch_weights is None and target.type != "meta":
         logger.warning("%s has no pretrained weights. It is initialized randomly.", model_name)

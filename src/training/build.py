@@ -61,6 +61,7 @@ def build_model(
             force_patch_dropout=cfg.force_patch_dropout,
             force_image_size=cfg.force_image_size,
             force_context_length=cfg.force_context_length,
+            force_naflex_vision=cfg.force_naflex_vision,
             image_mean=cfg.image_mean,
             image_std=cfg.image_std,
             image_interpolation=cfg.image_interpolation,

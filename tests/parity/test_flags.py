@@ -138,6 +138,7 @@ SERVED = {
     "wd_exclude_patterns": ["*.bias"],
     "image_layer_decay": ["0.5"],
     "text_layer_decay": ["0.5"],
+    "force_naflex_vision": [],
     "text_pooler_in_head": [],
     "image_key": ["png"],
     "text_key": ["caption"],

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fill_rule
+import open_clip
 from open_clip import ClipLoss
 from open_clip.model import CLIP
 from open_clip.packed_patches import pack_patches
@@ -88,3 +89,36 @@ def sampled(x: torch.Tensor, number: int) -> torch.Tensor:
 def assert_close(actual: torch.Tensor, case: str, name: str, tolerance: float = 2e-5) -> None:
     expected = torch.from_numpy(ANSWERS[f"{case}/{name}"])
     torch.testing.assert_close(actual.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def native(tmp_path, monkeypatch):
+    """The native model, a file with its weights, and the name of its configuration."""
+    config = CASES[CONVERTED]["config"]
+    (tmp_path / "small-vit.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(open_clip.config, "MODEL_CONFIG_PATHS", list(open_clip.config.MODEL_CONFIG_PATHS))
+    open_clip.add_model_config(tmp_path / "small-vit.json")
+    model = fill_rule.fill(CLIP(**copy.deepcopy(config)).eval())
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    yield model, tmp_path / "weights.pt"
+    del open_clip.factory._MODEL_CONFIGS["small-vit"]
+
+
+def test_conversion_of_a_native_model(native):
+    model, weights = native
+    converted = open_clip.create_model("small-vit", str(weights), force_naflex_vision=True).eval()
+    shapes = {name: list(x.shape) for name, x in converted.state_dict().items() if name.startswith("visual.")}
+    assert shapes == CASES[CONVERTED]["naflex_state_dict"]
+    state_dict = converted.state_dict()
+    for key in (key for key in ANSWERS.files if key.startswith(f"{CONVERTED}/sd.")):
+        name = key.split("sd.")[1]
+        assert_close(sampled(state_dict[name], 64), CONVERTED, f"sd.{name}", 1e-7)
+    with torch.no_grad():
+        assert_close(model.visual(inputs()["dense"]), CONVERTED, "native_dense")
+        for name in ("dense", "dense_wide", "ragged"):
+            assert_close(converted.visual(inputs()[name]), CONVERTED, f"naflex_{name}")
+        packed = converted.visual(pack_patches(inputs()["ragged"]))
+        assert_close(packed, CONVERTED, "naflex_ragged")
+        torch.testing.assert_close(
+            converted.visual(inputs()["dense"]), model.visual(inputs()["dense"]), rtol=1e-5, atol=1e-5
+        )

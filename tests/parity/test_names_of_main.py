@@ -71,7 +71,7 @@ def test_unwrap_model():
         assert open_clip.get_model_from_task(wrapped) is model
 
 
-@pytest.mark.parametrize("name", ["force_naflex_vision", "audio_aug_cfg", "pretrained_audio_path"])
+@pytest.mark.parametrize("name", ["audio_aug_cfg", "pretrained_audio_path"])
 def test_arguments_of_create_model(name):
     quiet = {"force_naflex_vision": False, "audio_aug_cfg": None, "pretrained_audio_path": None}
     assert open_clip.create_model("RN50", device="meta", **quiet).visual is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from .. import aliases
 from .foreign import convert_foreign, convert_state_dict, fit_state_dict, load_big_vision_weights
 from .layout import is_text_key, to_custom_text_layout, to_plain_layout
+from .naflex import apply_naflex_vision_config, convert_naflex_state_dict
 from .original import convert_mobile_clip_state_dict
 from .transformers_clip import from_transformers, to_transformers
 from .transformers_config import (
@@ -21,8 +22,10 @@ from .transformers_config import (
 )
 
 __all__ = [
+    "apply_naflex_vision_config",
     "convert_foreign",
     "convert_mobile_clip_state_dict",
+    "convert_naflex_state_dict",
     "convert_state_dict",
     "fit_state_dict",
     "from_transformers",

@@ -12,6 +12,7 @@ from ..formats.npz import read_npz
 from ..pos_embed import resize_pos_embed, resize_text_pos_embed
 from .big_vision import from_big_vision, is_big_vision
 from .layout import StateDict, to_custom_text_layout, to_plain_layout
+from .naflex import convert_naflex_state_dict, is_naflex_model
 from .original import (
     from_mobile_clip,
     from_perception_encoder,
@@ -39,7 +40,15 @@ def load_big_vision_weights(model: nn.Module, checkpoint_path: str | os.PathLike
 
 
 def convert_foreign(model: nn.Module, state_dict: StateDict) -> StateDict:
-    """Convert weights in the layout of another project to that of CLIP or CustomTextCLIP. Others are unchanged."""
+    """Convert weights in the layout of another project to that of CLIP or CustomTextCLIP. Others are unchanged.
+
+    The weights of a ViT for one image size are converted too if the model's tower takes images of any size.
+    """
+    state_dict = _convert_layout(model, state_dict)
+    return convert_naflex_state_dict(state_dict, model) if is_naflex_model(model) else state_dict
+
+
+def _convert_layout(model: nn.Module, state_dict: StateDict) -> StateDict:
     state_dict = _drop_position_ids(state_dict)
     if is_big_vision(state_dict):
         return from_big_vision(model, state_dict)

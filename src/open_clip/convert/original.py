@@ -41,9 +41,12 @@ def is_mobile_clip(state_dict: StateDict) -> bool:
 def is_perception_encoder(model: Any, state_dict: StateDict) -> bool:
     """Whether the weights are Meta's Perception Encoder (github.com/facebookresearch/perception_models).
 
-    The names are those of a native CLIP, so the timm tower of the model decides.
+    The names are those of a native CLIP, so the timm tower of the model decides. A NaFlex tower without rotary
+    positions is made for weights of a native tower.
     """
-    return _PERCEPTION_MARK in state_dict and hasattr(model.visual, "trunk")
+    trunk: Any = getattr(model.visual, "trunk", None)
+    takes_native = hasattr(trunk, "embeds") and trunk.rope is None
+    return _PERCEPTION_MARK in state_dict and trunk is not None and not takes_native
 
 
 def convert_mobile_clip_state_dict(model: Any, state_dict: StateDict, fastvit: bool = True) -> StateDict:

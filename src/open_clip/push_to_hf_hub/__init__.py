@@ -21,6 +21,7 @@ from .. import aliases, progress
 from ..checkpoint.key_prefixes import strip_prefixes
 from ..checkpoint.mismatch import join_some
 from ..constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from ..convert import apply_naflex_vision_config
 from ..factory import create_model, create_model_from_pretrained, get_tokenizer
 from ..formats.whole_file import replacing, write_text
 from ..model_inputs import get_model_preprocess_cfg
@@ -331,6 +332,7 @@ def _with_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Apply the arguments of `create_model_from_pretrained` to a configuration, in place, and return it."""
     for name in ("device", "jit", "cache_dir", "weights_only"):
         kwargs.pop(name, None)
+    has_naflex_vision = kwargs.pop("force_naflex_vision", False)
     apply_overrides(
         model_cfg,
         force_quick_gelu=kwargs.pop("force_quick_gelu", False),
@@ -340,4 +342,4 @@ def _with_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         force_context_length=kwargs.pop("force_context_length", None),
         model_kwargs=kwargs,
     )
-    return model_cfg
+    return apply_naflex_vision_config(model_cfg) if has_naflex_vision else model_cfg

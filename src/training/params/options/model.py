@@ -54,6 +54,9 @@ class ModelConfig:
         "in the last epochs recovers the accuracy")
     force_custom_text: bool = option(False, help=
         "build a CustomTextCLIP (parameters of the text tower are named `text.*`)")
+    force_naflex_vision: bool = option(False, help=
+        "turn the image tower, a native ViT or one of timm, into one for images of any size and aspect ratio (NaFlex, "
+        "arXiv:2502.14786). Weights of the original tower are converted")
     lock_image: bool = option(False, help=
         "freeze the image tower (LiT, arXiv:2111.07991). Together with --lock-text almost nothing is left to train")
     lock_image_unlocked_groups: int = option(0, at_least=0, metavar="N", help=

@@ -63,7 +63,6 @@ class UnsupportedConfig:
         "forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
     audio_multiprocessing_context: str = _later("forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
     use_naflex: bool = _later(False, _NAFLEX)
-    force_naflex_vision: bool = _later(False, _NAFLEX)
     naflex_num_train_image_tokens: int | None = _later(None, _NAFLEX, "N")
     naflex_patch_sizes: tuple[int, ...] | None = _later(None, _NAFLEX, "PIXELS")
     naflex_patch_size_probs: tuple[float, ...] | None = _later(None, _NAFLEX, "P")
