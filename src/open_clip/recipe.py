@@ -44,7 +44,7 @@ _REQUIRED_KEYS = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)
-_TIMM_LOADING = ("pretrained", "checkpoint", "cache")  # starts of timm's arguments that name files
+_FILE_OPTIONS = ("pretrained", "checkpoint", "cache", "_")  # first letters of arguments of timm and transformers
 _TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
 _TOKENIZER_KWARGS |= {"add_bos", "add_eos", "padding_side"}
 
@@ -345,26 +345,34 @@ def check_untrusted(model_cfg: dict[str, Any], source: str) -> None:
                 f"{source} has {key}={name!r}, which is not the plain name of a model. A configuration from the hub "
                 "may not name a folder or a URL. If you trust it, download it and load it with local-dir:."
             )
-    options = vision_cfg.get("timm_model_kwargs") or {}
-    for key, value in options.items():
-        if key.startswith(_TIMM_LOADING) or not _is_plain(value):
-            raise ValueError(
-                f"{source} has timm_model_kwargs with {key}={str(value)[:60]!r}. A configuration from the hub may set "
-                "numbers, names and lists of them, and nothing that loads files."
-            )
     refused = sorted(set(text_cfg.get("tokenizer_kwargs") or ()) - _TOKENIZER_KWARGS)
     if refused:
         raise ValueError(
             f"{source} has tokenizer_kwargs {', '.join(map(repr, refused))}. A configuration from the hub may set "
             f"only {', '.join(sorted(_TOKENIZER_KWARGS))}."
         )
+    for key, values in (("timm_model_kwargs", vision_cfg), ("hf_model_config", text_cfg)):
+        _check_untrusted_options(values.get(key), key, source)
+
+
+def _check_untrusted_options(options: Any, key: str, source: str) -> None:
+    """Raise ValueError if arguments of a library's model name files or URLs, or are not plain values."""
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        raise ValueError(f"{source} has {key}={str(options)[:60]!r}, which is not a mapping of names to values.")
+    for name, value in options.items():
+        if str(name).startswith(_FILE_OPTIONS) or not _is_plain(value):
+            raise ValueError(
+                f"{source} has {key} with {str(name)[:40]!r}: {str(value)[:60]!r}. A configuration from the hub may "
+                "not name files, URLs or weights. If you trust it, download it and load it with local-dir:."
+            )
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether an option is a number, a plain name, or a list of them."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float)) or bool(re.fullmatch(r"\w*", str(value), re.ASCII))
+    if isinstance(value, (list, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, str) or re.fullmatch(r"\w*", value, re.ASCII) is not None
 
 
 def apply_overrides(

@@ -15,6 +15,7 @@ import open_clip
 import tiny_naflex
 from hub_server import use_hub
 from open_clip import config
+from open_clip.recipe import check_untrusted
 
 NAMES = ["ViT-B-16-SigLIP2-naflex", "ViT-SO400M-16-SigLIP2-naflex"]
 TOKENIZERS = {NAMES[0]: "timm/ViT-B-16-SigLIP2-256", NAMES[1]: "timm/ViT-SO400M-16-SigLIP2-256"}
@@ -38,6 +39,33 @@ def small(monkeypatch):
     cfg["text_cfg"] |= {"width": 32, "heads": 2, "layers": 1, "vocab_size": 64}
     monkeypatch.setitem(config._models(), NAMES[0], cfg)
     return NAMES[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "options"),
+    [
+        ("timm_model_kwargs", {"checkpoint_path": "weights.pt"}),
+        ("timm_model_kwargs", {"pretrained": True}),
+        ("timm_model_kwargs", {"pretrained_cfg_overlay": {"file": "weights"}}),
+        ("timm_model_kwargs", {"cache_dir": "x"}),
+        ("timm_model_kwargs", {"block_fn": "https://example.org/x"}),
+        ("timm_model_kwargs", {"depths": [1, {"a": "../x"}]}),
+        ("timm_model_kwargs", "x"),
+        ("hf_model_config", {"_attn_implementation": "eager"}),
+        ("hf_model_config", {"attn_implementation": "org/kernel"}),
+    ],
+)
+def test_a_configuration_from_the_hub_may_not_name_files(section, options):
+    cfg = tiny_naflex.config()
+    cfg["vision_cfg" if section.startswith("timm") else "text_cfg"][section] = options
+    with pytest.raises(ValueError, match=rf"hub:x has {section}"):
+        check_untrusted(cfg, "hub:x")
+
+
+def test_the_options_of_bundled_models_are_accepted():
+    for name in main_models.BUILT:
+        check_untrusted(config.get_model_config(name), name)
+    check_untrusted(tiny_naflex.config(), "hub:x")
 
 
 @pytest.mark.parametrize("name", NAMES)
