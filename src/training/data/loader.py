@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
 from open_clip import device
+from open_clip.transform import collate_patches
 from training import children, ranks
 from training.batches import Normalization
 from training.data.position import Position
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _PREFETCHED_BATCHES = 2  # per worker
 _WORKER_EXIT_TIMEOUT = 2.0  # seconds, before they are killed
 AFTER = "__after__"  # in a batch from a data set of shards: the read position after it
+ENDS_STEP = "__ends_step__"  # in a micro-batch: whether it is the last one of its step
 KEY = "key"  # in a batch: list of str, the name of each sample
 
 
@@ -80,12 +82,15 @@ class Loader(DataLoader):
     Attributes:
         num_samples: of an epoch, over all ranks.
         num_batches: of an epoch, on this rank.
+        steps_per_epoch: of the training loop, if the data decide which batches form a step. Then each batch has an
+            entry ENDS_STEP, and `num_batches` counts steps.
         classes: class names, if the data are a folder of classes.
         members: if set, a batch is the list of these entries of the dict.
         normalization: what `training.batches.to_device` does to the images; None for nothing.
         agreement: makes the ranks stop before the same batch of training data. By default no signal stops them.
     """
 
+    steps_per_epoch: int | None = None
     members: tuple[str, ...] | None = None
     normalization: Normalization | None = None
 
@@ -131,6 +136,11 @@ class Loader(DataLoader):
         self.agreement = Agreement()
         self._is_single_rank = not world.distributed
 
+    @property
+    def ends_steps(self) -> bool:
+        """Whether the data decide which batches form a step."""
+        return self.steps_per_epoch is not None
+
     def __len__(self) -> int:
         return self.num_batches
 
@@ -164,8 +174,10 @@ class Loader(DataLoader):
             if batch is None:
                 batches.close()
                 return
-            position.record_batch(batch.pop(AFTER, None))
-            yield batch
+            # A step of several micro-batches comes from a worker as a list, so ranks never stop within one.
+            micro_batches = batch if isinstance(batch, list) else [batch]
+            position.record_batch(micro_batches[-1].pop(AFTER, None))
+            yield from micro_batches
 
     def _batches(self) -> Generator[dict[str, Any] | None, None, None]:
         previous = self._iterator
@@ -243,7 +255,7 @@ def tokenizes_randomly(tokenizer: Any) -> bool:
 
 
 class Collate:
-    """Joins samples to a batch: stacks tensors, and tokenizes captions in one call.
+    """Joins samples to a batch: stacks tensors, pads patches, and tokenizes captions in one call.
 
     Samples are dicts; None is a dropped sample. The result is a dict such as {"image": float or uint8 [B, 3, H, W],
     "text": int64 [B, L], "key": B strings}, or None if all samples were dropped.
@@ -252,6 +264,7 @@ class Collate:
     def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.column: Callable[..., Any] = stack
+        self.patch_length: int | None = None  # to which patches are padded; None: to the longest image of the batch
 
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
         kept = [sample for sample in samples if sample is not None]
@@ -264,6 +277,8 @@ class Collate:
             return values
         if isinstance(values[0], str):
             return values if self.tokenizer is None else self.tokenizer(values)
+        if isinstance(values[0], Mapping):
+            return collate_patches(values, self.patch_length, stack=self.column)
         return self.column(tuple(values))
 
 
