@@ -11,6 +11,8 @@ from torch import Tensor
 
 from open_clip.text_groups import GroupedText
 
+LOSS_SCALE = "__loss_scale__"  # in a batch: a factor of the loss for its gradient. The logged loss does not have it
+
 
 class Normalization:
     """Converts uint8 pixels to normalized floats on their device, like ToTensor and Normalize of torchvision.

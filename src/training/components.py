@@ -32,6 +32,7 @@ from training.checkpoint.state import TrainState
 from training.checkpoint.weights import check_fit, load_checkpoint
 from training.compilation import CompileOptions, NoCompilation, compile_model
 from training.data import DataInfo, get_data
+from training.data.naflex import plan_transforms, with_naflex
 from training.ema import NoAverage
 from training.epoch import steps_per_epoch
 from training.evaluate import ScheduledEvaluator, create_evaluators
@@ -88,9 +89,12 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from, is_lazy=cfg.distributed.fsdp)
     if checkpoint is not None:
         check_fit(model, checkpoint.get("state_dict", checkpoint))
+    pixel_transforms = [to_pixels(transform, cfg.data.fast_decode) for transform in transforms]
+    if cfg.naflex.use_naflex:
+        pixel_transforms = plan_transforms(cfg.naflex, cfg.data, model.visual, pixel_transforms)
     data = get_data(
         cfg.data,
-        [to_pixels(transform, cfg.data.fast_decode) for transform in transforms],
+        pixel_transforms,
         epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
         tokenizer=tokenizer,
         agreement=agreement,
@@ -122,7 +126,7 @@ def _build_model(run: Run, deferred: DeferredInit | None) -> tuple[nn.Module, li
     cfg, world = run.cfg, run.world
     random_seed(cfg.data.seed, 0)  # the same initial weights on every rank
     with _without_factory_warnings(run.resume_from is not None or not world.is_master):
-        model, *transforms = build_model(cfg.model, cfg.objective, run.precision, deferred)
+        model, *transforms = build_model(with_naflex(cfg), cfg.objective, run.precision, deferred)
     random_seed(cfg.data.seed, world.rank)
     tokenizer = open_clip.get_tokenizer(
         cfg.model.model, context_length=cfg.model.force_context_length, cache_dir=cfg.model.cache_dir
@@ -262,7 +266,9 @@ def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInf
         rank_parts={"data": train},
         steps_per_epoch=steps_per_epoch(loader, trainer.accum_freq),
         samples_per_epoch=loader.num_samples,
-        samples_per_step=cfg.data.batch_size * trainer.accum_freq * run.world.world_size,
+        samples_per_step=0
+        if cfg.naflex.naflex_variable_batch
+        else cfg.data.batch_size * trainer.accum_freq * run.world.world_size,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip import device as devices
-from training.batches import keep_padding
+from training.batches import LOSS_SCALE, keep_padding
 from training.captured_step import CapturedStep
 from training.checkpoint import rng
 from training.compilation import NoCompilation
@@ -175,7 +175,8 @@ class Trainer:
     def _backward_one(self, batch: Batch) -> Outputs:
         with self.precision.autocast():
             losses = self._losses_of_batch(batch)
-        self._scaled(losses["loss"]).backward()
+        factor = batch.get(LOSS_SCALE)
+        self._scaled(losses["loss"] if factor is None else losses["loss"] * factor).backward()
         return losses
 
     def _compute_losses(self, batch: Batch) -> Outputs:

@@ -50,6 +50,7 @@ OURS = {
     "decay_rule": None,
     "like_4": False,
     "bucket_runs": 4,
+    "naflex_variable_batch": False,
 }
 # Options of the main branch whose default is another here, because 3.3.0 has no limit, no averages and other points.
 DIFFERENT_FROM_MAIN = {
@@ -153,6 +154,17 @@ SERVED = {
     "bucket_pool": ["4096"],
     "bucket_chunk": ["64"],
     "bucket_prefetch_pools": ["1"],
+    "use_naflex": [],
+    "naflex_num_train_image_tokens": ["100000"],
+    "naflex_patch_sizes": ["16", "32"],
+    "naflex_patch_size_probs": ["0.5"],
+    "naflex_seq_lens": ["64", "196"],
+    "naflex_seq_len_probs": ["1", "2", "1", "1", "0"],
+    "naflex_max_tokens_per_batch": ["4096"],
+    "naflex_max_text_tokens": ["64"],
+    "naflex_batch_divisor": ["4"],
+    "naflex_loss_scale": ["sqrt"],
+    "naflex_pad_multiple": ["32"],
 }
 
 

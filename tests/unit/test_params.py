@@ -45,7 +45,7 @@ def test_every_option_is_declared_in_one_section_and_supported_ones_are_in_the_c
     assert [name for section in SECTIONS for name in options_of(section)] == declared
     in_config = {f.name for section in vars(params.TrainConfig()).values() for f in dataclasses.fields(section)}
     unsupported = set(declared) - in_config
-    assert {"horovod", "torchscript", "trace", "use_bnb_linear", "audio_ext", "use_naflex", "genlip"} <= unsupported
+    assert {"horovod", "torchscript", "trace", "use_bnb_linear", "audio_ext", "genlip"} <= unsupported
     assert unsupported == {f.name for f in dataclasses.fields(SECTIONS[-1])}
 
 

@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from open_clip.transform.naflex import NaFlexTransform
 from training.batches import normalization_of
 from training.data.dataset_types import dataset_type_of
 from training.data.datasets import (
@@ -124,6 +125,8 @@ def get_data(
     for name, info in data.items():
         preprocess = preprocess_train if name == "train" else preprocess_val
         info.dataloader.normalization = normalization_of(preprocess)
+        if isinstance(preprocess, NaFlexTransform):  # all batches have one shape
+            vars(info.dataloader.collate_fn)["patch_length"] = preprocess.max_seq_len
     return data
 
 

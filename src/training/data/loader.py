@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
 from open_clip import device
+from open_clip.transform import collate_patches
 from training import children, ranks
 from training.batches import Normalization
 from training.data.position import Position
@@ -173,8 +174,10 @@ class Loader(DataLoader):
             if batch is None:
                 batches.close()
                 return
-            position.record_batch(batch.pop(AFTER, None))
-            yield batch
+            # A step of several micro-batches comes from a worker as a list, so ranks never stop within one.
+            micro_batches = batch if isinstance(batch, list) else [batch]
+            position.record_batch(micro_batches[-1].pop(AFTER, None))
+            yield from micro_batches
 
     def _batches(self) -> Generator[dict[str, Any] | None, None, None]:
         previous = self._iterator
@@ -252,7 +255,7 @@ def tokenizes_randomly(tokenizer: Any) -> bool:
 
 
 class Collate:
-    """Joins samples to a batch: stacks tensors, and tokenizes captions in one call.
+    """Joins samples to a batch: stacks tensors, pads patches, and tokenizes captions in one call.
 
     Samples are dicts; None is a dropped sample. The result is a dict such as {"image": float or uint8 [B, 3, H, W],
     "text": int64 [B, L], "key": B strings}, or None if all samples were dropped.
@@ -261,6 +264,7 @@ class Collate:
     def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.column: Callable[..., Any] = stack
+        self.patch_length: int | None = None  # to which patches are padded; None: to the longest image of the batch
 
     def __call__(self, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
         kept = [sample for sample in samples if sample is not None]
@@ -273,6 +277,8 @@ class Collate:
             return values
         if isinstance(values[0], str):
             return values if self.tokenizer is None else self.tokenizer(values)
+        if isinstance(values[0], Mapping):
+            return collate_patches(values, self.patch_length, stack=self.column)
         return self.column(tuple(values))
 
 

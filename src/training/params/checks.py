@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from training.params.config import SECTIONS, default_values
+from training.params.naflex_checks import check_naflex, naflex_rules
 from training.params.option import flag, options_of
 from training.params.options import TORCH_OPTIMIZERS, DataConfig
 
@@ -44,6 +45,7 @@ def validate(args: argparse.Namespace) -> None:
     _check_names(args)
     _check_combinations(args)
     _check_compilation(args)
+    check_naflex(args, trains(args))
 
 
 def _check_images(args: argparse.Namespace) -> None:
@@ -314,6 +316,7 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
 
 
 def _model_rules(args: argparse.Namespace, world_size: int) -> Rules:
+    yield from naflex_rules(args, trains(args))
     yield args.lock_image, ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"), "there is no --lock-image"
     yield args.lock_text, ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"), "there is no --lock-text"
     resumes_file = args.resume not in (None, "latest")

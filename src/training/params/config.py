@@ -16,6 +16,7 @@ from training.params.options import (
     EvalConfig,
     LoggingConfig,
     ModelConfig,
+    NaFlexConfig,
     ObjectiveConfig,
     OptimConfig,
     ScheduleConfig,
@@ -27,6 +28,7 @@ GROUPS = {
     "data": "Training and validation data.",
     "model": "Architecture, initial weights, and which parts are trained.",
     "preprocessing": "Overrides of the preprocessing that belongs to the weights.",
+    "images of any shape": "For NaFlex image towers, which take any number of patches.",
     "objective": "The loss. Default: contrastive; CoCa models also get a captioning loss.",
     "optimizer": None,
     "schedule": "Learning rate schedule and length of the run.",
@@ -45,6 +47,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    naflex: NaFlexConfig = field(default_factory=NaFlexConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -17,6 +17,7 @@ LIKE_4: dict[str, Any] = {
     "val_retrieval_chunk_size": 4096,
     "log_metric_every_n_steps": 10,
     "train_loss_ema_samples": 50_000,
+    "naflex_variable_batch": True,
 }
 
 

@@ -23,6 +23,10 @@ from training.params.like_4 import overrides
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_TUPLES = (
+    *("json_text_key_probs", "naflex_seq_lens", "naflex_seq_len_probs", "naflex_patch_sizes"),
+    "naflex_patch_size_probs",
+)
 _Section = TypeVar("_Section", bound="DataclassInstance")
 
 
@@ -75,7 +79,7 @@ def read_section(section: type[_Section], args: Any) -> _Section:
 def _normalize(name: str, value: Any) -> Any:
     if name in ("image_mean", "image_std") and value is not None:
         return tuple(value) * (3 if len(value) == 1 else 1)
-    if name == "json_text_key_probs" and value is not None:
+    if name in _TUPLES and value is not None:
         return tuple(value)
     if name == "force_image_size" and isinstance(value, (list, tuple)):
         return value[0] if len(value) == 1 else tuple(value)

@@ -333,4 +333,7 @@ def make_csv_loader(
         image_ids=not is_train,
         max_image_pixels=cfg.max_image_pixels,
     )
-    return make_row_loader(dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=shorten(filename))
+    source = shorten(filename)
+    return make_row_loader(
+        dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, preprocess=preprocess
+    )

@@ -159,9 +159,15 @@ def make_captioned_loader(
     dataset = ImageFolder(
         root, preprocess, caption=CAPTION, tokenizer=tokenizer_per_sample, max_image_pixels=cfg.max_image_pixels
     )
-    source, classes = shorten(root), dataset.classes
     return make_row_loader(
-        dataset, cfg, is_train=is_train, epoch=epoch, tokenizer=tokenizer, source=source, classes=classes
+        dataset,
+        cfg,
+        is_train=is_train,
+        epoch=epoch,
+        tokenizer=tokenizer,
+        source=shorten(root),
+        classes=dataset.classes,
+        preprocess=preprocess,
     )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from training import ranks
 from training.data.bucketing import LengthBuckets
 from training.data.loader import Collate, DataInfo, Loader, check_one_batch
+from training.data.naflex import planned
+from training.data.position import Position
 from training.data.rows.bucket_sampler import BucketSampler, Captions, RowLengths
+from training.data.rows.naflex_rows import plan_steps
 from training.data.rows.position import RowPosition
 from training.data.sampling import EvalSampler, SampleRef, TrainSampler, sample_rng, stable_hash
 from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
@@ -80,6 +83,7 @@ def make_row_loader(
     epoch: int = 0,
     tokenizer: Any = None,
     classes: list[str] | None = None,
+    preprocess: Any = None,
 ) -> DataInfo:
     """Return the loader of a map-style data set.
 
@@ -93,34 +97,44 @@ def make_row_loader(
         epoch: the first epoch.
         tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
         classes: class names, for `Loader.classes`.
+        preprocess: the transform of the images, if it may have a plan (see `training.data.naflex`).
 
     Raises:
         ValueError: the training data have fewer samples than one batch on every rank.
     """
     world = ranks.world()
     skipped = SkipCounter(cfg.workers, max_bad_fraction=cfg.max_bad_fraction)
-    size = len(dataset)
-    sampler: TrainSampler | EvalSampler
-    position = None
+    size = num_samples = len(dataset)
+    samples: Dataset = SkipBadSamples(dataset, source=source, seed=cfg.seed, is_train=is_train, skipped=skipped)
+    sampler: Sampler
+    batches: Any
+    position: Position | None = None
+    collate: Any = Collate(tokenizer)
+    planned_transform = planned(preprocess) if is_train else None
     if is_train:
         check_one_batch(size, cfg.batch_size, world.world_size, source)
-        sampler = _train_sampler(dataset, cfg, tokenizer, epoch)
+        sampler = batches = _train_sampler(dataset, cfg, tokenizer, epoch)
         position = RowPosition(sampler, source)
+        if planned_transform is not None:
+            steps = plan_steps(planned_transform, sampler, position, samples, collate)
+            sampler, batches, position, samples, collate, num_samples = steps
     else:
-        sampler = EvalSampler(size, cfg.batch_size, world.rank, world.world_size)
+        sampler = batches = EvalSampler(size, cfg.batch_size, world.rank, world.world_size)
     loader = Loader(
-        SkipBadSamples(dataset, source=source, seed=cfg.seed, is_train=is_train, skipped=skipped),
+        samples,
         source=source,
         workers=cfg.workers,
         seed=cfg.seed,
-        num_samples=size,
-        num_batches=len(sampler),
+        num_samples=num_samples,
+        num_batches=len(batches),
         skipped=skipped,
-        collate=Collate(tokenizer),
-        batch_sampler=sampler,
+        collate=collate,
+        batch_sampler=batches,
         classes=classes,
         position=position,
     )
+    if planned_transform is not None:
+        loader.steps_per_epoch = len(batches)
     return DataInfo(loader, sampler=sampler, skipped=skipped)
 
 

@@ -23,10 +23,18 @@ from training.data.bucketing import CaptionLengths, LengthBuckets
 from training.data.images import load_image
 from training.data.loader import AFTER, Collate, DataInfo, Loader, check_one_batch, tokenizes_randomly
 from training.data.messages import quote, shorten
+from training.data.naflex import SLOT, PlannedCollate, PlannedTransform, planned
+from training.data.naflex_plan import Plan, Slot, VariablePlan
 from training.data.sampling import SharedEpoch, sample_rng, stable_hash
 from training.data.shards.lists import expand_urls, get_dataset_size, shard_sizes
 from training.data.shards.pairs import PairMembers
-from training.data.shards.position import ReaderLayout, ResumeRequest, ShardPosition, ShardState
+from training.data.shards.position import (
+    ReaderLayout,
+    ResumeRequest,
+    ShardPosition,
+    ShardState,
+    VariableShardPosition,
+)
 from training.data.shards.reader import ReadPosition, ShardPlan, ShardReader, ShardSet
 from training.data.shards.remote import check_schemes, is_local
 from training.data.shards.samples import Sample
@@ -156,6 +164,54 @@ class ShardBatches(IterableDataset):
         return decoded
 
 
+class PlannedShardBatches(ShardBatches):
+    """The steps of this rank's readers, whose images have planned shapes (see `training.data.naflex`).
+
+    A batch has the samples of one step.
+    """
+
+    def __init__(self, *args: Any, plan: Plan, transform: PlannedTransform, **kwargs: Any) -> None:
+        super().__init__(*args, transform=transform, **kwargs)
+        self.plan = plan
+        self.planned = transform
+        self._steps: Iterator[list[Slot]] = iter(())
+        self._free: list[Slot] = []  # slots of the current step without a sample
+
+    def _encoded_samples(self, state: ShardState, worker: int) -> Iterator[tuple[Sample, ReadPosition]]:
+        first = state.samples_before // self.layout.global_batch + worker
+        numbers = itertools.count(first + self.layout.workers * state.batches_read[worker], self.layout.workers)
+        self._steps = (self.plan.slots(state.epoch, number) for number in numbers)
+        self._free = []
+        return super()._encoded_samples(state, worker)
+
+    def _batches(self, samples: Iterator[tuple[Sample, ReadPosition]], worker: int) -> Iterator[ShardBatch]:
+        batch = []
+        for sample, after in samples:
+            batch.append(sample)
+            if not self._free:
+                yield ShardBatch(batch, (worker, *after))
+                batch = []
+
+    def _decode(self, sample: Sample, name: str, caption: str) -> Sample:
+        if not self._free:
+            self._free = next(self._steps)[::-1]
+        self.planned.place(self._free[-1])
+        decoded = super()._decode(sample, name, caption)
+        return {**decoded, SLOT: self._free.pop()}  # not before the sample has turned out to be usable
+
+
+class _PlannedCollate:
+    """Joins the samples of a ShardBatch to micro-batches. `Loader` removes the position from the last one."""
+
+    def __init__(self, collate: PlannedCollate) -> None:
+        self.collate = collate
+
+    def __call__(self, batch: ShardBatch) -> list[dict[str, Any]]:
+        micro_batches = self.collate(batch.samples)
+        micro_batches[-1][AFTER] = batch.after
+        return micro_batches
+
+
 class _ShardCollate(Collate):
     """Joins the samples of a ShardBatch. `Loader` removes the position from the batch."""
 
@@ -174,12 +230,18 @@ def make_shard_loader(
 ) -> DataInfo:
     """Return the loader of webdataset shards; see `training.data.datasets.get_wds_dataset`."""
     shards, source = _find_shards(cfg, is_train)
-    num_batches, num_samples = _epoch_size(cfg, shards, source, floor)
+    planned_transform = planned(preprocess) if is_train else None
+    plan = None
+    if planned_transform is None:
+        num_batches, num_samples = _epoch_size(cfg, shards, source, floor)
+    else:
+        plan, num_batches, num_samples = _planned_epoch(planned_transform, cfg, shards, source, floor)
     world = ranks.world()
     layout = ReaderLayout(world.rank, world.world_size, max(1, cfg.workers), cfg.batch_size, num_batches)
     skipped = SkipCounter(cfg.workers, shards.urls, cfg.max_bad_fraction)
     shared_epoch, resume = SharedEpoch(epoch), ResumeRequest()
-    dataset = ShardBatches(
+    create: Any = ShardBatches if plan is None else functools.partial(PlannedShardBatches, plan=plan)
+    dataset = create(
         shards,
         layout,
         transform=preprocess,
@@ -191,6 +253,11 @@ def make_shard_loader(
         max_image_pixels=cfg.max_image_pixels,
         caption_lengths=CaptionLengths(tokenizer),
     )
+    collate: Any = _ShardCollate(tokenizer)
+    kind: type[ShardPosition] = ShardPosition
+    if planned_transform is not None and plan is not None:
+        collate = _PlannedCollate(planned_transform.make_collate(Collate(tokenizer), plan))
+        kind = VariableShardPosition if planned_transform.is_variable else ShardPosition
     loader = Loader(
         dataset,
         source=source,
@@ -199,10 +266,25 @@ def make_shard_loader(
         num_samples=num_samples,
         num_batches=num_batches,
         skipped=skipped,
-        collate=_ShardCollate(tokenizer),
-        position=ShardPosition(shards, layout, shared_epoch, resume, source) if is_train else None,
+        collate=collate,
+        position=kind(shards, layout, shared_epoch, resume, source) if is_train else None,
     )
+    if plan is not None:
+        loader.steps_per_epoch = num_batches
     return DataInfo(loader, shared_epoch=shared_epoch, skipped=skipped)
+
+
+def _planned_epoch(
+    transform: PlannedTransform, cfg: DataConfig, shards: ShardSet, source: str, floor: bool
+) -> tuple[Plan, int, int]:
+    """Return (plan, steps per rank, samples over all ranks) of an epoch with planned shapes."""
+    is_counted_in_patches = transform.cfg.train_num_image_tokens is not None
+    num_steps, num_samples = (0, 0) if is_counted_in_patches else _epoch_size(cfg, shards, source, floor)
+    plan = transform.make_plan(None if is_counted_in_patches else num_samples)
+    if isinstance(plan, VariablePlan):
+        return plan, len(plan.schedule), plan.num_samples()
+    num_steps = plan.num_steps(num_samples) if is_counted_in_patches else num_steps
+    return plan, num_steps, num_steps * cfg.batch_size * ranks.world().world_size
 
 
 def _find_shards(cfg: DataConfig, is_train: bool) -> tuple[ShardSet, str]:

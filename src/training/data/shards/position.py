@@ -219,6 +219,20 @@ class ShardPosition(Position[ShardState]):
         return rest
 
 
+class VariableShardPosition(ShardPosition):
+    """The position in shards if steps have different sizes. It applies to the same readers and the same schedule."""
+
+    def _rest_of_epoch(self, states: Sequence[StateDict]) -> ShardState:
+        rest = self._initial_state(states[0]["epoch"])
+        if any(int(state["done"].sum()) for state in states):
+            raise ValueError(
+                f"The checkpoint is from within epoch {rest.epoch}, whose steps have different sizes "
+                "(--naflex-variable-batch), and its processes, --workers or --naflex options were others. Resume with "
+                "the same ones, or from the end of an epoch."
+            )
+        return rest
+
+
 def _remaining_reads(
     states: Sequence[ShardState], layout: StateDict, shards: ShardSet
 ) -> tuple[list[ShardPlan], list[ShardRead]]:

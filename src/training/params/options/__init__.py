@@ -7,6 +7,7 @@ A field is the only place where an option has its name, type, default, help text
 from training.params.options.data import DATASET_TYPES, DataConfig
 from training.params.options.distributed import DistributedConfig
 from training.params.options.model import ModelConfig
+from training.params.options.naflex import NaFlexConfig
 from training.params.options.objective import ObjectiveConfig
 from training.params.options.optim import TORCH_OPTIMIZERS, OptimConfig, ScheduleConfig
 from training.params.options.outputs import CheckpointConfig, EvalConfig, LoggingConfig
@@ -21,6 +22,7 @@ __all__ = [
     "EvalConfig",
     "LoggingConfig",
     "ModelConfig",
+    "NaFlexConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ScheduleConfig",

@@ -8,10 +8,6 @@ from typing import Any, ClassVar
 from training.params.option import option
 
 _AUDIO = "Audio models are not supported yet. Train an image-text model, or use open_clip's main branch for CLAP."
-_NAFLEX = (
-    "NaFlex towers, which take images of any size and aspect ratio, are not supported yet. Leave the option out: "
-    "images are resized to the size of the model (--force-image-size, --image-resize-mode)."
-)
 _PADDING = (
     "Captions of variable length are not supported yet. Leave the option out: --text-groups cuts captions to the "
     "longest one of their group."
@@ -62,17 +58,6 @@ class UnsupportedConfig:
     audio_zeroshot_multiprocessing_context: str = _later(
         "forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
     audio_multiprocessing_context: str = _later("forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
-    use_naflex: bool = _later(False, _NAFLEX)
-    naflex_num_train_image_tokens: int | None = _later(None, _NAFLEX, "N")
-    naflex_patch_sizes: tuple[int, ...] | None = _later(None, _NAFLEX, "PIXELS")
-    naflex_patch_size_probs: tuple[float, ...] | None = _later(None, _NAFLEX, "P")
-    naflex_seq_lens: tuple[int, ...] | None = _later(None, _NAFLEX, "TOKENS")
-    naflex_seq_len_probs: tuple[float, ...] | None = _later(None, _NAFLEX, "P")
-    naflex_max_tokens_per_batch: int = _later(16384, _NAFLEX, "TOKENS")
-    naflex_max_text_tokens: int | None = _later(None, _NAFLEX, "TOKENS")
-    naflex_batch_divisor: int = _later(8, _NAFLEX, "N")
-    naflex_loss_scale: str = _later("none", _NAFLEX, choices=("none", "linear", "sqrt"))
-    naflex_pad_multiple: int | None = _later(None, _NAFLEX, "N")
     text_pad_multiple: int | None = _later(None, _PADDING, "TOKENS")
     genlip: bool = _later(False, _GENERATIVE, has_flag=False)
     genlap: bool = _later(False, _GENERATIVE, has_flag=False)

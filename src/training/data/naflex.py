@@ -1,0 +1,162 @@
+"""NaFlex training data: the transform whose images have planned shapes, and the micro-batches of a step.
+
+    naflex_plan.Plan          which shape each sample of a step has, and in which micro-batch it is
+    PlannedTransform          an image -> its patches; `place` says for which slot
+    rows, shards              decode the samples of a step, each with its slot
+    PlannedCollate            the samples of a step -> a list of batches, the last one with ENDS_STEP
+
+A worker makes the micro-batches of a step together, so a step is what it was without NaFlex: `batch_size` samples. Read
+positions and the order of samples are the same as for other images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from open_clip.transform import NaFlexEvalTransformFactory, NaFlexTransformFactory, collate_patches
+from open_clip.transform.naflex import NaFlexTransform, lengths_of
+from training import ranks
+from training.batches import LOSS_SCALE
+from training.data.loader import ENDS_STEP, Collate
+from training.data.naflex_plan import NaFlexDataConfig, Plan, Shape, Slot, StepPlan, VariablePlan
+from training.params import DataConfig, ModelConfig, NaFlexConfig, TrainConfig
+
+SLOT = "__slot__"  # in a sample: its Slot
+
+
+class PlannedTransform:
+    """The training transform of a run with a plan. It converts an image to the shape of the slot given before.
+
+    Args:
+        factory: makes the transform of a shape.
+        options, cfg: of the plan.
+        data: batch_size and seed are used.
+    """
+
+    def __init__(
+        self, factory: NaFlexTransformFactory, options: NaFlexConfig, cfg: NaFlexDataConfig, data: DataConfig
+    ) -> None:
+        self.cfg = cfg
+        self.is_variable = options.naflex_variable_batch
+        self._factory = factory
+        self._options = options
+        self._data = data
+        self._transforms: dict[Shape, NaFlexTransform] = {}
+        self._current: NaFlexTransform | None = None
+
+    @property
+    def normalization(self) -> Any:
+        return self._factory.normalization
+
+    def make_plan(self, num_samples: int | None) -> StepPlan | VariablePlan:
+        """Return the plan of a run.
+
+        Args:
+            num_samples: of an epoch over all ranks; None: only --naflex-num-train-image-tokens ends it.
+
+        Raises:
+            ValueError: an epoch has no step.
+        """
+        text_tokens = self._options.naflex_max_text_tokens or 0
+        arguments = (self.cfg, self._data.batch_size, ranks.world().world_size, self._data.seed, text_tokens)
+        if not self.is_variable:
+            return StepPlan(*arguments)
+        plan = VariablePlan(*arguments, num_samples=num_samples, loss_scale=self._options.naflex_loss_scale)
+        if not plan.schedule:
+            raise ValueError(
+                f"--naflex-variable-batch: {num_samples} samples and --naflex-num-train-image-tokens "
+                f"{self.cfg.train_num_image_tokens} do not give one step of {self.cfg.train_seq_lens} patches per "
+                "image. Use more data or patches."
+            )
+        return plan
+
+    def make_collate(self, collate: Collate, plan: Plan) -> PlannedCollate:
+        return PlannedCollate(collate, plan, self._options.naflex_pad_multiple)
+
+    def place(self, slot: Slot) -> None:
+        """Choose the shape of the next images."""
+        if slot.shape not in self._transforms:
+            self._transforms[slot.shape] = self._factory(*slot.shape)
+        self._current = self._transforms[slot.shape]
+
+    def __call__(self, image: Any) -> Any:
+        assert self._current is not None, "place comes first"
+        return self._current(image)
+
+
+class PlannedCollate:
+    """Joins the samples of a step to its micro-batches.
+
+    Args:
+        collate: joins what a sample has besides its image.
+        plan: gives the factor of the loss.
+        pad_multiple: pad images to the longest one of the micro-batch, up to a multiple; None: to the planned length.
+    """
+
+    def __init__(self, collate: Collate, plan: Plan, pad_multiple: int | None) -> None:
+        self.collate = collate
+        self.plan = plan
+        self.pad_multiple = pad_multiple
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        groups = itertools.groupby(samples, key=lambda sample: sample[SLOT].micro_batch)
+        batches = [self._join(list(group)) for _, group in groups]
+        for batch in batches:
+            batch[ENDS_STEP] = batch is batches[-1]
+        return batches
+
+    def _join(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        length = samples[0][SLOT].shape.seq_len
+        others = [{key: sample[key] for key in sample if key not in ("image", SLOT)} for sample in samples]
+        images = [sample["image"] for sample in samples]
+        batch = self.collate(list(others)) or {}
+        patches = collate_patches(images, length, self.pad_multiple, stack=self.collate.column)
+        scale = self.plan.loss_scale(len(samples)) if isinstance(self.plan, VariablePlan) else None
+        return {"image": patches, **batch, **({} if scale is None else {LOSS_SCALE: scale})}
+
+
+def planned(preprocess: Any) -> PlannedTransform | None:
+    """Return a transform that has a plan; None for any other."""
+    return preprocess if isinstance(preprocess, PlannedTransform) else None
+
+
+def takes_any_shape(preprocess: Any) -> bool:
+    """Return whether a transform keeps the aspect ratio of images."""
+    return isinstance(preprocess, (PlannedTransform, NaFlexTransform, NaFlexTransformFactory))
+
+
+def with_naflex(cfg: TrainConfig) -> ModelConfig:
+    """Return the options of the model, with a NaFlex tower and NaFlex transforms if the run uses them."""
+    if not cfg.naflex.use_naflex:
+        return cfg.model
+    implied: dict[str, Any] = {"force_naflex_vision": True, "aug_cfg": {**cfg.model.aug_cfg, "naflex": True}}
+    return dataclasses.replace(cfg.model, **implied)
+
+
+def plan_transforms(
+    options: NaFlexConfig, data: DataConfig, visual: Any, transforms: Sequence[Any]
+) -> list[Callable[[Any], Any]]:
+    """Return the transforms of a run with --use-naflex: one with a plan for training, one of fixed length.
+
+    Args:
+        options: of NaFlex.
+        data: of the data.
+        visual: the image tower, which has a patch size and a length of its own.
+        transforms: the factories for training and evaluation.
+
+    Raises:
+        ValueError: the transforms are not factories.
+    """
+    train, evaluation = transforms
+    if not isinstance(train, NaFlexTransformFactory) or not isinstance(evaluation, NaFlexEvalTransformFactory):
+        raise ValueError(
+            f"--use-naflex needs NaFlex transforms, got {type(train).__name__} and {type(evaluation).__name__}. Create "
+            'them with create_model_and_transforms(..., aug_cfg={"naflex": True}).'
+        )
+    cfg = NaFlexDataConfig.from_options(
+        options, lengths_of(visual)["patch_size"], getattr(visual, "image_seq_len", None)
+    )
+    return [PlannedTransform(train, options, cfg, data), evaluation(cfg.eval_seq_len, cfg.eval_patch_size)]

@@ -1,0 +1,190 @@
+"""Rows with planned shapes: the samples of each step, and the read position of steps of different sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from training.data.loader import Collate
+from training.data.naflex import SLOT, PlannedCollate, PlannedTransform
+from training.data.naflex_plan import Slot, StepPlan, VariablePlan
+from training.data.position import EpochState, Position, StateDict
+from training.data.sampling import SampleRef, TrainSampler, stable_hash
+
+
+class SlotRef(NamedTuple):
+    """What a sampler sends to a worker: the sample, and its slot in the step."""
+
+    ref: SampleRef
+    slot: Slot
+
+
+class PlannedSamples(torch.utils.data.Dataset):
+    """Samples in the shape of their slots.
+
+    Args:
+        samples: the data set, indexed by SampleRef.
+        transform: the transform of its images.
+    """
+
+    def __init__(self, samples: Any, transform: PlannedTransform) -> None:
+        self.samples = samples
+        self.transform = transform
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "samples" not in vars(self):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.samples, name)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, item: SlotRef) -> dict[str, Any]:
+        self.transform.place(item.slot)
+        return {**self.samples[item.ref], SLOT: item.slot}
+
+
+class PlannedSampler(Sampler[list[SlotRef]]):
+    """The steps of this rank, from a sampler of batches and the plan of a constant batch."""
+
+    def __init__(self, sampler: TrainSampler, plan: StepPlan) -> None:
+        self.sampler = sampler
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return min(len(self.sampler), self.plan.num_steps(self.sampler.num_samples))
+
+    def __iter__(self) -> Iterator[list[SlotRef]]:
+        epoch = self.sampler.epoch
+        samples_read = self.sampler.start - len(getattr(self.sampler, "rest", ()))
+        first = samples_read // (self.sampler.batch_size * self.sampler.world_size)
+        for step, refs in zip(range(first, len(self)), self.sampler, strict=False):
+            yield [SlotRef(*pair) for pair in zip(refs, self.plan.slots(epoch, step), strict=True)]
+
+
+class VariableSampler(Sampler[list[SlotRef]]):
+    """The steps of this rank, of different sizes. A resumed run starts at step `start`."""
+
+    def __init__(self, num_samples: int, plan: VariablePlan, rank: int, seed: int, epoch: int = 0) -> None:
+        self.num_samples = num_samples
+        self.plan = plan
+        self.rank = rank
+        self.seed = seed
+        self.epoch = epoch
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan.schedule)
+
+    def __iter__(self) -> Iterator[list[SlotRef]]:
+        epoch, ranks_count = self.epoch, self.plan.world_size
+        generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        first = self.plan.samples_before(epoch, self.start)
+        for step in range(self.start, len(self)):
+            slots = self.plan.slots(epoch, step)
+            end = first + len(slots) * ranks_count
+            rows = order[first:end][self.rank :: ranks_count].tolist()
+            yield [SlotRef(SampleRef(row, epoch), slot) for row, slot in zip(rows, slots, strict=True)]
+            first = end
+
+
+@dataclass
+class StepState(EpochState):
+    """How many steps of the epoch have been read."""
+
+    steps: int = 0
+
+
+class VariablePosition(Position[StepState]):
+    """The read position of a VariableSampler. It applies to the same number of ranks and the same schedule."""
+
+    def __init__(self, sampler: VariableSampler, source: str) -> None:
+        super().__init__(source)
+        self.sampler = sampler
+
+    def record_batch(self, after: Any) -> None:
+        assert self._current is not None
+        self._current.steps += 1
+
+    def _epoch(self) -> int:
+        return self.sampler.epoch
+
+    def _set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def _initial_state(self, epoch: int) -> StepState:
+        return StepState(epoch)
+
+    def _start(self, state: StepState, is_resumed: bool) -> None:
+        self.sampler.start = state.steps
+
+    def _to_state_dict(self, state: StepState) -> StateDict:
+        return {
+            "form": "rows, steps of different sizes",
+            "seed": self.sampler.seed,
+            "size": self.sampler.num_samples,
+            "resampled": False,
+            "epoch": state.epoch,
+            "steps": state.steps,
+            "schedule": self.sampler.plan.fingerprint(),
+        }
+
+    def _from_state_dicts(self, states: Sequence[StateDict]) -> StepState:
+        state = StepState(states[0]["epoch"], states[0]["steps"])
+        if state.steps and states[0]["schedule"] != self.sampler.plan.fingerprint():
+            raise ValueError(
+                f"The checkpoint is from within epoch {state.epoch} (after {state.steps} steps of different sizes), "
+                "and its processes or --naflex options were others. Resume with the same ones, or from the end of an "
+                "epoch."
+            )
+        return state
+
+
+class PlannedSteps(NamedTuple):
+    """The parts of a loader of planned steps.
+
+    Attributes:
+        sampler: has the epoch.
+        steps: sampler of the steps; it may be the same object.
+        position: the read position.
+        samples: the data set that `steps` refers to.
+        collate: joins the samples of a step.
+        num_samples: of an epoch over all ranks.
+    """
+
+    sampler: Sampler
+    steps: PlannedSampler | VariableSampler
+    position: Position
+    samples: PlannedSamples
+    collate: PlannedCollate
+    num_samples: int
+
+
+def plan_steps(
+    transform: PlannedTransform, sampler: TrainSampler, position: Position, samples: Any, collate: Collate
+) -> PlannedSteps:
+    """Make steps of planned shapes of the rows that a sampler shuffles.
+
+    Args:
+        transform: that of the images of `samples`.
+        sampler, position: for a constant batch.
+        samples: the data set, indexed by SampleRef.
+        collate: joins what a sample has besides its image.
+
+    Raises:
+        ValueError: the rows do not give one step.
+    """
+    plan = transform.make_plan(sampler.num_samples)
+    parts = PlannedSamples(samples, transform), transform.make_collate(collate, plan)
+    if isinstance(plan, StepPlan):
+        return PlannedSteps(sampler, PlannedSampler(sampler, plan), position, *parts, sampler.num_samples)
+    variable = VariableSampler(sampler.num_samples, plan, sampler.rank, sampler.seed, sampler.epoch)
+    return PlannedSteps(variable, variable, VariablePosition(variable, position.source), *parts, plan.num_samples())
