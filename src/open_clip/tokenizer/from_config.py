@@ -44,6 +44,8 @@ def create_tokenizer(
     }
     tokenizer = _create(text_cfg, model_name, cache_dir, options)
     _check_tokenizer(tokenizer, text_cfg)
+    if text_cfg.get("variable_text"):
+        tokenizer.variable_text = True  # type: ignore[union-attr]  # a SimpleTokenizer is refused
     return tokenizer
 
 

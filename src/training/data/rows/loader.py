@@ -85,7 +85,7 @@ def make_row_loader(
 
     Args:
         dataset: samples by index.
-        cfg: batch_size, workers, seed and max_bad_fraction are used.
+        cfg: batch_size, workers, seed, max_bad_fraction and text_pad_multiple are used.
         is_train: whether the loader is for training.
         source: name of the data for messages.
         epoch: the first epoch.
@@ -114,7 +114,7 @@ def make_row_loader(
         num_samples=size,
         num_batches=len(sampler),
         skipped=skipped,
-        collate=Collate(tokenizer),
+        collate=Collate(tokenizer, cfg.text_pad_multiple),
         batch_sampler=sampler,
         classes=classes,
         position=position,

@@ -180,7 +180,7 @@ def make_shard_loader(
         num_samples=num_samples,
         num_batches=num_batches,
         skipped=skipped,
-        collate=_ShardCollate(tokenizer),
+        collate=_ShardCollate(tokenizer, cfg.text_pad_multiple),
         position=ShardPosition(shards, layout, shared_epoch, resume, source) if is_train else None,
     )
     return DataInfo(loader, shared_epoch=shared_epoch, skipped=skipped)

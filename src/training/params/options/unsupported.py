@@ -16,10 +16,6 @@ _BUCKETS = (
     "Sorting samples by length is not supported yet. Leave the option out: --text-groups sorts the captions of each "
     "batch by length and computes less padding."
 )
-_PADDING = (
-    "Captions of variable length are not supported yet. Leave the option out: --text-groups cuts captions to the "
-    "longest one of their group."
-)
 _GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models (`coca_ViT-B-32`) generate captions."
 
 
@@ -82,7 +78,6 @@ class UnsupportedConfig:
     bucket_pool: int = _later(2048, _BUCKETS, "SAMPLES")
     bucket_chunk: int = _later(128, _BUCKETS, "SAMPLES")
     bucket_prefetch_pools: int = _later(0, _BUCKETS, "N")
-    text_pad_multiple: int | None = _later(None, _PADDING, "TOKENS")
     genlip: bool = _later(False, _GENERATIVE, has_flag=False)
     genlap: bool = _later(False, _GENERATIVE, has_flag=False)
     naflexclap: bool = _later(False, _AUDIO, has_flag=False)
