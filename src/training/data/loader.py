@@ -269,7 +269,7 @@ class Collate:
         if not kept:
             return None
         batch = {key: self._join(key, [sample[key] for sample in kept]) for key in kept[0]}
-        if isinstance(batch.get(TEXT), tuple):
+        if self.variable_text is not None and isinstance(batch.get(TEXT), tuple):
             batch[TEXT], batch[TEXT_VALID] = batch[TEXT]
         return batch
 
