@@ -105,9 +105,20 @@ def test_overrides_change_values_and_what_follows_from_them():
     assert tower.vocab_size == 60
     assert len(tower.transformer.layers) == len(tower.config.layer_types) == 4
     assert tower.config.layer_types.count("sliding_attention") == 2
-    for name in ("heads_of_attention", "_attn_implementation"):
+    for name in ("heads_of_attention", "_attn_implementation", "model_type"):
         with pytest.raises(ValueError, match=f"hf_model_config: the configuration of {GTE!r} has no {name}"):
             build(config_overrides={name: 3})
+
+
+@pytest.mark.parametrize("kind", hf_cases.KINDS)
+def test_overrides_of_every_kind(kind, tmp_path):
+    name = hf_cases.write_config(tmp_path, kind)
+    options: dict[str, Any] = {"proj_type": "linear", "pretrained": False}
+    tower = HFTextEncoder(name, 12, config_overrides={"vocab_size": 33}, **options)
+    plain = HFTextEncoder(name, 12, **options)
+    assert tower.vocab_size == plain.vocab_size + 3 == 33
+    changed = {key for key, value in tower.config.to_dict().items() if plain.config.to_dict().get(key) != value}
+    assert changed == {"vocab_size"}
 
 
 def test_overrides_apply_to_published_weights(tmp_path):

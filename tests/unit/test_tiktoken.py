@@ -15,7 +15,7 @@ import torch
 
 import open_clip
 import tiny_clip
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, TikTokenTokenizer, bpe, tiktoken_file
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, TikTokenTokenizer, bpe, from_config, tiktoken_file
 from open_clip.tokenizer.from_config import create_tokenizer
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")[:5000]
@@ -201,9 +201,38 @@ def test_the_file_is_saved_next_to_the_weights(tokenizer, encoding, tmp_path):
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == [encoding.file_names[0]]
-    text_cfg = {"tokenizer_type": "tiktoken", "tiktoken_name": encoding.name}
+    text_cfg = {"tokenizer_type": "tiktoken", "tiktoken_name": encoding.name, "pool_type": "eos"}
     own = create_tokenizer(text_cfg, f"local-dir:{folder}")
     assert own.path == str(folder / encoding.file_names[0])
+
+
+def test_the_file_of_a_repository_is_downloaded_if_there_is_none_here(encoding, tmp_path, monkeypatch):
+    here = tmp_path / encoding.file_names[-1]
+    text_cfg = {"tokenizer_type": "tiktoken", "tiktoken_name": encoding.name, "pool_type": "eos"}
+    calls = []
+
+    def download(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise FileNotFoundError("not in the repository")
+        return str(here.rename(tmp_path / "downloaded"))
+
+    monkeypatch.setattr(from_config, "download_pretrained_from_hf", download)
+    monkeypatch.setattr(tiktoken_file, "_search_folders", lambda cache_dir: [tmp_path])
+    assert create_tokenizer(text_cfg, "hf-hub:org/model@v1").path == str(here)
+    assert calls == []
+    content = here.read_bytes()
+    here.unlink()
+    with pytest.raises(FileNotFoundError, match="TIKTOKEN_CACHE_DIR"):
+        create_tokenizer(text_cfg, "local-dir:/nowhere")
+    with monkeypatch.context() as missing:
+        missing.setattr(tiktoken_file, "_search_folders", lambda cache_dir: [tmp_path / "empty"])
+        here.write_bytes(content)
+        tokenizer = create_tokenizer(text_cfg, "hf-hub:org/model@v1")
+        assert calls == [("org/model", encoding.file_names[0], "v1", None)]
+        assert tokenizer.path == str(tmp_path / "downloaded")
+        with pytest.raises(FileNotFoundError, match="TIKTOKEN_CACHE_DIR"):
+            create_tokenizer(text_cfg, "hf-hub:org/model")
 
 
 # Configurations
@@ -223,7 +252,7 @@ def test_a_configuration_names_the_encoding(encoding, tmp_path):
 
 
 def test_ids_that_differ_from_the_configuration_raise(encoding):
-    text_cfg = {"tokenizer_type": "tiktoken", "tiktoken_name": encoding.name}
+    text_cfg = {"tokenizer_type": "tiktoken", "tiktoken_name": encoding.name, "text_arch": "modern"}
     for field, attribute in (("pad_id", "pad_token_id"), ("bos_id", "sot_token_id"), ("eos_id", "eot_token_id")):
         right = getattr(TikTokenTokenizer(encoding.name), attribute)
         create_tokenizer(text_cfg | {field: right})
@@ -233,6 +262,14 @@ def test_ids_that_differ_from_the_configuration_raise(encoding):
         create_tokenizer({"text_arch": "modern", "eos_id": 7})
     create_tokenizer({"text_arch": "modern", "eos_id": 49407, "pad_id": 0, "bos_id": 49406})
     create_tokenizer({"eos_id": 2})  # a configuration of open_clip 3.3, whose tower does not use it
+
+
+def test_pooling_at_the_highest_id_raises(encoding):
+    text_cfg = {"tokenizer_type": "tiktoken", "tiktoken_name": encoding.name}
+    for changes in ({"pool_type": "eos"}, {"text_arch": "modern"}, {"hf_model_name": "roberta-base"}):
+        create_tokenizer(text_cfg | changes)
+    with pytest.raises(ValueError, match=rf"'argmax' .* Set pool_type to 'eos' and eos_id to {encoding.size}"):
+        create_tokenizer(text_cfg)
 
 
 def test_unknown_types_and_variable_text_without_a_padding_token_raise():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import data_files
 import train_runs
 from open_clip import hf_encoder
 from open_clip.tokenizer import HFTokenizer
+from training import preflight
 from training.data import collate_variable_text, get_data
 from training.data.loader import Collate
 from training.data.variable_text import variable_text_of
@@ -184,6 +186,17 @@ def test_training_does_not_depend_on_the_padding(clip, tmp_path):
     for name, options in {"b": ["--text-pad-multiple", "16", "--text-groups", "0"], "c": []}.items():
         found = losses(run(clip, tmp_path / name, *options))
         assert [float(loss) for loss in found] == pytest.approx([float(loss) for loss in plain], rel=1e-4)
+
+
+def test_a_tower_that_would_read_the_padding_raises():
+    model = SimpleNamespace(vocab_size=64, text=SimpleNamespace(pad_id=0))
+    with pytest.raises(ValueError, match="takes the id 0 for padding, but the tokenizer pads with 9"):
+        preflight.check_tokenizer(model, Letters())
+    model.text.pad_id = PAD
+    preflight.check_tokenizer(model, Letters())
+    model.text.config = SimpleNamespace(pad_token_id=1)
+    with pytest.raises(ValueError, match="takes the id 1 for padding"):
+        preflight.check_tokenizer(model, Letters())
 
 
 def test_accumulation_with_variable_text(clip, tmp_path):
