@@ -85,7 +85,7 @@ def read_config(name_or_path: str, offline: bool, overrides: Mapping[str, Any] |
             raise _unavailable(name_or_path, error) from error
     if not overrides:
         return config
-    unknown = [name for name in overrides if name.startswith("_") or not hasattr(config, name)]
+    unknown = [name for name in overrides if name.startswith(("_", "model_type")) or not hasattr(config, name)]
     if unknown:
         raise ValueError(f"hf_model_config: the configuration of {name_or_path!r} has no {', '.join(unknown)}.")
     # The type of each layer follows from the number of layers, so it is computed again.

@@ -315,14 +315,15 @@ def _restore_buffers(tower: HFTextEncoder, incompatible_keys: Any) -> None:
     """Fill the encoder's non-persistent buffers after weights were loaded into a tower built on the meta device.
 
     The buffers depend on the configuration only, so they are copied from an encoder with the same configuration but
-    without blocks and with a minimal vocabulary.
+    with as few blocks and tokens as possible.
     """
     names = [name for name, buffer in tower.transformer.named_buffers() if buffer.is_meta]
     weight = next(tower.transformer.parameters())
     if not names or weight.is_meta:
         return
     config = copy.deepcopy(tower.config)
-    setattr(config, tower.config_names["layers"], 0)
+    # ModernBERT divides by the number of layers to initialize its weights.
+    setattr(config, tower.config_names["layers"], 1 if config.model_type == "modernbert" else 0)
     if config.model_type != "m2m_100":  # whose table of positions depends on it
         config.pad_token_id = 0
     setattr(config, tower.config_names["vocab_size"], (config.pad_token_id or 0) + 1)

@@ -287,6 +287,7 @@ def _warnings(run: Run, components: Components, checkpoint: Mapping[str, Any]) -
         return
     steps = state.steps_per_epoch * cfg.schedule.epochs
     yield from run_warnings.frozen(state.model)
+    yield from run_warnings.text_pad_multiple(cfg.data.text_pad_multiple, components.data)
     if state.step < steps:
         rate = trainer.optimizer.defaults["lr"] if cfg.optim.lr is None else cfg.optim.lr
         yield from run_warnings.schedule(cfg.schedule, rate, state.steps_per_epoch)

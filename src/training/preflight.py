@@ -220,11 +220,19 @@ def _check_protocol(flag: str, url: str) -> None:
         raise ValueError(f"{flag} {url}: {error}.") from error
 
 
-def check_tokenizer(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
-    """Raise ValueError if the tokenizer gives ids outside of the model's token embedding."""
+def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer gives ids outside of the model's token embedding, or padding that it reads."""
     vocab_size = getattr(model, "vocab_size", None)
     if vocab_size is not None:
         _check_ids(tokenizer([_SAMPLE_CAPTION]), vocab_size)
+    text = getattr(model, "text", None)
+    expected = getattr(getattr(text, "config", None), "pad_token_id", getattr(text, "pad_id", None))
+    if getattr(tokenizer, "variable_text", False) and expected is not None and expected != tokenizer.pad_token_id:
+        raise ValueError(
+            f"The text tower takes the id {expected} for padding, but the tokenizer pads with "
+            f"{tokenizer.pad_token_id}. Set pad_id in the text_cfg (of a Hugging Face tower: pad_token_id in "
+            "hf_model_config), or use the tower's own tokenizer."
+        )
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:

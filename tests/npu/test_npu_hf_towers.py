@@ -14,7 +14,7 @@ from open_clip import create_model
 
 pytest.importorskip("transformers")
 
-KINDS = ("roberta", "mt5", "m2m_100")
+KINDS = ("roberta", "mt5", "m2m_100", "modernbert")
 
 
 @pytest.fixture(autouse=True)

@@ -145,6 +145,7 @@ SERVED = {
     "text_key": ["caption"],
     "json_text_key": ["a;b"],
     "json_text_key_probs": ["0.5", "0.5"],
+    "text_pad_multiple": ["16"],
     "max_image_pixels": ["1000"],
     "val_retrieval_chunk_size": ["64"],
     "val_retrieval_precision": ["model"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import parse_model_name
+from ..pretrained import download_pretrained_from_hf
 from .hf import HFTokenizer
 from .simple import DEFAULT_CONTEXT_LENGTH, SimpleTokenizer
 from .tiktoken import TikTokenTokenizer
@@ -44,6 +45,8 @@ def create_tokenizer(
     }
     tokenizer = _create(text_cfg, model_name, cache_dir, options)
     _check_tokenizer(tokenizer, text_cfg)
+    if text_cfg.get("variable_text"):
+        tokenizer.variable_text = True  # type: ignore[union-attr]  # a SimpleTokenizer is refused
     return tokenizer
 
 
@@ -69,12 +72,23 @@ def _create(
 def _create_tiktoken(
     name: str, model_name: str, cache_dir: str | os.PathLike | None, options: dict[str, Any]
 ) -> TikTokenTokenizer:
+    encoding = get_encoding(name)
     schema, identifier = parse_model_name(model_name)
     if schema == "local-dir":
         folder = Path(identifier).expanduser()
-        if any((folder / file).is_file() for file in get_encoding(name).file_names):
+        if any((folder / file).is_file() for file in encoding.file_names):
             options.setdefault("path", folder)
-    return TikTokenTokenizer(name, cache_dir=cache_dir, **options)
+    try:
+        return TikTokenTokenizer(name, cache_dir=cache_dir, **options)
+    except FileNotFoundError as error:
+        if schema != "hf-hub" or "path" in options:
+            raise
+        repository, _, revision = identifier.partition("@")
+        try:
+            path = download_pretrained_from_hf(repository, encoding.file_names[0], revision or None, cache_dir)
+        except (FileNotFoundError, RuntimeError):
+            raise error from None
+        return TikTokenTokenizer(name, path=path, **options)
 
 
 def _tokenizer_source(model_name: str, hf_tokenizer_name: str) -> tuple[str, str]:
@@ -101,7 +115,8 @@ def _check_tokenizer(tokenizer: Any, text_cfg: Mapping[str, Any]) -> None:
             "variable_text needs a tokenizer with a padding token, and CLIP's SimpleTokenizer has none: it pads with "
             "0, the id of '!'. Set tokenizer_type to 'tiktoken', or hf_tokenizer_name, or variable_text to false."
         )
-    if not (is_variable or text_cfg.get("tokenizer_type") or text_cfg.get("text_arch") == "modern"):
+    is_modern = text_cfg.get("text_arch") == "modern"
+    if not (is_variable or text_cfg.get("tokenizer_type") or is_modern):
         return
     for field, attribute in _IDS.items():
         expected, actual = text_cfg.get(field), getattr(tokenizer, attribute, None)
@@ -110,3 +125,9 @@ def _check_tokenizer(tokenizer: Any, text_cfg: Mapping[str, Any]) -> None:
                 f"{field} of the text_cfg is {expected}, but the tokenizer's {attribute} is {actual}. Set {field} to "
                 f"{actual} for a new model. For trained weights, use the tokenizer that they were trained with."
             )
+    is_native = not is_modern and not text_cfg.get("hf_model_name")
+    if is_native and isinstance(tokenizer, TikTokenTokenizer) and text_cfg.get("pool_type", "argmax") == "argmax":
+        raise ValueError(
+            "pool_type 'argmax' takes the token with the highest id, and with a tokenizer of tiktoken that is not the "
+            f"end of the text. Set pool_type to 'eos' and eos_id to {tokenizer.eot_token_id} in the text_cfg."
+        )

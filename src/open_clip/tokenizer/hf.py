@@ -48,6 +48,8 @@ class HFTokenizer:
         ValueError: `clean`, `tokenizer_mode` or `language` is unknown, or the tokenizer lacks a token that they need.
     """
 
+    variable_text = False  # True: the model's configuration asks for batches padded to their longest caption
+
     def __init__(
         self,
         tokenizer_name: str,

@@ -45,6 +45,8 @@ class TikTokenTokenizer:
         ValueError: `encoding_name` or `clean` is unknown.
     """
 
+    variable_text = False  # True: the model's configuration asks for batches padded to their longest caption
+
     def __init__(
         self,
         encoding_name: str = "cl100k_base",

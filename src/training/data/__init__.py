@@ -1,7 +1,8 @@
 """Training and evaluation data: `get_data` makes the loaders that the options ask for.
 
 Batches are dicts: {"image": float or uint8 [B, 3, H, W], "text": int64 [B, L]} for image-text pairs, and {"image",
-"label": int64 [B]} for labeled images. Both have "key", B strings that name the samples (an image's path, SHARD/KEY).
+"label": int64 [B]} for labeled images. With `variable_text`, L is the length of the longest caption, and the batch has
+"text_valid", bool [B, L]. Both have "key", B strings that name the samples (an image's path, SHARD/KEY).
 Scripts that pass a flat namespace get `[images, texts]` instead, see `training.data.namespace`. Order and augmentation
 are functions of (seed, epoch, sample), see `training.data.sampling`. The read position is saved in checkpoints, see
 `training.data.position`.
@@ -33,6 +34,7 @@ from training.data.sampling import SharedEpoch
 from training.data.shards.lists import expand_urls, get_dataset_size
 from training.data.shards.samples import filter_no_caption_or_no_image, group_by_keys_nothrow
 from training.data.skips import BadSample, SkipCounter, SkipReport, TooManyBadSamples, report_skips
+from training.data.variable_text import collate_variable_text
 from training.params import DataConfig
 from training.signals import Agreement
 
@@ -56,6 +58,7 @@ __all__ = [
     "SkipCounter",
     "SkipReport",
     "TooManyBadSamples",
+    "collate_variable_text",
     "dataset_type_of",
     "expand_urls",
     "filter_no_caption_or_no_image",

@@ -23,6 +23,7 @@ from training.data.position import Position
 from training.data.sampling import SharedEpoch, stable_hash
 from training.data.shared_memory import stack
 from training.data.skips import SkipCounter
+from training.data.variable_text import variable_text_of
 from training.signals import Agreement, Stopped
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ _WORKER_EXIT_TIMEOUT = 2.0  # seconds, before they are killed
 AFTER = "__after__"  # in a batch from a data set of shards: the read position after it
 ENDS_STEP = "__ends_step__"  # in a micro-batch: whether it is the last one of its step
 KEY = "key"  # in a batch: list of str, the name of each sample
+TEXT = "text"  # in a batch: captions, or their token ids [B, L]
+TEXT_VALID = "text_valid"  # in a batch of variable text: bool [B, L], False for padding
 
 
 @dataclass
@@ -258,11 +261,19 @@ class Collate:
     """Joins samples to a batch: stacks tensors, pads patches, and tokenizes captions in one call.
 
     Samples are dicts; None is a dropped sample. The result is a dict such as {"image": float or uint8 [B, 3, H, W],
-    "text": int64 [B, L], "key": B strings}, or None if all samples were dropped.
+    "text": int64 [B, L], "key": B strings}, or None if all samples were dropped. With the tokenizer of a model that has
+    `variable_text`, captions are padded to the longest one, and the batch has "text_valid", bool [B, L].
+
+    Args:
+        tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
+        text_pad_multiple: with `variable_text`, the number of columns is a multiple of it.
     """
 
-    def __init__(self, tokenizer: Callable[[list[str]], Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Callable[[list[str]], Any] | None = None, text_pad_multiple: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.variable_text = variable_text_of(tokenizer, text_pad_multiple)
         self.column: Callable[..., Any] = stack
         self.patch_length: int | None = None  # to which patches are padded; None: to the longest image of the batch
 
@@ -270,13 +281,17 @@ class Collate:
         kept = [sample for sample in samples if sample is not None]
         if not kept:
             return None
-        return {key: self._join(key, [sample[key] for sample in kept]) for key in kept[0]}
+        batch = {key: self._join(key, [sample[key] for sample in kept]) for key in kept[0]}
+        if self.variable_text is not None and isinstance(batch.get(TEXT), tuple):
+            batch[TEXT], batch[TEXT_VALID] = batch[TEXT]
+        return batch
 
     def _join(self, key: str, values: list[Any]) -> Any:
         if key == KEY:
             return values
         if isinstance(values[0], str):
-            return values if self.tokenizer is None else self.tokenizer(values)
+            tokenizer = self.variable_text or self.tokenizer
+            return values if tokenizer is None else tokenizer(values)
         if isinstance(values[0], Mapping):
             return collate_patches(values, self.patch_length, stack=self.column)
         return self.column(tuple(values))

@@ -71,7 +71,10 @@ LABELLED = BatchForm(members=("image", "label"), rgb=True)
 
 @dataclass(frozen=True)
 class EachCaption:
-    """A tokenizer for batches that calls `tokenizer` for each caption and takes the first row of the result."""
+    """A tokenizer for batches that calls `tokenizer` for each caption and takes the first row of the result.
+
+    Captions are padded to the context length, also those of models with `variable_text`.
+    """
 
     tokenizer: Callable[[Any], Any]
     form: BatchForm

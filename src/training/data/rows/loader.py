@@ -91,7 +91,7 @@ def make_row_loader(
 
     Args:
         dataset: samples by index.
-        cfg: batch_size, workers, seed and max_bad_fraction are used.
+        cfg: batch_size, workers, seed, max_bad_fraction and text_pad_multiple are used.
         is_train: whether the loader is for training.
         source: name of the data for messages.
         epoch: the first epoch.
@@ -109,7 +109,7 @@ def make_row_loader(
     sampler: Sampler
     batches: Any
     position: Position | None = None
-    collate: Any = Collate(tokenizer)
+    collate: Any = Collate(tokenizer, cfg.text_pad_multiple)
     planned_transform = planned(preprocess) if is_train else None
     if is_train:
         check_one_batch(size, cfg.batch_size, world.world_size, source)

@@ -253,10 +253,10 @@ def make_shard_loader(
         max_image_pixels=cfg.max_image_pixels,
         caption_lengths=CaptionLengths(tokenizer),
     )
-    collate: Any = _ShardCollate(tokenizer)
+    collate: Any = _ShardCollate(tokenizer, cfg.text_pad_multiple)
     kind: type[ShardPosition] = ShardPosition
     if planned_transform is not None and plan is not None:
-        collate = _PlannedCollate(planned_transform.make_collate(Collate(tokenizer), plan))
+        collate = _PlannedCollate(planned_transform.make_collate(Collate(tokenizer, cfg.text_pad_multiple), plan))
         kind = VariableShardPosition if planned_transform.is_variable else ShardPosition
     loader = Loader(
         dataset,

@@ -55,6 +55,9 @@ class DataConfig:
         "one weight per field of --json-text-key: the order in which the fields are tried is drawn for each (seed, "
         "epoch, sample), each time in proportion to the weights of the remaining fields. Fields of weight 0 come last, "
         "for samples that have no other caption. In evaluation the caption of a sample is the same in every epoch")
+    text_pad_multiple: int | None = option(None, at_least=1, metavar="TOKENS", help=
+        "for models with `variable_text`, whose batches are padded to their longest caption: pad to a multiple of this "
+        "number of tokens (and at most to the context length), so that devices see fewer shapes. Default: 1")
     max_image_pixels: int | None = option(None, at_least=0, metavar="N", help=
         "skip images of --train-data and --val-data that have more pixels (width x height) before they are decoded; "
         "they are counted as huge_image. Default, and 0: Pillow's limit of 89 million")

@@ -8,10 +8,6 @@ from typing import Any, ClassVar
 from training.params.option import option
 
 _AUDIO = "Audio models are not supported yet. Train an image-text model, or use open_clip's main branch for CLAP."
-_PADDING = (
-    "Captions of variable length are not supported yet. Leave the option out: --text-groups cuts captions to the "
-    "longest one of their group."
-)
 _GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models (`coca_ViT-B-32`) generate captions."
 
 
@@ -58,7 +54,6 @@ class UnsupportedConfig:
     audio_zeroshot_multiprocessing_context: str = _later(
         "forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
     audio_multiprocessing_context: str = _later("forkserver", _AUDIO, choices=("fork", "forkserver", "spawn"))
-    text_pad_multiple: int | None = _later(None, _PADDING, "TOKENS")
     genlip: bool = _later(False, _GENERATIVE, has_flag=False)
     genlap: bool = _later(False, _GENERATIVE, has_flag=False)
     naflexclap: bool = _later(False, _AUDIO, has_flag=False)
