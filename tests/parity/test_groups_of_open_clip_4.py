@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from open_clip import CLIP
-from open_clip.timm_model import TimmModel
 from training.checkpoint.state import TrainState
 from training.optim import create_optimizer
 from training.params import OptimConfig
@@ -30,24 +29,7 @@ LOCKS = [(*case.split(), int(number)) for case, runs in RECORDED["locks"].items(
 def build(case: str) -> Any:
     if case in MISSING:
         pytest.skip(MISSING[case])
-    config = RECORDED["configs"][case]
-    if "timm_model_name" not in config["vision_cfg"]:
-        return CLIP(**config)
-    model = CLIP(**{**config, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}})
-    model.visual = naflex_tower(config["vision_cfg"], config["embed_dim"])
-    return model
-
-
-def naflex_tower(config: dict[str, Any], embed_dim: int) -> nn.Module:
-    """A tower around timm's model, which configurations here cannot name: its options are those of NaFlex."""
-    import timm
-
-    with torch.device("meta"):
-        tower = TimmModel("vit_tiny_patch16_224", embed_dim, 224)
-    tower.trunk = timm.create_model(config["timm_model_name"], num_classes=0, **config["timm_model_kwargs"])
-    tower.head = nn.Sequential()
-    tower.head.add_module("proj", nn.Linear(tower.trunk.num_features, embed_dim, bias=False))
-    return tower
+    return CLIP(**RECORDED["configs"][case])
 
 
 @pytest.mark.parametrize(("case", "run"), GROUPS, ids=[f"{case}-{len(run['arguments'])}" for case, run in GROUPS])
