@@ -66,10 +66,6 @@ class PackedPatches:
         pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
         return dataclasses.replace(self, **pinned, segments=self.segments.pin_memory(), _layouts={})
 
-    def with_patches(self, patches: Tensor) -> PackedPatches:
-        """Return the same packing with other values, such as normalized ones."""
-        return dataclasses.replace(self, patches=patches)
-
     def padded(self) -> dict[str, Tensor]:
         """Return the padded form, in which each image has as many patches as the largest one."""
         valid = torch.ones(self.segments.total, dtype=torch.bool, device=self.patches.device)

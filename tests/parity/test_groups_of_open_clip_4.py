@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from open_clip import CLIP, CustomTextCLIP
-from open_clip.timm_model import TimmModel
 from training.checkpoint.state import TrainState
 from training.optim import create_optimizer
 from training.params import OptimConfig
@@ -28,25 +27,8 @@ LOCKS = [(*case.split(), int(number)) for case, runs in RECORDED["locks"].items(
 
 def build(case: str) -> Any:
     config = RECORDED["configs"][case]
-    if "timm_model_name" not in config["vision_cfg"]:
-        text_cfg = {key: value for key, value in config["text_cfg"].items() if key != "variable_text"}
-        is_modern = text_cfg.get("text_arch") == "modern"
-        return (CustomTextCLIP if is_modern else CLIP)(**{**config, "text_cfg": text_cfg})
-    model = CLIP(**{**config, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}})
-    model.visual = naflex_tower(config["vision_cfg"], config["embed_dim"])
-    return model
-
-
-def naflex_tower(config: dict[str, Any], embed_dim: int) -> nn.Module:
-    """A tower around timm's model, which configurations here cannot name: its options are those of NaFlex."""
-    import timm
-
-    with torch.device("meta"):
-        tower = TimmModel("vit_tiny_patch16_224", embed_dim, 224)
-    tower.trunk = timm.create_model(config["timm_model_name"], num_classes=0, **config["timm_model_kwargs"])
-    tower.head = nn.Sequential()
-    tower.head.add_module("proj", nn.Linear(tower.trunk.num_features, embed_dim, bias=False))
-    return tower
+    is_modern = config["text_cfg"].get("text_arch") == "modern"
+    return (CustomTextCLIP if is_modern else CLIP)(**config)
 
 
 @pytest.mark.parametrize(("case", "run"), GROUPS, ids=[f"{case}-{len(run['arguments'])}" for case, run in GROUPS])

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionPoolLatent, AttentionRope, DropPath, apply_rot_embed_cat
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, DropPath, apply_rot_embed
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .. import packing
+from ..device import ops
 from ..packing import Segments
 
 
@@ -29,11 +30,11 @@ class PackedTokens:
 
     Attributes:
         segments: which tokens belong to which image.
-        rope: rotary positions (sine, cosine), float32 [T, 1, 2 * head_dim]. None: without.
+        rotary: cosine and sine of the rotary positions, each float32 [T, head_dim]. None: without.
     """
 
     segments: Segments
-    rope: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 class NaFlexBlock(Block):
@@ -101,17 +102,19 @@ def _attend(attn: Any, x: Tensor, tokens: PackedTokens) -> Tensor:
     """Compute timm's attention on packed tokens [T, width]."""
     query, key, value = _project(attn, x)
     query, key = attn.q_norm(query), attn.k_norm(key)
-    if tokens.rope is not None:
-        query, key = (
-            apply_rot_embed_cat(part, tokens.rope, half=getattr(attn, "rotate_half", False)).type_as(value)
-            for part in (query, key)
-        )
+    if tokens.rotary is not None:
+        query, key = (_rotate(part, *tokens.rotary, attn.rotate_half).type_as(value) for part in (query, key))
     if key.shape[1] != query.shape[1]:  # grouped-query attention
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
     out = attn.norm(packing.attention(query, key, value, tokens.segments).flatten(1))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, by_halves: bool) -> Tensor:
+    """Rotate the pairs of [T, heads, head_dim]: adjacent ones, or those with the same place in both halves."""
+    return apply_rot_embed(x, sin[:, None], cos[:, None], half=True) if by_halves else ops.rotary(x, cos, sin)
 
 
 def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,19 +44,20 @@ class PositionTables:
             return None
         weights = [embeds.pos_embed] if embeds.pos_embed_type == "learned" else [embeds.pos_embed_y, embeds.pos_embed_x]
         needs_grad = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if needs_grad or any(weight.is_inference() for weight in weights):  # the latter have no version
+            return self._join(None, grids, lambda grid: _learned_table(embeds, grid))
         state = tuple((weight.data_ptr(), weight._version, weight.device) for weight in weights)
-        return self._join(("learned", state), grids, lambda grid: _learned_table(embeds, grid), not needs_grad)
+        return self._join(("learned", state), grids, lambda grid: _learned_table(embeds, grid))
 
     def rotary(self, rope: Any, grids: tuple[Grid, ...]) -> Tensor:
         """Return the rotary positions (sine, cosine) of these grids, one after another, [places, 2 * head_dim]."""
         is_constant = not (rope.training and getattr(rope, "aug_active", False))
-        devices = tuple(buffer.device for buffer in rope.buffers())
-        return self._join(("rotary", devices), grids, lambda grid: rope.get_embed(shape=list(grid)), is_constant)
+        key = ("rotary", tuple(buffer.device for buffer in rope.buffers())) if is_constant else None
+        return self._join(key, grids, lambda grid: rope.get_embed(shape=list(grid)))
 
-    def _join(
-        self, key: Hashable, grids: tuple[Grid, ...], compute: Callable[[Grid], Tensor], is_constant: bool
-    ) -> Tensor:
-        if not is_constant:
+    def _join(self, key: Hashable, grids: tuple[Grid, ...], compute: Callable[[Grid], Tensor]) -> Tensor:
+        """Join the tables of several grids. They are kept under `key`, unless it is None."""
+        if key is None:
             self.num_computed += len(grids)
             tables = [compute(grid) for grid in grids]
         else:

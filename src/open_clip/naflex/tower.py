@@ -242,7 +242,7 @@ class NaFlexTower(TimmModel):
             if rope is not None:
                 unrotated = _no_rotation(rope).expand(len(images) * len(prefix), -1)
                 rope = torch.cat([unrotated, rope])[layout.order]
-        tokens = PackedTokens(segments, None if rope is None else rope[:, None])
+        tokens = PackedTokens(segments, None if rope is None else _cos_and_sin(rope))
         x = self._run_blocks(trunk.norm_pre(trunk.embeds.pos_drop(x)), {"attn_mask": tokens})
         return self._pool_packed(trunk.norm(x), images, tokens)
 
@@ -302,6 +302,12 @@ def _patchify(x: Tensor, patch_size: tuple[int, int], pads: bool) -> tuple[Tenso
     grid = (x.shape[-2] // height, x.shape[-1] // width)
     patches = x.unflatten(3, (grid[1], width)).unflatten(2, (grid[0], height))  # [B, C, rows, P, columns, P]
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), grid
+
+
+def _cos_and_sin(rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Split timm's rotary positions (sine, cosine) [T, 2 * head_dim]."""
+    sin, cos = rope.chunk(2, dim=-1)
+    return cos.contiguous(), sin.contiguous()
 
 
 def _no_rotation(rope: Tensor) -> Tensor:
