@@ -304,29 +304,25 @@ def picture(height: int, width: int) -> Image.Image:
     "size", [(60, 80), (480, 640), (33, 1000), (1000, 33), (7, 5), (256, 256), (1, 900), (113, 77)]
 )
 @pytest.mark.parametrize("max_num_patches", [64, 256, 576])
-def test_the_grid_of_an_image_is_that_of_timm(size, max_num_patches):
-    """The two searches for the scale are the same."""
-    from timm.data.naflex_transforms import get_image_size_for_seq
-
-    processor = Siglip2ImageProcessor(max_num_patches=max_num_patches)
-    batch = processor(picture(*size), return_tensors="pt")
-    _, (height, width) = get_image_size_for_seq(size, 16, max_num_patches)
-    assert batch["spatial_shapes"].tolist() == [[height // 16, width // 16]]
+def test_the_grid_of_an_image(size, max_num_patches):
+    """Both search the scale in the same way."""
+    naflex = pytest.importorskip("open_clip.transform.naflex")
+    batch = Siglip2ImageProcessor(max_num_patches=max_num_patches)(picture(*size), return_tensors="pt")
+    assert batch["spatial_shapes"].tolist() == [list(naflex.patch_grid(*size, (16, 16), max_num_patches))]
 
 
 @pytest.mark.parametrize("size", [(60, 80), (480, 640), (33, 1000), (113, 77)])
-def test_patches_differ_from_timms_by_one_level_at_most(size):
-    """Values are in the order (row, column, channel) in both. transformers resizes in torch, timm in PIL."""
-    from timm.data.naflex_transforms import Patchify, ResizeToSequence
-
-    batch = Siglip2ImageProcessor()(picture(*size), return_tensors="pt")
-    resized = ResizeToSequence(16, 256, interpolation="bilinear")(picture(*size))
-    image = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 127.5 - 1
-    ours = Patchify(16)(image)
-    patches = ours["patches"]
-    rows, columns = batch["spatial_shapes"][0].tolist()
+def test_pixels_differ_by_one_level_at_most(size):
+    """Values are in the order (row, column, channel) in both. transformers resizes in torch, open_clip in PIL."""
+    naflex = pytest.importorskip("open_clip.transform.naflex")
+    preprocess = preprocess_cfg_from_transformers({"image_processor_type": "Siglip2ImageProcessor"}, "the file")
+    factory = naflex.naflex_eval_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), max_seq_len=256)
+    ours = factory(picture(*size))
+    theirs = Siglip2ImageProcessor()(picture(*size), return_tensors="pt")
+    rows, columns = theirs["spatial_shapes"][0].tolist()
+    assert ours["patches"].shape == (rows * columns, 768)
     assert (ours["patch_coord"].amax(0) + 1).tolist() == [rows, columns]
-    difference = patches - batch["pixel_values"][0, : len(patches)]
-    assert difference.abs().max() < 1.01 / 127.5
-    assert difference.abs().mean() < 0.1 / 127.5
-    assert int(batch["pixel_attention_mask"].sum()) == len(patches) == rows * columns
+    assert int(theirs["pixel_attention_mask"].sum()) == rows * columns
+    difference = (ours["patches"] - theirs["pixel_values"][0, : rows * columns]).abs() * 127.5
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.1

@@ -43,7 +43,7 @@ def from_big_vision(model: Any, arrays: StateDict) -> StateDict:
     """Convert weights in big_vision's layout to that of CustomTextCLIP. Each tensor is copied and keeps its dtype.
 
     Args:
-        model: a model with a native (CLIPA) or timm (SigLIP) image tower and a native text tower.
+        model: a model with a native (CLIPA) or timm (SigLIP, also NaFlex) image tower and a native text tower.
         arrays: weights by name.
 
     Returns:
@@ -52,7 +52,7 @@ def from_big_vision(model: Any, arrays: StateDict) -> StateDict:
     root = next(key for key in arrays if key.endswith(_MARK)).removesuffix(_MARK)
     weights = _Weights({key.removeprefix(root): value for key, value in arrays.items() if key.startswith(root)})
     if hasattr(model.visual, "trunk"):
-        weights.convert_timm_image_tower()
+        weights.convert_timm_image_tower(naflex=hasattr(model.visual.trunk, "embeds"))
     else:
         weights.convert_native_image_tower(model.visual)
     head = getattr(getattr(model, "text", model), "text_projection", None)
@@ -108,12 +108,16 @@ class _Weights:
             for part, names in _PARTS.items():
                 self.linear(f"{block}/{part}", f"{target}.{names[naming]}")
 
-    def convert_timm_image_tower(self) -> None:
+    def convert_timm_image_tower(self, naflex: bool) -> None:
         trunk = "visual.trunk"
-        self.patch_embedding(f"{trunk}.patch_embed.proj")
-        for theirs, ours in (("img/cls", "cls_token"), ("img/pos_embedding", "pos_embed")):
-            if theirs in self.arrays:
-                self.put(f"{trunk}.{ours}", self.arrays.pop(theirs))
+        if naflex:
+            self.naflex_embedding(f"{trunk}.embeds")
+        else:
+            if self.arrays[_MARK].dim() == 4:  # not the linear layer of a NaFlex tower
+                self.patch_embedding(f"{trunk}.patch_embed.proj")
+            for theirs, ours in (("img/cls", "cls_token"), ("img/pos_embedding", "pos_embed")):
+                if theirs in self.arrays:
+                    self.put(f"{trunk}.{ours}", self.arrays.pop(theirs))
         self.blocks("img/Transformer", f"{trunk}.blocks", naming=1)
         self.linear("img/Transformer/encoder_norm", f"{trunk}.norm")
         self.attention_pool("img/MAPHead_0", f"{trunk}.attn_pool")
@@ -122,6 +126,20 @@ class _Weights:
     def patch_embedding(self, ours: str) -> None:
         self.put(f"{ours}.weight", self.arrays.pop(_MARK).permute(3, 2, 0, 1))
         self.move("img/embedding/bias", f"{ours}.bias")
+
+    def naflex_embedding(self, ours: str) -> None:
+        """Convert the patch embedding and the positions, [rows, columns, width] or [1, places of a square, width].
+
+        The inputs of a linear layer and of a flattened convolution are in the order (row, column, channel), as in timm.
+        """
+        self.linear("img/embedding", f"{ours}.proj")
+        table = self.arrays.get("img/pos_embedding")
+        if table is not None and table.shape[0] == 1:
+            side = math.isqrt(table.shape[1])
+            table = table.reshape(side, side, -1) if side * side == table.shape[1] else None
+        if table is not None:
+            self.put(f"{ours}.pos_embed", table[None])
+            del self.arrays["img/pos_embedding"]
 
     def attention_pool(self, theirs: str, ours: str) -> None:
         """Convert attention pooling with one learned query (the "probe") to timm's."""
