@@ -129,10 +129,11 @@ def _training_steps(
     samples: SkipBadSamples, cfg: DataConfig, collate: Collate, epoch: int, preprocess: Any
 ) -> RowSteps:
     world, size = ranks.world(), len(samples)
-    check_one_batch(size, cfg.batch_size, world.world_size, samples.source)
+    transform = planned(preprocess)
+    if transform is None or not transform.is_variable:
+        check_one_batch(size, cfg.batch_size, world.world_size, samples.source)
     sampler = TrainSampler(size, cfg.batch_size, world.rank, world.world_size, cfg.seed, epoch)
     position = RowPosition(sampler, samples.source)
-    transform = planned(preprocess)
     if transform is None:
         return RowSteps(sampler, sampler, position, samples, collate, size)
     return plan_steps(transform, sampler, position, samples, collate)
