@@ -107,7 +107,7 @@ class Loader(DataLoader):
         num_samples: int,
         num_batches: int,
         skipped: SkipCounter,
-        collate: Collate,
+        collate: Callable[[Any], Any],
         batch_sampler: Sampler | None = None,
         classes: list[str] | None = None,
         position: Position | None = None,

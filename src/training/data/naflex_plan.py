@@ -101,14 +101,13 @@ class NaFlexDataConfig:
         )
 
     def shapes(self) -> tuple[tuple[Shape, ...], tuple[float, ...]]:
-        """Return all shapes, the longest first, and their probabilities."""
+        """Return all shapes, the shortest first, and their probabilities."""
         lengths = zip(self.train_seq_lens, _or_uniform(self.train_seq_len_probs, self.train_seq_lens), strict=True)
         sizes = zip(
             self.train_patch_sizes, _or_uniform(self.train_patch_size_probs, self.train_patch_sizes), strict=True
         )
         cells = sorted(
-            ((Shape(length, size), p * q) for (length, p), (size, q) in itertools.product(lengths, sizes) if p * q),
-            reverse=True,
+            (Shape(length, size), p * q) for (length, p), (size, q) in itertools.product(lengths, sizes) if p * q
         )
         return tuple(shape for shape, _ in cells), tuple(probability for _, probability in cells)
 
@@ -182,11 +181,10 @@ class StepPlan(Plan):
         slots: list[Slot] = []
         number = itertools.count()
         for shape, count in self.counts(epoch, step):
-            left = count // self.world_size
-            while left:
-                size = min(self._micro_batch_size(shape), left)
+            # Full micro-batches of the longest images come last: the features of the last one are computed only once.
+            full, rest = divmod(count // self.world_size, self._micro_batch_size(shape))
+            for size in [rest] * bool(rest) + [self._micro_batch_size(shape)] * full:
                 slots += [Slot(next(number), shape)] * size
-                left -= size
         return slots
 
     def num_steps(self, num_samples: int) -> int:

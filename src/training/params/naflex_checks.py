@@ -95,5 +95,3 @@ def naflex_rules(args: argparse.Namespace, is_training: bool) -> Iterator[tuple[
     yield args.use_naflex, _OPTIONS, "there is no --use-naflex"
     if args.use_naflex:
         yield is_training, _OF_TRAINING, "there is no --train-data"
-    if args.use_naflex and is_training and args.naflex_variable_batch:
-        yield args.naflex_loss_scale != "none", ("batch_size",), "--naflex-variable-batch sets the size of each step"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from training import ranks
 from training.data.bucketing import LengthBuckets
 from training.data.loader import Collate, DataInfo, Loader, check_one_batch
 from training.data.naflex import planned
-from training.data.position import Position
 from training.data.rows.bucket_sampler import BucketSampler, Captions, RowLengths
-from training.data.rows.naflex_rows import plan_steps
+from training.data.rows.naflex_rows import RowSteps, plan_steps
 from training.data.rows.position import RowPosition
 from training.data.sampling import EvalSampler, SampleRef, TrainSampler, sample_rng, stable_hash
 from training.data.skips import BAD_IN_A_ROW, BadSample, BadStreak, SkipCounter
@@ -104,38 +103,43 @@ def make_row_loader(
     """
     world = ranks.world()
     skipped = SkipCounter(cfg.workers, max_bad_fraction=cfg.max_bad_fraction)
-    size = num_samples = len(dataset)
-    samples: Dataset = SkipBadSamples(dataset, source=source, seed=cfg.seed, is_train=is_train, skipped=skipped)
-    sampler: Sampler
-    batches: Any
-    position: Position | None = None
-    collate: Any = Collate(tokenizer, cfg.text_pad_multiple)
-    planned_transform = planned(preprocess) if is_train else None
+    samples = SkipBadSamples(dataset, source=source, seed=cfg.seed, is_train=is_train, skipped=skipped)
+    collate = Collate(tokenizer, cfg.text_pad_multiple)
     if is_train:
-        check_one_batch(size, cfg.batch_size, world.world_size, source)
-        sampler = batches = _train_sampler(dataset, cfg, tokenizer, epoch)
-        position = RowPosition(sampler, source)
-        if planned_transform is not None:
-            steps = plan_steps(planned_transform, sampler, position, samples, collate)
-            sampler, batches, position, samples, collate, num_samples = steps
+        steps = _training_steps(samples, cfg, collate, epoch, preprocess)
     else:
-        sampler = batches = EvalSampler(size, cfg.batch_size, world.rank, world.world_size)
+        sampler = EvalSampler(len(dataset), cfg.batch_size, world.rank, world.world_size)
+        steps = RowSteps(sampler, sampler, None, samples, collate, len(dataset))
     loader = Loader(
-        samples,
+        steps.samples,
         source=source,
         workers=cfg.workers,
         seed=cfg.seed,
-        num_samples=num_samples,
-        num_batches=len(batches),
+        num_samples=steps.num_samples,
+        num_batches=len(steps.batches),
         skipped=skipped,
-        collate=collate,
-        batch_sampler=batches,
+        collate=steps.collate,
+        batch_sampler=steps.batches,
         classes=classes,
-        position=position,
+        position=steps.position,
     )
-    if planned_transform is not None:
-        loader.steps_per_epoch = len(batches)
-    return DataInfo(loader, sampler=sampler, skipped=skipped)
+    if steps.is_planned:
+        loader.steps_per_epoch = len(steps.batches)
+    return DataInfo(loader, sampler=steps.sampler, skipped=skipped)
+
+
+def _training_steps(
+    samples: SkipBadSamples, cfg: DataConfig, collate: Collate, epoch: int, preprocess: Any
+) -> RowSteps:
+    size = len(samples)
+    transform = planned(preprocess)
+    if transform is None or not transform.is_variable:
+        check_one_batch(size, cfg.batch_size, ranks.world().world_size, samples.source)
+    sampler = _train_sampler(samples.dataset, cfg, collate.tokenizer, epoch)
+    position = RowPosition(sampler, samples.source)
+    if transform is None:
+        return RowSteps(sampler, sampler, position, samples, collate, size)
+    return plan_steps(transform, sampler, position, samples, collate)
 
 
 def _train_sampler(dataset: IndexedSamples, cfg: DataConfig, tokenizer: Any, epoch: int) -> TrainSampler:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from training.data.loader import Collate
 from training.data.naflex import SLOT, PlannedCollate, PlannedTransform
@@ -23,7 +23,7 @@ class SlotRef(NamedTuple):
     slot: Slot
 
 
-class PlannedSamples(torch.utils.data.Dataset):
+class PlannedSamples(Dataset):
     """Samples in the shape of their slots.
 
     Args:
@@ -148,29 +148,31 @@ class VariablePosition(Position[StepState]):
         return state
 
 
-class PlannedSteps(NamedTuple):
-    """The parts of a loader of planned steps.
+class RowSteps(NamedTuple):
+    """The parts of a loader of rows.
 
     Attributes:
         sampler: has the epoch.
-        steps: sampler of the steps; it may be the same object.
-        position: the read position.
-        samples: the data set that `steps` refers to.
-        collate: joins the samples of a step.
+        batches: gives the batches, or planned steps; it may be the same object.
+        position: the read position; None in evaluation.
+        samples: the data set that `batches` refers to.
+        collate: joins the samples of a batch or step.
         num_samples: of an epoch over all ranks.
+        is_planned: whether the plan decides which batches form a step.
     """
 
     sampler: Sampler
-    steps: PlannedSampler | VariableSampler
-    position: Position
-    samples: PlannedSamples
-    collate: PlannedCollate
+    batches: Any
+    position: Position | None
+    samples: Dataset
+    collate: Collate | PlannedCollate
     num_samples: int
+    is_planned: bool = False
 
 
 def plan_steps(
     transform: PlannedTransform, sampler: TrainSampler, position: Position, samples: Any, collate: Collate
-) -> PlannedSteps:
+) -> RowSteps:
     """Make steps of planned shapes of the rows that a sampler shuffles.
 
     Args:
@@ -185,6 +187,6 @@ def plan_steps(
     plan = transform.make_plan(sampler.num_samples)
     parts = PlannedSamples(samples, transform), transform.make_collate(collate, plan)
     if isinstance(plan, StepPlan):
-        return PlannedSteps(sampler, PlannedSampler(sampler, plan), position, *parts, sampler.num_samples)
+        return RowSteps(sampler, PlannedSampler(sampler, plan), position, *parts, sampler.num_samples, True)
     variable = VariableSampler(sampler.num_samples, plan, sampler.rank, sampler.seed, sampler.epoch)
-    return PlannedSteps(variable, variable, VariablePosition(variable, position.source), *parts, plan.num_samples())
+    return RowSteps(variable, variable, VariablePosition(variable, position.source), *parts, plan.num_samples(), True)

@@ -279,11 +279,12 @@ def _planned_epoch(
 ) -> tuple[Plan, int, int]:
     """Return (plan, steps per rank, samples over all ranks) of an epoch with planned shapes."""
     is_counted_in_patches = transform.cfg.train_num_image_tokens is not None
-    num_steps, num_samples = (0, 0) if is_counted_in_patches else _epoch_size(cfg, shards, source, floor)
-    plan = transform.make_plan(None if is_counted_in_patches else num_samples)
+    plan = transform.make_plan(None if is_counted_in_patches else _num_training_samples(cfg, shards, source))
     if isinstance(plan, VariablePlan):
         return plan, len(plan.schedule), plan.num_samples()
-    num_steps = plan.num_steps(num_samples) if is_counted_in_patches else num_steps
+    if not is_counted_in_patches:
+        return plan, *_epoch_size(cfg, shards, source, floor)
+    num_steps = plan.num_steps(0)
     return plan, num_steps, num_steps * cfg.batch_size * ranks.world().world_size
 
 
@@ -309,17 +310,10 @@ def _epoch_size(cfg: DataConfig, shards: ShardSet, source: str, floor: bool) -> 
     """Return (batches per rank, samples over all ranks). In evaluation, both are 0 if unknown."""
     world_size, workers = ranks.world().world_size, max(1, cfg.workers)
     global_batch = cfg.batch_size * world_size
-    num_samples = cfg.train_num_samples if shards.endless else cfg.val_num_samples
-    if num_samples is None:
-        num_samples = get_dataset_size(shards.urls)[0]
     if not shards.endless:
-        return math.ceil((num_samples or 0) / global_batch), num_samples or 0
-    if num_samples is None:
-        raise ValueError(
-            f"The number of samples in {source} is unknown: give --train-num-samples, or put a sizes.json "
-            '({"00000.tar": 1000, ...}), img2dataset\'s _stats.json of every shard, or a file __len__ with the total '
-            "number next to the shards."
-        )
+        known = get_dataset_size(shards.urls)[0] if cfg.val_num_samples is None else cfg.val_num_samples
+        return math.ceil((known or 0) / global_batch), known or 0
+    num_samples = _num_training_samples(cfg, shards, source)
     if not shards.resampled:
         check_one_batch(num_samples, cfg.batch_size, world_size, source)
     to_integer = math.floor if floor else math.ceil
@@ -328,6 +322,17 @@ def _epoch_size(cfg: DataConfig, shards: ShardSet, source: str, floor: bool) -> 
     if per_worker == 0:
         raise ValueError(f"{source} has {batches} batches per epoch, and --workers is {workers}. Use fewer.")
     return per_worker * workers, per_worker * workers * global_batch
+
+
+def _num_training_samples(cfg: DataConfig, shards: ShardSet, source: str) -> int:
+    num_samples = get_dataset_size(shards.urls)[0] if cfg.train_num_samples is None else cfg.train_num_samples
+    if num_samples is None:
+        raise ValueError(
+            f"The number of samples in {source} is unknown: give --train-num-samples, or put a sizes.json "
+            '({"00000.tar": 1000, ...}), img2dataset\'s _stats.json of every shard, or a file __len__ with the total '
+            "number next to the shards."
+        )
+    return num_samples
 
 
 def _check_present(urls: list[str], source: str) -> None:
