@@ -442,8 +442,7 @@ def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | 
     torch has deprecated TorchScript and warns about it. Use `open_clip.export` for new graphs.
     """
     model.eval()
-    height, width = to_2tuple(model.visual.image_size)
-    images = torch.ones((batch_size, 3, height, width), device=device)
+    images = torch.ones((batch_size, 3, *to_2tuple(model.visual.image_size)), device=device)
     texts = torch.zeros((batch_size, model.context_length), dtype=torch.int, device=device)
     inputs = {"forward": (images, texts), "encode_text": (texts,), "encode_image": (images,)}
     traced = torch.jit.trace_module(model, inputs=inputs, strict=False)  # strict mode refuses dict outputs

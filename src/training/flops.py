@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip import device as devices
+from open_clip import model_inputs
 from open_clip.modified_resnet import AttentionPool2d
 from training.precision import Precision
 
@@ -55,40 +56,40 @@ def _count_forward(model: nn.Module, run: Callable[[], Any]) -> int:
 
 
 def profile_torch_image(
-    model: nn.Module, image_input_size: Sequence[int], batch_size: int = 1, force_cpu: bool = False
+    model: nn.Module, image_input_size: Sequence[int] | None, batch_size: int = 1, force_cpu: bool = False
 ) -> float:
-    """Count the FLOPs of the image tower for one image of `image_input_size` (3, height, width)."""
+    """Count the FLOPs of the image tower for one image of `image_input_size` (3, height, width); None: the model's."""
     model = _moved(model, force_cpu)
-    image = example_image(model, image_input_size, batch_size)
+    image = _example_inputs(model, batch_size, image=image_input_size)["image"]
     counted = _count_forward(model, lambda: model.encode_image(image))  # type: ignore[operator]
     return counted / batch_size + _dropped_queries(model)
 
 
 def profile_torch_text(
-    model: nn.Module, text_input_size: Sequence[int], batch_size: int = 1, force_cpu: bool = False
+    model: nn.Module, text_input_size: Sequence[int] | None, batch_size: int = 1, force_cpu: bool = False
 ) -> float:
-    """Count the FLOPs of the text tower for one text of `text_input_size` (tokens,)."""
+    """Count the FLOPs of the text tower for one text of `text_input_size` (tokens,); None: the model's."""
     model = _moved(model, force_cpu)
-    text = example_text(model, text_input_size, batch_size)
+    text = _example_inputs(model, batch_size, text=text_input_size)["text"]
     return _count_forward(model, lambda: model.encode_text(text)) / batch_size  # type: ignore[operator]
 
 
 def profile_torch(
     model: nn.Module,
-    text_input_size: Sequence[int],
-    image_input_size: Sequence[int],
+    text_input_size: Sequence[int] | None,
+    image_input_size: Sequence[int] | None,
     batch_size: int = 1,
     force_cpu: bool = False,
 ) -> float:
     """Count the FLOPs of the whole model for one image and one text, including a decoder if it has one.
 
     Args:
+        text_input_size, image_input_size: (tokens,) and (3, height, width). None: the model's own inputs.
         force_cpu: move the model to the CPU first. The count is the same on every device.
     """
     model = _moved(model, force_cpu)
-    image = example_image(model, image_input_size, batch_size)
-    text = example_text(model, text_input_size, batch_size)
-    return _count_forward(model, lambda: model(image, text)) / batch_size + _dropped_queries(model)
+    inputs = _example_inputs(model, batch_size, image=image_input_size, text=text_input_size)
+    return _count_forward(model, lambda: model(*inputs.values())) / batch_size + _dropped_queries(model)
 
 
 def _dropped_queries(model: nn.Module) -> int:
@@ -110,13 +111,16 @@ def _moved(model: nn.Module, force_cpu: bool) -> nn.Module:
     return model.to("cpu") if force_cpu else model
 
 
-def example_image(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
+def _example_inputs(model: nn.Module, batch_size: int, **sizes: Sequence[int] | None) -> dict[str, Any]:
+    """Return inputs of the model, of these sizes without the batch. A size that is None is left to the model."""
     parameter = next(model.parameters())
-    return torch.ones((batch_size, *size), device=parameter.device, dtype=parameter.dtype)
-
-
-def example_text(model: nn.Module, size: Sequence[int], batch_size: int) -> torch.Tensor:
-    return torch.ones((batch_size, *size), device=next(model.parameters()).device, dtype=torch.int64)
+    dtypes = {"image": parameter.dtype, "text": torch.int64}
+    given = {
+        name: torch.ones((batch_size, *size), device=parameter.device, dtype=dtypes[name])
+        for name, size in sizes.items()
+        if size is not None
+    }
+    return given if len(given) == len(sizes) else model_inputs.example_inputs(model, batch_size) | given
 
 
 def input_sizes(model: nn.Module) -> tuple[tuple[int, int, int], tuple[int]]:
@@ -150,11 +154,8 @@ def _run_on_meta(model: nn.Module, backward: bool) -> None:
         name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
     }
-    image_size, text_size = input_sizes(model)
-    dtype = next(model.parameters()).dtype
-    image = torch.empty(_PAIRS, *image_size, dtype=dtype, device="meta")
-    text = torch.empty(_PAIRS, *text_size, dtype=torch.int64, device="meta")
-    outputs = functional_call(model, tensors, (image, text))
+    inputs = model_inputs.example_inputs(model, _PAIRS, "meta")
+    outputs = functional_call(model, tensors, tuple(inputs.values()))
     if backward:
         values = outputs.values() if isinstance(outputs, Mapping) else outputs
         sums = [value.float().sum() for value in values if torch.is_tensor(value) and value.requires_grad]

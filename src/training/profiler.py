@@ -20,15 +20,13 @@ import torch
 import torch._dynamo  # here, because the FLOP counter would import it during the first count
 from torch import nn
 
-from open_clip import config, factory, progress
+from open_clip import config, factory, model_inputs, progress
 from open_clip import device as devices
 from open_clip.formats.whole_file import replacing
 from open_clip.utils import check_folder, exit_command
 from training import precision as precisions
 from training.flops import (
     count_params,
-    example_image,
-    example_text,
     input_sizes,
     profile_torch,
     profile_torch_image,
@@ -86,13 +84,13 @@ def profile_model(
     _check_profiler(profiler)
     cfg = _config(model_name)
     model = _build(model_name, device)
-    image_size, text_size = input_sizes(model)
-    image_flops = profile_torch_image(model, image_size, batch_size)
-    text_flops = profile_torch_text(model, text_size, batch_size)
+    image_size, _ = input_sizes(model)
+    image_flops = profile_torch_image(model, None, batch_size)
+    text_flops = profile_torch_text(model, None, batch_size)
     if {name for name, _ in model.named_children()} == {"visual", "text"}:
         flops = image_flops + text_flops
     else:  # the model also has a decoder
-        flops = profile_torch(model, text_size, image_size, batch_size)
+        flops = profile_torch(model, None, None, batch_size)
     return {
         "model": model_name,
         "image_size": image_size[1] if image_size[1] == image_size[2] else image_size[1:],
@@ -193,15 +191,13 @@ def measure_model(
     kind = devices.get(device)
     chosen = precisions.create(precision, device)
     model = _build(model_name, device, chosen.name)
-    image_size, text_size = input_sizes(model)
-    image = example_image(model, image_size, batch_size).to(chosen.weights_dtype)
-    text = example_text(model, text_size, batch_size)
+    inputs = model_inputs.example_inputs(model, batch_size, dtype=chosen.weights_dtype)
     kind.reset_peak_memory(device.index)
     times = []
     for _ in range(WARMUP_RUNS + MEASURED_RUNS):
         started = time.perf_counter()
         with torch.no_grad(), chosen.autocast():
-            model(image, text)
+            model(*inputs.values())
         kind.synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARMUP_RUNS:])

@@ -132,7 +132,7 @@ class PatchPacking:
 
     def __call__(self, image: Any, valid: Tensor | None = None) -> Any:
         """Pack a dict with "patches", "patch_coord" and "patch_valid" on the CPU. Other values are not changed."""
-        if not isinstance(image, Mapping) or not image["patch_valid"].is_cpu or not self.packs():
+        if not isinstance(image, Mapping) or not self.packs() or not image["patch_valid"].is_cpu:
             return image
         return _pinned(_function("packed_patches", "pack_patches")(image), self._pins)
 

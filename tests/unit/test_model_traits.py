@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import open_clip
+from open_clip.model_inputs import example_inputs
 from open_clip.model_traits import IMAGE_TEXT, ModelTraits, traits_of
 from towers import FP32, data_of, state_of, train_epoch
+from training import flops, profiler
 from training.objective import (
     CaptioningObjective,
     ContrastiveObjective,
@@ -19,6 +21,7 @@ from training.objective import (
     is_captioner,
 )
 from training.params import ObjectiveConfig
+from training.scale import activations
 from training.trainer import Trainer
 
 VISION = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
@@ -146,3 +149,59 @@ def test_a_model_of_another_modality_trains_with_accumulation():
     train_epoch(trainer, data, state)
     assert state.samples_seen == 7
     assert losses_of(objective, model, sounds())["loss"].item() < before
+
+
+# Example inputs
+
+
+def test_the_examples_have_the_sizes_of_the_towers():
+    model = open_clip.CLIP(16, VISION | {"image_size": (16, 32)}, TEXT)
+    inputs = example_inputs(model, 2, dtype=torch.bfloat16)
+    assert {name: (value.shape, value.dtype) for name, value in inputs.items()} == {
+        "image": ((2, 3, 16, 32), torch.bfloat16),
+        "text": ((2, 8), torch.int64),
+    }
+    assert example_inputs(model, device="meta")["image"].is_meta
+
+
+def test_a_tower_or_a_model_makes_its_own_examples():
+    model = open_clip.CustomTextCLIP(16, VISION, TEXT)
+    model.visual.example_image = lambda batch_size, device, dtype: {"patches": torch.ones(batch_size, 5, 12)}
+    assert example_inputs(model, 3)["image"]["patches"].shape == (3, 5, 12)
+    with pytest.raises(ValueError, match="Sounds takes 'audio', and its size is unknown"):
+        example_inputs(Sounds())
+
+
+class PatchTower(nn.Module):
+    """An image tower that takes nothing but dicts of patches. It says so with `example_image`."""
+
+    image_size = 16
+    output_dim = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 16)
+
+    def example_image(self, batch_size, device, dtype):
+        return {"patches": torch.ones(batch_size, 5, 12, device=device, dtype=dtype)}
+
+    def forward(self, image):
+        return self.embed(image["patches"]).mean(dim=1)
+
+
+def test_flops_and_activations_of_a_tower_that_takes_dicts_are_counted():
+    model = open_clip.CustomTextCLIP(16, VISION, TEXT, output_dict=True)
+    model.visual = PatchTower()
+    image = 2 * 5 * 12 * 16
+    assert flops.profile_torch_image(model, None, 2) == image
+    text = flops.profile_torch_text(model, None)
+    assert flops.profile_torch(model, None, None) == image + text
+    assert flops.training_flops(model) > 2 * (image + text)
+    assert activations.count(model.train(), None).all.per_sample > 0
+
+
+def test_a_forward_pass_of_any_model_is_measured(monkeypatch):
+    model = open_clip.CustomTextCLIP(16, VISION, TEXT, output_dict=True)
+    model.visual = PatchTower()
+    monkeypatch.setattr(profiler, "_build", lambda *args: model)
+    assert profiler.measure_model("name", 1.0, 2, torch.device("cpu"), "fp32")["images_per_s"] > 0

@@ -18,13 +18,14 @@ import sharded_states
 from gloo_ranks import run_ranks
 from open_clip import collectives
 from open_clip.deferred_init import DeferredInit
+from open_clip.model_inputs import example_inputs
 from sharded_runs import Case, train
 from training import ranks
 from training.checkpoint.saver import Saver
 from training.checkpoint.state import TrainState
 from training.checkpoint.weights import load_checkpoint
 from training.params import CheckpointConfig, DistributedConfig, OptimConfig
-from training.sharding.in_step import batches_in_step, equal_shares, example_inputs
+from training.sharding.in_step import batches_in_step, equal_shares
 from training.sharding.shards import ELEMENTWISE, check_optimizer
 from training.sharding.tensors import gather, is_sharded, local_part
 from training.sharding.units import create_mesh, shard_model
@@ -143,7 +144,7 @@ def evaluation(rank: int) -> dict[str, Any]:
     trainer, _ = train(Case(steps=1, distributed=FSDP, ema_decay=0.5))
     model: Any = trainer.model
     given = [sharded_runs.batch(model, n) for n in range(3)] if rank == 0 else []
-    idle = lambda: model(**example_inputs(model, torch.device("cpu")))  # noqa: E731
+    idle = lambda: model(**example_inputs(model))  # noqa: E731
     with torch.no_grad():
         features = [model(**b)["image_features"].sum() for b in batches_in_step(given, model, idle)]
         encoded = model.encode_text(sharded_runs.batch(model, 0)["text"])

@@ -110,6 +110,8 @@ def test_patches_are_packed_unless_a_model_needs_the_padding():
     assert unpad(batch, Reader())["image"].lengths == [2, 3]
     assert unpad(batch, Reader(), Reader(packs_patches=False))["image"] is batch["image"]
     assert unpad(batch, Reader(), packing="off")["image"] is batch["image"]
+    other = {"pixels": torch.zeros(2, 3, 4, 4)}
+    assert unpad({"image": other}, Reader(packs_patches=False))["image"] is other
 
 
 def test_the_device_decides_what_auto_means(monkeypatch):

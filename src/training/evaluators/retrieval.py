@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import collectives, progress
+from open_clip.model_inputs import example_inputs
 from open_clip.model_traits import traits_of
 from training.batches import to_device
 from training.metrics import AverageMeter, retrieval_metrics
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
-from training.sharding.in_step import batches_in_step, example_inputs
+from training.sharding.in_step import batches_in_step
 from training.unpadding import KEEP_TEXTS, Unpadding
 
 _ROWS_ON_DEVICE = 8192  # of features, before they are moved to the host, which has more memory
@@ -53,7 +54,7 @@ class RetrievalEvaluator:
         image_features, text_features, image_ids = _HostRows(), _HostRows(), []
         total, normalization = getattr(loader, "num_samples", None), getattr(loader, "normalization", None)
         with progress.Task("Evaluating the validation data", total, "samples") as task:
-            for batch in batches_in_step(loader, model, lambda: self._forward(model, example_inputs(model, device))):
+            for batch in batches_in_step(loader, model, lambda: self._forward(model, example_inputs(model))):
                 if isinstance(batch, Mapping) and "image_id" in batch:
                     image_ids.append(batch["image_id"])
                 batch = to_device(batch, device, self._precision.input_dtype, normalization=normalization, unpad=unpad)

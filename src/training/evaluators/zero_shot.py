@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip import collectives, progress
+from open_clip.model_inputs import example_inputs
 from open_clip.zero_shot_classifier import Template, build_zero_shot_classifier
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from training.batches import to_device
@@ -20,7 +21,7 @@ from training.metrics import count_correct
 from training.params import EvalConfig
 from training.precision import Precision
 from training.ranks import barrier, world
-from training.sharding.in_step import batches_in_step, equal_shares, example_inputs
+from training.sharding.in_step import batches_in_step, equal_shares
 from training.unpadding import KEEP_TEXTS, PaddingOptions, Unpadding
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def classify(
         return outputs["image_features"] if isinstance(outputs, Mapping) else outputs[0]
 
     with torch.no_grad(), progress.Task(f"Evaluating {name}", total, "images") as task:
-        for batch in batches_in_step(dataloader, model, lambda: encode(example_inputs(model, device))):
+        for batch in batches_in_step(dataloader, model, lambda: encode(example_inputs(model))):
             batch = to_device(batch, device, precision.input_dtype, ("image", "label"), normalization, unpad)
             features = encode(batch)
             scores, labels = features.float() @ classifier, batch["label"]

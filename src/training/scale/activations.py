@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from open_clip.model_inputs import example_inputs
+from open_clip.model_traits import traits_of
 from training import compilation
-from training.flops import input_sizes
 
 # The fake tensors claim to be on this device: its autocast rules (norms in float32) are those of all accelerators.
 _DEVICE = "cuda"
@@ -65,7 +67,7 @@ def count(model: nn.Module, autocast: torch.dtype | None, checkpointing: bool = 
         NotImplementedError: a tower reads values, which fake tensors do not have, or has no gradient checkpointing.
     """
     runs = [_run(model, batch, autocast) for batch in _BATCHES]
-    features = runs[0].outputs["image_features"]
+    features = runs[0].outputs[traits_of(model).features[0]]
     blocks = [_linear(*sizes) for sizes in zip(*(run.blocks for run in runs), strict=True)]
     checkpointed = None
     if checkpointing:
@@ -98,15 +100,11 @@ class _Run(NamedTuple):
 
 
 def _run(model: nn.Module, batch: int, autocast: torch.dtype | None) -> _Run:
-    image_size, text_size = input_sizes(model)
     dtype = min((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # that of most weights
     with FakeTensorMode(allow_non_fake_inputs=True), _autocast(autocast), _FusedAttention():
         weights = {n: torch.empty_like(p, device=_DEVICE).requires_grad_(p.requires_grad) for n, p in _named(model)}
-        inputs = (
-            torch.empty(batch, *image_size, dtype=dtype, device=_DEVICE),
-            torch.zeros(batch, *text_size, dtype=torch.int64, device=_DEVICE),
-        )
-        saved = _Saved([*weights.values(), *inputs])
+        inputs = tuple(example_inputs(model, batch, _DEVICE, dtype).values())
+        saved = _Saved([*weights.values(), *tree_leaves(inputs)])
         with saved, _measuring(compilation.find_blocks(model), saved) as blocks:
             try:
                 outputs = functional_call(model, weights, inputs)

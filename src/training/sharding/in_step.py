@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from open_clip.utils import to_2tuple
 from training import ranks
 from training.sharding.tensors import is_sharded_model
 
@@ -36,15 +35,6 @@ def batches_in_step(batches: Iterable[Any], model: nn.Module, idle: Callable[[],
             idle()
         else:
             yield batch
-
-
-def example_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
-    """Return an image [1, 3, height, width] and token ids [1, tokens] for a forward pass whose result is dropped."""
-    dtype = next(model.parameters()).dtype
-    return {
-        "image": torch.zeros(1, 3, *to_2tuple(model.visual.image_size), device=device, dtype=dtype),
-        "text": torch.ones(1, model.context_length, device=device, dtype=torch.int64),
-    }
 
 
 def equal_shares(items: Sequence[Any]) -> list[Any]:
