@@ -1,4 +1,4 @@
-"""Token ids, cleaning, captions in JSON, variable text and ModernBERT's names: answers recorded from open_clip's main branch.
+"""Token ids, cleaning, JSON captions, variable text, ModernBERT: answers recorded from open_clip's main branch.
 
 The vocabularies next to the answers have only the tokens that are part of the recorded texts, with their ranks. More
 tokens cannot change the ids of these texts.
