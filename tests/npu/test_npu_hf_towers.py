@@ -64,8 +64,9 @@ def test_a_step_does_not_wait_and_uses_the_exact_gelu(kind: str, tmp_path: Path)
     with Calls() as calls:
         trainer.step([batches[1]], 1)
     assert calls.waits == 0
-    # One block of the image tower, the projection, and RoBERTa's two blocks.
-    assert calls.counts["npu::npu_gelu"] == calls.counts["npu::npu_gelu_backward"] == (4 if kind == "roberta" else 2)
+    # One block of the image tower, the projection, and the two blocks of encoders that have a GELU.
+    expected = 4 if kind in ("roberta", "modernbert") else 2
+    assert calls.counts["npu::npu_gelu"] == calls.counts["npu::npu_gelu_backward"] == expected
 
 
 STRICT = """
@@ -80,7 +81,7 @@ print("finite", bool(loss.isfinite()))
 """
 
 
-@pytest.mark.parametrize("kind", ["roberta", "m2m_100"])
+@pytest.mark.parametrize("kind", ["roberta", "m2m_100", "modernbert"])
 def test_strict_mode_accepts_all_operators(kind: str, tmp_path: Path) -> None:
     """Strict mode refuses attention without a fused operator. The towers have their default dropout."""
     script = STRICT.replace("NAME", hf_cases.write_clip(tmp_path, kind)).replace("KIND", kind)

@@ -1,4 +1,4 @@
-"""Token ids, cleaning, variable text and ModernBERT's names: answers recorded from open_clip's main branch.
+"""Token ids, cleaning, JSON captions, variable text, ModernBERT: answers recorded from open_clip's main branch.
 
 The vocabularies next to the answers have only the tokens that are part of the recorded texts, with their ranks. More
 tokens cannot change the ids of these texts.
@@ -18,6 +18,7 @@ import torch
 import fill_rule
 from open_clip.tokenizer import TikTokenTokenizer, get_clean_fn, tiktoken_file
 from training.data import collate_variable_text
+from training.data.shards.pairs import first_text
 
 FOLDER = Path(__file__).parent / "fixtures" / "open_clip_4"
 ORACLE = json.loads((FOLDER / "oracle_data.json").read_text(encoding="utf-8"))
@@ -44,6 +45,11 @@ def test_ids_of_tiktoken(case, monkeypatch):
 @pytest.mark.parametrize("name", ORACLE["clean"])
 def test_cleaning(name):
     assert [get_clean_fn(name)(text) for text in TEXTS] == ORACLE["clean"][name]
+
+
+@pytest.mark.parametrize(("content", "caption"), ORACLE["json_captions"])
+def test_captions_in_json(content, caption):
+    assert first_text(json.loads(content), ("a", "b")) == caption
 
 
 @pytest.mark.parametrize(("case", "multiple"), [("plain", None), ("plain", 1), ("multiple_4", 4)])

@@ -16,8 +16,7 @@ import open_clip
 from open_clip import hf_encoder
 from open_clip.checkpoint import meta
 from open_clip.hf_model import HFTextEncoder
-from open_clip.text_groups import GroupedText
-from training.batches import TextGrouping
+from open_clip.text_groups import GroupedText, group_by_length
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,9 +88,8 @@ def test_grouped_texts_have_the_same_features(kind, tmp_path):
     text = torch.full((16, 12), pad)
     for row, length in zip(text, [2, 11] * 8, strict=True):
         row[:length] = torch.arange(length) + 5
-    grouping = TextGrouping([model], torch.device("cpu"))
-    grouping._group_cost = 0
-    grouped = grouping(text)
+    assert model.takes_grouped_text
+    grouped = group_by_length(text, model.text_lengths(text), group_cost=0)
     assert isinstance(grouped, GroupedText)
     torch.testing.assert_close(model.encode_text(grouped), model.encode_text(text), rtol=0, atol=1e-6)
 
