@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import tiny_clip
 from gloo_ranks import run_ranks
 from naflex_cases import GRIDS, SIZES, VARIANTS, assert_equal, features_and_gradients, make_images, make_tower
+from open_clip.deferred_init import DeferredInit
 from open_clip.model import CLIP
 from open_clip.packed_patches import pack_patches
 from open_clip.precision import set_precision
@@ -78,6 +80,7 @@ def test_checkpointing_changes_no_gradient(variant):
         assert len(calls) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gap", "rope"])
 def test_blocks_compile_once_for_all_lengths(variant):
     tower, reference = make_tower(variant), make_tower(variant)
@@ -152,9 +155,11 @@ def sharded_features(rank: int, size: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     world = ranks.world()
     for kind in ("ddp", "fsdp"):
-        model = make_clip("rope_and_learned").train()
         config = DistributedConfig(fsdp=kind == "fsdp")
-        build.shard(model, config, world, Precision("fp32", CPU), None)
+        deferred = DeferredInit(smallest=1000) if config.fsdp else None
+        with contextlib.nullcontext() if deferred is None else deferred.recording():
+            model = make_clip("rope_and_learned").train()
+        build.shard(model, config, world, Precision("fp32", CPU), deferred)
         if kind == "fsdp":
             result["blocks"] = sum(is_sharded(p) for p in model.visual.trunk.blocks[0].parameters())
             assert type(model.visual.trunk.blocks[0]).__name__.startswith("FSDP")
