@@ -1,8 +1,8 @@
-"""NaFlex towers in training: precisions, checkpointing, compilation, sharding, groups of layers, intermediate features."""
+"""NaFlex towers in training: precisions, checkpointing, compilation, sharding, groups of layers."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 
 import tiny_clip
 from gloo_ranks import run_ranks
+from naflex_cases import GRIDS, SIZES, VARIANTS, assert_equal, features_and_gradients, make_images, make_tower
+from open_clip.deferred_init import DeferredInit
 from open_clip.model import CLIP
 from open_clip.packed_patches import pack_patches
 from open_clip.precision import set_precision
-from test_naflex_tower import GRIDS, SIZES, VARIANTS, assert_equal, features_and_gradients, make_images, make_tower
 from training import build, compilation, ranks
 from training.params import DistributedConfig
 from training.precision import Precision
@@ -79,6 +80,7 @@ def test_checkpointing_changes_no_gradient(variant):
         assert len(calls) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gap", "rope"])
 def test_blocks_compile_once_for_all_lengths(variant):
     tower, reference = make_tower(variant), make_tower(variant)
@@ -101,13 +103,16 @@ def test_locks_and_layer_groups(pool_variant):
     groups = tower.layer_groups()
     assert [name for name, _ in groups][:3] == ["embeddings", "layer.0", "layer.1"]
     assert groups[-1][0] == "proj"
-    in_groups = [p for _, members in groups for m in members for p in ([m] if isinstance(m, torch.Tensor) else m.parameters())]
+    in_groups: list[torch.Tensor] = []
+    for member in (member for _, members in groups for member in members):
+        in_groups += [member] if isinstance(member, torch.Tensor) else list(member.parameters())
     assert len(in_groups) == len(set(map(id, in_groups))) == len(list(tower.parameters()))
     tower.lock()
     assert all(not p.requires_grad for p in tower.trunk.parameters())
     for form in FORMS:
         tower(form(make_images(GRIDS))).sum().backward()
-    tower.lock(unlocked_groups=2)
+    tower = make_tower(pool_variant)
+    tower.lock(unlocked_groups=len(groups) - 3)  # all but the embeddings, the first block, and the head
     trainable = {name for name, p in tower.named_parameters() if p.requires_grad}
     assert any(name.startswith("trunk.blocks.1.") for name in trainable)
     assert not any(name.startswith(("trunk.embeds.", "trunk.blocks.0.")) for name in trainable)
@@ -150,9 +155,11 @@ def sharded_features(rank: int, size: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     world = ranks.world()
     for kind in ("ddp", "fsdp"):
-        model = make_clip("rope_and_learned").train()
         config = DistributedConfig(fsdp=kind == "fsdp")
-        build.shard(model, config, world, Precision("fp32", CPU), None)
+        deferred = DeferredInit(smallest=1000) if config.fsdp else None
+        with contextlib.nullcontext() if deferred is None else deferred.recording():
+            model = make_clip("rope_and_learned").train()
+        build.shard(model, config, world, Precision("fp32", CPU), deferred)
         if kind == "fsdp":
             result["blocks"] = sum(is_sharded(p) for p in model.visual.trunk.blocks[0].parameters())
             assert type(model.visual.trunk.blocks[0]).__name__.startswith("FSDP")
@@ -160,8 +167,9 @@ def sharded_features(rank: int, size: int) -> dict[str, Any]:
         grids = GRIDS[:2] if rank == 0 else GRIDS[2:4]
         for number, form in enumerate(FORMS[:2]):
             wrapped.zero_grad()
-            output = wrapped(form(make_images(grids)), torch.full((2, 8), 29))
-            (output["image_features"].sum(dim=1) * torch.tensor([1.0, 2.0])).sum().backward(retain_graph=False)
+            output = wrapped(form(make_images(grids)), torch.tensor([[1, 2, 29, 0], [3, 29, 0, 0]]))
+            logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
+            (logits * torch.tensor([[1.0, 2.0], [-1.0, 3.0]])).sum().backward()
             gradient = model.visual.trunk.blocks[1].mlp.fc1.weight.grad
             position = model.visual.trunk.embeds.pos_embed.grad
             result[f"{kind} {number}"] = output["image_features"].detach()

@@ -7,8 +7,10 @@ every device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +86,17 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+@contextlib.contextmanager
+def _constant() -> Iterator[None]:
+    """Context for tensors on the CPU that are kept and used in any other context."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 @functools.lru_cache(maxsize=4096)
 def axis_matrix(old: int, new: int, interpolation: Interpolation, device: torch.device) -> Tensor:
     """Return the matrix that interpolates `old` values to `new` ones, float32 [new, old]."""
-    with torch.inference_mode(False), torch.no_grad():
+    with _constant():
         basis = torch.eye(old, device="cpu")
         if interpolation.mode == "linear":
             matrix = F.interpolate(basis[None], size=new, mode="linear", align_corners=interpolation.align_corners)[0].T
@@ -105,7 +114,7 @@ def axis_matrix(old: int, new: int, interpolation: Interpolation, device: torch.
 @functools.lru_cache(maxsize=256)
 def patch_matrix(old: tuple[int, int], new: tuple[int, int], mode: str, device: torch.device) -> Tensor:
     """Return the pseudo-inverse of the resizing of patches, float32 [old pixels, new pixels]."""
-    with torch.inference_mode(False), torch.no_grad():
+    with _constant():
         basis = torch.eye(old[0] * old[1], device="cpu").reshape(-1, 1, *old)
         resized = F.interpolate(basis, size=new, mode=mode, antialias=True, align_corners=False)
         return torch.linalg.pinv(resized.flatten(1).T).to(device)

@@ -289,6 +289,11 @@ class NaFlexTower(TimmModel):
                 resized = resize_axis(table[0], target.shape[1], target.shape[1])
             state_dict[key] = resized[None].to(table.dtype)
 
+    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Compute the outputs of the blocks, see TimmModel. Those of patches have the format "NLC", with padding."""
+        images: Any = x.padded() if isinstance(x, PackedPatches) else x
+        return super().forward_intermediates(images, *args, **kwargs)
+
     def _image_features(self, tokens: Any, images: Any) -> Tensor:
         valid = images["patch_valid"] if isinstance(images, Mapping) else None
         return self.head(self.trunk.forward_head(tokens, patch_valid=valid))
