@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model, Siglip2Tokenizer
 
 import main_models
 import open_clip
@@ -117,6 +117,19 @@ def test_a_folder_of_transformers(tmp_path, act):
     assert ours.logit_bias is not None
 
 
+def test_ids_of_texts(tmp_path):
+    """The tokenizer of transformers' SigLIP 2 keeps punctuation, unlike that of the main branch's models."""
+    siglip2().save_pretrained(tmp_path)
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz,!?"]
+    ids = {piece: number for number, piece in enumerate(vocabulary)}
+    theirs = Siglip2Tokenizer(vocab=ids, merges=[], padding_side="right")
+    theirs.save_pretrained(tmp_path)
+    texts = ["A dog, no cat!", "two CATS", ""]
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=12, return_tensors="pt").input_ids
+    assert vocabulary.index(",") in expected[0]
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts), expected)
+
+
 @needs_towers
 def test_a_repository_on_the_hub(tmp_path, hub):
     theirs = siglip2()
@@ -142,8 +155,9 @@ def test_the_configuration_of_the_published_models():
         "image_size": 256,
         "image_seq_len": 256,
     }
-    tokenizer = {"hf_tokenizer_name": bundled["text_cfg"]["hf_tokenizer_name"]}
+    tokenizer = {key: bundled["text_cfg"][key] for key in ("hf_tokenizer_name", "tokenizer_kwargs")}
     assert converted["text_cfg"] | tokenizer == bundled["text_cfg"] | {"mlp_ratio": 4.0}
+    assert converted["text_cfg"]["tokenizer_kwargs"] == {"clean": "lower"}
     assert {key: converted[key] for key in ("embed_dim", "init_logit_bias", "custom_text")} == {
         key: bundled[key] for key in ("embed_dim", "init_logit_bias", "custom_text")
     }

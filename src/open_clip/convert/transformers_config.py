@@ -167,7 +167,7 @@ def _siglip_model_cfg(config: Mapping[str, Any], text: Config, vision: Config, s
     text_cfg = {
         "context_length": text["max_position_embeddings"],
         "vocab_size": text["vocab_size"],
-        "tokenizer_kwargs": {"clean": "canonicalize"},
+        "tokenizer_kwargs": {"clean": "lower" if is_naflex else "canonicalize"},  # as their tokenizers
         **_sizes(text),
         "heads": text["num_attention_heads"],
         "no_causal_mask": True,

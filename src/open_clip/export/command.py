@@ -244,10 +244,16 @@ def _describe_options(options: argparse.Namespace) -> tuple[dict[str, Any], int]
         "model": options.model,
         "pretrained": options.pretrained,
         "precision": options.precision,
-        "tokenizer": text_cfg.get("hf_tokenizer_name") or "clip",
+        "tokenizer": _name_tokenizer(text_cfg),
         "tokenizer_kwargs": text_cfg.get("tokenizer_kwargs") or {},
     }
     return description, options.context_length or text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
+
+
+def _name_tokenizer(text_cfg: dict[str, Any]) -> str:
+    if text_cfg.get("tokenizer_type") == "tiktoken":
+        return f"tiktoken:{text_cfg.get('tiktoken_name') or 'cl100k_base'}"
+    return text_cfg.get("hf_tokenizer_name") or "clip"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

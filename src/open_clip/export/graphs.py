@@ -54,11 +54,11 @@ def build_towers(
     tokens = context_length or default_context_length(model)
 
     def texts(count: int) -> torch.Tensor:
-        """Return random ids with the end of text (the highest id) at a random position, followed by padding."""
+        """Return random ids with the end of text at a random position, followed by padding."""
         ids = torch.randint(1, model.vocab_size - 1, (count, tokens), generator=generator)
         ends = torch.randint(1, tokens, (count, 1), generator=generator)
         positions = torch.arange(tokens)
-        ids = ids.masked_fill(positions == ends, model.vocab_size - 1)
+        ids = ids.masked_fill(positions == ends, _end_id(model))
         return ids.masked_fill(positions > ends, _pad_id(model)).to(device)
 
     return [
@@ -99,6 +99,13 @@ def default_context_length(model: Any) -> int:
     """Return the number of tokens of a text. Hugging Face towers state a maximum, which no tokenizer here uses."""
     is_hugging_face = hasattr(getattr(model, "text", None), "config")
     return min(model.context_length, DEFAULT_CONTEXT_LENGTH) if is_hugging_face else model.context_length
+
+
+def _end_id(model: Any) -> int:
+    """Return the id that text towers pool at: the highest, unless they look for an end of text."""
+    text = getattr(model, "text", model)
+    end = getattr(text, "eos_id", None)
+    return model.vocab_size - 1 if end is None or getattr(text, "pool_type", None) != "eos" else end
 
 
 def _pad_id(model: Any) -> int:
