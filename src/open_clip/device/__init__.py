@@ -19,7 +19,11 @@ from .ops import gelu as gelu
 from .ops import layer_norm as layer_norm
 from .ops import packed_attention as packed_attention
 from .ops import quick_gelu as quick_gelu
+from .ops import rms_norm as rms_norm
+from .ops import rotary as rotary
 from .ops import softplus as softplus
+from .ops import swiglu as swiglu
+from .ops import swiglu_linear as swiglu_linear
 from .ops import use_fused_ops as use_fused_ops
 from .table import DEVICES as DEVICES
 from .table import as_asked as as_asked

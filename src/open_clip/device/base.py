@@ -16,8 +16,7 @@ from . import npu_loading as npu_loading  # before torch
 import torch  # isort: skip
 import torch.nn.functional as F
 
-from . import packed_attention as packed
-from . import peaks
+from . import packed, peaks
 
 
 class AttentionInputs(NamedTuple):
@@ -273,6 +272,24 @@ class Device:
         """Compute layer norm, with statistics in float32 under autocast. Return the dtype of `x`."""
         return F.layer_norm(x, normalized_shape, weight, bias, eps).to(x.dtype)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `ops.rms_norm`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
+
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """See `ops.rotary`."""
+        return elementary_rotary(x, cos, sin)
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        """See `ops.swiglu`."""
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate)
+
+    def swiglu_linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `ops.swiglu_linear`."""
+        return self.swiglu(F.linear(x, weight, bias))
+
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
 
@@ -294,7 +311,11 @@ class Device:
 
     def packed_attention(self, inputs: packed.PackedInputs) -> torch.Tensor:
         """See `ops.packed_attention`."""
-        return packed.by_sequence(inputs)
+
+        def attend(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
+            return self.attention(AttentionInputs(query, key, value, mask, 0.0, is_causal, scale))
+
+        return packed.in_buckets(inputs, attend)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """Create a profiler that traces `active` steps once and writes them for TensorBoard.
@@ -325,6 +346,20 @@ def _has_command(*names: str) -> bool:
     return any(shutil.which(name) for name in names)
 
 
+def elementary_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute `ops.rms_norm` with elementary operators."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def elementary_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Compute `ops.rotary` with elementary operators."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (table.to(dtype)[..., None, ::2] for table in (cos, sin))
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
 def elementary_attention(inputs: AttentionInputs) -> torch.Tensor:
     """Compute `ops.attention` with elementary operators."""
     query, key, value = _split_inputs(inputs)
@@ -339,6 +374,18 @@ def elementary_attention(inputs: AttentionInputs) -> torch.Tensor:
         scores = scores + attn_mask
     out = F.dropout(scores.softmax(dim=-1), inputs.dropout_p) @ value
     return out if inputs.num_heads is None else merge_heads(out)
+
+
+def elementary_attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """Compute `elementary_attention`, in the form of packed_attention.Attend."""
+    return elementary_attention(AttentionInputs(query, key, value, mask, 0.0, is_causal, scale))
 
 
 def _split_inputs(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

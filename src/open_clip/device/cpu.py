@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import packed
 from .base import Device
 
 
@@ -93,3 +94,6 @@ class CpuDevice(Device):
         above_one = exponential + 1
         correction = exponential.sub_(above_one - 1).div_(above_one)
         return x.clamp_min(0).add_(above_one.log_()).add_(correction)
+
+    def packed_attention(self, inputs: packed.PackedInputs) -> torch.Tensor:
+        return packed.by_sequence(inputs)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 
-from . import npu_loading, peaks
+from . import npu_loading, packed, peaks
 from .base import Device
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_CAPABILITY = (8, 0)
+_FLASH_HEAD_DIM = 256
 
 
 class CudaDevice(Device):
@@ -68,3 +76,45 @@ class CudaDevice(Device):
     def set_fast_matmul(self, enabled: bool) -> None:
         torch.set_float32_matmul_precision("high" if enabled else "highest")
         torch.backends.cudnn.allow_tf32 = enabled
+
+    def packed_attention(self, inputs: packed.PackedInputs) -> torch.Tensor:
+        # flex_attention is not used: without torch.compile it builds all scores, and its block masks depend on the
+        # lengths, so each batch would need new ones.
+        varlen_attention = find_varlen_attention()
+        if varlen_attention is None or not self._takes_packed(inputs):
+            return super().packed_attention(inputs)
+        segments, kv_segments = inputs.segments, inputs.kv_segments
+        return varlen_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            segments.offsets,
+            kv_segments.offsets,
+            segments.max_length,
+            kv_segments.max_length,
+            scale=inputs.scale,
+            window_size=(-1, 0) if inputs.is_causal else (-1, -1),
+        )
+
+    def _takes_packed(self, inputs: packed.PackedInputs) -> bool:
+        """Return whether flash attention supports these inputs, by its README."""
+        head_dim = inputs.query.shape[-1]
+        return (
+            inputs.query.dtype in _FLASH_DTYPES
+            and inputs.query.dtype == inputs.key.dtype == inputs.value.dtype
+            and inputs.key.shape == inputs.value.shape
+            and head_dim % 8 == 0
+            and head_dim <= _FLASH_HEAD_DIM
+            and not torch.are_deterministic_algorithms_enabled()
+            and self.module.get_device_capability(inputs.query.device) >= _FLASH_CAPABILITY
+        )
+
+
+@functools.cache
+def find_varlen_attention() -> Callable[..., torch.Tensor] | None:
+    """Return torch.nn.attention.varlen.varlen_attn, or None if this torch lacks it or its needed arguments."""
+    try:
+        found = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return found if {"scale", "window_size"} <= inspect.signature(found).parameters.keys() else None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import torch_versions
-from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, peaks
+from . import npu_adamw, npu_attention, npu_loading, npu_ops, npu_scaler, packed, peaks
 from .base import AttentionInputs, Device, elementary_attention, exact_gelu
 
 _RESULT = r"(?:error code is|runtime result =) ?"  # precedes a code in messages of torch_npu and of CANN
@@ -267,7 +267,11 @@ class NpuDevice(Device):
 
     def fused_ops(self, index: int | None = None) -> dict[str, str | None]:
         device = torch.device(self.type, index or 0)
-        return {name: npu_ops.find_failure(name, device, torch.float16) for name in npu_ops.FUSED_OPS}
+        half = torch.float16
+        return {
+            name: npu_ops.find_failure(name, device, half if half in op.dtypes else op.dtypes[0])
+            for name, op in npu_ops.FUSED_OPS.items()
+        }
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
         if not npu_ops.is_usable("npu_fast_gelu", x.device, x.dtype):
@@ -295,6 +299,43 @@ class NpuDevice(Device):
         if is_fused:
             return npu_attention.attend(self.library, cast)
         return elementary_attention(cast) if npu_attention.fails_in_torch(cast) else super().attention(inputs)
+
+    def packed_attention(self, inputs: packed.PackedInputs) -> torch.Tensor:
+        is_fused = npu_attention.takes_packed(inputs) and npu_ops.is_usable(
+            "npu_fusion_attention of packed sequences", inputs.query.device, inputs.query.dtype
+        )
+        return npu_attention.attend_packed(self.library, inputs) if is_fused else super().packed_attention(inputs)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        # The kernel computes in float32. Its page asks for one dtype; float32 weights with half precision are tried.
+        is_mixed = weight.dtype == torch.float32 != x.dtype
+        if is_mixed and npu_ops.is_usable("npu_rms_norm with float32 weights", x.device, x.dtype):
+            return self.library.npu_rms_norm(x, weight, eps)[0]
+        if not npu_ops.is_usable("npu_rms_norm", x.device, x.dtype):
+            return super().rms_norm(x, weight, eps)
+        return self.library.npu_rms_norm(x, weight.to(x.dtype), eps)[0]
+
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        # In float32: the kernel needs tables of the dtype of `x`, and op-plugin rounds others to it.
+        if not npu_ops.takes_rotary(x) or not npu_ops.is_usable("npu_rotary_mul", x.device, torch.float32):
+            return super().rotary(x, cos, sin)
+        return npu_ops.rotate_pairs(self.library, x.float(), cos.float(), sin.float()).to(x.dtype)
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        if not npu_ops.is_usable("npu_swiglu", x.device, x.dtype):
+            return super().swiglu(x)
+        return self.library.npu_swiglu(x.roll(x.shape[-1] // 2, -1), dim=-1)  # the kernel needs the gate first
+
+    def swiglu_linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # The kernel needs the gate first. Swapping the halves of the weights costs less than those of the result.
+        is_cast = torch.is_autocast_enabled(self.type)
+        dtype = torch.get_autocast_dtype(self.type) if is_cast else x.dtype
+        if not npu_ops.is_usable("npu_swiglu", x.device, dtype):
+            return super().swiglu_linear(x, weight, bias)
+        size = len(weight) // 2
+        weight = weight.to(dtype).roll(size, 0)
+        bias = None if bias is None else bias.to(dtype).roll(size, 0)
+        return self.library.npu_swiglu(F.linear(x, weight, bias), dim=-1)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """See the base class. `level` is also that of torch_npu.profiler.ProfilerLevel.

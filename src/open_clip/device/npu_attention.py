@@ -3,22 +3,26 @@
 F.scaled_dot_product_attention calls the same kernel with additional operators: op-plugin creates a 2048 x 2048 mask for
 each causal call and inverts bool masks in each layer (ScaledDotProductAttentionKernelNpuOpApi.cpp), and the output has
 heads before tokens, so it must be copied for the output projection. This module avoids them. Its limits are from
-op-plugin's page torch_npu-npu_fusion_attention.md and CANN's aclnn_flash_attention_score.cpp.
+op-plugin's page torch_npu-npu_fusion_attention.md and CANN's aclnn_flash_attention_score.cpp; those of packed sequences
+(layout TND) also from CANN's page aclnnFlashAttentionVarLenScore.md.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .base import AttentionInputs
+from .packed import PackedInputs
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEADS = 256
 _MAX_HEAD_DIM = 512  # 768 in newer versions of CANN
 _MAX_TOKENS = 2**20
+_MAX_SEQUENCES = 1024  # packed sequences per launch
 _COMPRESSED = 2048  # side of the mask that the kernel needs for causal attention of any length
 _LEFT_UP_CAUSAL = 2  # sparse_mode: causal, aligned with the upper left corner of the scores
 _ROWS_MAY_BE_HIDDEN = 2  # inner_precise: a query whose keys are all hidden gets zeros, as on other devices
@@ -92,6 +96,64 @@ def attend(library: Any, inputs: AttentionInputs) -> torch.Tensor:
     keep_prob = 1.0 - dropout_p
     output = library.npu_fusion_attention(query, key, value, heads, layout, scale=scale, keep_prob=keep_prob, **options)
     return output[0].transpose(1, 2) if layout == "BSND" else output[0]
+
+
+def takes_packed(inputs: PackedInputs) -> bool:
+    """Return whether the kernel supports these packed sequences."""
+    query, key, value, segments, kv_segments = inputs[:5]
+    _, heads, head_dim = query.shape
+    return (
+        query.dtype in _DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape
+        and key.shape[1:] == query.shape[1:]
+        and 0 < heads <= _MAX_HEADS
+        and 0 < head_dim <= _MAX_HEAD_DIM
+        and segments.max_length <= _MAX_TOKENS
+        and kv_segments.max_length <= _MAX_TOKENS
+    )
+
+
+def attend_packed(library: Any, inputs: PackedInputs) -> torch.Tensor:
+    """Compute `ops.packed_attention` for inputs that the kernel takes (`takes_packed`).
+
+    The kernel reads the lengths on the host and computes only the blocks on the diagonal. There is no mask, or the
+    shared causal one.
+
+    Args:
+        library: torch_npu.
+        inputs: as in ops.packed_attention.
+    """
+    query, key, value, segments, kv_segments, is_causal, scale = inputs
+    heads, head_dim = query.shape[1:]
+    options: dict[str, Any] = {"scale": head_dim**-0.5 if scale is None else scale}
+    if is_causal:
+        options |= {"atten_mask": _causal_mask(query.device), "next_tockens": 0, "sparse_mode": _LEFT_UP_CAUSAL}
+    outputs = []
+    for start, end in _launches(segments.ends, kv_segments.ends):
+        (first, ends), (kv_first, kv_ends) = (_part(found.ends, start, end) for found in (segments, kv_segments))
+        part = query.narrow(0, first, ends[-1]), *(x.narrow(0, kv_first, kv_ends[-1]) for x in (key, value))
+        output = library.npu_fusion_attention(
+            *part, heads, "TND", actual_seq_qlen=ends, actual_seq_kvlen=kv_ends, **options
+        )
+        outputs.append(output[0])
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _launches(ends: tuple[int, ...], kv_ends: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Split sequences into ranges (first, last + 1) within the limits of one launch: 1024 sequences and 2^20 tokens."""
+    start, base, kv_base = 0, 0, 0
+    for index, (end, kv_end) in enumerate(zip(ends, kv_ends, strict=True)):
+        if index - start == _MAX_SEQUENCES or max(end - base, kv_end - kv_base) > _MAX_TOKENS:
+            yield start, index
+            start, base, kv_base = index, ends[index - 1], kv_ends[index - 1]
+    yield start, len(ends)
+
+
+def _part(ends: tuple[int, ...], start: int, end: int) -> tuple[int, list[int]]:
+    """Return the first token of the sequences from `start` to `end`, and where each ends, counted from that token."""
+    first = ends[start - 1] if start else 0
+    return first, [last - first for last in ends[start:end]]
 
 
 def _causal_mask(device: torch.device) -> torch.Tensor:

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
-from . import packed_attention as packed
-from .base import AttentionInputs, Device, elementary_attention, exact_gelu
+from ..utils import has_hooks
+from . import packed, packed_graph
+from .base import AttentionInputs, Device, elementary_attend, elementary_attention, elementary_rms_norm, exact_gelu
 from .segments import Segments
 from .table import DEVICES
 
@@ -71,6 +73,42 @@ def layer_norm(
     return _device_of(x).layer_norm(x, normalized_shape, weight, bias, eps)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    It is computed in float32 for half precision. The result has the dtype of `x`, also under autocast.
+    """
+    return _device_of(x).rms_norm(x, weight, eps) if _fused_ops else elementary_rms_norm(x, weight, eps)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the adjacent pairs (2i, 2i+1) of each head: rotary position embedding (RoFormer, arXiv 2104.09864).
+
+    It is computed in float32 for half precision. Queries and keys can be rotated in one call, as additional heads.
+
+    Args:
+        x: [..., tokens, heads, head_dim].
+        cos, sin: float32 [tokens, head_dim], or [..., tokens, head_dim] if they differ between sequences. Each value is
+            there twice, for the two numbers of its pair.
+
+    Returns:
+        The rotated `x`, in its dtype.
+    """
+    return _device_of(x).rotary(x, cos, sin)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """Compute a * silu(g) with [a, g] = x.chunk(2, -1) (arXiv 2002.05202)."""
+    return _device_of(x).swiglu(x)
+
+
+def swiglu_linear(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """Compute swiglu(linear(x)). If `linear` is a plain nn.Linear, NPUs need fewer operators than for the two calls."""
+    if type(linear) is nn.Linear and not has_hooks(linear):
+        return _device_of(x).swiglu_linear(x, linear.weight, linear.bias)
+    return swiglu(linear(x))
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,5 +151,18 @@ def packed_attention(
 
     `open_clip.packing.attention` explains the arguments.
     """
+    query, key, value = (_autocast(x) for x in (query, key, value))
     inputs = packed.PackedInputs(query, key, value, segments, kv_segments or segments, is_causal, scale)
+    if not _fused_ops:
+        return packed.by_sequence(inputs, elementary_attend)
+    if torch.compiler.is_compiling():
+        return packed_graph.packed_attention(inputs)
     return _device_of(query).packed_attention(inputs)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """Cast to the dtype of autocast, for operators that autocast does not know."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Segments:
 
     Attributes:
         lengths: number of tokens of each sequence.
+        ends: where each sequence ends.
         total: number of all tokens, T.
         max_length: number of tokens of the longest sequence.
         host_offsets: int64 [B + 1], always on the CPU: `offsets`.
@@ -29,11 +31,13 @@ class Segments:
 
     def __init__(self, lengths: tuple[int, ...], host_offsets: Tensor, indices: Tensor, offsets: Tensor) -> None:
         self.lengths = lengths
+        self.ends = tuple(itertools.accumulate(lengths))
         self.total = sum(lengths)
         self.max_length = max(lengths)
         self.host_offsets = host_offsets
         self.sequence, self.position, self.by_length = indices.split((self.total, self.total, len(lengths)))
         self.offsets = offsets
+        self.layouts: dict[tuple[int, ...], Any] = {}  # what packed.in_buckets needs, by the lengths of the queries
         self._indices = indices
         self._single: Segments | None = None
 
@@ -66,6 +70,15 @@ class Segments:
         position = torch.arange(len(sequence)) - offsets[:-1].repeat_interleave(counts)
         indices = torch.cat([sequence, position, counts.argsort(stable=True)])
         return cls(found, offsets, indices, offsets.to(torch.int32))
+
+    @classmethod
+    def of_tensors(cls, host_offsets: Tensor, indices: Tensor, offsets: Tensor) -> Segments:
+        """Create segments from their `tensors()`."""
+        return cls(tuple(host_offsets.diff().tolist()), host_offsets, indices, offsets)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return everything as tensors, for operators in a graph. The first is on the CPU."""
+        return self.host_offsets, self._indices, self.offsets
 
     def __len__(self) -> int:
         return len(self.lengths)
