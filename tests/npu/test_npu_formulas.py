@@ -123,8 +123,8 @@ def test_fusion_attention_with_fewer_heads_of_keys() -> None:
 
 
 def test_an_operator_without_a_formula_raises() -> None:
-    with pytest.raises(RuntimeError, match="npu_rotary_mul has no formula"):
-        torch_npu.npu_rotary_mul(*(torch.ones(1, 2, 4, 8, device=NPU) for _ in range(3)))
+    with pytest.raises(RuntimeError, match="npu_interleave_rope has no formula"):
+        torch_npu.npu_interleave_rope(*(torch.ones(1, 1, 4, 64, device=NPU) for _ in range(3)))
 
 
 def test_half_precision_products_are_summed_in_float32() -> None:

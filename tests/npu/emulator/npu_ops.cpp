@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <functional>
 #include <limits>
 
@@ -192,6 +193,105 @@ Tensor geluBackward(const Tensor& grad, const Tensor& input, c10::string_view ap
   return at::gelu_backward(grad.to(at::kFloat), input.to(at::kFloat), approximate).to(input.scalar_type());
 }
 
+// npu_rms_norm: in fp32 also for half precision, with one fp32 number per row for the backward pass. The gradient of the
+// weights is fp32 (CANN: aclnnRmsNorm.md, aclnnRmsNormGrad.md).
+void checkRmsNorm(const Tensor& x, const Tensor& gamma) {
+  TORCH_CHECK(gamma.dim() > 0 && gamma.dim() <= x.dim() && gamma.sizes() == x.sizes().slice(x.dim() - gamma.dim()),
+              "emulated npu_rms_norm: gamma of ", gamma.sizes(), " for an input of ", x.sizes());
+  for (const auto& tensor : {x, gamma})
+    TORCH_CHECK(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16,
+                "emulated npu_rms_norm: it takes fp16, bf16 and fp32, not ", tensor.scalar_type());
+}
+std::vector<int64_t> lastDimensions(const Tensor& gamma) {
+  std::vector<int64_t> dimensions;
+  for (int64_t i = 1; i <= gamma.dim(); i++) dimensions.push_back(-i);
+  return dimensions;
+}
+std::tuple<Tensor, Tensor> rmsNorm(const Tensor& input, const Tensor& gamma, double epsilon) {
+  checkRmsNorm(input, gamma);
+  const auto x = input.to(at::kFloat);
+  const auto rstd = (x.square().mean(lastDimensions(gamma), true) + epsilon).rsqrt();
+  return {(x * rstd * gamma.to(at::kFloat)).to(input.scalar_type()), rstd};
+}
+std::tuple<Tensor, Tensor> rmsNormBackward(const Tensor& grad, const Tensor& input, const Tensor& gamma,
+                                           const Tensor& rstd) {
+  const auto normalized = input.to(at::kFloat) * rstd, dy = grad.to(at::kFloat);
+  const auto scaled = dy * gamma.to(at::kFloat);
+  const auto dx = (scaled - normalized * (scaled * normalized).mean(lastDimensions(gamma), true)) * rstd;
+  return {dx.to(input.scalar_type()), (dy * normalized).reshape({-1, gamma.numel()}).sum(0).view(gamma.sizes())};
+}
+
+// npu_swiglu: silu of the first half times the second half
+Tensor swiglu(const Tensor& input, int64_t dim) {
+  TORCH_CHECK(input.size(dim) % 2 == 0, "emulated npu_swiglu: an odd size, ", input.size(dim));
+  const auto halves = input.to(at::kFloat).chunk(2, dim);
+  return (at::silu(halves[0]) * halves[1]).to(input.scalar_type());
+}
+Tensor swigluBackward(const Tensor& grad, const Tensor& input, int64_t dim) {
+  const auto halves = input.to(at::kFloat).chunk(2, dim);
+  const auto dy = grad.to(at::kFloat), sigmoid = at::sigmoid(halves[0]);
+  const auto slope = sigmoid * (1 + halves[0] * (1 - sigmoid));
+  return at::cat({dy * halves[1] * slope, dy * halves[0] * sigmoid}, dim).to(input.scalar_type());
+}
+
+// npu_rotary_mul: r1 * x + r2 * (x with each pair (a, b) replaced by (-b, a)). The pairs are those of the halves (mode
+// "half") or adjacent (mode "interleave"). What it refuses: op-plugin's torch_npu-npu_rotary_mul.md. op-plugin casts the
+// tables to the dtype of x. Boxed, because the schemas of torch_npu 2.9 and 2.13 differ.
+constexpr int64_t kMaxRotaryDim = 896, kMaxRotaryHeads = 1000;
+
+Tensor rotatePairs(const Tensor& x, bool adjacent) {
+  if (adjacent) {
+    const auto pairs = x.unflatten(-1, {-1, 2});
+    return at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
+  }
+  const auto halves = x.chunk(2, -1);
+  return at::cat({-halves[1], halves[0]}, -1);
+}
+bool isAdjacent(c10::string_view mode) {
+  TORCH_CHECK(mode == "half" || mode == "interleave", "emulated npu_rotary_mul: no rotary_mode ", mode);
+  return mode == "interleave";
+}
+void checkRotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool adjacent) {
+  TORCH_CHECK(x.dim() == 4 && cos.dim() == 4 && cos.sizes() == sin.sizes(), "emulated npu_rotary_mul: it takes 4 dimensions");
+  TORCH_CHECK(x.size(3) < kMaxRotaryDim && x.size(3) % 2 == 0 && cos.size(3) == x.size(3),
+              "emulated npu_rotary_mul: head dim ", x.size(3));
+  if (!adjacent) return;
+  int64_t heads = 1, tokens = 0;
+  for (int64_t i = 0; i < 3; i++) {
+    if (cos.size(i) == 1) {
+      heads *= x.size(i);
+    } else {
+      tokens++;
+      TORCH_CHECK(cos.size(i) == x.size(i), "emulated npu_rotary_mul: tables of ", cos.sizes());
+    }
+  }
+  TORCH_CHECK(tokens <= 1 && heads < kMaxRotaryHeads, "emulated npu_rotary_mul: tables of ", cos.sizes(),
+              " for an input of ", x.sizes());
+}
+void rotaryMul(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t base = stack->size() - op.schema().arguments().size();
+  const auto x = (*stack)[base].toTensor();
+  const auto cos = (*stack)[base + 1].toTensor().to(x.scalar_type()), sin = (*stack)[base + 2].toTensor().to(x.scalar_type());
+  const bool adjacent = isAdjacent((*stack)[base + 3].toStringView());
+  checkRotary(x, cos, sin, adjacent);
+  const auto wide = x.to(at::kFloat);
+  const auto output = wide * cos.to(at::kFloat) + rotatePairs(wide, adjacent) * sin.to(at::kFloat);
+  stack->resize(base);
+  stack->emplace_back(output.to(x.scalar_type()));
+}
+void rotaryMulBackward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t base = stack->size() - op.schema().arguments().size();
+  const auto dtype = (*stack)[base + 1].toTensor().scalar_type();
+  const auto wide = [&](size_t i) { return (*stack)[base + i].toTensor().to(at::kFloat); };
+  const auto grad = wide(0), x = wide(1), cos = wide(2), sin = wide(3);
+  const bool adjacent = isAdjacent((*stack)[base + 4].toStringView());
+  const auto dx = grad * cos - rotatePairs(grad * sin, adjacent);  // the rotation of pairs is its own negative transpose
+  const auto dcos = (grad * x).sum_to_size(cos.sizes());
+  const auto dsin = (grad * rotatePairs(x, adjacent)).sum_to_size(sin.sizes());
+  stack->resize(base);
+  for (const auto& gradient : {dx, dcos, dsin}) stack->emplace_back(gradient.to(dtype));
+}
+
 // The float status operators (op_plugin/ops/aclops/FloatStatusKernelNpu.cpp). On chips with saturation mode the status is
 // written into the argument, which is returned; on later chips it is always clear.
 constexpr int64_t kFloatStatusSize = 8;
@@ -210,21 +310,27 @@ Tensor clearFloatStatus(const Tensor&, int64_t) {
 // and torch_npu-npu_fusion_attention.md, CANN's aclnn_flash_attention_score.cpp). Its mask is the opposite of PyTorch's:
 // True is hidden. sparse_mode 2 is causal with the diagonal from the upper left corner, 3 from the lower right; both
 // take a compressed mask of 2048 x 2048 and ignore its values here. Without a mask, sparse_mode has no effect.
+// Layout TND: packed sequences, of which actual_seq_qlen and actual_seq_kvlen give the ends (aclnnFlashAttentionVarLenScore).
 // Not emulated: CANN copies inputs that are not contiguous (three kernels in each direction, which no counter here sees).
 enum { kDefaultMask = 0, kAllMask = 1, kSparseCausalUpperLeft = 2, kSparseCausalLowerRight = 3, kPrefixCompress = 6 };
 constexpr int64_t kCompressed = 2048, kMaxHeads = 256, kMaxHeadDim = 768;
+constexpr int64_t kMaxPackedHeadDim = 512, kMaxSequences = 1024, kMaxPackedTokens = 1 << 20;
 constexpr int64_t kHiddenRowsAreZero = 2;  // inner_precise; sparse_mode 3 sets it
 constexpr float kHidden = std::numeric_limits<float>::lowest();  // a hidden score: finite, as in the kernel
 
 struct AttentionArguments {
   int64_t heads;
-  c10::string_view layout;  // BNSD, BSND, BSH, SBH
+  c10::string_view layout;  // BNSD, BSND, BSH, SBH, TND
   double scale;
   double keepProbability;
   int64_t innerPrecise;
   int64_t sparseMode;
   int64_t seed;  // of dropout
+  std::vector<int64_t> queryEnds, keyEnds;  // of packed sequences
 };
+std::vector<int64_t> endsOf(at::OptionalIntArrayRef ends) {
+  return ends ? ends->vec() : std::vector<int64_t>();
+}
 
 Tensor toBnsd(const Tensor& x, int64_t heads, c10::string_view layout) {
   if (layout == "BNSD") return x;
@@ -244,9 +350,38 @@ int64_t keyHeads(const Tensor& key, int64_t headDim, c10::string_view layout) {
   return key.size(2) / headDim;
 }
 
+void checkPacked(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
+                 const AttentionArguments& arguments) {
+  const auto check = [](bool holds, const auto&... text) { TORCH_CHECK(holds, "emulated npu_fusion_attention: TND ", text...); };
+  for (const auto& x : {query, key, value}) {
+    check(x.dim() == 3, "of ", x.dim(), " dimensions");
+    check(x.scalar_type() == query.scalar_type(), "of several dtypes");
+    check(x.size(0) > 0 && x.size(0) <= kMaxPackedTokens, "of ", x.size(0), " tokens");
+  }
+  check(query.scalar_type() == at::kFloat || query.scalar_type() == at::kHalf || query.scalar_type() == at::kBFloat16,
+        "of ", query.scalar_type());
+  check(key.sizes() == value.sizes() && key.size(2) == query.size(2), "with key and value of ", key.sizes(), ", ", value.sizes());
+  check(query.size(1) == arguments.heads && arguments.heads <= kMaxHeads && arguments.heads % key.size(1) == 0, "with ",
+        arguments.heads, " heads over ", key.size(1), " of keys");
+  check(query.size(2) <= kMaxPackedHeadDim, "with head dim ", query.size(2));
+  check(arguments.keepProbability == 1, "with dropout has no formula in npu_ops.cpp");
+  const auto &ends = arguments.queryEnds, &keyEnds = arguments.keyEnds;
+  check(!ends.empty() && ends.size() == keyEnds.size(), "needs actual_seq_qlen and actual_seq_kvlen of one length");
+  check(static_cast<int64_t>(ends.size()) <= kMaxSequences, "of ", ends.size(), " sequences");
+  check(ends.back() == query.size(0) && keyEnds.back() == key.size(0), "with ends ", ends.back(), " and ", keyEnds.back(),
+        " for ", query.size(0), " and ", key.size(0), " tokens");
+  check(std::is_sorted(ends.begin(), ends.end()) && std::is_sorted(keyEnds.begin(), keyEnds.end()), "needs ends, not lengths");
+  if (!isGiven(mask)) return;
+  check(mask->scalar_type() == at::kBool || mask->scalar_type() == at::kByte, "with a mask of ", mask->scalar_type());
+  check(arguments.sparseMode == kSparseCausalUpperLeft || arguments.sparseMode == kSparseCausalLowerRight,
+        "with a mask and sparse_mode ", arguments.sparseMode, " has no formula in npu_ops.cpp");
+  check(mask->sizes() == at::IntArrayRef({kCompressed, kCompressed}), "takes an atten_mask of 2048 x 2048, but got ", mask->sizes());
+}
+
 void checkAttention(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                     const AttentionArguments& arguments) {
   const auto layout = arguments.layout;
+  if (layout == "TND") return checkPacked(query, key, value, mask, arguments);
   const bool isOfHeads = layout == "BNSD" || layout == "BSND";
   TORCH_CHECK(isOfHeads || layout == "BSH" || layout == "SBH", "emulated npu_fusion_attention: no layout ", layout);
   for (const auto& x : {query, key, value}) {
@@ -287,8 +422,31 @@ void checkAttention(const Tensor& query, const Tensor& key, const Tensor& value,
 
 // (output, row maxima, row sums), the two last expanded to 8 as the kernel returns them
 std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
+                                          const AttentionArguments& arguments);
+
+// Each packed sequence alone, as a batch of one
+std::tuple<Tensor, Tensor, Tensor> attendPacked(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                MaybeTensor mask, const AttentionArguments& arguments) {
+  std::vector<Tensor> outputs, maxima, sums;
+  auto alone = arguments;
+  alone.layout = "BSND";
+  for (size_t i = 0; i < arguments.queryEnds.size(); i++) {
+    const auto part = [i](const Tensor& x, const std::vector<int64_t>& ends) {
+      return x.slice(0, i ? ends[i - 1] : 0, ends[i]).unsqueeze(0);
+    };
+    const auto q = part(query, arguments.queryEnds), k = part(key, arguments.keyEnds), v = part(value, arguments.keyEnds);
+    const auto [output, maximum, sum] = attend(q, k, v, mask, alone);
+    outputs.push_back(output[0]);
+    maxima.push_back(maximum[0].transpose(0, 1));
+    sums.push_back(sum[0].transpose(0, 1));
+  }
+  return {at::cat(outputs), at::cat(maxima), at::cat(sums)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                                           const AttentionArguments& arguments) {
   const auto layout = arguments.layout;
+  if (layout == "TND") return attendPacked(query, key, value, mask, arguments);
   const auto q = toBnsd(query, arguments.heads, layout).to(at::kFloat);
   const int64_t groups = keyHeads(key, q.size(3), layout);
   auto k = toBnsd(key, groups, layout).to(at::kFloat), v = toBnsd(value, groups, layout).to(at::kFloat);
@@ -344,10 +502,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attendBackward(const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, int64_t> fusionAttention(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t heads, c10::string_view layout, MaybeTensor pse,
     MaybeTensor, MaybeTensor mask, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise,
-    at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
-    c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
+    at::OptionalIntArrayRef, at::OptionalIntArrayRef queryEnds, at::OptionalIntArrayRef keyEnds, int64_t sparseMode, bool,
+    bool, c10::string_view, MaybeTensor, MaybeTensor, int64_t, int64_t) {
   TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention: there is no pse");
-  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawSeed(keepProbability)};
+  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawSeed(keepProbability),
+                                     endsOf(queryEnds), endsOf(keyEnds)};
   checkAttention(query, key, value, mask, arguments);
   auto [output, maximum, sum] = attend(query, key, value, mask, arguments);
   return {output, maximum, sum, at::empty({0}, query.options()), arguments.seed, 0, 0};
@@ -356,10 +515,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGrad(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad, int64_t heads,
     c10::string_view layout, MaybeTensor, MaybeTensor, MaybeTensor mask, MaybeTensor, MaybeTensor, MaybeTensor,
     MaybeTensor, double scale, double keepProbability, int64_t, int64_t, int64_t innerPrecise, int64_t seed, int64_t,
-    int64_t, at::OptionalIntArrayRef, at::OptionalIntArrayRef, at::OptionalIntArrayRef, int64_t sparseMode, bool, bool,
-    c10::string_view, MaybeTensor) {
+    int64_t, at::OptionalIntArrayRef, at::OptionalIntArrayRef queryEnds, at::OptionalIntArrayRef keyEnds,
+    int64_t sparseMode, bool, bool, c10::string_view, MaybeTensor) {
   return attendBackward(query, key, value, grad, mask,
-                        {heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed});
+                        {heads, layout, scale, keepProbability, innerPrecise, sparseMode, seed, endsOf(queryEnds), endsOf(keyEnds)});
 }
 
 // The same with lengths and seeds that are tensors: what torch_npu 2.13's scaled_dot_product_attention calls.
@@ -369,7 +528,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionV3(
     at::OptionalSymIntArrayRef, MaybeTensor, MaybeTensor, int64_t sparseMode, bool, bool, c10::string_view,
     MaybeTensor) {
   TORCH_CHECK(!isGiven(pse), "emulated npu_fusion_attention_v3: there is no pse");
-  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawSeed(keepProbability)};
+  const AttentionArguments arguments{heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawSeed(keepProbability), {}, {}};
   checkAttention(query, key, value, mask, arguments);
   auto [output, maximum, sum] = attend(query, key, value, mask, arguments);
   return {output,
@@ -387,7 +546,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusionAttentionGradV3(
     c10::string_view, MaybeTensor) {
   const int64_t drawn = isGiven(seed) ? seed->item<int64_t>() : 0;
   return attendBackward(query, key, value, grad, mask,
-                        {heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawn});
+                        {heads, layout, scale, keepProbability, innerPrecise, sparseMode, drawn, {}, {}});
 }
 }  // namespace
 
@@ -401,6 +560,12 @@ TORCH_LIBRARY_IMPL(npu, CPU, library) {
   library.impl("npu_fast_gelu_backward", fastGeluBackward);
   library.impl("npu_gelu", gelu);
   library.impl("npu_gelu_backward", geluBackward);
+  library.impl("npu_rms_norm", rmsNorm);
+  library.impl("npu_rms_norm_backward", rmsNormBackward);
+  library.impl("npu_swiglu", swiglu);
+  library.impl("npu_swiglu_backward", swigluBackward);
+  library.impl("npu_rotary_mul", torch::CppFunction::makeFromBoxedFunction<rotaryMul>());
+  library.impl("npu_rotary_mul_backward", torch::CppFunction::makeFromBoxedFunction<rotaryMulBackward>());
   library.impl("npu_alloc_float_status", allocFloatStatus);
   library.impl("npu_get_float_status", getFloatStatus);
   library.impl("npu_clear_float_status", clearFloatStatus);
