@@ -15,10 +15,11 @@ import coca_cases
 import modern_text_cases as cases
 import open_clip
 import tiny_clip
+from open_clip import device
 from open_clip.config import CLIPTextCfg
 from open_clip.deferred_init import DeferredInit
 from open_clip.export.command import export_model
-from open_clip.modern_text import ModernTextTransformer, RMSNorm, RotaryEmbedding1D, functional
+from open_clip.modern_text import ModernTextTransformer, RMSNorm, RotaryEmbedding1D
 from open_clip.precision import set_precision
 from open_clip.text_groups import pack_text
 from training import flops
@@ -197,7 +198,7 @@ def test_angles_are_those_of_the_formula():
     as_complex = torch.view_as_complex(x.double().unflatten(-1, (4, 2)))
     turned = as_complex * torch.polar(torch.ones(3, 1, 4, dtype=torch.float64), angles[:, None, ::2])
     expected = torch.view_as_real(turned).flatten(-2)
-    torch.testing.assert_close(functional.rotary(x, cos, sin).double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(device.rotary(x, cos, sin).double(), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16", "pure_fp16"])
