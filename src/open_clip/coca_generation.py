@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .modern_text import ModernTextTransformer
 from .transformer.attention import KeyValueCache
 from .transformer.decoder import DecoderCaches
 from .transformer.text_encoder import TextEncoder
@@ -75,6 +76,10 @@ class CaptionLogits:
             window = min(window, tower.positional_embedding.shape[0] - (tower.cls_emb is not None))
             if tower.is_causal and getattr(tower.transformer, "takes_caches", False):
                 self.text = [KeyValueCache() for _ in tower.transformer.resblocks]
+        elif isinstance(tower, ModernTextTransformer):
+            window = min(window, tower.context_length)
+            if tower.takes_caches:
+                self.text = [KeyValueCache() for _ in tower.blocks]
         self.window = window
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:

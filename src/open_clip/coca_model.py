@@ -14,6 +14,7 @@ from .coca_generation import CaptionLogits, as_criteria, strip_padding, write_by
 from .config import CLIPTextCfg, CLIPVisionCfg, MultimodalCfg, as_config
 from .model import INIT_LOGIT_SCALE, SeparateTextTower, _build_text_tower, _build_vision_tower
 from .model_traits import ModelTraits
+from .modern_text import ModernTextTransformer
 from .tokenizer import SimpleTokenizer
 from .towers import layer_types
 from .transformer.decoder import MultimodalTransformer
@@ -63,11 +64,11 @@ class CoCa(SeparateTextTower):
         multimodal_cfg: configuration of the decoder. Its width must be that of both towers' tokens. Its vocabulary is
             that of the text tower.
         text_cfg, vision_cfg: configurations of the towers. Both need `output_tokens`.
-        pad_id: id of padding tokens.
+        pad_id: id of padding tokens; a modern text tower has its own.
         others: as in TwoTowers.
 
     Raises:
-        ValueError: a tower without `output_tokens`.
+        ValueError: a tower without `output_tokens`, or a modern text tower that is not causal.
     """
 
     traits = ModelTraits(objective="captioning")
@@ -111,6 +112,13 @@ class CoCa(SeparateTextTower):
         self.text_decoder = _build_text_decoder_tower(text_cfg.vocab_size, multimodal_cfg, quick_gelu, cast_dtype)
         self.context_length = multimodal_cfg.context_length
         self.pad_id = pad_id
+        if isinstance(self.text, ModernTextTransformer):
+            if not self.text.is_causal:
+                raise ValueError(
+                    "CoCa predicts the next token of a caption, and attention_mode 'bidirectional' shows it to the "
+                    "decoder. Set attention_mode to 'causal' in text_cfg."
+                )
+            self.pad_id = self.text.pad_id
 
     def _build_towers(
         self, embed_dim: int, vision_cfg: Any, text_cfg: Any, quick_gelu: bool, cast_dtype: torch.dtype | None
@@ -225,7 +233,8 @@ class CoCa(SeparateTextTower):
             generation_type: "beam_search", "top_p" (nucleus sampling), "top_k" sampling, or "greedy".
             top_p: total probability of the tokens to sample from.
             top_k: number of tokens to sample from.
-            pad_token_id, eos_token_id, sot_token_id: by default `pad_id`, and the ids of CLIP's vocabulary.
+            pad_token_id, eos_token_id, sot_token_id: by default `pad_id`, and the ids of CLIP's vocabulary, or with a
+                modern text tower its `eos_id` and `bos_id`.
             num_beams, num_beam_groups: for beam search. Groups differ only with a `diversity_penalty`.
             min_seq_len: minimum number of tokens before the end of text; smaller than `seq_len`.
             stopping_criteria: one function or a list of functions, called with (ids [rows, tokens], None), that return
@@ -313,13 +322,17 @@ class CoCa(SeparateTextTower):
             )
 
     def _special_ids(self, pad: int | None, eos: int | None, sot: int | None) -> tuple[int, int, int]:
+        is_modern = isinstance(self.text, ModernTextTransformer)
+        default_eos, default_sot = (self.text.eos_id, self.text.bos_id) if is_modern else (END_OF_TEXT, START_OF_TEXT)
         ids = {
             "pad_token_id": self.pad_id if pad is None else pad,
-            "eos_token_id": END_OF_TEXT if eos is None else eos,
-            "sot_token_id": START_OF_TEXT if sot is None else sot,
+            "eos_token_id": default_eos if eos is None else eos,
+            "sot_token_id": default_sot if sot is None else sot,
         }
         vocab_size = self.text_decoder.text_projection.shape[1]
         for name, value in ids.items():
+            if value is None:
+                raise ValueError(f"{name} is unknown: text_cfg has no such id. Give {name} to generate.")
             if not 0 <= value < vocab_size:
                 raise ValueError(f"{name}={value} is out of range: this model has the ids 0 to {vocab_size - 1}.")
         return ids["pad_token_id"], ids["eos_token_id"], ids["sot_token_id"]

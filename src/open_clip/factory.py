@@ -412,8 +412,11 @@ def create_loss(args: Any) -> nn.Module:
     if getattr(args, "distill", False) or getattr(args, "distill_model", None):
         return DistillClipLoss(**contrastive)
     # The configuration decides whether a model writes captions, not its name.
-    if "multimodal_cfg" in (get_model_config(getattr(args, "model", None) or "") or {}):
+    model_cfg = get_model_config(getattr(args, "model", None) or "") or {}
+    if "multimodal_cfg" in model_cfg:
+        is_modern = model_cfg["text_cfg"].get("text_arch") == "modern"
         return CoCaLoss(
+            pad_id=model_cfg["text_cfg"]["pad_id"] if is_modern else 0,
             caption_loss_weight=args.coca_caption_loss_weight,
             clip_loss_weight=args.coca_contrastive_loss_weight,
             **contrastive,

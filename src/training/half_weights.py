@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_clip.transformer import attention, blocks
+from open_clip.transformer import attention
 from training import compilation
 from training.flat_tensors import FlatTensors
 from training.precision import Precision
@@ -60,7 +60,7 @@ class HalfWeights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, flats: Sequence[FlatTensors] = ()) -> None:
         """Allocate the copies. `flats`: as in `create`."""
-        self._blocks: list[Any] = [module for module in model.modules() if isinstance(module, blocks.LENDABLE)]
+        self._blocks: list[Any] = [module for module in model.modules() if hasattr(module, "lent_weights")]
         places = [list(_places(block)) for block in self._blocks]
         weights = list({id(weight): weight for found in places for weight in map(_parameter, found)}.values())
         self._copies = [_copy_of_buffer(flat, weights, dtype) for flat in flats]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import coca_cases
 import hf_cases
+import modern_text_cases
 import tiny_clip
 from open_clip import coca_model, create_model
 from open_clip.deferred_init import DeferredInit
@@ -57,6 +58,7 @@ MODELS = {
     "hf": _hugging_face,
     "coca": lambda: coca_cases.build(coca_model),
     "tied": _tied,
+    "modern": lambda: modern_text_cases.build(**modern_text_cases.EVERYTHING),
 }
 
 

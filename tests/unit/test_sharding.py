@@ -51,6 +51,7 @@ EQUAL: dict[str, tuple[Case, Case]] = {
         ("timm's optimizer", {"opt": "timm/nadamw"}, FSDP),
         ("offload", {"ema_decay": 0.9}, DistributedConfig(fsdp=True, fsdp_offload_cpu=True)),
         ("amp_bf16", {"precision": "amp_bf16"}, FSDP),
+        ("amp_bf16 of a modern text tower", {"precision": "amp_bf16", "model": "modern"}, FSDP),
         ("amp_bf16 of a ResNet", {"precision": "amp_bf16", "model": "resnet"}, FSDP),
     ]
 }

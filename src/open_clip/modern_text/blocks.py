@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .. import device
 from ..transformer.attention import KeyValueCache, check_heads
 from ..transformer.blocks import LentWeights, with_lent_weights
 from ..transformer.layers import LayerScale, ModuleFactory
 from ..utils import NotScriptable, expect
-from . import functional
 from .layers import RMSNorm, build_mlp
 from .layouts import AttentionContext
 
@@ -82,10 +82,10 @@ class ModernTextAttention(NotScriptable, nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = qk.chunk(2, dim=-2)
             query, key = (
-                functional.rotary(normed, context.cos, context.sin) for normed in (self.q_norm(query), self.k_norm(key))
+                device.rotary(normed, context.cos, context.sin) for normed in (self.q_norm(query), self.k_norm(key))
             )
         else:
-            query, key = functional.rotary(qk, context.cos, context.sin).chunk(2, dim=-2)
+            query, key = device.rotary(qk, context.cos, context.sin).chunk(2, dim=-2)
         values = value
         if cache is not None:
             key, values = _extend(cache, key, value)

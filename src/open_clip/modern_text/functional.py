@@ -1,44 +1,11 @@
-"""Operators of the modern text tower that have a fused kernel on some devices."""
+"""Attention of padded and of packed texts."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .. import device, packing
 from ..packing import Segments
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute the RMS norm of the last dimension (https://arxiv.org/abs/1910.07467) in float32.
-
-    Returns:
-        The dtype of `x`.
-    """
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * weight.float()).to(x.dtype)
-
-
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent pairs (2i, 2i + 1) of the last dimension (https://arxiv.org/abs/2104.09864) in float32.
-
-    Args:
-        x: [..., tokens, heads, head_dim].
-        cos, sin: of the angles, float32 [tokens, head_dim], each value repeated for its pair.
-
-    Returns:
-        The shape and dtype of `x`.
-    """
-    wide = x.float()
-    turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
-    return (wide * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).to(x.dtype)
-
-
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """Return a * silu(g), where [a, g] are the halves of the last dimension (https://arxiv.org/abs/2002.05202)."""
-    values, gates = x.chunk(2, dim=-1)
-    return values * F.silu(gates)
 
 
 def attention(

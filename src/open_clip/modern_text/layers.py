@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import device
 from ..transformer.layers import GELU, LayerNormFp32, ModuleFactory
 from ..utils import expect
-from . import functional
 
 MLP_TYPES = ("swiglu", "mlp", "relu2")
 NORM_TYPES = ("rmsnorm", "layernorm")
@@ -28,7 +28,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, self.weight, self.eps)
+        return device.rms_norm(x, self.weight, self.eps)
 
 
 def norm_factory(norm_type: str | None, eps: float) -> ModuleFactory:
@@ -76,7 +76,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w3(functional.swiglu(self.w12(x)))
+        return self.w3(device.swiglu_linear(x, self.w12))
 
 
 class ReLUSquared(nn.Module):

@@ -24,7 +24,7 @@ from ..utils import (
     layer_groups,
     set_trainable,
 )
-from .blocks import ModernTextBlock
+from .blocks import ModernTextAttention, ModernTextBlock
 from .initialization import init_weights
 from .layers import RMSNorm, RotaryEmbedding1D, norm_factory
 from .layouts import AttentionContext, Layout, PackedLayout, PaddedLayout, valid_lengths
@@ -295,7 +295,7 @@ class ModernTextTransformer(NotScriptable, nn.Module):
     @property
     def takes_caches(self) -> bool:
         """Whether `continue_text` can be used: the tower is causal, and all blocks are this package's."""
-        return self.is_causal and all(has_method(block, _BLOCK_FORWARD) for block in self.blocks)
+        return self.is_causal and all(map(_is_our_block, self.blocks))
 
     def continue_text(self, text: torch.Tensor, caches: Sequence[KeyValueCache]) -> torch.Tensor:
         """Encode the tokens that are not in the caches.
@@ -320,7 +320,12 @@ class ModernTextTransformer(NotScriptable, nn.Module):
 
 _FORWARD = ModernTextTransformer.forward
 _BLOCK_FORWARD = ModernTextBlock.forward
+_ATTENTION_FORWARD = ModernTextAttention.forward
 _RMS_NORM_FORWARD = RMSNorm.forward
+
+
+def _is_our_block(block: Any) -> bool:
+    return has_method(block, _BLOCK_FORWARD) and has_method(block.attn, _ATTENTION_FORWARD)
 
 
 def _can_follow_pooling(norm: nn.Module, x: torch.Tensor) -> bool:

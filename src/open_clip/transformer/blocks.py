@@ -236,7 +236,6 @@ class BlockOptions:
 
 
 _CUSTOM_BLOCK_FORWARD = CustomResidualAttentionBlock.forward
-LENDABLE = (ResidualAttentionBlock, CustomResidualAttentionBlock)  # blocks that support `lent_weights`
 
 
 def is_our_block(block: nn.Module) -> bool:
