@@ -86,6 +86,7 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     # Without memory for the weights, until each rank gets its part of them.
     deferred = DeferredInit() if cfg.distributed.fsdp and run.world.distributed else None
     model, transforms, tokenizer = _build_model(run, deferred)
+    run_folder.warn(run_warnings.text_pad_multiple(cfg.data.text_pad_multiple, tokenizer), run.world)
     checkpoint = None if run.resume_from is None else load_checkpoint(run.resume_from, is_lazy=cfg.distributed.fsdp)
     if checkpoint is not None:
         check_fit(model, checkpoint.get("state_dict", checkpoint))
@@ -287,7 +288,6 @@ def _warnings(run: Run, components: Components, checkpoint: Mapping[str, Any]) -
         return
     steps = state.steps_per_epoch * cfg.schedule.epochs
     yield from run_warnings.frozen(state.model)
-    yield from run_warnings.text_pad_multiple(cfg.data.text_pad_multiple, components.data)
     if state.step < steps:
         rate = trainer.optimizer.defaults["lr"] if cfg.optim.lr is None else cfg.optim.lr
         yield from run_warnings.schedule(cfg.schedule, rate, state.steps_per_epoch)

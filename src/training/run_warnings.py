@@ -92,14 +92,9 @@ def jump_of_learning_rate(
         )
 
 
-def text_pad_multiple(pad_multiple: int | None, data: Mapping[str, Any]) -> Iterator[str]:
-    """Warn if --text-pad-multiple is given and no captions are padded to their longest.
-
-    Args:
-        data: loaders by name.
-    """
-    has_variable_text = any(info.dataloader.collate_fn.variable_text for info in data.values())
-    if pad_multiple is not None and not has_variable_text:
+def text_pad_multiple(pad_multiple: int | None, tokenizer: Any) -> Iterator[str]:
+    """Warn if --text-pad-multiple is given and captions are padded to the context length of the model."""
+    if pad_multiple is not None and not getattr(tokenizer, "variable_text", False):
         yield (
             "--text-pad-multiple has no effect: the model's captions are padded to its context length. Set "
             "variable_text in its text_cfg to pad batches to their longest caption."
