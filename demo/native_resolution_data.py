@@ -1,6 +1,6 @@
 """Write the data of docs/native_resolution.md: handwritten digits on sheets of paper of many sizes and shapes.
 
-A sheet is 24 to 64 pixels wide or high on its shorter side and up to twice as long on the other. The digit fills the
+A sheet is 24 to 64 pixels wide or high on its shorter side and up to 1.5 times as long on the other. The digit fills the
 shorter side, at a random place of the longer one. The output folder contains `model` (the configuration of a small
 NaFlex model), `train.csv`, tar shards in `shards`, and `test` (one folder of held-out sheets per digit).
 `classnames.txt` and `templates.txt` are for zero-shot evaluation.
@@ -37,7 +37,7 @@ def put_on_sheet(sample: Sample) -> Sample:
     from PIL import Image
 
     draw = random.Random(sample.key)
-    side, length = draw.randint(24, 64), draw.uniform(1, 2)
+    side, length = draw.randint(24, 64), draw.uniform(1, 1.5)
     size = (side, round(side * length)) if draw.random() < 0.5 else (round(side * length), side)
     digit = Image.open(io.BytesIO(sample.png)).resize((side, side), Image.Resampling.BICUBIC)
     sheet = Image.new("L", size, 255)
