@@ -159,8 +159,9 @@ def _build_trainer(
     if teacher is not None:
         preflight.check_teacher(model, teacher)
     objective = create_objective(cfg.objective, model, teacher)
-    at_peak = pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
     steps_vary = getattr(loader, "ends_steps", False)
+    # Pairs of images of any size have no common number of FLOPs.
+    at_peak = None if steps_vary else pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
     compiled = _compile(model, cfg.model, deferred is not None, steps_vary)
     readers = [model if deferred is None else PaddingReader(model), teacher]
     sharding = shard(model, cfg.distributed, world, precision, deferred)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -319,6 +319,14 @@ class Progress:
             vars(self.meters.setdefault(name, AverageMeter())).update(values)
 
 
+def _format_speeds(numbers: Mapping[str, float]) -> Iterator[str]:
+    yield f"{numbers['samples_per_second']:.6g}/s"
+    yield f"{numbers['samples_per_second_per_gpu']:.6g}/s/device"
+    for name, speed in numbers.items():
+        if name.endswith(_TOKENS):
+            yield f"{speed:.6g} {name.removesuffix(_TOKENS)} tokens/s/device"
+
+
 def format_line(numbers: Mapping[str, float], progress: Progress, state: Any) -> str:
     """Format a log line as open_clip does.
 
@@ -332,8 +340,7 @@ def format_line(numbers: Mapping[str, float], progress: Progress, state: Any) ->
         f"Train Epoch: {state.epoch} [{state.epoch_samples:>{len(total)}}/{total} ({percent:.0f}%)]",
         f"Data (t): {numbers['data_time']:.3f}",
         f"Batch (t): {numbers['batch_time']:.3f},",
-        f"{numbers['samples_per_second']:.6g}/s, {numbers['samples_per_second_per_gpu']:.6g}/s/device",
-        *(f"{numbers[name]:.6g} {name.removesuffix(_TOKENS)} tokens/s/device" for name in numbers if _TOKENS in name),
+        ", ".join(_format_speeds(numbers)),
         f"LR: {numbers['lr']:.6g}",
     ]
     if "mfu" in numbers:

@@ -54,7 +54,8 @@ class Trainer:
         half_weights: creates the context in which weights are converted once per step, see `training.half_weights`.
         unpad: applied to a batch before it is moved to the device, see `training.unpadding`.
         accum_freq: batches per step, see `_accumulate`.
-        steps_vary: the data decide which batches form a step, so their number and sizes differ between steps.
+        steps_vary: the data decide which batches form a step, so their number and sizes differ between steps. The ranks
+            of a sharded model need the same number.
         grad_clip_norm: upper bound of the global 2-norm of the gradient; inf: no bound.
         guard: decides whether to skip a step, see `training.step_guard`.
         average: moving average of the weights, updated after each step.
