@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import pickle
+import random
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -118,6 +120,20 @@ def test_long_captions_are_truncated_before_the_end(tokenizer, encoding):
     assert tokenizer(text, 1).tolist() == [[tokenizer.eot_token_id]]
     with pytest.raises(ValueError, match="context_length"):
         tokenizer(text, -1)
+
+
+def test_long_words_take_no_quadratic_time(encoding, monkeypatch):
+    """One word of 200,000 letters took minutes."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice(letters) for _ in range(400)) for letters in ("ab", "aeinort", "abcdefghijklmno", "a")]
+    long = "".join(rng.choice("aeinorst") for _ in range(200_000))
+    tokenizers = (SimpleTokenizer(), TikTokenTokenizer(encoding.name))
+    found = [[tokenizer.encode(word) for word in words] for tokenizer in tokenizers]
+    start = time.monotonic()
+    assert [len(tokenizer(long)[0]) for tokenizer in tokenizers] == [77, 77]
+    assert time.monotonic() - start < 30
+    monkeypatch.setattr(bpe, "LONG_TOKEN", 1000)
+    assert found == [[tokenizer.encode(word) for word in words] for tokenizer in tokenizers]
 
 
 def test_surrogates_are_joined_or_replaced(tokenizer):

@@ -204,6 +204,13 @@ def test_accumulation_with_variable_text(clip, tmp_path):
     assert losses(run(clip, tmp_path, "--accum-freq", "2"))
 
 
+def test_distillation_with_variable_text(clip, tmp_path):
+    """The same fault of the main branch."""
+    run(clip, tmp_path / "teacher")
+    teacher = tmp_path / "teacher" / "run" / "checkpoints" / "epoch_1.pt"
+    assert losses(run(clip, tmp_path / "b", "--distill-model", clip, "--distill-pretrained", str(teacher)))
+
+
 def test_the_multiple_without_variable_text_warns(tmp_path):
     name = train_runs.write_model(tmp_path / "clip")
     lines = run(name, tmp_path, "--text-pad-multiple", "8")

@@ -9,6 +9,7 @@ plus 512, and the merge loop works on ids alone: `after[left].get(right)` is bot
 from __future__ import annotations
 
 import gzip
+import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +20,8 @@ WORD_END = "</w>"
 # CLIP uses only the first merges of the file: its vocabulary is 512 byte symbols, these merges and 2 special tokens.
 NUM_MERGES = 49152 - 256 - 2
 NO_MERGE = 1 << 62
+
+LONG_TOKEN = 128  # bytes; from here on, a heap finds the best pair
 
 # Limits of the word cache: about 25 MB when full. Longer words rarely occur twice.
 MAX_CACHED_WORDS = 1 << 17
@@ -93,6 +96,8 @@ def merge_pairs(ids: list[int], after: Sequence[Mapping[int, int]]) -> list[int]
         ids: ids of bytes.
         after: `after[left][right]` is the id that the pair is merged into. It is the rank of the merge, too.
     """
+    if len(ids) > LONG_TOKEN:
+        return _merge_long(ids, after)
     ranks = [after[left].get(right, NO_MERGE) for left, right in pairwise(ids)]
     while ranks:
         best = min(ranks)
@@ -106,6 +111,32 @@ def merge_pairs(ids: list[int], after: Sequence[Mapping[int, int]]) -> list[int]
         if i:
             ranks[i - 1] = after[ids[i - 1]].get(best, NO_MERGE)
     return ids
+
+
+def _merge_long(ids: list[int], after: Sequence[Mapping[int, int]]) -> list[int]:
+    """Merge in the same order as `merge_pairs`, in n log n steps instead of n squared."""
+    merged = -1
+    end = len(ids)
+    previous, following = list(range(-1, end - 1)), list(range(1, end + 1))
+    heap = [(after[left][right], i) for i, (left, right) in enumerate(pairwise(ids)) if right in after[left]]
+    heapq.heapify(heap)
+
+    def push(i: int, k: int) -> None:
+        if i >= 0 and k < end and ids[k] in after[ids[i]]:
+            heapq.heappush(heap, (after[ids[i]][ids[k]], i))
+
+    while heap:
+        best, i = heapq.heappop(heap)
+        k = following[i]
+        if ids[i] == merged or k == end or after[ids[i]].get(ids[k]) != best:
+            continue  # another merge has changed the pair
+        ids[i], ids[k] = best, merged
+        following[i] = following[k]
+        if following[i] < end:
+            previous[following[i]] = i
+        push(i, following[i])
+        push(previous[i], i)
+    return [token for token in ids if token != merged]
 
 
 class WordIds(dict):
