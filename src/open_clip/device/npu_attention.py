@@ -10,7 +10,7 @@ op-plugin's page torch_npu-npu_fusion_attention.md and CANN's aclnn_flash_attent
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,14 +129,13 @@ def attend_packed(library: Any, inputs: PackedInputs) -> torch.Tensor:
     options: dict[str, Any] = {"scale": head_dim**-0.5 if scale is None else scale}
     if is_causal:
         options |= {"atten_mask": _causal_mask(query.device), "next_tockens": 0, "sparse_mode": _LEFT_UP_CAUSAL}
-    outputs = []
-    for start, end in _launches(segments.ends, kv_segments.ends):
-        (first, ends), (kv_first, kv_ends) = (_part(found.ends, start, end) for found in (segments, kv_segments))
-        part = query.narrow(0, first, ends[-1]), *(x.narrow(0, kv_first, kv_ends[-1]) for x in (key, value))
-        output = library.npu_fusion_attention(
-            *part, heads, "TND", actual_seq_qlen=ends, actual_seq_kvlen=kv_ends, **options
-        )
-        outputs.append(output[0])
+    launches = list(_launches(segments.ends, kv_segments.ends))
+    ends, kv_ends = _ends_of(segments.ends, launches), _ends_of(kv_segments.ends, launches)
+    queries, keys, values = _split(query, ends), _split(key, kv_ends), _split(value, kv_ends)
+    outputs = [
+        library.npu_fusion_attention(*qkv, heads, "TND", actual_seq_qlen=q_ends, actual_seq_kvlen=k_ends, **options)[0]
+        for *qkv, q_ends, k_ends in zip(queries, keys, values, ends, kv_ends, strict=True)
+    ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -150,10 +149,15 @@ def _launches(ends: tuple[int, ...], kv_ends: tuple[int, ...]) -> Iterator[tuple
     yield start, len(ends)
 
 
-def _part(ends: tuple[int, ...], start: int, end: int) -> tuple[int, list[int]]:
-    """Return the first token of the sequences from `start` to `end`, and where each ends, counted from that token."""
-    first = ends[start - 1] if start else 0
-    return first, [last - first for last in ends[start:end]]
+def _ends_of(ends: tuple[int, ...], launches: list[tuple[int, int]]) -> list[list[int]]:
+    """Return where each sequence of a launch ends, counted from the first token of the launch."""
+    firsts = [ends[start - 1] if start else 0 for start, _ in launches]
+    return [[end - first for end in ends[slice(*launch)]] for first, launch in zip(firsts, launches, strict=True)]
+
+
+def _split(x: torch.Tensor, ends: list[list[int]]) -> Sequence[torch.Tensor]:
+    """Split the tokens of all launches. One launch needs no operator, also not in the backward pass."""
+    return x.split([found[-1] for found in ends]) if len(ends) > 1 else [x]
 
 
 def _causal_mask(device: torch.device) -> torch.Tensor:
