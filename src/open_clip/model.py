@@ -159,7 +159,10 @@ class TwoTowers(NotScriptable, nn.Module):
         return {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
     def encode_image(self, image: torch.Tensor, normalize: bool = False) -> Features:
-        """Encode images [batch, 3, height, width] to features [batch, embed_dim], with unit norm if `normalize`."""
+        """Encode images [batch, 3, height, width] to features [batch, embed_dim], with unit norm if `normalize`.
+
+        NaFlex towers also take padded patches and PackedPatches, see `naflex.NaFlexTower`.
+        """
         features = self.visual(image)
         return _normalize_features(features) if normalize else features
 

@@ -65,7 +65,7 @@ def make_images(grids: list[tuple[int, int]], patch_size: int = 4, extra: int = 
 def features_and_gradients(tower: Any, images: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tower.zero_grad()
     features = tower(images)
-    (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+    features.backward(torch.linspace(-1, 1, features.numel()).view_as(features).to(features))
     return features.detach(), {name: p.grad.clone() for name, p in tower.named_parameters()}
 
 

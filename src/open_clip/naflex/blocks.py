@@ -68,17 +68,17 @@ def use_packed_blocks(trunk: Any) -> None:
             block.__class__ = _CLASSES[type(block)]
 
 
-def can_pack(trunk: Any) -> bool:
-    """Return whether all blocks and the pooling of a NaFlexVit can take packed tokens."""
-    blocks_fit = all(isinstance(block, (NaFlexBlock, NaFlexEvaBlock)) and _fits(block.attn) for block in trunk.blocks)
+def are_known(trunk: Any) -> bool:
+    """Return whether all blocks and the pooling of a NaFlexVit are of known kinds."""
     pool = trunk.attn_pool
-    pool_fits = pool is None or (isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None)
-    return blocks_fit and pool_fits and (pool is not None or trunk.global_pool in ("avg", "token"))
+    is_pool_known = pool is None or (isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None)
+    return is_pool_known and all(isinstance(block, (NaFlexBlock, NaFlexEvaBlock)) for block in trunk.blocks)
 
 
-def _fits(attn: Any) -> bool:
-    """Return whether the attention drops nothing, which packed attention does not support."""
-    return not attn.attn_drop.p
+def can_pack(trunk: Any) -> bool:
+    """Return whether known blocks and pooling can take packed tokens: they cannot drop attention weights."""
+    drops = any(block.attn.attn_drop.p for block in trunk.blocks)
+    return not drops and (trunk.attn_pool is not None or trunk.global_pool in ("avg", "token"))
 
 
 def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -66,18 +66,19 @@ class NaFlexTower(TimmModel):
         It does not if the trunk has parts that are not known here, or if a program has hooked or replaced what reads
         the images.
         """
-        return (
-            has_method(self, NaFlexTower.forward)
-            and not has_hooks(self)
-            and self._knows_trunk()
-            and self._knows_blocks()
-        )
+        from .blocks import can_pack
+
+        is_own = has_method(self, NaFlexTower.forward) and not has_hooks(self)
+        return is_own and self._knows_trunk() and can_pack(self.trunk)
 
     def _knows_trunk(self) -> bool:
         """Whether the parts of the trunk can be called here one after another instead of the trunk."""
+        from .blocks import are_known
+
         trunk, embeds = self.trunk, self.trunk.embeds
         return (
-            "forward" not in trunk.__dict__
+            are_known(trunk)
+            and "forward" not in trunk.__dict__
             and not has_hooks(trunk)
             and not has_hooks(embeds)
             and embeds.is_linear
@@ -85,11 +86,6 @@ class NaFlexTower(TimmModel):
             and not embeds.pos_embed_use_grid_sample
             and not trunk.rope_is_mixed
         )
-
-    def _knows_blocks(self) -> bool:
-        from .blocks import can_pack
-
-        return can_pack(self.trunk)
 
     def forward(self, x: Images) -> Tensor:
         """Encode images to features [batch, embed_dim]."""
@@ -168,8 +164,6 @@ class NaFlexTower(TimmModel):
 
     def _encode_batch(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None, valid: Tensor | None) -> Tensor:
         """Encode embedded patches [batch, patches, width] to pooled features [batch, width]."""
-        from timm.models.naflexvit import create_attention_mask
-
         trunk = self.trunk
         x = self._add_positions(x, grids, place)
         rope = self._rotary(grids, place)
@@ -181,15 +175,18 @@ class NaFlexTower(TimmModel):
         x = trunk.embeds.pos_drop(x)
         if self.training and trunk.patch_drop is not None:
             x, rope, valid = self._drop_padded(x, rope, valid)
-        mask = create_attention_mask(
-            valid,
-            num_prefix_tokens=trunk.num_prefix_tokens,
-            symmetric=not trunk.use_key_only_attn_mask,
-            q_len=1 if trunk.use_key_only_attn_mask else None,
-            dtype=x.dtype,
-        )
+        mask = None if valid is None else _key_mask(valid, trunk.num_prefix_tokens, x.shape[1])
         x = trunk.norm(self._run_blocks(trunk.norm_pre(x), {"attn_mask": mask}, rope))
-        return trunk.forward_head(x, patch_valid=valid)
+        return self._pool_padded(x, valid)
+
+    def _pool_padded(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        trunk = self.trunk
+        if valid is None or trunk.attn_pool is None or not trunk.attn_pool.fused_attn:
+            return trunk.forward_head(x, patch_valid=valid)
+        num_prefix = trunk.num_prefix_tokens
+        mask = _key_mask(valid, num_prefix if trunk.pool_include_prefix else 0, trunk.attn_pool.latent_len)
+        pooled = trunk.attn_pool(x if trunk.pool_include_prefix else x[:, num_prefix:], attn_mask=mask)
+        return trunk.head(trunk.head_drop(trunk.fc_norm(pooled)))
 
     def _run_blocks(self, x: Tensor, options: dict[str, Any], rope: Tensor | None = None) -> Tensor:
         from timm.models import checkpoint
@@ -297,6 +294,16 @@ class NaFlexTower(TimmModel):
     def _image_features(self, tokens: Any, images: Any) -> Tensor:
         valid = images["patch_valid"] if isinstance(images, Mapping) else None
         return self.head(self.trunk.forward_head(tokens, patch_valid=valid))
+
+
+def _key_mask(valid: Tensor, num_prefix: int, num_queries: int) -> Tensor:
+    """Return the attention mask of padded patches: bool [batch, 1, queries, tokens], True where a key is valid.
+
+    NPUs have no fused attention for the mask of timm, which is added to the scores. Queries of padding attend too,
+    because rows without keys would be undefined. Nothing reads them.
+    """
+    valid = F.pad(valid, (num_prefix, 0), value=True)
+    return valid[:, None, None].expand(-1, 1, num_queries, -1)
 
 
 def _patchify(x: Tensor, patch_size: tuple[int, int], pads: bool) -> tuple[Tensor, Grid]:
