@@ -21,7 +21,7 @@ from open_clip.deferred_init import DeferredInit
 from open_clip.export.command import export_model
 from open_clip.modern_text import ModernTextTransformer, RMSNorm, RotaryEmbedding1D
 from open_clip.precision import set_precision
-from open_clip.text_groups import pack_text
+from open_clip.text_groups import GroupedText, group_by_length, pack_text
 from training import flops
 from training.compilation import find_blocks
 
@@ -85,6 +85,14 @@ def test_the_configuration_implies_custom_text(tmp_path):
     again = open_clip.create_model(f"local-dir:{tmp_path / 'model'}", str(tmp_path / "weights.pt"))
     inputs = cases.texts(5, 12)
     assert torch.equal(again.eval().encode_text(inputs), model.eval().encode_text(inputs))
+
+
+def test_weights_of_another_text_tower_are_explained(tmp_path):
+    native = open_clip.CustomTextCLIP(**tiny_clip.config(vision={"layers": 2}, text={"layers": 2}))
+    torch.save(native.state_dict(), tmp_path / "native.pt")
+    name = tiny_clip.write_folder(tmp_path / "model", cases.config())
+    with pytest.raises(RuntimeError, match=r"text tower native \(the model's: modern\), text layers 2 \(.*: 3\)"):
+        open_clip.create_model(name, str(tmp_path / "native.pt"))
 
 
 @pytest.mark.parametrize("path", NAMED, ids=[path.stem for path in NAMED])
@@ -262,6 +270,13 @@ def test_a_native_tower_refuses_packed_texts():
             model.encode_text(packed)
 
 
+def test_groups_of_texts_have_the_features_of_the_batch():
+    model, text = cases.build(**cases.EVERYTHING), cases.texts(*([2, 3, 12, 9] * 4))
+    groups = group_by_length(text, model.text_lengths(text), group_cost=1)
+    assert isinstance(groups, GroupedText)
+    torch.testing.assert_close(model.encode_text(groups), model.encode_text(text))
+
+
 # Training
 
 
@@ -317,6 +332,29 @@ def test_torch_compile():
     compiled = torch.compile(model.text, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(text), expected)
     torch._dynamo.reset()
+
+
+def test_compiled_blocks_take_packed_texts_of_any_length():
+    import torch._dynamo.utils
+
+    model = cases.build(layers=2)
+    packed = [pack_text(cases.texts(*lengths), torch.tensor(lengths)) for lengths in ((3, 8, 12), (4, 7, 9), (5, 5, 1))]
+    expected = [model.encode_text(texts) for texts in packed]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.text.blocks:
+        block.compile(dynamic=True, backend="aot_eager")
+    for texts, features in zip(packed, expected, strict=True):
+        torch.testing.assert_close(model.encode_text(texts), features)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_the_flops_of_a_training_step():
+    model = cases.build(**cases.EVERYTHING)
+    image_size, text_size = flops.input_sizes(model)
+    image_gradient = 2 * 3 * 8 * 8 * 32 * 16  # of the patch embedding, for which no gradient is computed
+    assert flops.training_flops(model) == 3 * flops.profile_torch(model, text_size, image_size) - image_gradient
 
 
 def test_onnx_for_any_batch(tmp_path):

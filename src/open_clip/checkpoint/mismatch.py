@@ -19,11 +19,12 @@ _KINDS = (
     (r"visual\.layer1\.", "image tower", "a ResNet"),
     (r"visual\.class_embedding$", "image tower", "a native ViT"),
     (r"(text\.)?token_embedding\.", "text tower", "native"),
-    (r"text\.blocks\.", "text tower", "the modern text tower"),
+    (r"text\.blocks\.", "text tower", "modern"),
     (r"(text\.)?transformer\.(?!resblocks\.)", "text tower", "Hugging Face's"),
 )
 _DECODER = "text_decoder."
 _BLOCKS = r"transformer\.resblocks\.(\d+)\."
+_MODERN_BLOCKS = r"blocks\.(\d+)\."
 
 
 def join_some(names: Iterable[str], limit: int = 4) -> str:
@@ -78,7 +79,7 @@ def facts_of_weights(state_dict: Mapping[str, torch.Tensor]) -> Facts:
     shapes = {key.removeprefix("text."): tuple(value.shape) for key, value in state_dict.items()}
     if "token_embedding.weight" in shapes:
         facts["vocabulary"], facts["text width"] = shapes["token_embedding.weight"]
-        facts["text layers"] = _count(shapes, r"blocks\.(\d+)\." if "blocks.0.attn.qkv.weight" in shapes else _BLOCKS)
+        facts["text layers"] = max(_count(shapes, _BLOCKS), _count(shapes, _MODERN_BLOCKS))
     if facts.get("image tower") == "a native ViT" and "visual.conv1.weight" in shapes:
         facts["image width"], _, _, facts["patch size"] = shapes["visual.conv1.weight"]
         facts["image layers"] = _count(shapes, rf"visual\.{_BLOCKS}")
@@ -107,7 +108,7 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
         facts["text tower"] = "Hugging Face's"
     else:
         sizes = {"width": 512, "layers": 12, "vocab_size": 49408} | dict(text)
-        kind = "the modern text tower" if text.get("text_arch") == "modern" else "native"
+        kind = "modern" if text.get("text_arch") == "modern" else "native"
         facts |= {"text tower": kind, "text width": sizes["width"]}
         facts |= {"vocabulary": sizes["vocab_size"], "text layers": sizes["layers"]}
     if "multimodal_cfg" in cfg:

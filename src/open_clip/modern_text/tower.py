@@ -12,7 +12,7 @@ from torch import nn
 from ..config import CLIPTextCfg, as_config
 from ..text_groups import PackedText
 from ..transformer.attention import KeyValueCache
-from ..transformer.layers import can_follow_pooling
+from ..transformer.layers import ModuleFactory, can_follow_pooling
 from ..utils import (
     LayerGroups,
     NotScriptable,
@@ -71,7 +71,6 @@ class ModernTextTransformer(NotScriptable, nn.Module):
         self.grad_checkpointing = False
 
         norm_layer = norm_factory(cfg.norm_type, cfg.norm_eps)
-        attn_bias = bool(cfg.attention_bias)
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.width, padding_idx=cfg.pad_id)
         if cfg.reg_tokens:
             self.reg_tokens = nn.Parameter(torch.empty(1, cfg.reg_tokens, cfg.width))
@@ -79,28 +78,10 @@ class ModernTextTransformer(NotScriptable, nn.Module):
             self.register_parameter("reg_tokens", None)
         self.norm_pre = norm_layer(cfg.width) if cfg.pre_norm else nn.Identity()
         self.rope = RotaryEmbedding1D(cfg.width // cfg.heads, cfg.rope_temperature)
-        self.blocks = nn.ModuleList(
-            ModernTextBlock(
-                cfg.width,
-                cfg.heads,
-                cfg.mlp_ratio,
-                norm_layer,
-                qk_norm=cfg.qk_norm,
-                attn_gated=cfg.attn_gated,
-                mlp_type=cfg.mlp_type,
-                norm_placement=cfg.norm_placement,
-                ls_init_value=cfg.ls_init_value,
-                value_residual=cfg.value_residual,
-                vr_first=index == 0,
-                attn_bias=attn_bias,
-                gate_bias=cfg.gate_bias,
-                mlp_bias=bool(cfg.mlp_bias),
-            )
-            for index in range(cfg.layers)
-        )
+        self.blocks = nn.ModuleList(_build_block(cfg, index, norm_layer) for index in range(cfg.layers))
         self.ln_final = norm_layer(cfg.width)
         self.pool = ModernTextPool(
-            cfg.width, self.pool_type, cfg.heads, norm_layer, attn_bias, cfg.qk_norm, eos_id=cfg.eos_id
+            cfg.width, self.pool_type, cfg.heads, norm_layer, bool(cfg.attention_bias), cfg.qk_norm, cfg.eos_id
         )
         has_projection = bool(cfg.proj_type == "linear" and output_dim)
         self.text_projection = nn.Linear(cfg.width, output_dim or 0, bias=cfg.proj_bias) if has_projection else None
@@ -322,6 +303,25 @@ _FORWARD = ModernTextTransformer.forward
 _BLOCK_FORWARD = ModernTextBlock.forward
 _ATTENTION_FORWARD = ModernTextAttention.forward
 _RMS_NORM_FORWARD = RMSNorm.forward
+
+
+def _build_block(cfg: CLIPTextCfg, index: int, norm_layer: ModuleFactory) -> ModernTextBlock:
+    return ModernTextBlock(
+        cfg.width,
+        cfg.heads,
+        cfg.mlp_ratio,
+        norm_layer,
+        qk_norm=cfg.qk_norm,
+        attn_gated=cfg.attn_gated,
+        mlp_type=cfg.mlp_type,
+        norm_placement=cfg.norm_placement,
+        ls_init_value=cfg.ls_init_value,
+        value_residual=cfg.value_residual,
+        vr_first=index == 0,
+        attn_bias=bool(cfg.attention_bias),
+        gate_bias=cfg.gate_bias,
+        mlp_bias=bool(cfg.mlp_bias),
+    )
 
 
 def _is_our_block(block: Any) -> bool:
