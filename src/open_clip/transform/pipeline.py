@@ -102,9 +102,9 @@ class AugmentationCfg:
         color_jitter: strengths of brightness, contrast, saturation and hue, or one number for all (timm only).
         re_prob: probability of random erasing (timm only).
         re_count: number of erased rectangles (timm only).
-        naflex: resize to a sequence of patches and keep the aspect ratio, see `naflex`.
         use_timm: use timm's `create_transform`.
         color_jitter_prob, gray_scale_prob: probabilities of color jitter and of grayscale (not with timm).
+        naflex: resize to a sequence of patches and keep the aspect ratio, see `naflex`.
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -112,10 +112,10 @@ class AugmentationCfg:
     color_jitter: float | tuple[float, float, float] | tuple[float, float, float, float] | None = None
     re_prob: float | None = None
     re_count: int | None = None
-    naflex: bool = False
     use_timm: bool = False
     color_jitter_prob: float | None = None
     gray_scale_prob: float | None = None
+    naflex: bool = False
 
 
 _ONLY_TIMM = ("ratio", "re_prob", "re_count")
