@@ -61,7 +61,7 @@ def test_a_checkpoint_is_recognized_by_the_configuration(name: str) -> None:
     facts = mismatch.facts_of_weights(weights)
     assert facts == mismatch.facts_of_config(get_model_config(name) or {})
     if "text_arch" in (get_model_config(name) or {})["text_cfg"]:
-        assert facts["text tower"] == "the modern text tower"
+        assert facts["text tower"] == "modern"
         assert facts["text layers"] == 12
 
 

@@ -17,8 +17,8 @@ _KEPT = 64  # tables that are kept; with 1024 positions of width 768, 3 MB each
 class PositionTables:
     """The learned and the rotary positions of a NaFlexVit of timm, for all places of several grids.
 
-    A table is computed once for each distinct grid of a batch. It is kept for later batches if no gradient goes through
-    it and the weights are unchanged.
+    A table is computed once for each distinct grid of a batch. In evaluation it is kept for later batches, if no gradient
+    goes through it and the weights are unchanged.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,8 @@ class PositionTables:
             return None
         weights = [embeds.pos_embed] if embeds.pos_embed_type == "learned" else [embeds.pos_embed_y, embeds.pos_embed_x]
         needs_grad = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        if needs_grad or any(weight.is_inference() for weight in weights):  # the latter have no version
+        # Fused optimizers change weights without a new version, and inference tensors have none.
+        if embeds.training or needs_grad or any(weight.is_inference() for weight in weights):
             return self._join(None, grids, lambda grid: _learned_table(embeds, grid))
         state = tuple((weight.data_ptr(), weight._version, weight.device) for weight in weights)
         return self._join(("learned", state), grids, lambda grid: _learned_table(embeds, grid))

@@ -60,7 +60,7 @@ class PlannedSampler(Sampler[list[SlotRef]]):
 
     def __iter__(self) -> Iterator[list[SlotRef]]:
         epoch = self.sampler.epoch
-        samples_read = self.sampler.start - len(getattr(self.sampler, "rest", ()))
+        samples_read = self.sampler.start - len(self.sampler.rest)
         first = samples_read // (self.sampler.batch_size * self.sampler.world_size)
         for step, refs in zip(range(first, len(self)), self.sampler, strict=False):
             yield [SlotRef(*pair) for pair in zip(refs, self.plan.slots(epoch, step), strict=True)]
