@@ -7,15 +7,19 @@ import inspect
 import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from gloo_ranks import run_ranks
 from open_clip import device as devices
 from open_clip import packing
 from open_clip.device import cuda, packed
@@ -271,6 +275,34 @@ def test_gradient_checkpointing_and_inference_mode(tower: Tower) -> None:
     for one, other in zip(gradients(tower, found), gradients(tower, expected), strict=True):
         assert torch.equal(one, other)
     outputs_and_gradients(in_buckets, make_inputs(segments, segments), segments, segments, False)
+
+
+def run_sharded(rank: int, size: int) -> dict[str, Tensor]:
+    """Return the output and the gradients with FSDP2 and alone. Each rank has sequences of other lengths."""
+    torch.manual_seed(0)
+    tower = Tower()
+    alone = copy.deepcopy(tower)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=True)
+    fully_shard(tower, mesh=mesh, mp_policy=policy)
+    x, segments = batch(rank)
+    output = tower(x, segments)
+    output.sum().backward()
+    expected = alone(x, segments)
+    expected.sum().backward()
+    found: dict[str, Tensor] = {"output": output.detach(), "expected": expected.detach()}
+    for name, parameter in tower.named_parameters():
+        found[name] = parameter.grad.full_tensor()
+    return found | {f"alone.{name}": parameter.grad for name, parameter in alone.named_parameters()}
+
+
+def test_sharded_towers(tmp_path: Path) -> None:
+    ranks = run_ranks(__file__, "run_sharded", (2,), tmp_path)[2]
+    for found in ranks:
+        assert torch.equal(found["output"], found["expected"])
+    for name, _ in Tower().named_parameters():
+        mean = (ranks[0][f"alone.{name}"] + ranks[1][f"alone.{name}"]) / 2
+        torch.testing.assert_close(ranks[0][name], mean, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
