@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ _KEPT = 64  # tables that are kept; with 1024 positions of width 768, 3 MB each
 class PositionTables:
     """The learned and the rotary positions of a NaFlexVit of timm, for all places of several grids.
 
-    A table is computed once for each distinct grid of a batch. In evaluation it is kept for later batches, if no gradient
-    goes through it and the weights are unchanged.
+    A table is computed once for each distinct grid of a batch. Rotary positions are kept for later batches. Learned ones
+    are not: `parameter.data.copy_(...)` changes weights without a trace, and the tables cost less than 1% of a batch.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,6 @@ class PositionTables:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return PositionTables, ()
 
-    def clear(self) -> None:
-        """Forget the tables that are kept."""
-        self._kept.clear()
-
     def learned(self, embeds: Any, grids: tuple[Grid, ...]) -> Tensor | None:
         """Return the learned positions of these grids, one after another, float32 [places, width].
 
@@ -42,40 +38,38 @@ class PositionTables:
         """
         if embeds.pos_embed_type == "none":
             return None
-        weights = [embeds.pos_embed] if embeds.pos_embed_type == "learned" else [embeds.pos_embed_y, embeds.pos_embed_x]
-        needs_grad = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        # Fused optimizers change weights without a new version, and inference tensors have none.
-        if embeds.training or needs_grad or any(weight.is_inference() for weight in weights):
-            return self._join(None, grids, lambda grid: _learned_table(embeds, grid))
-        state = tuple((weight.data_ptr(), weight._version, weight.device) for weight in weights)
-        return self._join(("learned", state), grids, lambda grid: _learned_table(embeds, grid))
+        self.num_computed += len(grids)
+        return _join([_learned_table(embeds, grid) for grid in grids])
 
     def rotary(self, rope: Any, grids: tuple[Grid, ...]) -> Tensor:
         """Return the rotary positions (sine, cosine) of these grids, one after another, [places, 2 * head_dim]."""
-        is_constant = not (rope.training and getattr(rope, "aug_active", False))
-        key = ("rotary", tuple(buffer.device for buffer in rope.buffers())) if is_constant else None
-        return self._join(key, grids, lambda grid: rope.get_embed(shape=list(grid)))
-
-    def _join(self, key: Hashable, grids: tuple[Grid, ...], compute: Callable[[Grid], Tensor]) -> Tensor:
-        """Join the tables of several grids. They are kept under `key`, unless it is None."""
-        if key is None:
+        if rope.training and getattr(rope, "aug_active", False):
             self.num_computed += len(grids)
-            tables = [compute(grid) for grid in grids]
-        else:
-            tables = [self._look_up((key, grid), grid, compute) for grid in grids]
-        return tables[0] if len(tables) == 1 else torch.cat(tables)
+            return _join([rope.get_embed(shape=list(grid)) for grid in grids])
+        key = tuple(_state_of(buffer) for buffer in rope.buffers())
+        return _join([self._look_up((key, grid), rope, grid) for grid in grids])
 
-    def _look_up(self, key: Hashable, grid: Grid, compute: Callable[[Grid], Tensor]) -> Tensor:
+    def _look_up(self, key: Hashable, rope: Any, grid: Grid) -> Tensor:
         table = self._kept.pop(key, None)
         if table is None:
             self.num_computed += 1
             # Not an inference tensor: later calls may need to save it for the backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                table = compute(grid)
+                table = rope.get_embed(shape=list(grid))
             if len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
         self._kept[key] = table  # the last one used is at the end
         return table
+
+
+def _join(tables: list[Tensor]) -> Tensor:
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
+
+
+def _state_of(buffer: Tensor) -> tuple[int, int, torch.device]:
+    """Return what changes if a state dict is loaded into a buffer, or if it is moved."""
+    version = 0 if buffer.is_inference() else buffer._version  # inference tensors have none
+    return buffer.data_ptr(), version, buffer.device
 
 
 def _learned_table(embeds: Any, grid: Grid) -> Tensor:

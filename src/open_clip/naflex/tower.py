@@ -258,10 +258,6 @@ class NaFlexTower(TimmModel):
 
     # The interface of TimmModel
 
-    def train(self, mode: bool = True) -> NaFlexTower:
-        self._tables.clear()
-        return super().train(mode)
-
     def set_input_size(self, image_size: int | tuple[int, int]) -> None:
         """Change `image_size`, the size of images in evaluation. The tower takes images of any size."""
         self.image_size = to_2tuple(image_size)
