@@ -8,6 +8,7 @@ https://arxiv.org/abs/2307.06304).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from .packing import Segments, pack, unpack
 
 Grid = tuple[int, int]  # rows and columns of patches
+PADDED = ("patches", "patch_coord", "patch_valid")  # the entries of padded images
+_MAX_PLACES = 2**20  # of a grid: 1024 x 1024 patches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +103,9 @@ class PackedPatches:
     def with_prefix(self, num_prefix: int) -> PrefixLayout:
         """Return where the tokens of the images are if each image gets `num_prefix` tokens before its patches."""
         if num_prefix not in self._layouts:
-            self._layouts[num_prefix] = PrefixLayout.of(self.segments, num_prefix, self.coord.device)
+            # Not inference tensors: a later call may need to save them for the backward pass.
+            with torch.inference_mode(False):
+                self._layouts[num_prefix] = PrefixLayout.of(self.segments, num_prefix, self.coord.device)
         return self._layouts[num_prefix]
 
 
@@ -137,13 +142,40 @@ class PrefixLayout:
         )
 
 
+def check_padded(images: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the entries of padded images and their shapes are those that `pack_patches` describes."""
+    missing = [name for name in PADDED if name not in images]
+    if missing:
+        raise ValueError(
+            f"The images have the entries {str(list(images))[:100]} and lack {', '.join(missing)}. Padded patches have "
+            f"{', '.join(PADDED)}: join the samples of a NaFlex transform with open_clip.transform.collate_patches."
+        )
+    shape = images["patch_valid"].shape
+    if len(shape) == 1:
+        raise ValueError(
+            f"patch_valid has the shape {list(shape)}, without the dimension of the batch. Add it to all entries: "
+            "{name: value[None] for name, value in images.items()}."
+        )
+    if not shape.numel() or images["patches"].shape[:2] != shape or images["patch_coord"].shape != (*shape, 2):
+        shapes = ", ".join(f"{name} {list(images[name].shape)}" for name in PADDED)
+        raise ValueError(
+            f"The images have {shapes}. They must be [batch, patches, ...], [batch, patches, 2] and [batch, patches], "
+            "with at least one image and one patch."
+        )
+
+
 def pack_patches(images: Mapping[str, Any]) -> PackedPatches:
     """Pack padded images, which must be on the CPU.
 
     Args:
         images: {"patches": [B, N, P * P * 3] or [B, N, P, P, 3], "patch_coord": int [B, N, 2],
             "patch_valid": bool [B, N]}.
+
+    Raises:
+        ValueError: an entry is missing or has another shape, an image has no valid patch, or a coordinate is negative
+            or too large.
     """
+    check_padded(images)
     patches, segments = pack(images["patches"], images["patch_valid"])
     coord, _ = pack(images["patch_coord"], images["patch_valid"])
     patch_size = (patches.shape[1], patches.shape[2]) if patches.dim() == 4 else None
@@ -155,18 +187,32 @@ def _places(coord: Tensor, segments: Segments) -> tuple[tuple[Grid, ...], Tensor
     sequence = segments.sequence.cpu()
     last = torch.zeros(len(segments), 2, dtype=torch.int64)
     last.scatter_reduce_(0, sequence[:, None].expand(-1, 2), coord.long(), "amax")
-    grids, start, columns = index_grids([(row + 1, column + 1) for row, column in last.tolist()])
+    grids, start, columns = index_grids(last.tolist(), lowest=int(coord.min()))
     place = start[sequence] + coord[:, 0] * columns[sequence] + coord[:, 1]
     return grids, place
 
 
-def index_grids(per_image: list[Grid]) -> tuple[tuple[Grid, ...], Tensor, Tensor]:
+def index_grids(last: list[list[int]], lowest: int) -> tuple[tuple[Grid, ...], Tensor, Tensor]:
     """Find the distinct grids of a batch.
+
+    Args:
+        last: the last row and the last column of each image.
+        lowest: the smallest row or column of all images.
 
     Returns:
         (distinct grids in order of appearance, int64 [images] with the start of each image's grid in a table of the
         positions of all distinct grids, int64 [images] with its number of columns).
+
+    Raises:
+        ValueError: a coordinate is negative, or so large that a table of positions would not fit into memory.
     """
+    per_image = [(row + 1, column + 1) for row, column in last]
+    rows, columns_of_largest = max(per_image, key=math.prod)
+    if lowest < 0 or rows * columns_of_largest > _MAX_PLACES:
+        raise ValueError(
+            f"patch_coord goes from {lowest} to row {rows - 1} and column {columns_of_largest - 1} of an image. These "
+            f"are places in the grid of its patches: at least 0, and less than {_MAX_PLACES} in all."
+        )
     starts: dict[Grid, int] = {}
     size = 0
     for grid in per_image:

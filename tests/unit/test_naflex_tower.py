@@ -104,6 +104,27 @@ def test_hooks_and_patches_are_respected():
     assert not tower.takes_packed_patches
 
 
+@pytest.mark.parametrize("variant", ["gap", "map", "rope", "eva"])
+def test_attention_that_a_program_hooks_or_replaces_is_called(variant):
+    """Packed images are padded for it: packed attention does not call the modules of timm."""
+    tower, images = make_tower(variant), make_images(GRIDS)
+    packed = pack_patches(images)
+    attentions = [tower.trunk.blocks[1].attn, *([tower.trunk.attn_pool] if tower.trunk.attn_pool is not None else [])]
+    with torch.no_grad():
+        before = tower(packed)
+        for attention in attentions:
+            forward = attention.forward
+            handle = attention.register_forward_hook(lambda module, args, output: 2 * output + 1)
+            torch.testing.assert_close(tower(packed), tower(images), rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(tower(packed), before)
+            handle.remove()
+            attention.forward = lambda *args, forward=forward, **options: 2 * forward(*args, **options) + 1
+            torch.testing.assert_close(tower(packed), tower(images), rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(tower(packed), before)
+            del attention.forward
+        assert torch.equal(tower(packed), before)
+
+
 # Position tables
 
 
@@ -164,6 +185,13 @@ def test_tables_made_in_inference_mode_can_be_used_in_training():
     with torch.inference_mode():
         tower(images)
     tower(pack_patches(images)).sum().backward()
+
+
+def test_packed_images_encoded_in_inference_mode_can_be_used_in_training():
+    tower, images = make_tower("token"), pack_patches(make_images(GRIDS))
+    with torch.inference_mode():
+        tower(images)
+    tower(images).sum().backward()
 
 
 def test_towers_with_tables_are_copied_and_pickled():
@@ -241,6 +269,36 @@ def test_patches_of_a_wrong_shape(shape, message):
     for form in (lambda x: x, pack_patches):
         with pytest.raises(ValueError, match=message):
             make_tower()(form(images))
+
+
+FORMS = {"padded": lambda images: images, "packed": pack_patches}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_entries_that_are_no_padded_images(form):
+    tower, images = make_tower(), make_images([(2, 3), (1, 2)], extra=0)
+    for name in images:
+        with pytest.raises(ValueError, match=f"lack {name}.*collate_patches"):
+            tower(form({key: value for key, value in images.items() if key != name}))
+    with pytest.raises(ValueError, match=r"\[6\], without the dimension of the batch.*value\[None\]"):
+        tower(form({name: value[0] for name, value in images.items()}))
+    for name, message in (("patch_coord", r"patch_coord \[2, 5, 2\]"), ("patch_valid", r"patch_valid \[2, 5\]")):
+        with pytest.raises(ValueError, match=message):
+            tower(form({**images, name: images[name][:, :5]}))
+    with pytest.raises(ValueError, match="at least one image"):
+        tower(form({name: value[:0] for name, value in images.items()}))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("place", "message"), [((0, -1), "from -1 to row 1"), ((300_000, 200_000), "row 300000 and column 200000")]
+)
+def test_coordinates_outside_of_an_image(form, place, message):
+    """Without the check, a device would fail in a later operation, or the host would run out of memory."""
+    images = make_images([(2, 3), (1, 2)], extra=0)
+    images["patch_coord"][0, 4] = torch.tensor(place)
+    with pytest.raises(ValueError, match=f"{message}.*at least 0"):
+        make_tower()(form(images))
 
 
 def test_patches_that_are_not_normalized():

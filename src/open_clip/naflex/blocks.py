@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import packing
 from ..device import ops
 from ..packing import Segments
+from ..utils import has_hooks, has_method
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class NaFlexEvaBlock(EvaBlock):
         return x + _drop_path(self.drop_path2, _scale(self.mlp(self.norm2(x)), self.gamma_2), attn_mask)
 
 
+_ATTENTION_FORWARDS = (Attention.forward, AttentionRope.forward, EvaAttention.forward, AttentionPoolLatent.forward)
 _CLASSES: dict[type, type] = {Block: NaFlexBlock, EvaBlock: NaFlexEvaBlock}
 
 
@@ -76,9 +78,20 @@ def are_known(trunk: Any) -> bool:
 
 
 def can_pack(trunk: Any) -> bool:
-    """Return whether known blocks and pooling can take packed tokens: they cannot drop attention weights."""
-    drops = any(block.attn.attn_drop.p for block in trunk.blocks)
-    return not drops and (trunk.attn_pool is not None or trunk.global_pool in ("avg", "token"))
+    """Return whether known blocks and pooling can take packed tokens.
+
+    They cannot drop attention weights, and their attention must be timm's: its forward is not called.
+    """
+    if trunk.attn_pool is None and trunk.global_pool not in ("avg", "token"):
+        return False
+    attentions = [block.attn for block in trunk.blocks]
+    pools = [] if trunk.attn_pool is None else [trunk.attn_pool]
+    return all(map(_is_timms, [*attentions, *pools])) and not any(attn.attn_drop.p for attn in attentions)
+
+
+def _is_timms(attention: nn.Module) -> bool:
+    """Return whether calling an attention does what timm's class does: a program has not replaced or hooked it."""
+    return any(has_method(attention, forward) for forward in _ATTENTION_FORWARDS) and not has_hooks(attention)
 
 
 def _scale(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -17,8 +17,8 @@ _KEPT = 64  # tables that are kept; with 1024 positions of width 768, 3 MB each
 class PositionTables:
     """The learned and the rotary positions of a NaFlexVit of timm, for all places of several grids.
 
-    A table is computed once for each distinct grid of a batch. Rotary positions are kept for later batches. Learned ones
-    are not: `parameter.data.copy_(...)` changes weights without a trace, and the tables cost less than 1% of a batch.
+    A table is computed once for each distinct grid of a batch. Rotary positions are kept for later batches. Learned
+    ones are not: `parameter.data.copy_(...)` changes weights without a trace, and the tables cost little.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import packing
-from ..packed_patches import Grid, PackedPatches, index_grids
+from ..packed_patches import Grid, PackedPatches, check_padded, index_grids
 from ..timm_model import TimmModel
 from ..utils import check_images, has_hooks, has_method, is_symbolic, to_2tuple
 from .inputs import check_patches, patch_size_of
@@ -78,7 +78,7 @@ class NaFlexTower(TimmModel):
         trunk, embeds = self.trunk, self.trunk.embeds
         return (
             are_known(trunk)
-            and "forward" not in trunk.__dict__
+            and not trunk.__dict__.keys() & {"forward", "forward_features", "forward_head"}
             and not has_hooks(trunk)
             and not has_hooks(embeds)
             and embeds.is_linear
@@ -95,6 +95,7 @@ class NaFlexTower(TimmModel):
                 return self.head(self._encode_packed(x))
             x = x.padded()
         if isinstance(x, Mapping):
+            check_padded(x)
             check_patches(x["patches"], self.trunk.embeds)
             return self.head(self._encode_padded(x) if self._knows_trunk() else self.trunk(dict(x)))
         if is_symbolic(x):
@@ -156,8 +157,8 @@ class NaFlexTower(TimmModel):
         patches, valid = images["patches"], images["patch_valid"]
         size = patch_size_of(patches, self.trunk.embeds)
         coord = images["patch_coord"].long() * valid[..., None]
-        last = coord.amax(dim=1).tolist()  # once per batch the host waits for the device here
-        grids, start, columns = index_grids([(row + 1, column + 1) for row, column in last])
+        lowest, *last = torch.cat([coord.amin(dim=(0, 1))[None], coord.amax(dim=1)]).tolist()  # waits for the device
+        grids, start, columns = index_grids(last, min(lowest))
         start, columns = torch.stack([start, columns]).to(coord.device, non_blocking=True)
         place = start[:, None] + coord[..., 0] * columns[:, None] + coord[..., 1]
         return self._encode_batch(self._embed(patches.flatten(2), size), grids, place, valid.bool())
