@@ -103,6 +103,13 @@ class PackedText:
     ids: Tensor
     segments: packing.Segments
 
+    def __post_init__(self) -> None:
+        if self.ids.shape != (self.segments.total,):
+            raise ValueError(
+                f"Packed ids of shape {list(self.ids.shape)} do not fit segments of {self.segments.total} tokens. "
+                "Make them with pack_text."
+            )
+
     def __len__(self) -> int:
         return len(self.segments)
 

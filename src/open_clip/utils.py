@@ -129,6 +129,11 @@ def check_images(
     """
     if is_symbolic(x):
         return
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(
+            f"This image tower takes images [batch, channels, height, width], got a {type(x).__name__}. Patches need a "
+            "NaFlex tower: build the model with force_naflex_vision=True. Images need the model's preprocess."
+        )
     if x.dim() != 4:
         height, width = ("height", "width") if image_size is None else to_2tuple(image_size)
         fix = " Add the batch dimension with image.unsqueeze(0)." if x.dim() == 3 else ""
@@ -150,9 +155,14 @@ def check_token_ids(text: Any) -> None:
     if is_symbolic(text):
         return
     if not isinstance(text, torch.Tensor):
-        raise ValueError(f"This text tower takes token ids [batch, tokens], got a {type(text).__name__}.")
-    if text.dim() == 2:
+        raise ValueError(
+            f"This text tower takes token ids [batch, tokens], got a {type(text).__name__}. Pass the tensor that the "
+            "model's tokenizer returns."
+        )
+    if text.dim() == 2 and text.shape[1]:
         return
+    if text.dim() == 2:
+        raise ValueError(f"Token ids have the shape {list(text.shape)}. A text needs at least one token.")
     fix = "Add the batch dimension with text.unsqueeze(0)." if text.dim() < 2 else "Use text.flatten(0, -2)."
     raise ValueError(f"Token ids have the shape {list(text.shape)}, and this model takes [batch, tokens]. {fix}")
 

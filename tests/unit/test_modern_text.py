@@ -21,7 +21,7 @@ from open_clip.deferred_init import DeferredInit
 from open_clip.export.command import export_model
 from open_clip.modern_text import ModernTextTransformer, RMSNorm, RotaryEmbedding1D
 from open_clip.precision import set_precision
-from open_clip.text_groups import GroupedText, group_by_length, pack_text
+from open_clip.text_groups import GroupedText, PackedText, group_by_length, pack_text
 from training import flops
 from training.compilation import find_blocks
 
@@ -39,6 +39,10 @@ OF_OTHERS = ("variable_text", "tokenizer_type", "tiktoken_name")  # read by the 
         ({"pad_id": None}, "no pad_id.*Set pad_id"),
         ({"eos_id": None}, "no eos_id.*pool_type 'last'"),
         ({"eos_id": 64}, r"eos_id=64 is not an id.*0 to 63"),
+        ({"bos_id": 64}, r"bos_id=64 is not an id.*0 to 63"),
+        ({"layers": 0}, "layers=0 is not positive"),
+        ({"rope_temperature": 0.0}, "rope_temperature=0.0 is not positive"),
+        ({"norm_eps": -1e-6}, "norm_eps=-1e-06 is not positive"),
         ({"pool_type": "first"}, "pool_type.*'eos', 'last', 'mean', 'map'.*'first'"),
         ({"attention_mode": "prefix"}, "attention_mode is one of 'causal', 'bidirectional'"),
         ({"pos_embed": "learned"}, "pos_embed is one of 'rope'"),
@@ -268,6 +272,17 @@ def test_a_native_tower_refuses_packed_texts():
     for model in (open_clip.CLIP(**tiny_clip.config()), open_clip.CustomTextCLIP(**tiny_clip.config())):
         with pytest.raises(ValueError, match=r"takes token ids \[batch, tokens\], got a PackedText"):
             model.encode_text(packed)
+
+
+def test_inputs_that_are_no_token_ids():
+    tower = ModernTextTransformer(cases.config()["text_cfg"], 16)
+    with pytest.raises(ValueError, match=r"got a list\. Pass the tensor that the model's tokenizer"):
+        tower(["a cat"])
+    with pytest.raises(ValueError, match=r"\[2, 0\]. A text needs at least one token"):
+        tower(torch.zeros(2, 0, dtype=torch.int64))
+    packed = pack_text(torch.ones(2, 4, dtype=torch.int64), torch.tensor([2, 3]))
+    with pytest.raises(ValueError, match=r"\[4\] do not fit segments of 5 tokens"):
+        PackedText(packed.ids[:-1], packed.segments)
 
 
 def test_groups_of_texts_have_the_features_of_the_batch():

@@ -35,6 +35,13 @@ def test_images_of_another_size(tower: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("tower", TOWERS)
+def test_patches_need_a_naflex_tower(tower: str) -> None:
+    patches = {"patches": torch.zeros(1, 4, 768), "patch_coord": torch.zeros(1, 4, 2), "patch_valid": torch.ones(1, 4)}
+    with pytest.raises(ValueError, match=r"got a dict\. Patches need a NaFlex tower.*force_naflex_vision=True"):
+        build(tower).encode_image(patches)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tower", TOWERS)
 def test_an_image_without_a_batch(tower: str) -> None:
     with pytest.raises(ValueError, match=r"shape \[3, 64, 64\], .* \[batch, channels, 64, 64\].*image.unsqueeze\(0\)"):
         build(tower).encode_image(torch.randn(3, 64, 64))

@@ -17,6 +17,7 @@ _NATIVE_FIELDS = (
     *("embed_cls", "no_causal_mask", "act_kwargs", "norm_kwargs", "block_type"),
     *("scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"),
 )
+_POSITIVE = ("width", "heads", "layers", "vocab_size", "context_length", "rope_temperature", "norm_eps")
 
 
 def pool_type_of(cfg: CLIPTextCfg) -> str:
@@ -39,6 +40,9 @@ def check_config(cfg: CLIPTextCfg) -> None:
     expect("norm_placement", cfg.norm_placement, NORM_PLACEMENTS)
     expect("proj_type", cfg.proj_type, ("linear", "none"))
     _check_native_fields(cfg)
+    for name in _POSITIVE:
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"{name}={getattr(cfg, name)} is not positive. Set another {name} in text_cfg.")
     if cfg.reg_tokens < 0:
         raise ValueError(f"reg_tokens={cfg.reg_tokens} is a number of tokens. Use 0 for none.")
     if cfg.pad_id is None:
@@ -51,7 +55,7 @@ def check_config(cfg: CLIPTextCfg) -> None:
             "text_cfg has no eos_id, and pool_type 'eos' selects the token with this id. Set eos_id to that of the "
             "tokenizer, or use pool_type 'last', 'mean' or 'map'."
         )
-    for name in ("pad_id", "eos_id"):
+    for name in ("pad_id", "bos_id", "eos_id"):
         value = getattr(cfg, name)
         if value is not None and not 0 <= value < cfg.vocab_size:
             raise ValueError(f"{name}={value} is not an id of this vocabulary: it has 0 to {cfg.vocab_size - 1}.")
