@@ -1,7 +1,7 @@
 """Write the data of docs/native_resolution.md: handwritten digits on sheets of paper of many sizes and shapes.
 
-A sheet is 24 to 64 pixels wide or high on its shorter side and up to 1.5 times as long on the other. The digit fills the
-shorter side, at a random place of the longer one. The output folder contains `model` (the configuration of a small
+A sheet is 24 to 64 pixels wide or high on its shorter side and up to 1.5 times as long on the other. The digit fills
+the shorter side, at a random place of the longer one. The output folder contains `model` (the configuration of a small
 NaFlex model), `train.csv`, tar shards in `shards`, and `test` (one folder of held-out sheets per digit).
 `classnames.txt` and `templates.txt` are for zero-shot evaluation.
 """

@@ -51,6 +51,7 @@ NAMES: dict[str, dict[str, str]] = {
         **_legacy("_set_model_device_and_precision"),
         **dict.fromkeys(("HF_HUB_PREFIX", "LOCAL_DIR_PREFIX", "_natural_key"), "open_clip.config"),
         "_rescan_model_configs": "open_clip.config:rescan_model_configs",
+        "DEFAULT_CONTEXT_LENGTH": "open_clip.tokenizer",
         "SigLipTokenizer": "open_clip.tokenizer.hf",
         "convert_state_dict": "open_clip.convert",
         "convert_to_custom_text_state_dict": "open_clip.model",
@@ -86,12 +87,11 @@ NAMES: dict[str, dict[str, str]] = {
         "ModifiedResNet": "open_clip.modified_resnet",
         "TimmModel": "open_clip.timm_model",
         "VisionTransformer": "open_clip.transformer.vision",
+        "build_model_from_openai_state_dict": "open_clip.openai",
         "lock_text_tower": "open_clip.transformer.text",
         "text_global_pool": "open_clip.transformer.text_encoder",
     },
-    "open_clip.openai": dict.fromkeys(
-        ("build_model_from_openai_state_dict", "convert_weights_to_lp"), "open_clip.model"
-    ),
+    "open_clip.openai": {"convert_weights_to_lp": "open_clip.precision"},
     "open_clip.pretrained": {
         **_legacy("_has_hf_hub", "_has_safetensors", "_get_safe_alternatives"),
         **_legacy("_pcfg", "_slpcfg", "_apcfg", "_mccfg", "_mc2cfg", "_pecfg"),
@@ -166,7 +166,6 @@ NAMES: dict[str, dict[str, str]] = {
 
 _TASK = "Task objects are not supported yet. Use training.train.train_one_epoch, or create_loss in your own loop."
 _AUDIO = "Audio models are not supported yet. Use open_clip's main branch for CLAP."
-_NAFLEX = "NaFlex towers are not supported yet. Images are resized to the size of the model."
 _GENERATIVE = "GenLIP and GenLAP models are not supported yet. CoCa models generate captions."
 _FUSED_LOSS = "Use CoCaLoss, or torch.nn.functional.linear and cross_entropy."
 

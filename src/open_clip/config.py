@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,6 +176,14 @@ def as_config(cls: type[ConfigT], cfg: ConfigT | Mapping[str, Any]) -> ConfigT:
         # The native tower's defaults are ids of CLIP's vocabulary. Another vocabulary has other ids there.
         cfg = {"pad_id": None, "eos_id": None, **cfg}
     return cls(**cfg)
+
+
+def expect_defaults(cfg: Any, names: Collection[str], reason: str) -> None:
+    """Raise ValueError if a field of the dataclass `cfg` in `names` has not its default. `reason` ends the message."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(f"{field.name}={value!r} {reason}")
 
 
 def _hint(key: str, fields: list[str]) -> str:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-DEFAULT_CONTEXT_LENGTH = 77  # for models without a limit
+DEFAULT_CONTEXT_LENGTH = 77  # for models without a limit, and for their texts
 
 
 def _around(parent: nn.Module, child: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -56,6 +56,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         pretrained: load the published weights from the folder or the hub.
         output_tokens: return (features, tokens).
         config_overrides: values that replace those of the configuration of `model_name_or_path`.
+        num_tokens: number of tokens of a text, to which tokenizers pad. The encoder itself only has a maximum.
 
     Raises:
         ImportError: transformers is not installed, or too old.
@@ -73,6 +74,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         pretrained: bool = True,
         output_tokens: bool = False,
         config_overrides: Mapping[str, Any] | None = None,
+        num_tokens: int = DEFAULT_CONTEXT_LENGTH,
     ) -> None:
         super().__init__()
         self.output_tokens = output_tokens
@@ -91,6 +93,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         use_exact_gelu(self.transformer)
         self.vocab_size = self._config_value("vocab_size")
         self.context_length = self._config_value("context_length") or DEFAULT_CONTEXT_LENGTH
+        self.num_tokens = min(num_tokens, self.context_length)
         pooler_type = pooler_type or arch_dict[self.config.model_type]["pooler"]
         expect("pooler_type", pooler_type, POOLERS)
         self.pooler = POOLERS[pooler_type]()

@@ -17,9 +17,7 @@ from torch import nn
 
 from . import aliases
 from .config import CLIPTextCfg, CLIPVisionCfg
-from .constants import OPENAI_SIZES
 from .convert.layout import to_custom_text_layout as convert_to_custom_text_state_dict
-from .convert.openai_sizes import infer_text_cfg, infer_vision_cfg
 from .model_inputs import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
 from .model_traits import IMAGE_TEXT
 from .pos_embed import resize_pos_embed, resize_text_pos_embed
@@ -28,7 +26,6 @@ from .precision import (
     convert_weights_to_lp,
     get_cast_dtype,
     get_input_dtype,
-    low_precision_tensors,
 )
 from .text_groups import GroupedText, PackedText
 from .towers import build_text_tower as _build_text_tower  # programs import and patch these names of open_clip 3.3
@@ -42,7 +39,6 @@ __all__ = [
     "CLIPTextCfg",
     "CLIPVisionCfg",
     "CustomTextCLIP",
-    "build_model_from_openai_state_dict",
     "convert_to_custom_text_state_dict",
     "convert_weights_to_fp16",
     "convert_weights_to_lp",
@@ -390,53 +386,6 @@ class SeparateTextTower(TwoTowers):
 
 class CustomTextCLIP(SeparateTextTower):
     """CLIP with the text tower under `text`."""
-
-
-# Weights
-
-
-def build_model_from_openai_state_dict(
-    state_dict: dict[str, torch.Tensor],
-    quick_gelu: bool = True,
-    cast_dtype: torch.dtype | None = torch.float16,
-) -> CLIP:
-    """Build a CLIP in evaluation mode from the weights of an OpenAI archive.
-
-    The configuration is inferred from the shapes. The weights are copied, so training does not change `state_dict`.
-
-    Args:
-        state_dict: the archive's weights, with the keys of CLIP.
-        quick_gelu: use QuickGELU, as OpenAI's models do, instead of GELU.
-        cast_dtype: half precision dtype to which the weights are cast, or None.
-    """
-    copies = {key: value.detach().clone() for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    return build_model_around_openai_weights(copies, quick_gelu, cast_dtype)
-
-
-def build_model_around_openai_weights(
-    state_dict: dict[str, torch.Tensor],
-    quick_gelu: bool = True,
-    cast_dtype: torch.dtype | None = torch.float16,
-) -> CLIP:
-    """Do as `build_model_from_openai_state_dict`, but without copying tensors that already have the right dtype."""
-    state_dict = {k: v for k, v in state_dict.items() if k not in OPENAI_SIZES}
-    # On the meta device, because the archive has all weights.
-    with torch.device("meta"):
-        model = CLIP(
-            embed_dim=state_dict["text_projection"].shape[1],
-            vision_cfg=infer_vision_cfg(state_dict),
-            text_cfg=infer_text_cfg(state_dict),
-            quick_gelu=quick_gelu,
-            cast_dtype=cast_dtype,
-        )
-    model.load_state_dict(state_dict, assign=True)
-    # One parameter at a time, so that the whole model is never in memory twice.
-    low_precision = {id(tensor) for tensor in low_precision_tensors(model)} if cast_dtype else set()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(cast_dtype if id(parameter) in low_precision else torch.float32)
-    for buffer in model.buffers():  # running statistics of batch norms, and integer num_batches_tracked
-        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
-    return model.eval()
 
 
 def trace_model(model: TwoTowers, batch_size: int = 256, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:

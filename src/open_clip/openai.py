@@ -16,10 +16,11 @@ from . import device as devices
 from .checkpoint.files import read_state_dict
 from .checkpoint.key_prefixes import drop_extras
 from .checkpoint.meta import NoInitialization
-from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from .model import build_model_around_openai_weights
+from .constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, OPENAI_SIZES
+from .convert.openai_sizes import infer_text_cfg, infer_vision_cfg
+from .model import CLIP
 from .model_inputs import set_model_preprocess_cfg
-from .precision import check_precision, get_cast_dtype, set_precision
+from .precision import check_precision, get_cast_dtype, low_precision_tensors, set_precision
 from .pretrained import (
     download_pretrained_from_url,
     get_pretrained_url,
@@ -74,12 +75,56 @@ def load_openai_model(
         for key, value in weights.items():  # one at a time, so that only one weight is in memory in both dtypes
             weights[key] = value.float() if value.is_floating_point() else value
     with NoInitialization():
-        model = build_model_around_openai_weights(weights, cast_dtype=cast_dtype)
+        model = _build_around_weights(weights, cast_dtype=cast_dtype)
     set_precision(model, precision)
     size = model.visual.image_size
     cfg = PreprocessCfg(size=size, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
     set_model_preprocess_cfg(model, vars(cfg))
     return model.to(target)
+
+
+def build_model_from_openai_state_dict(
+    state_dict: dict[str, torch.Tensor],
+    quick_gelu: bool = True,
+    cast_dtype: torch.dtype | None = torch.float16,
+) -> CLIP:
+    """Build a CLIP in evaluation mode from the weights of an OpenAI archive.
+
+    The configuration is inferred from the shapes. The weights are copied, so training does not change `state_dict`.
+
+    Args:
+        state_dict: the archive's weights, with the keys of CLIP.
+        quick_gelu: use QuickGELU, as OpenAI's models do, instead of GELU.
+        cast_dtype: half precision dtype to which the weights are cast, or None.
+    """
+    copies = {key: value.detach().clone() for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    return _build_around_weights(copies, quick_gelu, cast_dtype)
+
+
+def _build_around_weights(
+    state_dict: dict[str, torch.Tensor],
+    quick_gelu: bool = True,
+    cast_dtype: torch.dtype | None = torch.float16,
+) -> CLIP:
+    """Do as `build_model_from_openai_state_dict`, but without copying tensors that already have the right dtype."""
+    state_dict = {k: v for k, v in state_dict.items() if k not in OPENAI_SIZES}
+    # On the meta device, because the archive has all weights.
+    with torch.device("meta"):
+        model = CLIP(
+            embed_dim=state_dict["text_projection"].shape[1],
+            vision_cfg=infer_vision_cfg(state_dict),
+            text_cfg=infer_text_cfg(state_dict),
+            quick_gelu=quick_gelu,
+            cast_dtype=cast_dtype,
+        )
+    model.load_state_dict(state_dict, assign=True)
+    # One parameter at a time, so that the whole model is never in memory twice.
+    low_precision = {id(tensor) for tensor in low_precision_tensors(model)} if cast_dtype else set()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(cast_dtype if id(parameter) in low_precision else torch.float32)
+    for buffer in model.buffers():  # running statistics of batch norms, and integer num_batches_tracked
+        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+    return model.eval()
 
 
 def _read_weights(path: str, is_mapped: bool) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .config import CLIPTextCfg, CLIPVisionCfg, as_config
+from .config import CLIPTextCfg, CLIPVisionCfg, as_config, expect_defaults
 from .constants import RESNET_STRIDE
 from .hf_model import HFTextEncoder
 from .modern_text import ModernTextTransformer
@@ -108,11 +108,13 @@ def build_text_tower(
             pretrained=cfg.hf_model_pretrained,
             output_tokens=cfg.output_tokens,
             config_overrides=cfg.hf_model_config,
+            num_tokens=cfg.context_length,
         )
     expect("text_arch", cfg.text_arch, ("clip", "modern"))
     if cfg.text_arch == "modern":
         return ModernTextTransformer(cfg, embed_dim)
-    _check_no_modern_fields(cfg)
+    reason = "has no effect on a native text tower. Set text_arch to 'modern', or remove it."
+    expect_defaults(cfg, _MODERN_FIELDS, reason)
     options = _tower_options(cfg, TextTransformer)
     return TextTransformer(output_dim=embed_dim, **(options | layer_types(cfg, quick_gelu, cast_dtype)))
 
@@ -123,12 +125,3 @@ _MODERN_FIELDS = (
     *("pre_norm", "norm_placement", "zero_init_residual", "reg_tokens", "value_residual"),
     *("attention_bias", "mlp_bias", "gate_bias"),
 )
-
-
-def _check_no_modern_fields(cfg: CLIPTextCfg) -> None:
-    for field in dataclasses.fields(CLIPTextCfg):
-        value = getattr(cfg, field.name)
-        if field.name in _MODERN_FIELDS and value != field.default:
-            raise ValueError(
-                f"{field.name}={value!r} has no effect on a native text tower. Set text_arch to 'modern', or remove it."
-            )

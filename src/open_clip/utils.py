@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from . import aliases
+
+logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
@@ -68,6 +71,15 @@ def set_trainable(group: nn.Module | torch.Tensor | Iterable | None, trainable: 
     else:
         for member in group:
             set_trainable(member, trainable)
+
+
+def train_last_groups(groups: list[Any], unlocked: int, tower: str) -> None:
+    """Freeze all groups of modules and parameters of `tower` (its name in the log) except for the last `unlocked`."""
+    set_trainable(groups, False)
+    if unlocked >= len(groups):
+        logger.warning("The %s has %d groups: unlocking %d locks nothing.", tower, len(groups), unlocked)
+    if unlocked:
+        set_trainable(groups[-unlocked:], True)
 
 
 # From the input of a tower to its output: (name of the group, its modules, parameters and None). Each parameter of the

@@ -6,8 +6,7 @@ The features do not change. An input keeps its padding if one of the models that
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from open_clip import device as devices
-from open_clip.text_groups import MAX_GROUPS, group_by_length
+from open_clip.packed_patches import PackedPatches, pack_patches
+from open_clip.text_groups import MAX_GROUPS, PackedText, group_by_length, pack_text
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class TextUnpadding:
             return text
         longest = torch.stack(known).amax(dim=0)
         if is_packed:
-            return _pinned(_function("text_groups", "pack_text")(text, longest), self._pins)
+            return _pinned(pack_text(text, longest), self._pins)
         return group_by_length(text, longest, self._group_cost, self._max_groups)
 
     def packs(self) -> bool:
@@ -134,7 +134,7 @@ class PatchPacking:
         """Pack a dict with "patches", "patch_coord" and "patch_valid" on the CPU. Other values are not changed."""
         if not isinstance(image, Mapping) or not self.packs() or not image["patch_valid"].is_cpu:
             return image
-        return _pinned(_function("packed_patches", "pack_patches")(image), self._pins)
+        return _pinned(pack_patches(image), self._pins)
 
     def packs(self) -> bool:
         """Return whether patches are packed."""
@@ -156,10 +156,6 @@ def _text_lengths(model: Any, text: Tensor, valid: Tensor | None) -> Tensor | No
     return (valid * places).amax(dim=1).clamp(min=1)
 
 
-def _function(module: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"open_clip.{module}"), name)
-
-
-def _pinned(packed: Any, pins: bool) -> Any:
+def _pinned(packed: PackedText | PackedPatches, pins: bool) -> PackedText | PackedPatches:
     """Return packed inputs in pinned memory, from which copies to the device are asynchronous."""
-    return packed.pin_memory() if pins and hasattr(packed, "pin_memory") else packed
+    return packed.pin_memory() if pins else packed

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import lzma
 from pathlib import Path
 from typing import Any
-
-from open_clip import config
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures" / "open_clip_4"
 # Facts of each model: class, parameters, context_length, image_input and GFLOPs.
@@ -21,19 +18,3 @@ def state_dicts() -> dict[str, dict[str, tuple[list[int], str]]]:
     """Read names -> (shape, dtype) of the models' state dicts."""
     with lzma.open(FIXTURES / "state_dicts.json.xz") as file:
         return json.load(file)
-
-
-def fields(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
-
-
-def is_known(name: str) -> bool:
-    """Whether all fields of a model's configuration exist."""
-    cfg: Any = config.get_model_config(name)
-    return cfg["vision_cfg"].keys() <= fields(config.CLIPVisionCfg) and cfg["text_cfg"].keys() <= fields(
-        config.CLIPTextCfg
-    )
-
-
-HAS_NAFLEX = "timm_model_kwargs" in fields(config.CLIPVisionCfg)
-READY = [name for name in BUILT if is_known(name)]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import flax_like
-import main_models
 import open_clip
 import tiny_clip
 
@@ -48,7 +47,6 @@ def unit(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x / np.linalg.norm(x, axis=-1, keepdims=True)).float()
 
 
-@pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
 @pytest.mark.parametrize("kind", ["NaFlex", "fixed resolution"])
 @torch.no_grad()
 def test_features(tmp_path, kind):

@@ -30,7 +30,7 @@ def test_there_are_ten_new_models_and_27_refused_ones() -> None:
     assert not set(main_models.REFUSED) & set(list_models())
 
 
-@pytest.mark.parametrize("name", main_models.READY)
+@pytest.mark.parametrize("name", main_models.BUILT)
 def test_state_dict_class_and_context_length(name: str) -> None:
     model = create_model(name, device="meta", load_weights=False)
     layout = {key: [list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in
@@ -40,7 +40,7 @@ def test_state_dict_class_and_context_length(name: str) -> None:
     assert model.context_length == PROFILES[name]["context_length"]
 
 
-@pytest.mark.parametrize("name", main_models.READY)
+@pytest.mark.parametrize("name", main_models.BUILT)
 def test_parameters_and_flops(name: str) -> None:
     row, facts = profiler.profile_model(name), PROFILES[name]
     side = row["image_size"]

@@ -25,8 +25,7 @@ from open_clip.convert import (
 )
 from open_clip.convert.__main__ import main
 from open_clip.push_to_hf_hub.for_transformers import save_for_transformers
-
-needs_towers = pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
+from open_clip.transform import naflex
 
 
 @pytest.fixture
@@ -105,7 +104,6 @@ def assert_same(ours, theirs) -> None:
 # From transformers
 
 
-@needs_towers
 @pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu"])
 def test_a_folder_of_transformers(tmp_path, act):
     theirs = siglip2(act)
@@ -130,7 +128,6 @@ def test_ids_of_texts(tmp_path):
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts), expected)
 
 
-@needs_towers
 def test_a_repository_on_the_hub(tmp_path, hub):
     theirs = siglip2()
     theirs.save_pretrained(tmp_path)
@@ -241,7 +238,6 @@ def test_weights_of_the_bundled_models_fit_transformers(name):
     }
 
 
-@needs_towers
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2-naflex", "ViT-SO400M-16-SigLIP2-naflex"])
 def test_bundled_models_have_a_transformers_configuration(name):
     config = model_cfg_to_transformers(open_clip.get_model_config(name), name, "tanh")
@@ -251,7 +247,6 @@ def test_bundled_models_have_a_transformers_configuration(name):
     assert "timm_model_kwargs" not in again["vision_cfg"]
 
 
-@needs_towers
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
@@ -267,7 +262,6 @@ def test_towers_without_a_counterpart_raise(vision, message):
         model_cfg_to_transformers(cfg, "the model")
 
 
-@needs_towers
 def test_our_model_in_transformers(tmp_path):
     cfg = model_cfg_from_transformers(siglip2().config.to_dict(), "config.json")
     cfg["vision_cfg"]["image_seq_len"] = 30
@@ -283,7 +277,6 @@ def test_our_model_in_transformers(tmp_path):
         assert torch.equal(again.state_dict()[key], value), key
 
 
-@needs_towers
 def test_the_command_in_both_directions(tmp_path):
     theirs = siglip2()
     cfg = model_cfg_from_transformers(theirs.config.to_dict(), "config.json")
@@ -320,7 +313,6 @@ def picture(height: int, width: int) -> Image.Image:
 @pytest.mark.parametrize("max_num_patches", [64, 256, 576])
 def test_the_grid_of_an_image(size, max_num_patches):
     """Both search the scale in the same way."""
-    naflex = pytest.importorskip("open_clip.transform.naflex")
     batch = Siglip2ImageProcessor(max_num_patches=max_num_patches)(picture(*size), return_tensors="pt")
     assert batch["spatial_shapes"].tolist() == [list(naflex.patch_grid(*size, (16, 16), max_num_patches))]
 
@@ -328,7 +320,6 @@ def test_the_grid_of_an_image(size, max_num_patches):
 @pytest.mark.parametrize("size", [(60, 80), (480, 640), (33, 1000), (113, 77)])
 def test_pixels_differ_by_one_level_at_most(size):
     """Values are in the order (row, column, channel) in both. transformers resizes in torch, open_clip in PIL."""
-    naflex = pytest.importorskip("open_clip.transform.naflex")
     preprocess = preprocess_cfg_from_transformers({"image_processor_type": "Siglip2ImageProcessor"}, "the file")
     factory = naflex.naflex_eval_transform_v2(open_clip.transform.PreprocessCfg(**preprocess), max_seq_len=256)
     ours = factory(picture(*size))

@@ -18,7 +18,7 @@ import open_clip
 import tiny_clip
 from open_clip import model as models
 from open_clip.export import command as export
-from open_clip.export import formats
+from open_clip.export import formats, graphs
 from versions import require
 
 
@@ -249,3 +249,12 @@ def test_the_command_names_what_is_missing(tmp_path, caplog, options, reason):
     assert export.main([*options, "--output", str(tmp_path / "out")]) == 1
     assert reason in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("gte-modernbert-base-ViT-B-32-256", 256), ("roberta-ViT-B-32", 77), ("ViT-B-32", 77)]
+)
+def test_the_default_context_length_is_that_of_the_configuration(name, expected):
+    pytest.importorskip("transformers")
+    model = open_clip.create_model(name, device="meta", load_weights=False)
+    assert graphs.default_context_length(model) == expected

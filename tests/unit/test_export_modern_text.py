@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
-import main_models
 import open_clip
 import tiny_clip
 import tiny_naflex
-from open_clip import config as configs
 from open_clip.export import command as export
 from open_clip.export import graphs
-
-HAS_MODERN = {"text_arch", "variable_text"} <= main_models.fields(configs.CLIPTextCfg)
-pytestmark = pytest.mark.skipif(not HAS_MODERN, reason="the modern text tower is missing")
 
 TEXT = {
     "text_arch": "modern",

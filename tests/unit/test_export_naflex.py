@@ -10,14 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import main_models
 import open_clip
 import tiny_clip
 import tiny_naflex
 from open_clip.export import command as export
 from open_clip.export import naflex
-
-needs_towers = pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
 
 
 def make(tmp_path, **vision):
@@ -36,7 +33,6 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-@needs_towers
 @pytest.mark.parametrize("format", export.FORMATS)
 @pytest.mark.parametrize("size", [(20, 20), (28, 12)])
 @torch.no_grad()
@@ -51,7 +47,6 @@ def test_a_graph_for_images_of_one_size(tmp_path, format, size):
     assert_near(found, model.encode_image(tiny_naflex.to_patches(images, places=30)))
 
 
-@needs_towers
 @pytest.mark.parametrize("format", export.FORMATS)
 @torch.no_grad()
 def test_a_graph_for_patches_of_one_grid(tmp_path, format):
@@ -63,7 +58,6 @@ def test_a_graph_for_patches_of_one_grid(tmp_path, format):
     assert_near(run(tmp_path / "out" / told["image"]["file"], batch["patches"]), model.encode_image(batch))
 
 
-@needs_towers
 def test_position_embeddings_are_constants(tmp_path):
     """Also those of a wide tower, which the exporter would not compute in advance. ATC has no antialiased Resize."""
     sizes = {"embed_dim": 512, "depth": 1, "num_heads": 4, "mlp_ratio": 0.25, "patch_size": 4}
@@ -74,7 +68,6 @@ def test_position_embeddings_are_constants(tmp_path):
     assert not nodes & {"Resize", "Upsample", "Shape", "Range", "Gelu", "Attention", "IsNaN"}
 
 
-@needs_towers
 def test_the_model_is_unchanged(tmp_path):
     model = make(tmp_path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -84,7 +77,6 @@ def test_the_model_is_unchanged(tmp_path):
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-@needs_towers
 def test_the_command(tmp_path):
     name = tiny_clip.write_folder(tmp_path / "model", tiny_naflex.config())
     save_file(make(tmp_path).state_dict(), tmp_path / "model/open_clip_model.safetensors")
@@ -98,7 +90,6 @@ def test_the_command(tmp_path):
     assert "patch_grid" not in told
 
 
-@needs_towers
 def test_a_size_that_is_not_a_multiple_of_the_patch_size_raises(tmp_path, caplog):
     model = make(tmp_path)
     model.visual.image_size = (20, 22)
@@ -119,7 +110,6 @@ def test_a_grid_without_rows_raises(tmp_path, capsys):
     assert "at least one row and one column" in capsys.readouterr().err
 
 
-@needs_towers
 @torch.no_grad()
 def test_trace_model(tmp_path):
     model = make(tmp_path)

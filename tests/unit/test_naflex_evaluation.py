@@ -12,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import main_models
 import open_clip
 import tiny_clip
 import tiny_naflex
 from training import precision, zero_shot
 from training.evaluators.retrieval import RetrievalEvaluator
 from training.params import EvalConfig
-
-pytestmark = pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
 
 CLASSES = ["cat", "dog", "bird"]
 TEMPLATES = ["a photo of a {}.", "{}"]

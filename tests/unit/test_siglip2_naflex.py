@@ -19,7 +19,6 @@ from open_clip.recipe import check_untrusted
 
 NAMES = ["ViT-B-16-SigLIP2-naflex", "ViT-SO400M-16-SigLIP2-naflex"]
 TOKENIZERS = {NAMES[0]: "timm/ViT-B-16-SigLIP2-256", NAMES[1]: "timm/ViT-SO400M-16-SigLIP2-256"}
-needs_towers = pytest.mark.skipif(not main_models.HAS_NAFLEX, reason="NaFlex towers are missing")
 
 
 @pytest.fixture
@@ -78,7 +77,6 @@ def test_the_tokenizer(hub, tmp_path, name):
     assert torch.equal(ids[0], ids[1])  # capitals and punctuation are removed
 
 
-@needs_towers
 def test_random_weights_start_with_the_logit_bias_of_siglip(small):
     model = open_clip.create_model(small)
     assert model.logit_bias.item() == -10
@@ -86,7 +84,6 @@ def test_random_weights_start_with_the_logit_bias_of_siglip(small):
     assert model.visual.trunk.attn_pool is not None
 
 
-@needs_towers
 def test_weights_and_preprocessing_of_the_tag(hub, small):
     weights = tiny_naflex.randomise(open_clip.create_model(small)).state_dict()
     hub.put(f"timm/{small}", {"open_clip_model.safetensors": save(weights)})

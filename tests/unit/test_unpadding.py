@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import device as devices
-from open_clip import text_groups
-from open_clip.text_groups import GroupedText
+from open_clip.packed_patches import PackedPatches
+from open_clip.text_groups import GroupedText, PackedText
 from towers import CPU, FP32
 from training import components
 from training.batches import num_samples, num_tokens, to_device
@@ -25,32 +23,6 @@ from training.params import EvalConfig, parse_args
 from training.unpadding import KEEP_TEXTS, PaddingOptions, PaddingReader, Unpadding
 
 VALID = torch.tensor([[True, True, False], [True, True, True]])
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What a packing function was given, in the form of a packed input."""
-
-    given: Any
-    lengths: list[int]
-
-    @property
-    def segments(self) -> SimpleNamespace:
-        return SimpleNamespace(total=sum(self.lengths))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Packed:
-        return self
-
-
-@pytest.fixture(autouse=True)
-def packing_functions(monkeypatch):
-    pack_text = lambda text, lengths: Packed(text, lengths.tolist())  # noqa: E731
-    pack_patches = lambda image: Packed(image, image["patch_valid"].sum(dim=1).tolist())  # noqa: E731
-    monkeypatch.setattr(text_groups, "pack_text", pack_text, raising=False)
-    monkeypatch.setitem(sys.modules, "open_clip.packed_patches", SimpleNamespace(pack_patches=pack_patches))
 
 
 class Reader(nn.Module):
@@ -78,7 +50,11 @@ def texts(*lengths: int, width: int = 40) -> Tensor:
 
 
 def images() -> dict[str, Tensor]:
-    return {"patches": torch.zeros(2, 3, 12), "patch_coord": torch.zeros(2, 3, 2), "patch_valid": VALID}
+    return {
+        "patches": torch.zeros(2, 3, 12),
+        "patch_coord": torch.zeros(2, 3, 2, dtype=torch.int64),
+        "patch_valid": VALID,
+    }
 
 
 def unpad(batch: dict[str, Any], *models: Any, **options: Any) -> dict[str, Any]:
@@ -88,10 +64,10 @@ def unpad(batch: dict[str, Any], *models: Any, **options: Any) -> dict[str, Any]
 def test_texts_are_packed_to_what_any_model_needs():
     batch = {"image": torch.zeros(3, 3, 4, 4), "text": texts(5, 2, 30), "key": list("abc")}
     packed = unpad(batch, Reader(), None)
-    assert packed["text"].lengths == [5, 2, 30]
+    assert packed["text"].segments.lengths == (5, 2, 30)
     assert packed["image"] is batch["image"]
     assert packed["key"] is batch["key"]
-    assert unpad(batch, Reader(), Reader(longest=7))["text"].lengths == [7, 7, 30]
+    assert unpad(batch, Reader(), Reader(longest=7))["text"].segments.lengths == (7, 7, 30)
     assert (num_samples(packed, "text"), num_tokens(packed)) == (3, {"text": 37})
 
 
@@ -107,7 +83,7 @@ def test_texts_that_one_model_cannot_take_packed_are_grouped():
 
 def test_patches_are_packed_unless_a_model_needs_the_padding():
     batch = {"image": images(), "text": texts(3, 2)}
-    assert unpad(batch, Reader())["image"].lengths == [2, 3]
+    assert unpad(batch, Reader())["image"].segments.lengths == (2, 3)
     assert unpad(batch, Reader(), Reader(packs_patches=False))["image"] is batch["image"]
     assert unpad(batch, Reader(), packing="off")["image"] is batch["image"]
     other = {"pixels": torch.zeros(2, 3, 4, 4)}
@@ -119,22 +95,23 @@ def test_the_device_decides_what_auto_means(monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "packs_sequences", False)
     batch = {"image": images(), "text": texts(3, 2)}
     assert unpad(batch, Reader())["image"] is batch["image"]
-    assert isinstance(unpad(batch, Reader(), packing="on")["image"], Packed)
+    assert isinstance(unpad(batch, Reader(), packing="on")["image"], PackedPatches)
 
 
 def test_packed_inputs_are_pinned_where_that_makes_copies_asynchronous(monkeypatch):
     monkeypatch.setattr(devices.CpuDevice, "pin_memory", True)
-    monkeypatch.setattr(Packed, "pin_memory", lambda self: Packed("pinned", self.lengths), raising=False)
+    for kind in (PackedPatches, PackedText):
+        monkeypatch.setattr(kind, "pin_memory", lambda self: f"pinned {type(self).__name__}")
     packed = unpad({"image": images(), "text": texts(3, 2)}, Reader())
-    assert (packed["image"].given, packed["text"].given) == ("pinned", "pinned")
+    assert packed == {"image": "pinned PackedPatches", "text": "pinned PackedText"}
 
 
 def test_valid_places_give_the_lengths_that_a_model_does_not_know():
     text = texts(3, 3, width=3)
     unknown = SimpleNamespace(takes_packed_text=True, ignores_padding=True)
     batch = {"text": text, "text_valid": VALID}
-    assert unpad(batch, unknown)["text"].lengths == [2, 3]
-    assert unpad(batch, Reader())["text"].lengths == [3, 3], "a model knows what it reads"
+    assert unpad(batch, unknown)["text"].segments.lengths == (2, 3)
+    assert unpad(batch, Reader())["text"].segments.lengths == (3, 3), "a model knows what it reads"
     unknown.ignores_padding = False
     assert unpad(batch, unknown)["text"] is text
 
@@ -170,7 +147,7 @@ def test_a_run_that_compiles_packs_only_if_asked_to(packing, is_compiled, expect
     run = SimpleNamespace(cfg=cfg, world=SimpleNamespace(device=CPU))
     compiled = SimpleNamespace(is_enabled=is_compiled, takes_any_length=True)
     made = components._create_unpadding([Reader()], run, compiled, SimpleNamespace(is_enabled=False))
-    assert isinstance(made({"image": images()})["image"], Packed) is expected
+    assert isinstance(made({"image": images()})["image"], PackedPatches) is expected
 
 
 def test_packing_and_a_graph_of_fixed_shapes_exclude_each_other():
@@ -189,7 +166,7 @@ def test_evaluators_pack_images_and_keep_texts_that_cannot_be_packed():
     four = {name: torch.cat([value] * 2) for name, value in images().items()}
     loader = Loader([{"image": four, "text": texts(5, 2, 30, 9)}])
     data = {"val": SimpleNamespace(dataloader=loader)}
-    for packs_text, kinds in ((True, (Packed, Packed)), (False, (Packed, Tensor))):
+    for packs_text, kinds in ((True, (PackedPatches, PackedText)), (False, (PackedPatches, Tensor))):
         model = Reader(packs_text)
         metrics = dict(RetrievalEvaluator(data, EvalConfig(), FP32, list).run(model, 1))
         assert (metrics["image_to_text_R@1"], model.seen) == (1.0, [kinds])
@@ -200,12 +177,12 @@ def test_evaluators_pack_images_and_keep_texts_that_cannot_be_packed():
     assert model.seen == [(dict, Tensor)]
     labelled = Loader([{"image": four, "label": torch.arange(4)}])
     assert classify(model, torch.eye(4), labelled, FP32) == (1.0, 1.0)
-    assert model.seen[-1] == (Packed, type(None))
+    assert model.seen[-1] == (PackedPatches, type(None))
     assert KEEP_TEXTS.max_groups == 0
 
 
 def test_a_batch_is_unpadded_before_it_is_moved():
     batch = {"image": images(), "text": texts(3, 2), "text_valid": texts(3, 2).bool()}
     moved = to_device(batch, CPU, unpad=Unpadding([Reader()], CPU))
-    assert isinstance(moved["image"], Packed)
+    assert isinstance(moved["image"], PackedPatches)
     assert num_tokens(moved) == {"image": 5, "text": 5}

@@ -392,7 +392,7 @@ def preprocess_cfg_to_transformers(
         ValueError: images are padded, which transformers' processors do not support.
     """
     if siglip and vision_cfg and naflex.is_naflex_siglip(vision_cfg):
-        return naflex.preprocessor_to_transformers(vision_cfg, preprocess_cfg, "the model")
+        return naflex.processor_to_transformers(vision_cfg, "the model") | _pixels_to_transformers(preprocess_cfg)
     height, width = to_2tuple(preprocess_cfg["size"])
     mode = preprocess_cfg["resize_mode"]
     if mode not in ("shortest", "squash"):
@@ -401,15 +401,22 @@ def preprocess_cfg_to_transformers(
     config = {
         "image_processor_type": "SiglipImageProcessor" if siglip and squash else "CLIPImageProcessor",
         "processor_class": "SiglipProcessor" if siglip else "CLIPProcessor",
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
+        "do_center_crop": not squash,
+        **_pixels_to_transformers(preprocess_cfg),
+    }
+    return config if squash else {**config, "crop_size": {"height": height, "width": width}}
+
+
+def _pixels_to_transformers(preprocess_cfg: Mapping[str, Any]) -> Config:
+    """Return the fields of `preprocessor_config.json` that all image processors have."""
+    return {
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
         "resample": 2 if preprocess_cfg["interpolation"] == "bilinear" else 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(preprocess_cfg["mean"]),
         "image_std": list(preprocess_cfg["std"]),
-        "do_center_crop": not squash,
     }
-    return config if squash else {**config, "crop_size": {"height": height, "width": width}}

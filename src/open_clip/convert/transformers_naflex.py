@@ -133,19 +133,11 @@ def vision_cfg_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Conf
     }
 
 
-def preprocessor_to_transformers(vision_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], name: str) -> Config:
-    """Convert the preprocessing of a model to `preprocessor_config.json` of `Siglip2ImageProcessor`."""
+def processor_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Config:
+    """Return the fields of `preprocessor_config.json` that only `Siglip2ImageProcessor` has."""
     return {
         "image_processor_type": IMAGE_PROCESSOR,
         "processor_class": "Siglip2Processor",
-        "do_convert_rgb": True,
-        "do_resize": True,
         "patch_size": vision_cfg_to_transformers(vision_cfg, name)["patch_size"],
         "max_num_patches": vision_cfg.get("image_seq_len") or MAX_NUM_PATCHES,
-        "resample": 2 if preprocess_cfg["interpolation"] == "bilinear" else 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocess_cfg["mean"]),
-        "image_std": list(preprocess_cfg["std"]),
     }

@@ -65,7 +65,7 @@ def export_model(
         opset: ONNX opset.
         normalize: whether the graphs return normalized features.
         tolerance: largest accepted difference, relative to the largest feature; 1e-4, or 2e-2 in half precision.
-        context_length: number of tokens of a text. Default: that of the model, at most 77 for Hugging Face towers.
+        context_length: number of tokens of a text. Default: that of the configuration.
         description: more entries for the JSON file: "model", "pretrained", "tokenizer", ...
         patch_grid: rows and columns of patches, for a NaFlex image tower: the image graph takes patches [batch,
             rows * columns, patch height * patch width * 3], in the order (row, column, channel). Default: images.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tokenizer import DEFAULT_CONTEXT_LENGTH
 from ..utils import to_2tuple
 from . import naflex
 
@@ -96,9 +95,8 @@ def _build_image_tower(
 
 
 def default_context_length(model: Any) -> int:
-    """Return the number of tokens of a text. Hugging Face towers state a maximum, which no tokenizer here uses."""
-    is_hugging_face = hasattr(getattr(model, "text", None), "config")
-    return min(model.context_length, DEFAULT_CONTEXT_LENGTH) if is_hugging_face else model.context_length
+    """Return the number of tokens of a text. The `context_length` of a Hugging Face tower is only a maximum."""
+    return getattr(getattr(model, "text", None), "num_tokens", model.context_length)
 
 
 def _end_id(model: Any) -> int:

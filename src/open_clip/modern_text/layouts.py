@@ -10,10 +10,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .. import device as devices
 from .. import packing
 from ..packing import Segments
 from ..text_groups import PackedText
-from . import functional
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +36,19 @@ class AttentionContext:
     segments: Segments | None = None
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute attention of [batch, tokens, heads, head_dim] or packed [tokens, heads, head_dim]."""
-        return functional.attention(query, key, value, self.allowed, self.is_causal, self.segments)
+        """Compute attention of [batch, tokens, heads, head_dim], or packed [tokens, heads, head_dim]. Merge heads."""
+        if self.segments is None:
+            return _padded_attention(query, key, value, self.allowed, self.is_causal)
+        return packing.attention(query, key, value, self.segments, is_causal=self.is_causal).flatten(-2)
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, is_causal: bool = False
+) -> Tensor:
+    """Compute attention of [batch, tokens, heads, head_dim], to [batch, tokens, heads * head_dim]."""
+    heads = query.shape[-2]
+    query, key, value = query.flatten(-2), key.flatten(-2), value.flatten(-2)
+    return devices.attention(query, key, value, attn_mask=allowed, is_causal=is_causal, num_heads=heads)
 
 
 def valid_lengths(ids: Tensor, pad_id: int) -> Tensor:
@@ -116,7 +127,7 @@ class PaddedLayout:
             [batch, heads * head_dim].
         """
         query = query.expand(key.shape[0], 1, -1, -1)
-        return functional.attention(query, key, value, self.is_text[:, None, None, :])[:, 0]
+        return _padded_attention(query, key, value, self.is_text[:, None, None, :])[:, 0]
 
     def as_padded(self, x: Tensor) -> Tensor:
         """Return the tokens of all texts as [batch, tokens, width]."""
@@ -165,8 +176,7 @@ class PackedLayout:
 
     def pooling_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = query.expand(len(self._text), -1, -1)
-        single = self._text.single()
-        return functional.attention(query, key, value, segments=single, kv_segments=self._text)
+        return packing.attention(query, key, value, self._text.single(), self._text).flatten(-2)
 
     @property
     def lengths(self) -> Tensor:

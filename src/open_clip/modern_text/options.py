@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from ..config import CLIPTextCfg
+from ..config import CLIPTextCfg, expect_defaults
 from ..utils import expect
 from .blocks import NORM_PLACEMENTS
 from .layers import MLP_TYPES, NORM_TYPES
@@ -39,7 +37,7 @@ def check_config(cfg: CLIPTextCfg) -> None:
     expect("norm_type", cfg.norm_type or "rmsnorm", NORM_TYPES)
     expect("norm_placement", cfg.norm_placement, NORM_PLACEMENTS)
     expect("proj_type", cfg.proj_type, ("linear", "none"))
-    _check_native_fields(cfg)
+    expect_defaults(cfg, _NATIVE_FIELDS, "has no effect on a modern text tower. Remove it from text_cfg, or text_arch.")
     for name in _POSITIVE:
         if getattr(cfg, name) <= 0:
             raise ValueError(f"{name}={getattr(cfg, name)} is not positive. Set another {name} in text_cfg.")
@@ -64,12 +62,3 @@ def check_config(cfg: CLIPTextCfg) -> None:
             f"pad_id and eos_id are both {cfg.pad_id}, so the end of text would be hidden as padding. Use "
             "attention_mode 'causal', another pool_type, or a tokenizer with two ids."
         )
-
-
-def _check_native_fields(cfg: CLIPTextCfg) -> None:
-    for field in dataclasses.fields(CLIPTextCfg):
-        value = getattr(cfg, field.name)
-        if field.name in _NATIVE_FIELDS and value != field.default:
-            raise ValueError(
-                f"{field.name}={value!r} has no effect on a modern text tower. Remove it from text_cfg, or text_arch."
-            )

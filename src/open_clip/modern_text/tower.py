@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..utils import (
     has_method,
     layer_groups,
     set_trainable,
+    train_last_groups,
 )
 from .blocks import ModernTextAttention, ModernTextBlock
 from .initialization import init_weights
@@ -31,8 +31,6 @@ from .layouts import AttentionContext, Layout, PackedLayout, PaddedLayout, valid
 from .layouts import eos_places as find_eos
 from .options import check_config, pool_type_of
 from .pool import ModernTextPool
-
-logger = logging.getLogger(__name__)
 
 
 class ModernTextTransformer(NotScriptable, nn.Module):
@@ -124,11 +122,7 @@ class ModernTextTransformer(NotScriptable, nn.Module):
         groups = [members for _, members in self.layer_groups(pooler_in_head)]
         if not any(member is not None for member in groups[-1]):
             groups.pop()
-        set_trainable(groups, False)
-        if unlocked_layers >= len(groups):
-            logger.warning("The text tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_layers)
-        if unlocked_layers:
-            set_trainable(groups[-unlocked_layers:], True)
+        train_last_groups(groups, unlocked_layers, "text tower")
         if not freeze_layer_norm:
             set_trainable([m for m in self.modules() if isinstance(m, (nn.RMSNorm, nn.LayerNorm))], True)
 

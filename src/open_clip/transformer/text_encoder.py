@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils import LayerGroups, check_token_ids, expect, is_symbolic, layer_groups, set_trainable
+from ..utils import LayerGroups, check_token_ids, expect, is_symbolic, layer_groups, set_trainable, train_last_groups
 from .attention import KeyValueCache
 from .layers import can_follow_pooling, drop_none
 from .masks import CausalMaskModule, KernelMask
 from .stack import Transformer, is_our_stack
-
-logger = logging.getLogger(__name__)
 
 
 def text_global_pool(
@@ -288,11 +285,7 @@ class TextEncoder(CausalMaskModule):
         groups = [members for _, members in self._text_layer_groups()]
         if self.text_projection is None:
             groups.pop()
-        set_trainable(groups, False)
-        if unlocked_layers >= len(groups):
-            logger.warning("The text tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_layers)
-        if unlocked_layers:
-            set_trainable(groups[-unlocked_layers:], True)
+        train_last_groups(groups, unlocked_layers, "text tower")
         if not freeze_layer_norm:
             norms = [module for module in self.transformer.modules() if isinstance(module, nn.LayerNorm)]
             set_trainable([*norms, self.ln_final], True)

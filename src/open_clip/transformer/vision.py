@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..pos_embed import get_2d_sincos_pos_embed
-from ..utils import LayerGroups, NotScriptable, check_images, expect, layer_groups, set_trainable, to_2tuple
+from ..utils import (
+    LayerGroups,
+    NotScriptable,
+    check_images,
+    expect,
+    layer_groups,
+    set_trainable,
+    to_2tuple,
+    train_last_groups,
+)
 from .attention import AttentionalPooler
 from .blocks import BlockOptions
 from .layers import GELU, LayerNorm, ModuleFactory, PatchDropout, can_follow_pooling
 from .stack import Transformer
-
-logger = logging.getLogger(__name__)
 
 
 class VisionTransformer(NotScriptable, nn.Module):
@@ -139,13 +145,9 @@ class VisionTransformer(NotScriptable, nn.Module):
             freeze_bn_stats: no effect: the tower has no batch norm.
         """
         set_trainable(self, False)
-        if not unlocked_groups:
-            return
         # As in open_clip, attentional poolers stay frozen.
         groups = [members for name, members in self.layer_groups(pooler_in_head=False) if name != "pooler"]
-        if unlocked_groups >= len(groups):
-            logger.warning("The image tower has %d groups: unlocking %d locks nothing.", len(groups), unlocked_groups)
-        set_trainable(groups[-unlocked_groups:], True)
+        train_last_groups(groups, unlocked_groups, "image tower")
 
     def layer_groups(self, pooler_in_head: bool = True) -> LayerGroups:
         """Return the tower's parameters in groups from the input to the output, see `utils.layer_groups`."""
