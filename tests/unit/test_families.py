@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,11 @@ from training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_a_step_trains_every_parameter(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [*((name, families.batch) for name in families.FAMILIES), *((name, families.packed) for name in families.PACKED)],
+)
+def test_a_step_trains_every_parameter(name: str, make: Callable[..., dict[str, Any]]) -> None:
     model = families.create(name).train()
     trainer = Trainer(
         model=model,
@@ -27,7 +32,7 @@ def test_a_step_trains_every_parameter(name: str) -> None:
         precision=create("fp32", CPU),
     )
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    loss = trainer.step([families.batch(model, 0)], 0)["loss"].item()
+    loss = trainer.step([make(model, 0)], 0)["loss"].item()
     assert math.isfinite(loss)
     assert loss > 0.1
     still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
