@@ -14,20 +14,40 @@ def config(**fields) -> NaFlexDataConfig:
     return NaFlexDataConfig(**{"train_seq_lens": (16, 64, 196), "max_tokens_per_batch": 1024, **fields})
 
 
-def global_shapes(cfg: NaFlexDataConfig, global_batch: int, world_size: int, step: int) -> list[Shape]:
+def global_shapes(
+    cfg: NaFlexDataConfig, global_batch: int, world_size: int, step: int, is_sorted: bool = False
+) -> list[Shape]:
     """The shapes of the samples of a step in the order of the global batch."""
-    plan = StepPlan(cfg, global_batch // world_size, world_size, seed=5)
+    plan = StepPlan(cfg, global_batch // world_size, world_size, seed=5, is_sorted=is_sorted)
     of_rank = plan.slots(2, step)
     return [slot.shape for slot in of_rank for _ in range(world_size)]
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("global_batch", [8, 24, 32, 64, 100, 256])
-def test_each_sample_has_the_same_shape_on_1_2_and_4_ranks(global_batch):
+def test_each_sample_has_the_same_shape_on_1_2_and_4_ranks(global_batch, is_sorted):
     for step in range(20):
-        alone = global_shapes(config(), global_batch, 1, step)
+        alone = global_shapes(config(), global_batch, 1, step, is_sorted)
         assert len(alone) == global_batch
-        assert global_shapes(config(), global_batch, 2, step) == alone
-        assert global_shapes(config(), global_batch, 4, step) == alone
+        assert global_shapes(config(), global_batch, 2, step, is_sorted) == alone
+        assert global_shapes(config(), global_batch, 4, step, is_sorted) == alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sorted_samples_have_shapes_that_do_not_follow_their_order(world_size):
+    plans = [StepPlan(config(), 100 // world_size, world_size, seed=5, is_sorted=each) for each in (False, True)]
+    places: dict[bool, Counter] = {}
+    for is_sorted, plan in zip((False, True), plans, strict=True):
+        total, count = Counter(), Counter()
+        for step in range(300):
+            slots = plan.slots(1, step)
+            assert Counter(slots) == Counter(plans[0].slots(1, step))  # the same micro-batches
+            for place, slot in enumerate(slots):
+                total[slot.shape] += place / len(slots)
+                count[slot.shape] += 1
+        places[is_sorted] = Counter({shape.seq_len: total[shape] / count[shape] for shape in total})
+    assert places[False][16] < 0.3 < 0.7 < places[False][196]
+    assert all(abs(place - 0.5) < 0.05 for place in places[True].values())
 
 
 def test_numbers_of_samples_are_multiples_of_the_divisor_and_follow_the_weights():

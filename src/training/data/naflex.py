@@ -33,7 +33,7 @@ class PlannedTransform:
     Args:
         factory: makes the transform of a shape.
         options, cfg: of the plan.
-        data: batch_size and seed are used.
+        data: batch_size, seed and length_bucketing are used.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PlannedTransform:
         text_tokens = self._options.naflex_max_text_tokens or 0
         arguments = (self.cfg, self._data.batch_size, ranks.world().world_size, self._data.seed, text_tokens)
         if not self.is_variable:
-            return StepPlan(*arguments)
+            return StepPlan(*arguments, is_sorted=self._data.length_bucketing)
         plan = VariablePlan(*arguments, num_samples=num_samples, loss_scale=self._options.naflex_loss_scale)
         if not plan.schedule:
             raise ValueError(
@@ -102,7 +102,8 @@ class PlannedCollate:
         self.pad_multiple = pad_multiple
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        groups = itertools.groupby(samples, key=lambda sample: sample[SLOT].micro_batch)
+        ordered = sorted(samples, key=_micro_batch_of)
+        groups = itertools.groupby(ordered, key=_micro_batch_of)
         batches = [self._join(list(group)) for _, group in groups]
         for batch in batches:
             batch[ENDS_STEP] = batch is batches[-1]
@@ -116,6 +117,10 @@ class PlannedCollate:
         patches = collate_patches(images, length, self.pad_multiple, stack=self.collate.column)
         scale = self.plan.loss_scale(len(samples)) if isinstance(self.plan, VariablePlan) else None
         return {"image": patches, **batch, **({} if scale is None else {LOSS_SCALE: scale})}
+
+
+def _micro_batch_of(sample: dict[str, Any]) -> int:
+    return sample[SLOT].micro_batch
 
 
 def planned(preprocess: Any) -> PlannedTransform | None:

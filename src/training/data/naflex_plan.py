@@ -144,10 +144,7 @@ class Plan(ABC):
 
     @abstractmethod
     def slots(self, epoch: int, step: int) -> list[Slot]:
-        """Return the slot of each sample of a step, in the order in which a rank reads them. All ranks have the same.
-
-        The samples of a micro-batch are consecutive.
-        """
+        """Return the slot of each sample of a step, in the order in which any rank reads its samples."""
 
     def _shape_at(self, quantile: float) -> Shape:
         """Return the shape at a quantile, from 0 to 1, of the distribution."""
@@ -159,7 +156,17 @@ class Plan(ABC):
 
 
 class StepPlan(Plan):
-    """Steps with `batch_size` samples per rank, whatever their shapes are."""
+    """Steps with `batch_size` samples per rank, whatever their shapes are.
+
+    Args:
+        is_sorted: the samples of a step are sorted by the length of their captions. Shapes are then given at random to
+            groups of `batch_divisor` samples of all ranks; otherwise, the first samples of a step have the shortest
+            sequences of patches, and so would all short captions.
+    """
+
+    def __init__(self, *args: Any, is_sorted: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_sorted = is_sorted
 
     def counts(self, epoch: int, step: int) -> list[tuple[Shape, int]]:
         """Return the shapes of a step, and the number of samples of each over all ranks.
@@ -168,16 +175,29 @@ class StepPlan(Plan):
         probability p has p x (size of the global batch) samples, rounded to one of the neighboring multiples at random,
         so all steps take about the same time.
         """
+        counts = dict.fromkeys(self.shapes, 0)
+        for shape, size in self._groups(epoch, step):
+            counts[shape] += size
+        return [(shape, count) for shape, count in counts.items() if count]
+
+    def _groups(self, epoch: int, step: int) -> list[tuple[Shape, int]]:
+        """Return the shape and the size, over all ranks, of each group of samples that share a shape."""
         unit = math.lcm(self.cfg.batch_divisor, self.world_size)
         whole, rest = divmod(self.batch_size * self.world_size, unit)
         sizes = [unit] * whole + [rest] * bool(rest)
         offset = stable_hash("naflex", self.seed, epoch, step) / _HASH_RANGE
-        counts = dict.fromkeys(self.shapes, 0)
-        for number, size in enumerate(sizes):
-            counts[self._shape_at((offset + number / len(sizes)) % 1)] += size
-        return [(shape, count) for shape, count in counts.items() if count]
+        return [(self._shape_at((offset + number / len(sizes)) % 1), size) for number, size in enumerate(sizes)]
 
     def slots(self, epoch: int, step: int) -> list[Slot]:
+        slots = self._slots_by_shape(epoch, step)
+        if not self._is_sorted:
+            return slots
+        free = {shape: iter(list(same)) for shape, same in itertools.groupby(slots, key=lambda slot: slot.shape)}
+        groups = self._groups(epoch, step)
+        random.Random(stable_hash("naflex groups", self.seed, epoch, step)).shuffle(groups)
+        return [next(free[shape]) for shape, size in groups for _ in range(size // self.world_size)]
+
+    def _slots_by_shape(self, epoch: int, step: int) -> list[Slot]:
         slots: list[Slot] = []
         number = itertools.count()
         for shape, count in self.counts(epoch, step):
