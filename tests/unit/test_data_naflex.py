@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -204,17 +205,72 @@ def iter_steps(data):
             step = []
 
 
+VARIABLE = {"naflex_variable_batch": True}
+RANKS, LENGTHS, CONSTANT, SORTED = range(4)
+
+
+def other_steps(monkeypatch, source, change):
+    naflex = {
+        RANKS: VARIABLE,
+        LENGTHS: VARIABLE | {"naflex_seq_lens": (4, 9, 15)},
+        CONSTANT: {},
+        SORTED: VARIABLE,
+    }[change]
+    bucketing = {"length_bucketing": True, "bucket_runs": 1} if change == SORTED else {}
+    return train_loader(monkeypatch, source, 0, 2 if change == RANKS else 1, naflex=naflex, **bucketing)
+
+
+@pytest.mark.parametrize("change", [RANKS, LENGTHS, CONSTANT, SORTED])
 @pytest.mark.parametrize("kind", ["csv", "shards"])
-def test_steps_of_different_sizes_are_not_resumed_on_another_number_of_ranks(tmp_path, monkeypatch, kind):
-    source, naflex = make_source(kind, tmp_path), {"naflex_variable_batch": True}
-    data = train_loader(monkeypatch, source, naflex=naflex)
+def test_steps_of_different_sizes_are_not_resumed_with_others(tmp_path, monkeypatch, kind, change):
+    source = make_source(kind, tmp_path)
+    data = train_loader(monkeypatch, source, naflex=VARIABLE)
     start = data.state_dict()
-    next(iter(data.dataloader))
+    batches = iter(data.dataloader)
+    next(batches)
     state = data.state_dict()
-    other = train_loader(monkeypatch, source, 0, 2, naflex=naflex)
+    deque(batches, maxlen=0)
+    end = data.state_dict()
+    other = other_steps(monkeypatch, source, change)
     other.load_state_dict([start])
+    for position in (state, end):
+        with pytest.raises(ValueError, match=r"Resume with .*, or from the end of an epoch"):
+            other.load_state_dict([position])
+    other.set_epoch(1)  # as a run that resumes from the end of epoch 0
+    other.load_state_dict([end])
+    other.set_epoch(1)
+    assert len(steps_of(other.dataloader)) == other.dataloader.steps_per_epoch
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards"])
+def test_constant_steps_do_not_continue_with_different_sizes(tmp_path, monkeypatch, kind):
+    source = make_source(kind, tmp_path)
+    data = train_loader(monkeypatch, source)
+    next(iter_steps(data))
+    state = data.state_dict()
+    other = train_loader(monkeypatch, source, naflex=VARIABLE)
     with pytest.raises(ValueError, match="Resume with the same ones, or from the end of an epoch"):
         other.load_state_dict([state])
+
+
+def test_variable_steps_of_rows_are_sorted_by_length(tmp_path, monkeypatch):
+    source = make_source("csv", tmp_path, bad=())
+    rows = "".join(f"{tmp_path}/{number}.jpg\t{'x' * (number * 7 % 45)} {number}\n" for number in range(45))
+    (tmp_path / "pairs.csv").write_text("filepath\ttitle\n" + rows, encoding="utf-8")
+    options = {"length_bucketing": True, "bucket_runs": 1, "bucket_pool": 30, "bucket_chunk": 15}
+    data = train_loader(monkeypatch, source, naflex=VARIABLE, **options)
+    steps = [batch for (batch,) in steps_of(data.dataloader)]
+    keys = [key for batch in steps for key in batch["key"]]
+    assert len(set(keys)) == len(keys) == data.dataloader.num_samples
+    lengths = [length for batch in steps for _, length in batch["text"].tolist()]
+    assert all(max(run) - min(run) < 30 for run in (lengths[:15], lengths[15:30]))  # of 46
+    resumed = train_loader(monkeypatch, source, naflex=VARIABLE, **options)
+    data = train_loader(monkeypatch, source, naflex=VARIABLE, **options)
+    for number, _ in enumerate(iter_steps(data), 1):
+        if number == 4:
+            break
+    resumed.load_state_dict([data.state_dict()])
+    assert [batch["key"] for batch in resumed.dataloader] == [batch["key"] for batch in steps[4:]]
 
 
 @pytest.mark.parametrize("scale", ["none", "linear"])
@@ -239,6 +295,7 @@ def test_image_tokens_end_the_epoch(tmp_path, monkeypatch):
     for kind in ("csv", "shards"):
         data = train_loader(monkeypatch, make_source(kind, tmp_path, bad=()), naflex=naflex)
         assert len(steps_of(data.dataloader)) == len(data.dataloader) == 2  # 8 x 16 patches per step
+        assert data.dataloader.num_samples == 16
 
 
 def test_images_are_padded_to_a_multiple_if_wanted(tmp_path, monkeypatch):
@@ -281,6 +338,19 @@ def test_evaluation_data_have_one_length(tmp_path, monkeypatch):
             assert data[name].dataloader.normalization.mean == NaFlexEvalTransformFactory().mean
             moved = to_device(batches[0], torch.device("cpu"), normalization=data[name].dataloader.normalization)
             assert len(moved["key"]) == len(batches[0]["key"])
+
+
+def test_evaluation_batches_keep_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.ranks.world", lambda: fake_world())
+    make_source("csv", tmp_path, 6, bad=())
+    make_source("imagefolder", tmp_path, 6, bad=())
+    factories = (to_pixels(NaFlexTransformFactory()), to_pixels(NaFlexEvalTransformFactory()))
+    naflex = NaFlexConfig(use_naflex=True, naflex_seq_lens=(4, 16), naflex_max_tokens_per_batch=40)
+    for options, sizes in (({"batch_size": 8}, (2, 4)), ({"batch_size": 1}, (1, 2)), ({"eval_batch_size": 5}, (5, 5))):
+        args = data_args(val_data=str(tmp_path / "pairs.csv"), zeroshot_data=str(tmp_path / "images"), **options)
+        data = get_data(args, plan_transforms(naflex, args, Tower(), factories), tokenizer=tokenize)
+        first = (len(next(iter(data[name].dataloader))["key"]) for name in ("val", "zeroshot"))
+        assert tuple(first) == sizes
 
 
 def test_no_sample_is_usable(tmp_path, monkeypatch, caplog):

@@ -28,6 +28,8 @@ from training.data.datasets import (
     get_wds_dataset,
 )
 from training.data.loader import DataInfo
+from training.data.naflex import planned
+from training.data.naflex_plan import batch_size_of
 from training.data.namespace import from_namespace
 from training.data.rows.image_folder import ImageFolder
 from training.data.sampling import SharedEpoch
@@ -117,8 +119,9 @@ def get_data(
             data["train"].dataloader.agreement = agreement
     if options.val_data:
         make = get_dataset_fn(options.val_data, dataset_type_of(options.val_data, options.dataset_type))
-        data["val"] = make(_with_eval_batch_size(args, 1), preprocess_val, is_train=False, tokenizer=tokenizer)
-    larger = _with_eval_batch_size(args, 2)  # without gradients, fewer activations are kept
+        val_args = _with_eval_batch_size(args, 1, preprocess_train)
+        data["val"] = make(val_args, preprocess_val, is_train=False, tokenizer=tokenizer)
+    larger = _with_eval_batch_size(args, 2, preprocess_train)  # without gradients, fewer activations are kept
     if options.imagenet_val:
         data["imagenet-val"] = get_imagenet(larger, preprocess_fns, "val")
     if options.imagenet_v2:
@@ -133,11 +136,15 @@ def get_data(
     return data
 
 
-def _with_eval_batch_size(args: Any, factor: int) -> Any:
+def _with_eval_batch_size(args: Any, factor: int, preprocess_train: Any) -> Any:
     """Return the options with the batch size of evaluations, by default `factor` times that of training.
 
-    Scripts that pass a flat namespace get batches of `args.batch_size`, as from open_clip_train.
+    With --use-naflex, "that of training" is at most that of a micro-batch of the length of evaluation. Scripts that
+    pass a flat namespace get batches of `args.batch_size`, as from open_clip_train.
     """
     if not isinstance(args, DataConfig):
         return args
-    return dataclasses.replace(args, batch_size=args.eval_batch_size or factor * args.batch_size)
+    batch_size, transform = args.batch_size, planned(preprocess_train)
+    if transform is not None:
+        batch_size = min(batch_size, batch_size_of(transform.cfg.max_tokens_per_batch, transform.cfg.eval_seq_len))
+    return dataclasses.replace(args, batch_size=args.eval_batch_size or factor * batch_size)

@@ -10,6 +10,8 @@ that the uninterrupted run would have got, from any position in an epoch. With o
   lack what the other ranks have left: about a block (2,048 samples), a shard and a batch per reader. With resampling,
   the rest consists of new draws, as many as were missing. Other options of length bucketing are another layout, too: a
   partly read pool is read to its end in the order in which it was started.
+* Steps of different sizes (--naflex-variable-batch) are only continued with the same schedule and ranks. Anything else
+  is an error, unless the checkpoint is from the end of an epoch.
 * With other data or another seed a position is meaningless: the epoch starts from the beginning, with a warning.
 
 (If an epoch of shards has more samples than a reader's part of the shards, the reader starts over and repeats samples.
@@ -39,6 +41,10 @@ class EpochState:
 
 
 StateT = TypeVar("StateT", bound=EpochState)
+
+
+class OtherSteps(ValueError):
+    """A position within an epoch cannot be continued, because its steps have other sizes than those of this run."""
 
 
 def _copy(state: StateT | None) -> StateT | None:
@@ -89,13 +95,23 @@ class Position(ABC, Generic[StateT]):
         return self._to_state_dict(known[0] if known else self._initial_state(epoch))
 
     def load_state_dict(self, states: Sequence[StateDict]) -> None:
-        """Load the states of all ranks of the run that saved them. Reading of their epoch starts at that position."""
+        """Load the states of all ranks of the run that saved them. Reading of their epoch starts at that position.
+
+        Raises:
+            OtherSteps: the run that saved them, or this one, has steps of different sizes, and not the same ones. That
+                is no error if this run starts at a later epoch.
+        """
+        is_finished = states[0]["epoch"] < self._epoch()
         self._set_epoch(states[0]["epoch"])
         self._current = self._loaded = None
         expected = self._to_state_dict(self._initial_state(states[0]["epoch"]))
         different = [key for key in ("form", "seed", "size", "resampled") if states[0][key] != expected[key]]
         if not different:
-            self._loaded = self._from_state_dicts(states)
+            try:
+                self._loaded = self._from_state_dicts(states)
+            except OtherSteps:
+                if not is_finished:
+                    raise
             return
         changes = ", ".join(f"{key} {states[0][key]} -> {expected[key]}" for key in different)
         logger.warning(

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, Sampler
 from training.data.loader import Collate
 from training.data.naflex import SLOT, PlannedCollate, PlannedTransform
 from training.data.naflex_plan import Slot, StepPlan, VariablePlan
-from training.data.position import EpochState, Position, StateDict
-from training.data.sampling import SampleRef, TrainSampler, stable_hash
+from training.data.position import EpochState, OtherSteps, Position, StateDict
+from training.data.sampling import NO_ROWS, SampleRef, TrainSampler, stable_hash
 
 
 class SlotRef(NamedTuple):
@@ -67,33 +67,46 @@ class PlannedSampler(Sampler[list[SlotRef]]):
 
 
 class VariableSampler(Sampler[list[SlotRef]]):
-    """The steps of this rank, of different sizes. A resumed run starts at step `start`."""
+    """The steps of this rank, of different sizes. A resumed run starts at step `start`.
 
-    def __init__(self, num_samples: int, plan: VariablePlan, rank: int, seed: int, epoch: int = 0) -> None:
-        self.num_samples = num_samples
+    Args:
+        sampler: has the order of the rows.
+        plan: has the sizes.
+        order_key: what the order depends on besides the seed and the epoch.
+    """
+
+    def __init__(self, sampler: TrainSampler, plan: VariablePlan, order_key: object = None) -> None:
+        self.sampler = sampler
         self.plan = plan
-        self.rank = rank
-        self.seed = seed
-        self.epoch = epoch
+        self.order_key = order_key
         self.start = 0
 
+    @property
+    def epoch(self) -> int:
+        return self.sampler.epoch
+
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.sampler.set_epoch(epoch)
+
+    def fingerprint(self) -> int:
+        """Return a number that is the same for samplers whose steps have the same samples."""
+        return stable_hash(self.plan.fingerprint(), self.order_key)
 
     def __len__(self) -> int:
         return len(self.plan.schedule)
 
     def __iter__(self) -> Iterator[list[SlotRef]]:
         epoch, ranks_count = self.epoch, self.plan.world_size
-        generator = torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
-        order = torch.randperm(self.num_samples, generator=generator)
+        parts, unread = self.sampler.parts(), NO_ROWS
         first = self.plan.samples_before(epoch, self.start)
         for step in range(self.start, len(self)):
             slots = self.plan.slots(epoch, step)
             end = first + len(slots) * ranks_count
-            rows = order[first:end][self.rank :: ranks_count].tolist()
+            while len(unread) < end:
+                unread = torch.cat([unread, next(parts)])
+            rows = unread[first:end][self.sampler.rank :: ranks_count].tolist()
             yield [SlotRef(SampleRef(row, epoch), slot) for row, slot in zip(rows, slots, strict=True)]
-            first = end
+            first, unread = 0, unread[end:]
 
 
 @dataclass
@@ -128,24 +141,24 @@ class VariablePosition(Position[StepState]):
 
     def _to_state_dict(self, state: StepState) -> StateDict:
         return {
-            "form": "rows, steps of different sizes",
-            "seed": self.sampler.seed,
-            "size": self.sampler.num_samples,
+            "form": "rows",
+            "seed": self.sampler.sampler.seed,
+            "size": self.sampler.sampler.num_samples,
             "resampled": False,
             "epoch": state.epoch,
             "steps": state.steps,
-            "schedule": self.sampler.plan.fingerprint(),
+            "schedule": self.sampler.fingerprint(),
         }
 
     def _from_state_dicts(self, states: Sequence[StateDict]) -> StepState:
-        state = StepState(states[0]["epoch"], states[0]["steps"])
-        if state.steps and states[0]["schedule"] != self.sampler.plan.fingerprint():
-            raise ValueError(
-                f"The checkpoint is from within epoch {state.epoch} (after {state.steps} steps of different sizes), "
-                "and its processes or --naflex options were others. Resume with the same ones, or from the end of an "
-                "epoch."
+        saved = states[0]
+        has_started = saved.get("steps", 0) or saved.get("samples", 0)
+        if has_started and saved.get("schedule") != self.sampler.fingerprint():
+            raise OtherSteps(
+                f"--naflex-variable-batch: the checkpoint is from within epoch {saved['epoch']}, and its processes, "
+                "--naflex or --bucket options were others. Resume with the same ones, or from the end of an epoch."
             )
-        return state
+        return StepState(saved["epoch"], saved.get("steps", 0))
 
 
 class RowSteps(NamedTuple):
@@ -187,6 +200,10 @@ def plan_steps(
     plan = transform.make_plan(sampler.num_samples)
     parts = PlannedSamples(samples, transform), transform.make_collate(collate, plan)
     if isinstance(plan, StepPlan):
-        return RowSteps(sampler, PlannedSampler(sampler, plan), position, *parts, sampler.num_samples, True)
-    variable = VariableSampler(sampler.num_samples, plan, sampler.rank, sampler.seed, sampler.epoch)
+        steps, num_samples = PlannedSampler(sampler, plan), sampler.num_samples
+        if transform.cfg.train_num_image_tokens is not None:
+            num_samples = min(num_samples, len(steps) * sampler.global_batch)
+        return RowSteps(sampler, steps, position, *parts, num_samples, True)
+    buckets = getattr(sampler, "buckets", None)
+    variable = VariableSampler(sampler, plan, None if buckets is None else buckets.to_state())
     return RowSteps(variable, variable, VariablePosition(variable, position.source), *parts, plan.num_samples(), True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from training.data.position import EpochState, Position, StateDict
+from training.data.position import EpochState, OtherSteps, Position, StateDict
 from training.data.sampling import NO_ROWS, TrainSampler
 
 
@@ -67,6 +67,11 @@ class RowPosition(Position[RowState]):
         return saved
 
     def _from_state_dicts(self, states: Sequence[StateDict]) -> RowState:
+        if states[0].get("steps", 0):
+            raise OtherSteps(
+                f"The checkpoint is from within epoch {states[0]['epoch']}, whose steps have different sizes "
+                "(--naflex-variable-batch). Resume with this option, or from the end of an epoch."
+            )
         epoch, rest = states[0]["epoch"], states[0].get("rest", NO_ROWS)
-        samples = max(state["samples"] for state in states)
+        samples = max(state.get("samples", 0) for state in states)
         return RowState(epoch, samples + len(rest), rest)

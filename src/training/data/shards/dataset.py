@@ -254,10 +254,11 @@ def make_shard_loader(
         caption_lengths=CaptionLengths(tokenizer),
     )
     collate: Any = _ShardCollate(tokenizer, cfg.text_pad_multiple)
-    kind: type[ShardPosition] = ShardPosition
+    make_position: Callable[..., ShardPosition] = ShardPosition
     if planned_transform is not None and plan is not None:
         collate = _PlannedCollate(planned_transform.make_collate(Collate(tokenizer, cfg.text_pad_multiple), plan))
-        kind = VariableShardPosition if planned_transform.is_variable else ShardPosition
+        if isinstance(plan, VariablePlan):
+            make_position = functools.partial(VariableShardPosition, schedule=plan.fingerprint())
     loader = Loader(
         dataset,
         source=source,
@@ -267,7 +268,7 @@ def make_shard_loader(
         num_batches=num_batches,
         skipped=skipped,
         collate=collate,
-        position=kind(shards, layout, shared_epoch, resume, source) if is_train else None,
+        position=make_position(shards, layout, shared_epoch, resume, source) if is_train else None,
     )
     if plan is not None:
         loader.steps_per_epoch = num_batches

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from training.data.bucketing import LengthBuckets
-from training.data.position import EpochState, Position, StateDict
+from training.data.position import EpochState, OtherSteps, Position, StateDict
 from training.data.sampling import SharedEpoch
 from training.data.shards.reader import ReadPosition, ShardPlan, ShardRead, ShardSet
 
@@ -192,6 +192,11 @@ class ShardPosition(Position[ShardState]):
         """Return this rank's part of the rest of an epoch that another layout of readers started."""
         epoch, old_batch_size = states[0]["epoch"], states[0]["layout"]["batch_size"]
         old_states = [ShardState.from_state_dict(state) for state in states]
+        if "schedule" in states[0]["layout"] and any(map(_has_started, states)):
+            raise OtherSteps(
+                f"The checkpoint is from within epoch {epoch}, whose steps have different sizes "
+                "(--naflex-variable-batch). Resume with this option, or from the end of an epoch."
+            )
         samples_read = old_states[0].samples_before + sum(sum(old.batches_read) for old in old_states) * old_batch_size
         rest = self._initial_state(epoch)
         if samples_read == 0:
@@ -220,17 +225,33 @@ class ShardPosition(Position[ShardState]):
 
 
 class VariableShardPosition(ShardPosition):
-    """The position in shards if steps have different sizes. It applies to the same readers and the same schedule."""
+    """The position in shards if steps have different sizes. It applies to the same readers and the same schedule.
+
+    Args:
+        schedule: a number that is the same for equal schedules.
+        others: as in ShardPosition.
+    """
+
+    def __init__(self, *args: Any, schedule: int) -> None:
+        super().__init__(*args)
+        self.schedule = schedule
+
+    def _layout_state(self) -> StateDict:
+        return {**super()._layout_state(), "schedule": self.schedule}
 
     def _rest_of_epoch(self, states: Sequence[StateDict]) -> ShardState:
         rest = self._initial_state(states[0]["epoch"])
-        if any(int(state["done"].sum()) for state in states):
-            raise ValueError(
-                f"The checkpoint is from within epoch {rest.epoch}, whose steps have different sizes "
-                "(--naflex-variable-batch), and its processes, --workers or --naflex options were others. Resume with "
-                "the same ones, or from the end of an epoch."
+        if any(map(_has_started, states)):
+            raise OtherSteps(
+                f"--naflex-variable-batch: the checkpoint is from within epoch {rest.epoch}, and its processes, "
+                "--workers, --naflex or --bucket options were others. Resume with the same ones, or from the end of an "
+                "epoch."
             )
         return rest
+
+
+def _has_started(state: StateDict) -> bool:
+    return bool(state["before"]) or bool(state["done"].any())
 
 
 def _remaining_reads(

@@ -96,7 +96,8 @@ class DataConfig:
         "epoch, sample), not on the number of workers or processes")
     eval_batch_size: int | None = option(None, at_least=1, metavar="N", group="evaluation", help=
         "samples per process and forward pass in evaluations. Default: --batch-size for --val-data, whose loss depends "
-        "on it, and twice --batch-size for zero-shot classification, whose accuracy does not")
+        "on it, and twice --batch-size for zero-shot classification, whose accuracy does not. With --use-naflex, "
+        "--batch-size counts as at most --naflex-max-tokens-per-batch / the length of evaluation")
     imagenet_val: str | None = option(None, metavar="DIR", group="evaluation", help=
         "zero-shot accuracy on the ImageNet validation images, one folder per class")
     imagenet_v2: str | None = option(None, metavar="DIR", group="evaluation", help="zero-shot accuracy on ImageNet-V2")

@@ -32,8 +32,8 @@ class NaFlexConfig:
     naflex_patch_size_probs: tuple[float, ...] | None = option(None, metavar="P", help=
         "one weight per patch size: which part of the images has it. Default: all the same")
     naflex_max_tokens_per_batch: int = option(16384, at_least=1, metavar="TOKENS", help=
-        "most patches of a micro-batch, padding included; this bounds the memory. More micro-batches per step cost one "
-        "more forward pass of each")
+        "most patches of a micro-batch, padding included; this bounds the memory, also of evaluations (see "
+        "--eval-batch-size). A step of several micro-batches costs one more forward pass of all but the last")
     naflex_max_text_tokens: int | None = option(None, at_least=1, metavar="TOKENS", help=
         "count so many text tokens of each sample, too, in --naflex-max-tokens-per-batch. Default: only patches count")
     naflex_batch_divisor: int = option(8, at_least=1, metavar="N", help=
