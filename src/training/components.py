@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from torch import nn
 import open_clip
 from open_clip import device as devices
 from open_clip.deferred_init import DeferredInit
+from open_clip.transform import is_naflex_aug_cfg
 from training import half_weights, preflight, run_folder, run_warnings
 from training.batches import to_pixels
 from training.build import (
@@ -32,13 +34,13 @@ from training.checkpoint.state import TrainState
 from training.checkpoint.weights import check_fit, load_checkpoint
 from training.compilation import CompileOptions, NoCompilation, compile_model
 from training.data import DataInfo, get_data
-from training.data.naflex import plan_transforms, with_naflex
+from training.data.naflex import plan_transforms, takes_any_shape, with_naflex
 from training.ema import NoAverage
 from training.epoch import steps_per_epoch
 from training.evaluate import ScheduledEvaluator, create_evaluators
 from training.flops import pairs_at_peak
 from training.objective import create_objective
-from training.params import ModelConfig
+from training.params import DataConfig, ModelConfig, TrainConfig
 from training.params.checks import reporters, step_range
 from training.progress import Progress, Writer
 from training.run_folder import Run
@@ -93,8 +95,10 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     pixel_transforms = [to_pixels(transform, cfg.data.fast_decode) for transform in transforms]
     if cfg.naflex.use_naflex:
         pixel_transforms = plan_transforms(cfg.naflex, cfg.data, model.visual, pixel_transforms)
+    elif takes_any_shape(pixel_transforms[0]):
+        preflight.check_takes_patches(model)
     data = get_data(
-        cfg.data,
+        _data_options(cfg, tokenizer),
         pixel_transforms,
         epoch=0 if checkpoint is None else int(checkpoint.get("epoch", 0)),
         tokenizer=tokenizer,
@@ -120,6 +124,14 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
     _resume(state, checkpoint, run)
     run_folder.warn(_warnings(run, components, checkpoint or {}), run.world)
     return components
+
+
+def _data_options(cfg: TrainConfig, tokenizer: Any) -> DataConfig:
+    """Return the options of the data. What is compiled for fixed shapes gets captions of the context length."""
+    fixed = cfg.model.torchcompile and cfg.model.torchcompile_strategy != "blocks"
+    if fixed and cfg.data.text_pad_multiple is None and getattr(tokenizer, "variable_text", False):
+        return dataclasses.replace(cfg.data, text_pad_multiple=tokenizer.context_length)
+    return cfg.data
 
 
 def _build_model(run: Run, deferred: DeferredInit | None) -> tuple[nn.Module, list[Transform], Any]:
@@ -157,12 +169,12 @@ def _build_trainer(
         model = synchronize_batch_norms(model)
     teacher = build_teacher(cfg.objective, precision, cfg.model.cache_dir)
     if teacher is not None:
-        preflight.check_teacher(model, teacher)
+        preflight.check_teacher(model, teacher, is_naflex_aug_cfg(with_naflex(cfg).aug_cfg))
     objective = create_objective(cfg.objective, model, teacher)
     steps_vary = getattr(loader, "ends_steps", False)
     # Pairs of images of any size have no common number of FLOPs.
     at_peak = None if steps_vary else pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
-    compiled = _compile(model, cfg.model, deferred is not None, steps_vary)
+    compiled = _compile(model, cfg.model, deferred is not None, steps_vary, _has_variable_text(loader))
     readers = [model if deferred is None else PaddingReader(model), teacher]
     sharding = shard(model, cfg.distributed, world, precision, deferred)
     optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
@@ -220,7 +232,13 @@ def _check_steps(loader: Any, accum_freq: int) -> None:
         )
 
 
-def _compile(model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool) -> NoCompilation:
+def _has_variable_text(loader: Any) -> bool:
+    return getattr(getattr(loader, "collate_fn", None), "variable_text", None) is not None
+
+
+def _compile(
+    model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool, text_varies: bool = False
+) -> NoCompilation:
     if not cfg.torchcompile:
         return NoCompilation()
     options = CompileOptions(cfg.torchcompile_strategy, cfg.torchcompile_backend, cfg.torchcompile_mode)
@@ -229,7 +247,7 @@ def _compile(model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool) 
             f"--torchcompile-strategy {options.strategy} compiles for fixed shapes, and the images have any size. Use "
             "--torchcompile-strategy blocks."
         )
-    text_varies = cfg.packing == "on" or (cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
+    text_varies |= cfg.packing == "on" or (cfg.text_groups > 0 and getattr(model, "takes_grouped_text", False))
     return compile_model(model, options, text_varies or images_vary, is_sharded, images_vary)
 
 
@@ -269,7 +287,7 @@ def _create_state(run: Run, trainer: Trainer, progress: Progress, train: DataInf
         steps_per_epoch=steps_per_epoch(loader, trainer.accum_freq),
         samples_per_epoch=loader.num_samples,
         samples_per_step=0
-        if cfg.naflex.naflex_variable_batch
+        if cfg.naflex.use_naflex and cfg.naflex.naflex_variable_batch
         else cfg.data.batch_size * trainer.accum_freq * run.world.world_size,
     )
 

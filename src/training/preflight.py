@@ -244,9 +244,32 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_teacher(model: Any, teacher: Any) -> None:
-    """Raise ValueError if student and teacher cannot process the same batches."""
-    for name, of in (("image size", lambda m: getattr(m.visual, "image_size", None)), ("vocab_size", _vocab_size)):
+def check_takes_patches(model: Any) -> None:
+    """Raise ValueError if images are converted to patches, which the image tower does not take."""
+    if not _takes_patches(model):
+        raise ValueError(
+            "--aug-cfg naflex=True converts images to sequences of patches, and the model's image tower takes images "
+            "of one size. Add --use-naflex or --force-naflex-vision, or leave out naflex."
+        )
+
+
+def _takes_patches(model: Any) -> bool:
+    return hasattr(getattr(model, "visual", None), "takes_packed_patches")
+
+
+def check_teacher(model: Any, teacher: Any, uses_patches: bool = False) -> None:
+    """Raise ValueError if student and teacher cannot process the same batches.
+
+    Args:
+        uses_patches: images are sequences of patches.
+    """
+    if uses_patches and not _takes_patches(teacher):
+        raise ValueError(
+            "--distill-model: images are sequences of patches (--use-naflex), and the teacher's image tower takes "
+            "images of one size. Choose a teacher with a NaFlex image tower, or leave out --use-naflex."
+        )
+    sizes = [] if uses_patches else [("image size", lambda m: getattr(m.visual, "image_size", None))]
+    for name, of in (*sizes, ("vocab_size", _vocab_size)):
         ours, theirs = of(model), of(teacher)
         if ours is not None and theirs is not None and ours != theirs:
             raise ValueError(

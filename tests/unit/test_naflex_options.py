@@ -7,7 +7,7 @@ import re
 import pytest
 
 from training import params
-from training.params import NaFlexConfig, parse_args, sections, warnings_for
+from training.params import NaFlexConfig, like_4, parse_args, sections, warnings_for
 from training.params.flags import build_parser
 
 TRAIN = ["--train-data", "x.csv", "--use-naflex"]
@@ -30,7 +30,12 @@ TRAIN = ["--train-data", "x.csv", "--use-naflex"]
         (["--naflex-loss-scale", "sqrt"], "--naflex-loss-scale sqrt corrects .* add --naflex-variable-batch"),
         (["--accum-freq", "4", "--batch-size", "8"], "--accum-freq 4 .* Use --batch-size 32 without --accum-freq"),
         (["--ddp-static-graph"], "--ddp-static-graph needs the same number of backward passes"),
-        (["--torchcompile", "--torchcompile-strategy", "step"], "Use --torchcompile-strategy blocks, model or task"),
+        (["--torchcompile", "--torchcompile-strategy", "step"],
+         "--torchcompile-strategy step compiles for fixed shapes, .* Use --torchcompile-strategy blocks"),
+        (["--torchcompile", "--torchcompile-strategy", "task", "--naflex-variable-batch"],
+         "--torchcompile-strategy task compiles for fixed shapes"),
+        (["--aug-cfg", "naflex=False"], "--aug-cfg naflex=False contradicts --use-naflex"),
+        (["--naflex-variable-batch", "--length-bucketing"], "--bucket-runs 4 mixes .* Use --bucket-runs 1, or leave"),
         (["--naflex-batch-divisor", "0"], "--naflex-batch-divisor must be 1 or more, got 0"),
         (["--naflex-loss-scale", "cubic"], "invalid choice: 'cubic'"),
     ],
@@ -56,6 +61,12 @@ def test_main_s_batches_may_be_scaled():
     assert sections(parse_args([*TRAIN, "--like-4"])).naflex.naflex_variable_batch
 
 
+def test_main_s_defaults_compile_and_sort_images_of_any_shape():
+    args = parse_args([*TRAIN, "--like-4", "--torchcompile", "--length-bucketing"])
+    assert args.torchcompile_strategy == "blocks"
+    assert " --naflex-variable-batch." in like_4.describe(args)
+
+
 def test_lists_become_tuples():
     args = parse_args([*TRAIN, "--naflex-seq-lens", "64", "196", "--naflex-seq-len-probs", "1", "3",
                        "--naflex-patch-sizes", "16", "--naflex-patch-size-probs", "1"])  # fmt: skip
@@ -70,8 +81,9 @@ def test_options_without_effect():
         "--naflex-seq-lens has no effect: there is no --use-naflex"
     ]
     evaluation = parse_args(
-        ["--val-data", "x.csv", "--use-naflex", "--naflex-seq-lens", "64", "--naflex-pad-multiple", "8"]
-    )
+        ["--val-data", "x.csv", "--use-naflex", "--naflex-seq-lens", "64", "--naflex-pad-multiple", "8",
+         "--naflex-max-tokens-per-batch", "9"]
+    )  # fmt: skip
     assert warnings_for(evaluation) == ["--naflex-pad-multiple has no effect: there is no --train-data"]
     assert warnings_for(parse_args(["--train-data", "x.csv", "--like-4"])) == []
 

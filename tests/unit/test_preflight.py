@@ -287,6 +287,25 @@ def test_a_teacher_that_takes_other_batches(ours, theirs, words):
         preflight.check_teacher(model(ours), model(theirs))
 
 
+def test_a_teacher_and_a_model_that_take_no_patches():
+    size = SimpleNamespace(image_size=(32, 32))
+    patches = SimpleNamespace(image_size=(64, 64), takes_packed_patches=False)
+    student = SimpleNamespace(visual=patches)
+    preflight.check_teacher(student, SimpleNamespace(visual=SimpleNamespace(takes_packed_patches=True)), True)
+    with pytest.raises(ValueError, match="Choose a teacher with a NaFlex image tower"):
+        preflight.check_teacher(student, SimpleNamespace(visual=size), True)
+    with pytest.raises(ValueError, match="image size"):
+        preflight.check_teacher(student, SimpleNamespace(visual=size))
+    preflight.check_takes_patches(student)
+    with pytest.raises(ValueError, match="Add --use-naflex or --force-naflex-vision"):
+        preflight.check_takes_patches(SimpleNamespace(visual=size))
+
+
+def test_patches_without_a_tower_for_them_are_refused(inputs, tmp_path):
+    with pytest.raises(ValueError, match="--aug-cfg naflex=True converts images to sequences of patches"):
+        main.main(training_options(inputs, tmp_path, "--aug-cfg", "naflex=True"))
+
+
 # No side effects
 
 

@@ -88,6 +88,16 @@ def test_a_step_of_several_batches_is_resumed(inputs, tmp_path):
     assert scalars(resumed)["train/loss"] == {number: expected[number] for number in range(2, 8)}
 
 
+def test_a_run_with_main_s_defaults_is_resumed_with_another_batch_size(inputs, tmp_path):
+    """--like-4 sets --naflex-variable-batch, which has no effect on images of one size."""
+    options = ["--train-data", inputs.csv, "--workers", 0, "--like-4", "--bucket-chunk", 8]
+    unbroken = train(inputs, tmp_path / "unbroken", *options)
+    options += ["--log-metric-every-n-steps", 1]
+    changed = [*options, "--batch-size", 8, "--resume", unbroken / "checkpoints/epoch_0_step_2.pt"]
+    resumed = train(inputs, tmp_path / "resumed", *changed)
+    assert sorted(scalars(resumed)["train/loss"]) == list(range(1, 12))  # 8 of 48 samples had been read
+
+
 # The options
 
 

@@ -13,7 +13,8 @@ import data_files
 import train_runs
 from open_clip import hf_encoder
 from open_clip.tokenizer import HFTokenizer
-from training import preflight
+from training import components, preflight
+from training.compilation import NoCompilation
 from training.data import collate_variable_text, get_data
 from training.data.loader import Collate
 from training.data.variable_text import variable_text_of
@@ -215,3 +216,23 @@ def test_the_multiple_without_variable_text_warns(tmp_path):
     name = train_runs.write_model(tmp_path / "clip")
     lines = run(name, tmp_path, "--text-pad-multiple", "8")
     assert any("--text-pad-multiple has no effect" in line for line in lines)
+
+
+@pytest.mark.parametrize(("strategy", "columns"), [("blocks", None), ("task", 16)])
+def test_compiled_parts_get_the_lengths_that_they_are_compiled_for(clip, tmp_path, monkeypatch, strategy, columns):
+    """Blocks are compiled for any length; the rest for one shape, so captions are padded to the context length."""
+    seen = {}
+
+    def compile_model(model, options, text_varies, *others):
+        seen["varies"] = text_varies
+        return NoCompilation()
+
+    def make_data(options, *others, **named):
+        seen["columns"] = options.text_pad_multiple
+        return get_data(options, *others, **named)
+
+    monkeypatch.setattr(components, "compile_model", compile_model)
+    monkeypatch.setattr(components, "get_data", make_data)
+    compiled = ["--torchcompile", "--torchcompile-backend", "eager", "--torchcompile-strategy", strategy]
+    run(clip, tmp_path, "--text-groups", "0", *compiled)
+    assert seen == {"varies": True, "columns": columns}

@@ -25,12 +25,15 @@ def overrides(args: Any) -> dict[str, Any]:
     """Return the defaults that differ from those of the options for this namespace: LIKE_4, or nothing."""
     if not getattr(args, "like_4", False):
         return {}
-    # The main branch, too, compiles by blocks with --fsdp, whatever the strategy.
-    return {**LIKE_4, "torchcompile_strategy": "blocks"} if getattr(args, "fsdp", False) else LIKE_4
+    # The main branch, too, compiles by blocks with --fsdp, whatever the strategy. Images of any size need blocks here.
+    by_blocks = getattr(args, "fsdp", False) or getattr(args, "use_naflex", False)
+    return {**LIKE_4, "torchcompile_strategy": "blocks"} if by_blocks else LIKE_4
 
 
 def describe(args: Any) -> str:
     """Return a sentence with the values that --like-4 has set, without the options that were given other values."""
     in_effect = {name: value for name, value in overrides(args).items() if getattr(args, name, value) == value}
-    words = [f"{flag(name)} {shlex.quote(str(value))}" for name, value in in_effect.items()]
+    words = [
+        flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}" for name, value in in_effect.items()
+    ]
     return f"--like-4 sets {', '.join(words) or 'nothing'}."

@@ -16,7 +16,8 @@ _OPTIONS = (
     *("naflex_max_tokens_per_batch", "naflex_max_text_tokens", "naflex_batch_divisor"),
     *("naflex_num_train_image_tokens", "naflex_pad_multiple", "naflex_variable_batch", "naflex_loss_scale"),
 )
-_OF_TRAINING = tuple(name for name in _OPTIONS if name not in ("naflex_seq_lens", "naflex_patch_sizes"))
+_OF_EVALUATION = ("naflex_seq_lens", "naflex_patch_sizes", "naflex_max_tokens_per_batch")
+_OF_TRAINING = tuple(name for name in _OPTIONS if name not in _OF_EVALUATION)
 
 
 def check_naflex(args: argparse.Namespace, is_training: bool) -> None:
@@ -27,9 +28,14 @@ def check_naflex(args: argparse.Namespace, is_training: bool) -> None:
     """
     _check_choices(args, "naflex_seq_lens", "naflex_seq_len_probs")
     _check_choices(args, "naflex_patch_sizes", "naflex_patch_size_probs")
-    if not args.use_naflex or not is_training:
+    if not args.use_naflex:
+        return
+    if not (args.aug_cfg or {}).get("naflex", True):
+        raise ValueError("--aug-cfg naflex=False contradicts --use-naflex. Leave out one of them.")
+    if not is_training:
         return
     _check_budget(args)
+    _check_strategy(args)
     if args.naflex_loss_scale != "none" and not args.naflex_variable_batch:
         raise ValueError(
             f"--naflex-loss-scale {args.naflex_loss_scale} corrects steps of different sizes, and every step has "
@@ -41,16 +47,29 @@ def check_naflex(args: argparse.Namespace, is_training: bool) -> None:
             f"micro-batches. Use --batch-size {args.batch_size * args.accum_freq} without --accum-freq."
         )
     if args.naflex_variable_batch:
+        _check_buckets(args)
         return
     if args.ddp_static_graph:
         raise ValueError(
             "--ddp-static-graph needs the same number of backward passes in each step, and the micro-batches of "
             "--use-naflex are not always as many. Leave it out."
         )
-    if args.torchcompile and args.torchcompile_strategy == "step":
+
+
+def _check_strategy(args: argparse.Namespace) -> None:
+    if args.torchcompile and args.torchcompile_strategy != "blocks":
         raise ValueError(
-            "--torchcompile-strategy step compiles one forward and backward pass, and a step of --use-naflex needs "
-            "several. Use --torchcompile-strategy blocks, model or task."
+            f"--torchcompile-strategy {args.torchcompile_strategy} compiles for fixed shapes, and the images of "
+            "--use-naflex have any size. Use --torchcompile-strategy blocks."
+        )
+
+
+def _check_buckets(args: argparse.Namespace) -> None:
+    if args.length_bucketing and args.bucket_runs > 1:
+        raise ValueError(
+            f"--bucket-runs {args.bucket_runs} mixes lengths in batches of --batch-size samples, and "
+            "--naflex-variable-batch makes steps of other sizes, so their captions would not be mixed. Use "
+            "--bucket-runs 1, or leave out --length-bucketing."
         )
 
 
