@@ -18,8 +18,11 @@ import torch
 from emulated import ROOT
 from PIL import Image
 
+import modern_text_cases
 import open_clip
 import processes
+import tiny_clip
+import tiny_naflex
 import train_runs
 
 PYTHON = sys.executable
@@ -232,6 +235,24 @@ def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
     assert line["num_samples"] == 8
     assert "imagenet-zeroshot-val-top1" in line
     assert not list((place / "logs/evaluated/checkpoints").glob("*.pt"))
+
+
+def test_images_of_any_shape(place: Path, folder: Path) -> None:
+    """Train two steps in amp, each with images of two lengths in several micro-batches, padded and packed."""
+    vocabulary = {"vocab_size": 49408, "context_length": 16, "pad_id": 0, "bos_id": 49406, "eos_id": 49407}
+    modern = {**modern_text_cases.TEXT, **vocabulary}
+    model = tiny_clip.write_folder(place / "naflex", tiny_naflex.config(text=modern))
+    command = [PYTHON, "-m", "training.main", "--model", model, "--dataset-type", "synthetic", "--use-naflex"]
+    command += ["--train-num-samples", 16, "--batch-size", 8, "--epochs", 1, "--workers", 1, "--precision", "amp"]
+    command += ["--naflex-seq-lens", 9, 25, "--naflex-max-tokens-per-batch", 100, "--naflex-batch-divisor", 2]
+    command += ["--report-to", "tensorboard", "--log-every-n-steps", 1, "--save-frequency", 0]
+    losses = {}
+    for packing in ("off", "on"):
+        printed = run([*command, "--packing", packing, "--name", packing], place, folder)
+        assert "on 1 x npu (Ascend910B1), precision amp" in printed
+        losses[packing] = train_runs.scalars(place / "logs" / packing)["train/loss"]
+    assert sorted(losses["off"]) == [0, 1]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-2)
 
 
 def test_torchrun_with_a_device_and_an_output_folder(place: Path, folder: Path) -> None:
