@@ -86,6 +86,13 @@ def test_towers_of_timm(variant, tmp_path):
         torch.testing.assert_close(converted.visual(image), model.visual(image), rtol=1e-5, atol=1e-5)
 
 
+def test_new_class_tokens_and_positions_are_as_large_as_those_of_clip(tmp_path):
+    native = make_model(NATIVE).visual
+    embeds = open_clip.create_model(folder(tmp_path, NATIVE), force_naflex_vision=True).visual.trunk.embeds
+    assert embeds.cls_token.std().item() == pytest.approx(native.class_embedding.std().item(), rel=0.5)
+    assert embeds.pos_embed.std().item() == pytest.approx(native.positional_embedding.std().item(), rel=0.1)
+
+
 def test_a_file_with_the_image_tower_alone(tmp_path):
     model = fill(make_model(NATIVE))
     torch.save(model.visual.state_dict(), tmp_path / "tower.pt")

@@ -49,6 +49,8 @@ class NaFlexTower(TimmModel):
         self.image_seq_len = image_seq_len
         self._tables = PositionTables()
         use_packed_blocks(self.trunk)
+        if not kwargs.get("pretrained"):
+            _initialize_as_clip(self.trunk)
         if norm_eps is not None:
             for module in self.trunk.modules():
                 if isinstance(module, nn.LayerNorm):
@@ -291,6 +293,20 @@ class NaFlexTower(TimmModel):
     def _image_features(self, tokens: Any, images: Any) -> Tensor:
         valid = images["patch_valid"] if isinstance(images, Mapping) else None
         return self.head(self.trunk.forward_head(tokens, patch_valid=valid))
+
+
+def _initialize_as_clip(trunk: Any) -> None:
+    """Initialize the class token and the positions of a trunk with a norm before its blocks, as CLIP's ViT does.
+
+    timm's class token is close to 0. The norm amplifies its changes in the first steps of the optimizer so much that a
+    small model does not learn.
+    """
+    embeds = trunk.embeds
+    if embeds.cls_token is None or isinstance(trunk.norm_pre, nn.Identity):
+        return
+    for table in (embeds.cls_token, embeds.pos_embed):
+        if table is not None:
+            nn.init.normal_(table, std=table.shape[-1] ** -0.5)
 
 
 def _key_mask(valid: Tensor, num_prefix: int, num_queries: int) -> Tensor:
