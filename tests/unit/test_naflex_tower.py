@@ -161,14 +161,11 @@ def test_rotary_tables_are_kept_in_training():
     assert tower._tables.num_computed == 4
 
 
-def test_rotary_tables_follow_the_frequencies():
-    tower, images = make_tower("dinov3"), make_images(GRIDS)
+def test_compilation_with_dynamic_shapes():
+    tower, images = make_tower("rope", depth=1), make_images([(4, 4), (1, 3)])
+    compiled = torch.compile(tower, backend="eager", dynamic=True)
     with torch.no_grad():
-        before = tower(images)
-        for buffer in tower.trunk.rope.buffers():
-            buffer.mul_(0.5)
-        torch.testing.assert_close(tower(images), tower.head(tower.trunk(images)), rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(tower(images), before)
+        torch.testing.assert_close(compiled(images), tower(images), rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_positions_that_are_varied_in_training():
@@ -222,6 +219,33 @@ def test_patches_of_another_size(variant, mode, patch_size):
         actual = features_and_gradients(tower, form)
         assert_equal(actual, (expected[0], {k: v for k, v in expected[1].items() if k in actual[1]}))
     assert actual[1]["trunk.embeds.proj.weight"].abs().sum() > 0
+
+
+def test_a_patch_embedding_that_a_program_hooks_or_replaces_is_called():
+    """Its weight alone is not what it computes, for example with an adapter."""
+    tower, images = make_tower(), make_images(GRIDS, 8)
+    proj = tower.trunk.embeds.proj
+    with torch.no_grad():
+        for form in (images, pack_patches(images)):
+            before = tower(form)
+            handle = proj.register_forward_hook(lambda module, args, output: output)
+            torch.testing.assert_close(tower(form), before, rtol=1e-5, atol=1e-5)
+            handle.remove()
+            handle = proj.register_forward_hook(lambda module, args, output: 2 * output)
+            assert not torch.allclose(tower(form), before)
+            handle.remove()
+        tower.trunk.embeds.proj = _Doubled(proj.in_features, proj.out_features)
+        tower.trunk.embeds.proj.load_state_dict(proj.state_dict())
+        expected = tower(images)
+        proj.weight.mul_(2)
+        proj.bias.mul_(2)
+        tower.trunk.embeds.proj = proj
+        torch.testing.assert_close(tower(images), expected, rtol=1e-5, atol=1e-5)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 class _Sum(nn.Module):

@@ -46,7 +46,7 @@ class PositionTables:
         if rope.training and getattr(rope, "aug_active", False):
             self.num_computed += len(grids)
             return _join([rope.get_embed(shape=list(grid)) for grid in grids])
-        key = tuple(_state_of(buffer) for buffer in rope.buffers())
+        key = tuple((buffer.device, buffer.dtype) for buffer in rope.buffers())  # their values are constants
         return _join([self._look_up((key, grid), rope, grid) for grid in grids])
 
     def _look_up(self, key: Hashable, rope: Any, grid: Grid) -> Tensor:
@@ -64,12 +64,6 @@ class PositionTables:
 
 def _join(tables: list[Tensor]) -> Tensor:
     return tables[0] if len(tables) == 1 else torch.cat(tables)
-
-
-def _state_of(buffer: Tensor) -> tuple[int, int, torch.device]:
-    """Return what changes if a state dict is loaded into a buffer, or if it is moved."""
-    version = 0 if buffer.is_inference() else buffer._version  # inference tensors have none
-    return buffer.data_ptr(), version, buffer.device
 
 
 def _learned_table(embeds: Any, grid: Grid) -> Tensor:

@@ -82,6 +82,22 @@ def resize_patch_weight(weight: Tensor, old: tuple[int, int], new: tuple[int, in
         return torch.einsum("dpc,pq->dqc", by_pixel, matrix).flatten(1).to(weight.dtype)
 
 
+def resize_patches(patches: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
+    """Convert patches so that a linear layer gives them the embedding that its weight from `resize_patch_weight` gives.
+
+    Args:
+        patches: [..., new height * new width * channels].
+        old, new, mode: as in `resize_patch_weight`.
+
+    Returns:
+        [..., old height * old width * channels].
+    """
+    matrix = patch_matrix(old, new, mode, patches.device)
+    with _no_autocast(patches):
+        by_pixel = patches.float().unflatten(-1, (new[0] * new[1], -1))
+        return torch.einsum("pq,...qc->...pc", matrix, by_pixel).flatten(-2).to(patches.dtype)
+
+
 def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 

@@ -15,7 +15,7 @@ from ..timm_model import TimmModel
 from ..utils import check_images, has_hooks, has_method, is_symbolic, to_2tuple
 from .inputs import check_patches, patch_size_of
 from .positions import PositionTables
-from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight
+from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight, resize_patches
 
 Images = Tensor | Mapping[str, Tensor] | PackedPatches
 
@@ -124,10 +124,13 @@ class NaFlexTower(TimmModel):
         embeds = self.trunk.embeds
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
-        weight = resize_patch_weight(embeds.proj.weight, self.patch_size, patch_size, embeds.pos_embed_interp_mode)
-        if weight is embeds.proj.weight:
-            return embeds.norm(embeds.proj(patches.to(weight.dtype)))
-        return embeds.norm(F.linear(patches.to(weight.dtype), weight, embeds.proj.bias))
+        patches = patches.to(embeds.proj.weight.dtype)
+        sizes = (self.patch_size, patch_size, embeds.pos_embed_interp_mode)
+        if patch_size == self.patch_size:
+            return embeds.norm(embeds.proj(patches))
+        if type(embeds.proj) is nn.Linear and not has_hooks(embeds.proj):
+            return embeds.norm(F.linear(patches, resize_patch_weight(embeds.proj.weight, *sizes), embeds.proj.bias))
+        return embeds.norm(embeds.proj(resize_patches(patches, *sizes)))  # a layer that must be called, as of LoRA
 
     def _add_positions(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None) -> Tensor:
         """Add the learned positions to tokens. `place` has the index of each token in the tables of `grids`."""
