@@ -122,6 +122,115 @@ def test_fusion_attention_with_fewer_heads_of_keys() -> None:
     torch.testing.assert_close(output.detach().cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("mode", [None, 2, 3])
+def test_fusion_attention_of_packed_sequences(mode: int | None, dtype: torch.dtype) -> None:
+    """Sequence i of the queries sees sequence i of the keys only. The lengths are given as ends."""
+    lengths, key_lengths = (2, 1, 3), (2, 4, 3)
+    generator = torch.Generator().manual_seed(3)
+    made = [torch.randn(sum(found), 2, 16, generator=generator) for found in (lengths, key_lengths, key_lengths)]
+    inputs = [x.to(NPU, dtype).requires_grad_() for x in made]
+    compressed = torch.ones(2048, 2048, dtype=torch.bool, device=NPU).triu(1)
+    options = {} if mode is None else {"atten_mask": compressed, "sparse_mode": mode}
+    ours = torch_npu.npu_fusion_attention(
+        *inputs, 2, "TND", scale=0.25, actual_seq_qlen=[2, 3, 6], actual_seq_kvlen=[2, 6, 9], **options
+    )[0]
+    out = torch.ones(6, 9, dtype=torch.bool)
+    for start, key_start, rows, columns in ((0, 0, 2, 2), (2, 2, 1, 4), (3, 6, 3, 3)):
+        visible = torch.ones(rows, columns, dtype=torch.bool)
+        if mode is not None:
+            visible = visible.tril(0 if mode == 2 else columns - rows)
+        out[start : start + rows, key_start : key_start + columns] = ~visible
+    plain = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    expected = attention(*(x.transpose(0, 1)[None] for x in plain), out)[0].transpose(0, 1)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(ours.detach().cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    for found, reference in zip(gradient(ours, *inputs), gradient(expected, *plain), strict=True):
+        torch.testing.assert_close(found, reference, rtol=5 * tolerance, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"actual_seq_qlen": [3, 3], "actual_seq_kvlen": [3, 3]}, "with ends 3 and 3"),
+        ({"actual_seq_qlen": [6], "actual_seq_kvlen": [3, 6]}, "of one length"),
+        ({}, "needs actual_seq_qlen"),
+        ({"actual_seq_qlen": [3, 6], "actual_seq_kvlen": [3, 6], "sparse_mode": 2, "mask": (6, 6)}, "2048 x 2048"),
+    ],
+)
+def test_fusion_attention_refuses_wrong_packed_sequences(options: dict, message: str) -> None:
+    if "mask" in options:
+        options = {**options, "atten_mask": torch.ones(options["mask"], dtype=torch.bool, device=NPU)}
+        del options["mask"]
+    inputs = [torch.ones(6, 2, 16, device=NPU) for _ in range(3)]
+    with pytest.raises(RuntimeError, match=message):
+        torch_npu.npu_fusion_attention(*inputs, 2, "TND", **options)
+
+
+def compare(ours: torch.Tensor, inputs: list[torch.Tensor], expected: torch.Tensor, plain: list[torch.Tensor]) -> None:
+    """Compare an output and its gradients with those of a formula in float64."""
+    tolerance = TOLERANCE[inputs[0].dtype]
+    assert ours.dtype == inputs[0].dtype
+    torch.testing.assert_close(ours.detach().cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    for found, reference in zip(gradient(ours, *inputs), gradient(expected, *plain), strict=True):
+        torch.testing.assert_close(found, reference, rtol=5 * tolerance, atol=5 * tolerance)
+
+
+def leaves_of(*made: torch.Tensor, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return leaves on the NPU, and the same numbers in float64 on the CPU."""
+    ours = [x.to(NPU, dtype).requires_grad_() for x in made]
+    return ours, [x.detach().cpu().double().requires_grad_() for x in ours]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_npu_rms_norm(dtype: torch.dtype) -> None:
+    inputs, plain = leaves_of(torch.linspace(-3, 5, 80).reshape(5, 16).sin(), torch.linspace(0.5, 2, 16), dtype=dtype)
+    x, weight = plain
+    expected = x / (x * x).mean(-1, keepdim=True).add(1e-3).sqrt() * weight
+    output, rstd = torch_npu.npu_rms_norm(*inputs, 1e-3)
+    assert (rstd.dtype, rstd.shape) == (torch.float32, (5, 1))
+    compare(output, inputs, expected, plain)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_npu_swiglus_gate_is_the_first_half(dtype: torch.dtype) -> None:
+    inputs, plain = leaves_of(torch.linspace(-6, 6, 96).reshape(3, 32), dtype=dtype)
+    gate, value = plain[0].chunk(2, -1)
+    compare(torch_npu.npu_swiglu(inputs[0], dim=-1), inputs, gate / (1 + (-gate).exp()) * value, plain)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("mode", ["half", "interleave"])
+def test_npu_rotary_mul(mode: str, dtype: torch.dtype) -> None:
+    angles = torch.linspace(0, 3, 4 * 8).reshape(1, 4, 1, 8)
+    inputs, plain = leaves_of(
+        torch.linspace(-3, 5, 2 * 4 * 3 * 8).reshape(2, 4, 3, 8), angles.cos(), angles.sin(), dtype=dtype
+    )
+    x, cos, sin = plain
+    if mode == "half":
+        turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
+    else:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    compare(torch_npu.npu_rotary_mul(*inputs, mode), inputs, x * cos + turned * sin, plain)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tables"),
+    [
+        ((1, 4, 2, 896), (1, 4, 1, 896)),
+        ((500, 4, 2, 8), (1, 4, 1, 8)),
+        ((2, 4, 2, 8), (2, 4, 1, 8)),
+        ((4, 2, 8), (4, 1, 8)),
+    ],
+    ids=["head dim", "sequences * heads", "tables of each sequence", "three dimensions"],
+)
+def test_npu_rotary_mul_refuses_what_its_page_excludes(shape: tuple[int, ...], tables: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="npu_rotary_mul"):
+        torch_npu.npu_rotary_mul(
+            torch.ones(shape, device=NPU), *(torch.ones(tables, device=NPU) for _ in range(2)), "interleave"
+        )
+
+
 def test_an_operator_without_a_formula_raises() -> None:
     with pytest.raises(RuntimeError, match="npu_interleave_rope has no formula"):
         torch_npu.npu_interleave_rope(*(torch.ones(1, 1, 4, 64, device=NPU) for _ in range(3)))
