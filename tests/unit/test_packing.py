@@ -62,7 +62,7 @@ def ours(query: Tensor, key: Tensor, value: Tensor, segments: Segments, kv: Segm
 
 
 def in_buckets(query: Tensor, key: Tensor, value: Tensor, segments: Segments, kv: Segments, causal: bool) -> Tensor:
-    return packed.in_buckets(packed.PackedInputs(query, key, value, segments, kv, causal))
+    return packed.in_buckets(packed.PackedInputs(query, key, value, segments, kv, causal), launch_cost=500)
 
 
 def elementary(*arguments) -> Tensor:
@@ -97,6 +97,26 @@ def test_cross_attention_of_two_lengths_and_scale(form: Callable[..., Tensor]) -
     scaled = packing.attention(*inputs, segments, kv, scale=0.5)
     query = inputs[0] * (0.5 * HEAD_DIM**0.5)
     torch.testing.assert_close(scaled, each_alone(query, *inputs[1:], segments, kv, False))
+
+
+def test_the_cpu_pads_short_sequences_only() -> None:
+    cost = devices.get("cpu").packed_launch_cost
+    for limits, expected in (((4, 24), True), ((60, 256), False)):
+        lengths = tuple(RANDOM.randint(*limits) for _ in range(64))
+        plan = packed._make_plan(lengths, lengths, 512, cost)
+        assert (plan.in_buckets < plan.alone) == expected
+        assert sum(count for count, _, _ in plan.groups) == 64
+    for lengths, expected in ((range(4, 24), True), ([9] * 20, False)):
+        segments = Segments.of(list(lengths))
+        inputs = packed.PackedInputs(*make_inputs(segments, segments), segments, segments)
+        torch.testing.assert_close(devices.get("cpu").packed_attention(inputs), packed.by_sequence(inputs))
+        assert bool(segments.layouts) == expected
+
+
+def test_groups_have_bounded_padding() -> None:
+    assert packed._cut([(2, 2), (9, 9), (3, 3), (3, 3)], max_padding=5) == [(1, 9, 9), (3, 3, 3)]
+    assert packed._cut([(2, 2), (9, 9), (3, 3), (3, 3)], max_padding=4) == [(1, 9, 9), (2, 3, 3), (1, 2, 2)]
+    assert packed._cut([(1, 7), (5, 2)], max_padding=100) == [(2, 5, 7)]
 
 
 def test_segments() -> None:

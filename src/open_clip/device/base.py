@@ -51,6 +51,8 @@ class Device:
     peaks: ClassVar[tuple[peaks.Peak, ...]] = ()
     variables: ClassVar[tuple[str, ...]] = ()  # environment variables that affect it, for reports
     text_group_cost: ClassVar[int] = 4096  # in tokens, see text_groups; about the cost of several hundred launches
+    # Of one more group of packed sequences: the number of (query token, key token, channel) that take the same time.
+    packed_launch_cost: ClassVar[int] = 2**25
     converts_weights_once: ClassVar[bool] = False  # per step, which saves launches, see training.half_weights
     deterministic_env: ClassVar[dict[str, str]] = {}  # defaults set by `set_deterministic`
     deterministic_switches: ClassVar[tuple[str, ...]] = ("torch.use_deterministic_algorithms",)
@@ -315,7 +317,7 @@ class Device:
         def attend(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float | None) -> torch.Tensor:
             return self.attention(AttentionInputs(query, key, value, mask, 0.0, is_causal, scale))
 
-        return packed.in_buckets(inputs, attend)
+        return packed.in_buckets(inputs, self.packed_launch_cost, attend)
 
     def profiler(self, folder: str, wait: int = 1, warmup: int = 1, active: int = 3, level: int = 0) -> Any:
         """Create a profiler that traces `active` steps once and writes them for TensorBoard.

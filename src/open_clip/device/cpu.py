@@ -21,6 +21,7 @@ class CpuDevice(Device):
     pin_memory = False
     fused_adamw_skips = True
     text_group_cost = 64
+    packed_launch_cost = 2**18
     indexed = False
 
     def is_available(self) -> bool:
@@ -96,4 +97,7 @@ class CpuDevice(Device):
         return x.clamp_min(0).add_(above_one.log_()).add_(correction)
 
     def packed_attention(self, inputs: packed.PackedInputs) -> torch.Tensor:
+        plan = packed.make_plan(inputs, self.packed_launch_cost)
+        if plan.in_buckets < plan.alone:
+            return packed.in_buckets(inputs, self.packed_launch_cost)
         return packed.by_sequence(inputs)

@@ -37,7 +37,7 @@ class Segments:
         self.host_offsets = host_offsets
         self.sequence, self.position, self.by_length = indices.split((self.total, self.total, len(lengths)))
         self.offsets = offsets
-        self.layouts: dict[tuple[int, ...], Any] = {}  # what packed.in_buckets needs, by the lengths of the queries
+        self.layouts: dict[Any, Any] = {}  # what packed.in_buckets needs, by the lengths of the queries and the groups
         self._indices = indices
         self._single: Segments | None = None
 
