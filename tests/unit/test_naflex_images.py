@@ -79,6 +79,14 @@ def test_arrays_and_tensors(image):
     assert sample["patches"][0].view(8, 8, 3).allclose((pixels[:, :8, :8].permute(1, 2, 0) - 0.5) / 0.5)
 
 
+@pytest.mark.parametrize(
+    "image", [torch.rand(1, 8, 8), torch.rand(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)], ids=str
+)
+def test_other_tensors_are_refused(image):
+    with pytest.raises(ValueError, match=r"is a tensor \[.*one image at a time.*float tensor \[3, H, W\]"):
+        NaFlexEvalTransformFactory()(image)
+
+
 def test_other_objects_are_refused():
     with pytest.raises(TypeError, match="open it with PIL"):
         NaFlexEvalTransformFactory()("image.png")

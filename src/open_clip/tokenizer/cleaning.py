@@ -71,7 +71,7 @@ def basic_clean(text: str) -> str:
         TypeError: `text` is not a str.
     """
     if not isinstance(text, str):
-        raise TypeError(f"A caption must be a str, got {type(text).__name__}: {text!r}.")
+        raise TypeError(f"A caption must be a str, got {type(text).__name__}: {repr(text)[:80]}.")
     return _fix_text(text).strip()
 
 

@@ -101,7 +101,7 @@ class TikTokenTokenizer:
 
     def _encode_packed(self, text: str) -> bytes:
         if not isinstance(text, str):
-            raise TypeError(f"A caption must be a str, got {type(text).__name__}: {text!r}.")
+            raise TypeError(f"A caption must be a str, got {type(text).__name__}: {repr(text)[:80]}.")
         text = self.clean_fn(text)
         words = text.split()
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import numbers
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,8 +183,10 @@ class NaFlexTransform:
 
         Raises:
             TypeError: `image` is something else.
+            ValueError: it is a tensor of another shape or dtype.
         """
         if isinstance(image, Tensor):
+            _check_tensor(image)
             return self._patches_of_tensor(image)
         pixels, grid = self._resize(image)
         if self._augmentation is not None and self._augmentation.on_tensor:
@@ -284,6 +287,15 @@ class NaFlexTransform:
         return f"{type(self).__name__}({sizes}, interpolation={self.interpolation!r}{augments})"
 
 
+def _check_tensor(image: Tensor) -> None:
+    if image.dim() == 3 and len(image) == 3 and image.is_floating_point():
+        return
+    raise ValueError(
+        f"The image is a tensor {list(image.shape)} of {image.dtype}. A NaFlex transform takes one image at a time: a "
+        "PIL image, a uint8 array [H, W, 3], or a float tensor [3, H, W] with values from 0 to 1."
+    )
+
+
 def _cut(pixels: Any, grid: tuple[int, int], patch_size: tuple[int, int]) -> Any:
     """Cut [H, W, 3] (an array or a tensor) into [rows, columns, P, P, 3], a view."""
     parts = pixels.reshape(grid[0], patch_size[0], grid[1], patch_size[1], 3)
@@ -332,9 +344,9 @@ class NaFlexTransformFactory:
 
     def __call__(self, max_seq_len: Any = None, patch_size: int | tuple[int, int] | None = None) -> Any:
         """Return the transform of a length and a patch size, by default the factory's. Given an image, transform it."""
-        if max_seq_len is not None and not isinstance(max_seq_len, int):
+        if max_seq_len is not None and not isinstance(max_seq_len, numbers.Integral):
             return self(None, patch_size)(max_seq_len)
-        length = self.max_seq_len if max_seq_len is None else max_seq_len
+        length = self.max_seq_len if max_seq_len is None else int(max_seq_len)
         if length < 1:
             raise ValueError(f"max_seq_len={length} leaves no patch. Pass 1 or more.")
         size = self.patch_size if patch_size is None else to_pair(patch_size)
