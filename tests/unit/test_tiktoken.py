@@ -145,6 +145,8 @@ def test_surrogates_are_joined_or_replaced(tokenizer):
 def test_inputs_other_than_text_raise(tokenizer, texts):
     with pytest.raises(TypeError):
         tokenizer(texts)
+    with pytest.raises(TypeError, match=r"got list: .{80}\.$"):
+        tokenizer([["a caption"] * 1000])
 
 
 def test_unknown_ids_and_names_raise(tokenizer, encoding):

@@ -174,6 +174,8 @@ def test_a_missing_context_length_raises():
 def test_inputs_other_than_text_raise(default, texts):
     with pytest.raises(TypeError):
         default(texts)
+    with pytest.raises(TypeError, match=r"got list: .{80}\.$"):
+        default([["a caption"] * 1000])
 
 
 def test_the_word_cache_is_bounded(monkeypatch):
