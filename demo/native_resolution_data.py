@@ -2,7 +2,7 @@
 
 A sheet is 24 to 64 pixels wide or high on its shorter side and up to 1.5 times as long on the other. The digit fills
 the shorter side, at a random place of the longer one. The output folder contains `model` (the configuration of a small
-NaFlex model), `train.csv`, tar shards in `shards`, and `test` (one folder of held-out sheets per digit).
+CLIP with a ViT), `train.csv`, tar shards in `shards`, and `test` (one folder of held-out sheets per digit).
 `classnames.txt` and `templates.txt` are for zero-shot evaluation.
 """
 
@@ -17,19 +17,8 @@ from pathlib import Path
 
 from digits import MODEL_CONFIG, Sample, load_samples, write_classes, write_csv, write_shards
 
-PATCH_SIZE = 8
-VISION_CONFIG = {
-    "image_size": 32,
-    "image_seq_len": 36,
-    "timm_model_name": "naflexvit_base_patch16_gap",
-    "timm_model_kwargs": {
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
-        "patch_size": PATCH_SIZE,
-        "pos_embed_grid_size": [6, 6],
-    },
-}
+# White paper becomes 0.
+PREPROCESSING = {"mean": [1.0, 1.0, 1.0], "std": [0.3, 0.3, 0.3]}
 
 
 def put_on_sheet(sample: Sample) -> Sample:
@@ -60,9 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     write_csv(held_out, output, "val")
     write_shards(train, output / "shards", "train")
     write_classes(held_out, output)
-    config = MODEL_CONFIG | {
-        "model_cfg": MODEL_CONFIG["model_cfg"] | {"custom_text": True, "vision_cfg": VISION_CONFIG}
-    }
+    config = MODEL_CONFIG | {"preprocess_cfg": PREPROCESSING}
     (output / "model").mkdir()
     (output / "model" / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     print(f"Wrote {len(train)} sheets for training and {len(held_out)} held-out sheets to {args.output}.")
