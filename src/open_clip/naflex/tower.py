@@ -299,14 +299,17 @@ class NaFlexTower(TimmModel):
 
 
 def _initialize_as_clip(trunk: Any) -> None:
-    """Initialize the class token and the positions of a trunk with a norm before its blocks, as CLIP's ViT does.
+    """Initialize a trunk with a class token and a norm before its blocks as CLIP's ViT is.
 
-    timm's class token is close to 0. The norm amplifies its changes in the first steps of the optimizer so much that a
-    small model does not learn.
+    timm initializes linear layers with a std of 0.02, and the class token with one of 1e-6, whose changes the norm
+    amplifies in the first steps of the optimizer. Small models of such weights hardly learn.
     """
     embeds = trunk.embeds
     if embeds.cls_token is None or isinstance(trunk.norm_pre, nn.Identity):
         return
+    for module in trunk.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.reset_parameters()
     for table in (embeds.cls_token, embeds.pos_embed):
         if table is not None:
             nn.init.normal_(table, std=table.shape[-1] ** -0.5)
