@@ -43,11 +43,28 @@ def attention(
         [T, heads, head_dim]. Under autocast in the dtype of autocast, otherwise in the dtype of `query`.
 
     Raises:
-        ValueError: `is_causal` with different segments of queries and keys.
+        ValueError: `is_causal` with different segments of queries and keys, or segments of other sequences.
     """
+    _check_fits(query, segments)
+    if kv_segments is not None:
+        _check_fits(key, kv_segments)
+        if len(kv_segments) != len(segments):
+            raise ValueError(
+                f"The queries are of {len(segments)} sequences and the keys of {len(kv_segments)}. Sequence i of the "
+                "queries attends to sequence i of the keys."
+            )
     if is_causal and kv_segments is not None and kv_segments is not segments:
         raise ValueError("is_causal needs queries and keys of the same sequences: leave kv_segments out.")
     return ops.packed_attention(query, key, value, segments, kv_segments, is_causal, scale)
+
+
+def _check_fits(x: Tensor, segments: Segments) -> None:
+    # A graph must not depend on the number of tokens.
+    if not torch.compiler.is_compiling() and len(x) != segments.total:
+        raise ValueError(
+            f"A packed tensor has {len(x)} tokens, and its segments have {segments.total}. Use the segments that the "
+            "tensor was packed with."
+        )
 
 
 def pack(x: Tensor, valid: Tensor) -> tuple[Tensor, Segments]:
@@ -69,6 +86,7 @@ def pack(x: Tensor, valid: Tensor) -> tuple[Tensor, Segments]:
             f"valid has the shape {tuple(valid.shape)} for tokens of shape {tuple(x.shape)}. It must be "
             f"{tuple(x.shape[:2])}."
         )
+    valid = valid.bool()
     segments = Segments.of(valid.sum(dim=1))
     index = valid.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)
     return x.flatten(0, 1).index_select(0, index), segments
@@ -86,8 +104,9 @@ def unpack(x: Tensor, segments: Segments, length: int | None = None, value: floa
         [B, N, ...], with each sequence at the start of its row.
 
     Raises:
-        ValueError: a sequence is longer than `length`.
+        ValueError: a sequence is longer than `length`, or the segments are of another tensor.
     """
+    _check_fits(x, segments)
     length = segments.max_length if length is None else length
     if length < segments.max_length:
         raise ValueError(f"A packed sequence has {segments.max_length} tokens, and length {length} is less.")
@@ -98,6 +117,7 @@ def unpack(x: Tensor, segments: Segments, length: int | None = None, value: floa
 
 def mean(x: Tensor, segments: Segments) -> Tensor:
     """Return the mean of each sequence, [T, D] -> [B, D]. Sums are in float32 (float64 for float64)."""
+    _check_fits(x, segments)
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = x.new_zeros((len(segments), *x.shape[1:]), dtype=dtype).index_add(0, segments.sequence, x.to(dtype))
     return (sums / segments.offsets.diff()[:, None]).to(x.dtype)

@@ -62,6 +62,14 @@ def test_the_order_of_patches_does_not_matter():
             torch.testing.assert_close(tower(form(shuffled)), tower(form(images)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_of_numbers_is_that_of_bools():
+    tower, images = make_tower("rope_and_learned"), make_images(GRIDS)
+    numbers = {**images, "patch_valid": images["patch_valid"] * 2}
+    with torch.no_grad():
+        for form in (lambda x: x, pack_patches):
+            assert torch.equal(tower(form(numbers)), tower(form(images)))
+
+
 @pytest.mark.parametrize("variant", ["gap", "rope", "map"])
 def test_values_of_padding_do_not_matter(variant):
     tower, images = make_tower(variant), make_images(GRIDS)

@@ -198,6 +198,30 @@ def test_the_mean_of_half_precision_is_summed_in_float32() -> None:
     assert found.item() == 1  # a sum in bfloat16 stops at 256
 
 
+def test_segments_of_another_tensor() -> None:
+    segments, shorter, fewer = Segments.of((2, 4)), Segments.of((2, 3)), Segments.of((6,))
+    inputs = make_inputs(segments, segments)
+    message = "has 6 tokens, and its segments have 5"
+    for call in (
+        lambda: packing.attention(*inputs, shorter),
+        lambda: packing.attention(*inputs, segments, kv_segments=shorter),
+        lambda: packing.mean(inputs[0], shorter),
+        lambda: packing.unpack(inputs[0], shorter),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="queries are of 2 sequences and the keys of 1"):
+        packing.attention(*inputs, segments, kv_segments=fewer)
+
+
+def test_lengths_that_are_no_integers() -> None:
+    """They would be rounded silently."""
+    for lengths in ([2.5, 3], torch.tensor([2.5, 3.0]), torch.tensor([[1, 2]])):
+        with pytest.raises(TypeError, match="integer"):
+            Segments.of(lengths)
+    assert packing.pack(torch.ones(1, 2), torch.tensor([[2, 0]]))[1].lengths == (1,)
+
+
 def test_causal_attention_needs_one_kind_of_segments() -> None:
     segments = Segments.of((2, 3))
     with pytest.raises(ValueError, match="leave kv_segments out"):

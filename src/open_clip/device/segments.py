@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class Segments:
             lengths: numbers of tokens, each at least 1. A tensor must be on the CPU, so that no device is waited for.
 
         Raises:
+            TypeError: a length is not an integer.
             ValueError: there is no sequence, a sequence has no token, or the tensor is on a device.
         """
         if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
@@ -56,7 +58,7 @@ class Segments:
                 f"The lengths of packed sequences are on {lengths.device}. Compute them on the CPU, because reading "
                 "them from a device waits for it."
             )
-        found = tuple(lengths.tolist() if isinstance(lengths, Tensor) else map(int, lengths))
+        found = tuple(map(operator.index, lengths.tolist() if isinstance(lengths, Tensor) else lengths))
         if not found:
             raise ValueError("Packed sequences need at least one length, and got none.")
         if min(found) < 1:

@@ -159,14 +159,14 @@ class NaFlexTower(TimmModel):
         return self._encode_batch(self._embed(patches, self.patch_size), (grid,), None, None)
 
     def _encode_padded(self, images: Mapping[str, Tensor]) -> Tensor:
-        patches, valid = images["patches"], images["patch_valid"]
+        patches, valid = images["patches"], images["patch_valid"].bool()
         size = patch_size_of(patches, self.trunk.embeds)
         coord = images["patch_coord"].long() * valid[..., None]
         lowest, *last = torch.cat([coord.amin(dim=(0, 1))[None], coord.amax(dim=1)]).tolist()  # waits for the device
         grids, start, columns = index_grids(last, min(lowest))
         start, columns = torch.stack([start, columns]).to(coord.device, non_blocking=True)
         place = start[:, None] + coord[..., 0] * columns[:, None] + coord[..., 1]
-        return self._encode_batch(self._embed(patches.flatten(2), size), grids, place, valid.bool())
+        return self._encode_batch(self._embed(patches.flatten(2), size), grids, place, valid)
 
     def _encode_batch(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None, valid: Tensor | None) -> Tensor:
         """Encode embedded patches [batch, patches, width] to pooled features [batch, width]."""
