@@ -195,7 +195,13 @@ def test_positions_that_are_not_square():
 
 
 @pytest.mark.parametrize(
-    "options", [{"pretrained_cfg": {"file": "x"}}, {"checkpoint_path": "x"}, {"act_layer": "../x"}, {"block_fn": {}}]
+    "options",
+    [
+        {"pretrained_cfg": {"file": "x"}},
+        {"checkpoint_path": "x"},
+        {"act_layer": "../x"},
+        {"block_fn": {"file": "../x"}},
+    ],
 )
 def test_a_configuration_of_the_hub_may_not_name_files(options):
     cfg = {"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_kwargs": options}, "text_cfg": {}}
