@@ -267,6 +267,24 @@ def test_a_model_that_a_program_changed_takes_no_packed_texts():
     assert not open_clip.CLIP(**tiny_clip.config()).takes_packed_text
 
 
+def test_a_tower_with_other_blocks_takes_no_packed_texts():
+    model, text = cases.build(), cases.texts(3, 5)
+    expected = model.encode_text(text)
+    model.text.blocks[1] = _Wrapped(model.text.blocks[1])
+    assert not model.takes_packed_text
+    torch.testing.assert_close(model.encode_text(text), expected)
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, *args: Any) -> Any:
+        assert x.dim() == 3
+        return self.block(x, *args)
+
+
 def test_a_native_tower_refuses_packed_texts():
     packed = pack_text(cases.texts(3), torch.tensor([3]))
     for model in (open_clip.CLIP(**tiny_clip.config()), open_clip.CustomTextCLIP(**tiny_clip.config())):

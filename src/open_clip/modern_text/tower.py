@@ -130,8 +130,13 @@ class ModernTextTransformer(NotScriptable, nn.Module):
 
     @property
     def takes_packed_text(self) -> bool:
-        """Whether forward accepts a PackedText: not if a program has replaced or hooked what reads the text."""
-        return has_method(self, _FORWARD) and not has_hooks(self)
+        """Whether forward accepts a PackedText.
+
+        It does not if a program has hooked the tower or replaced what reads the text: blocks of another class might
+        expect tokens [batch, tokens, width].
+        """
+        has_own_blocks = all(isinstance(block, ModernTextBlock) for block in self.blocks)
+        return has_method(self, _FORWARD) and not has_hooks(self) and has_own_blocks
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
         """Return the number of first tokens on which each text's embedding depends.
