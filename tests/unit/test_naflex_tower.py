@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from naflex_cases import GAP, GRIDS, SIZES, VARIANTS, assert_equal, features_and_gradients, make_images, make_tower
 from open_clip.naflex import NaFlexTower, resize
@@ -167,6 +168,18 @@ def test_rotary_tables_are_kept_in_training():
     tower(images).sum().backward()
     tower(images).sum().backward()
     assert tower._tables.num_computed == 4
+
+
+@pytest.mark.parametrize("variant", ["gap", "rope"])
+def test_fake_tensors_are_not_kept(variant):
+    """Programs that estimate memory or FLOPs call a model with them before it is used."""
+    tower, images = make_tower(variant), torch.randn(1, 3, 8, 20)
+    resize.axis_matrix.cache_clear()
+    with torch.no_grad():
+        for _ in range(2):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                assert tower(torch.empty(1, 3, 8, 20)).shape == (1, 16)
+            torch.testing.assert_close(tower(images), tower.head(tower.trunk(images)), rtol=1e-5, atol=1e-5)
 
 
 def test_compilation_with_dynamic_shapes():

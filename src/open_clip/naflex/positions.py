@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..packed_patches import Grid
-from .resize import Interpolation, resize_axis, resize_grid
+from .resize import Interpolation, has_dispatch_mode, resize_axis, resize_grid
 
 _KEPT = 64  # tables that are kept; with 1024 positions of width 768, 3 MB each
 
@@ -43,7 +43,7 @@ class PositionTables:
 
     def rotary(self, rope: Any, grids: tuple[Grid, ...]) -> Tensor:
         """Return the rotary positions (sine, cosine) of these grids, one after another, [places, 2 * head_dim]."""
-        if rope.training and getattr(rope, "aug_active", False):
+        if has_dispatch_mode() or (rope.training and getattr(rope, "aug_active", False)):
             self.num_computed += len(grids)
             return _join([rope.get_embed(shape=list(grid)) for grid in grids])
         key = tuple((buffer.device, buffer.dtype) for buffer in rope.buffers())  # their values are constants

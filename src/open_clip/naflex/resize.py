@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,8 @@ def resize_grid(
     """
     rows, columns = (max(grid), max(grid)) if keeps_aspect else grid
     with _no_autocast(table):
-        by_row = axis_matrix(table.shape[0], rows, interpolation, table.device)[: grid[0]]
-        by_column = axis_matrix(table.shape[1], columns, interpolation, table.device)[: grid[1]]
+        by_row = _look_up(axis_matrix, table.shape[0], rows, interpolation, table.device)[: grid[0]]
+        by_column = _look_up(axis_matrix, table.shape[1], columns, interpolation, table.device)[: grid[1]]
         resized = torch.einsum("rR,RCd->rCd", by_row, table.float())
         return torch.einsum("cC,rCd->rcd", by_column, resized)
 
@@ -55,7 +57,7 @@ def resize_axis(table: Tensor, length: int, axis_length: int) -> Tensor:
         length: how many of the new positions are returned.
         axis_length: the new number of positions.
     """
-    matrix = axis_matrix(table.shape[0], axis_length, Interpolation("linear", antialias=False), table.device)
+    matrix = _look_up(axis_matrix, table.shape[0], axis_length, Interpolation("linear", antialias=False), table.device)
     with _no_autocast(table):
         return matrix[:length] @ table.float()
 
@@ -76,7 +78,7 @@ def resize_patch_weight(weight: Tensor, old: tuple[int, int], new: tuple[int, in
     """
     if old == new:
         return weight
-    matrix = patch_matrix(old, new, mode, weight.device)
+    matrix = _look_up(patch_matrix, old, new, mode, weight.device)
     with _no_autocast(weight):
         by_pixel = weight.float().unflatten(1, (old[0] * old[1], -1))
         return torch.einsum("dpc,pq->dqc", by_pixel, matrix).flatten(1).to(weight.dtype)
@@ -92,7 +94,7 @@ def resize_patches(patches: Tensor, old: tuple[int, int], new: tuple[int, int], 
     Returns:
         [..., old height * old width * channels].
     """
-    matrix = patch_matrix(old, new, mode, patches.device)
+    matrix = _look_up(patch_matrix, old, new, mode, patches.device)
     with _no_autocast(patches):
         by_pixel = patches.float().unflatten(-1, (new[0] * new[1], -1))
         return torch.einsum("pq,...qc->...pc", matrix, by_pixel).flatten(-2).to(patches.dtype)
@@ -107,6 +109,15 @@ def _constant() -> Iterator[None]:
     """Context for tensors on the CPU that are kept and used in any other context."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
+
+
+def has_dispatch_mode() -> bool:
+    """Whether operators may return tensors without values, as in a FakeTensorMode. Such tensors must not be kept."""
+    return not torch.compiler.is_compiling() and bool(_get_current_dispatch_mode_stack())
+
+
+def _look_up(compute: functools._lru_cache_wrapper[Tensor], *args: Any) -> Tensor:
+    return (compute.__wrapped__ if has_dispatch_mode() else compute)(*args)
 
 
 @functools.lru_cache(maxsize=4096)
