@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..naflex import NaFlexTower
 from ..utils import to_2tuple
 from . import naflex
 
@@ -75,11 +76,11 @@ def _build_image_tower(
     shape: tuple[int, ...] = (3, *to_2tuple(model.visual.image_size))
     part: Any = _select_children(model, ["visual"])
     arrange: nn.Module = nn.Identity()
-    if naflex.is_naflex(model.visual):
+    if isinstance(model.visual, NaFlexTower):
         grid = patch_grid or naflex.grid_of_image(model.visual)
         part._modules["visual"] = naflex.with_fixed_grid(model.visual, grid)
         if patch_grid:
-            patch_size = naflex.patch_size_of(model.visual)
+            patch_size = model.visual.patch_size
             arrange = naflex.PatchesToImage(grid, patch_size)
             shape = (grid[0] * grid[1], patch_size[0] * patch_size[1] * 3)
     elif patch_grid:

@@ -8,25 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..naflex import NaFlexTower
 from ..utils import to_2tuple
 
 
-def is_naflex(visual: Any) -> bool:
-    """Whether an image tower is a NaFlexVit of timm."""
-    return hasattr(getattr(visual, "trunk", None), "embeds")
-
-
-def patch_size_of(visual: Any) -> tuple[int, int]:
-    return to_2tuple(visual.trunk.embeds.patch_size)
-
-
-def grid_of_image(visual: Any) -> tuple[int, int]:
+def grid_of_image(visual: NaFlexTower) -> tuple[int, int]:
     """Return the rows and columns of patches of an image of the tower's size.
 
     Raises:
         ValueError: the size is not a multiple of the patch size.
     """
-    size, patch = to_2tuple(visual.image_size), patch_size_of(visual)
+    size, patch = to_2tuple(visual.image_size), visual.patch_size
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ValueError(
             f"Images of {size[0]} x {size[1]} pixels cannot be divided into patches of {patch[0]} x {patch[1]}. Choose "
