@@ -14,7 +14,6 @@ import open_clip
 import tiny_clip
 import tiny_naflex
 from open_clip.export import command as export
-from open_clip.export import naflex
 
 
 def make(tmp_path, **vision):
