@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import multiprocessing
 import os
 import signal
@@ -47,13 +48,19 @@ def end(processes: Iterable[BaseProcess], seconds: float) -> None:
         process.join(1.0)
 
 
+def tree(number: int) -> list[int]:
+    """Return the numbers of the process and its descendants. Without /proc, only the process itself."""
+    found = [number]
+    for parent in found:
+        for started in glob.glob(f"/proc/{parent}/task/*/children"):  # by each thread
+            with contextlib.suppress(OSError):
+                found += map(int, Path(started).read_text().split())
+    return found
+
+
 def kill_tree(number: int) -> None:
-    """Send SIGKILL to the process and its descendants. Without /proc only the process itself is killed."""
-    tree = [number]
-    for parent in tree:
-        with contextlib.suppress(OSError):
-            tree += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-    for process in tree:
+    """Send SIGKILL to the process and its descendants."""
+    for process in tree(number):
         with contextlib.suppress(OSError):
             os.kill(process, signal.SIGKILL)
 

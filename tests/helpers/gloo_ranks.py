@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from processes import kill
+from training import children
+
 SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -26,6 +29,7 @@ def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], dir
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SOURCE), str(Path(__file__).parent)]),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
     }
     sizes = ",".join(map(str, world_sizes))
     processes = [
@@ -45,13 +49,17 @@ def run_ranks(module_file: str, function: str, world_sizes: tuple[int, ...], dir
 
 
 def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: float) -> None:
-    """Wait until all have ended with status 0. After the first failure kill the others, which may wait for it."""
+    """Wait until all have ended with status 0. After the first failure kill the others, which may wait for it.
+
+    Those that do not end in time print the stacks of their threads.
+    """
     deadline = time.monotonic() + seconds
     try:
         while any(statuses := [process.poll() for process in processes]) or None in statuses:
             failed = [rank for rank, status in enumerate(statuses) if status]
             if not failed and time.monotonic() > deadline:
                 failed = [rank for rank, status in enumerate(statuses) if status is None]
+                kill([number for rank in failed for number in children.tree(processes[rank].pid)])
             assert not failed, "\n".join(
                 f"Rank {n} {_describe_status(statuses[n], seconds)}:\n{(directory / f'output-{n}').read_text()}"
                 for n in failed

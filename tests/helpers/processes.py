@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from training import children
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,20 +25,34 @@ def run(
 ) -> str:
     """Run a command and return its output, stdout and stderr together. Fail unless it exits with `status`.
 
-    After a timeout the whole process group is killed, including workers of torchrun and of data loaders.
+    After a timeout every process that the command started, torchrun's and the data loaders' workers among them, prints
+    the stacks of its Python threads and is killed.
     """
     process = subprocess.Popen(
-        [str(word) for word in command], cwd=folder, env=environment(**variables), text=True,
+        [str(word) for word in command], cwd=folder, env=environment(PYTHONFAULTHANDLER="1", **variables), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(children.tree(process.pid))
         printed, _ = process.communicate()
-        raise AssertionError(f"{command} took longer than {timeout} s:\n{printed[-5000:]}") from None
+        raise AssertionError(f"{command} took longer than {timeout} s:\n{printed[-20000:]}") from None
     assert process.returncode == status, f"exit status {process.returncode}:\n{printed[-5000:]}"
     return printed
+
+
+def kill(numbers: list[int], grace: float = 2) -> None:
+    """Kill processes, after Python's fault handler has printed the stacks of their threads where it is enabled.
+
+    They are stopped first, so that none reacts to the end of another one.
+    """
+    for kind in (signal.SIGSTOP, signal.SIGABRT, signal.SIGCONT, signal.SIGKILL):
+        if kind is signal.SIGKILL:
+            time.sleep(grace)
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, kind)
 
 
 def is_running(number: int) -> bool:

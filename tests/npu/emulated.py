@@ -9,6 +9,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+from processes import kill
+from training import children
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +40,8 @@ def environment(**settings: object) -> dict[str, str]:
     emulator = {f"CANN_EMULATOR_{name.upper()}": str(value) for name, value in settings.items()}
     inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests/helpers", "tests/npu"))
-    return {"CANN_EMULATOR_STRICT": "1", **inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **emulator}
+    always = {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
+    return {"CANN_EMULATOR_STRICT": "1", **inherited, **always, **emulator}
 
 
 def printed(out: str) -> list[str]:
@@ -71,15 +75,15 @@ def start_ranks(script: str, count: int, **settings: object) -> list[subprocess.
 
 
 def finish_ranks(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """Wait for the ranks, and return (exit status, stdout, stderr) of each."""
+    """Wait for the ranks, and return (exit status, stdout, stderr) of each. After a timeout they print their stacks."""
     finished = []
     for process in ranks:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            for other in ranks:
-                other.kill()
-            raise
+            kill([number for other in ranks if other.poll() is None for number in children.tree(other.pid)])
+            outputs = "\n".join(text for other in ranks[len(finished) :] for text in other.communicate())
+            raise AssertionError(f"the ranks took longer than {timeout} s:\n{outputs}") from None
         finished.append((process.returncode, out, err))
     return finished
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,10 +67,22 @@ def test_a_blocked_child_and_its_commands_end(tmp_path, how):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_command_is_killed_with_its_child_processes():
-    command = subprocess.Popen(["sh", "-c", "sleep 200; true"])
-    listed = Path(f"/proc/{command.pid}/task/{command.pid}/children")
-    wait_for(lambda: listed.read_text().split())
-    started = int(listed.read_text())
+    """A child that a thread started is in the list of that thread only."""
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(200)'])"
+    code = f"import threading; threading.Thread(target=lambda: exec({start!r})).start()"
+    command = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: len(children.tree(command.pid)) == 2)
+    _, started = children.tree(command.pid)
     children.kill_tree(command.pid)
     assert command.wait(10) == -signal.SIGKILL
     wait_for(lambda: not is_running(started), 10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_command_of_a_test_that_hangs_prints_its_stacks_and_is_killed():
+    code = "import time\ndef hangs(): time.sleep(200)\nprint('child', __import__('os').getpid(), flush=True)\nhangs()"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], start_new_session=True)"
+    with pytest.raises(AssertionError, match="in hangs") as error:
+        processes.run([sys.executable, "-c", start], timeout=10)
+    (started,) = re.findall(r"^child (\d+)$", str(error.value), re.MULTILINE)
+    assert not is_running(int(started))

@@ -1,11 +1,13 @@
-"""Tests of the workers of a loader: whether the next batch is ready, and how blocked workers end."""
+"""Tests of the workers of a loader: how they start, whether the next batch is ready, and how blocked workers end."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,71 @@ def test_a_process_ends_although_its_loader_is_not_closed(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     subprocess.run([sys.executable, script], env=environment, check=True, timeout=60)
+
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+
+_blocking: list[Path] = []  # a folder; each of its files blocks one child
+
+
+def _block_in_child() -> None:
+    """Block the forked process before it runs its function, as if another thread had held a lock at the fork."""
+    for file in _blocking[0].glob("block*") if _blocking else ():
+        file.unlink()
+        (_blocking[0] / f"{os.getpid()}").touch()
+        time.sleep(1000)
+
+
+@pytest.fixture
+def folder_of_blocks(tmp_path, monkeypatch) -> Iterator[Path]:
+    from training import forking  # which exists only where processes can fork
+
+    monkeypatch.setattr(forking, "_START_TIMEOUTS", (2.0, 2.0, 60.0))
+    if not hasattr(_block_in_child, "is_registered"):
+        os.register_at_fork(after_in_child=_block_in_child)
+        _block_in_child.is_registered = True  # it stays registered
+    _blocking.append(tmp_path)
+    yield tmp_path
+    _blocking.clear()
+
+
+def blocked(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+
+
+@needs_fork
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_does_not_start_is_started_again(folder_of_blocks, count, caplog):
+    for number in range(count):
+        (folder_of_blocks / f"block{number}").touch()
+    loader = make_loader(Numbers(), workers=2)
+    batches = list(loader)
+    loader.close()
+    assert [batch["number"].item() for batch in batches] == list(range(8))
+    assert len(blocked(folder_of_blocks)) == count
+    assert not any(map(is_running, blocked(folder_of_blocks)))
+    assert caplog.text.count("did not start within 2 s") == count
+
+
+@needs_fork
+def test_no_worker_starts(folder_of_blocks, monkeypatch):
+    monkeypatch.setattr("training.forking._START_TIMEOUTS", (2.0, 2.0))
+    for number in range(2):
+        (folder_of_blocks / f"block{number}").touch()
+    loader = make_loader(Numbers(), workers=1)
+    with pytest.raises(RuntimeError, match=r"in 2 attempts.*--workers 0"):
+        next(iter(loader))
+    assert len(blocked(folder_of_blocks)) == 2
+    assert not any(map(is_running, blocked(folder_of_blocks)))
+
+
+@needs_fork
+def test_an_exception_while_a_worker_starts_ends_it(folder_of_blocks, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (folder_of_blocks / "block").touch()
+    monkeypatch.setattr(multiprocessing.connection.Connection, "poll", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(make_loader(Numbers(), workers=1)))
+    assert not multiprocessing.active_children()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -118,6 +120,7 @@ class Loader(DataLoader):
             options["pin_memory_device"] = world.device.type  # from 2.9 on, torch takes the current accelerator
         if workers > 0:
             options |= {"persistent_workers": True, "prefetch_factor": _PREFETCHED_BATCHES}
+            options["multiprocessing_context"] = _worker_context()
         if batch_sampler is None:
             options["batch_size"] = None  # the data set yields batches
         super().__init__(
@@ -233,6 +236,16 @@ def _close_at_exit(loader: weakref.ref[Loader]) -> None:
     left = loader()
     if left is not None:
         left.close()
+
+
+def _worker_context() -> BaseContext | None:
+    """Return the context that starts worker processes; None for the default one, if that does not fork."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method != "fork":
+        return None
+    from training.forking import ForkContext  # which exists only where processes can fork
+
+    return ForkContext()
 
 
 def _torch_version() -> tuple[int, int]:
