@@ -6,6 +6,7 @@ it. Single-card training and inference use ViT-B-32; the other tests use a small
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -211,14 +212,22 @@ def test_profiler(words: list[str], tmp_path: Path) -> None:
     ]
 
 
+def test_scale(tmp_path: Path) -> None:
+    """The torch of torch_npu is built without CUDA. The bytes are those that fake CUDA tensors give elsewhere."""
+    options = ["--model", "ViT-B-32", "--ranks", 8, "--csv", "scale.csv"]
+    processes.run([PYTHON, "-m", "training.scale", *options], tmp_path)
+    (row,) = csv.DictReader((tmp_path / "scale.csv").read_text().splitlines())
+    assert float(row["activations_gib"]) * 2**30 == pytest.approx(251396100 + 64 * 34167552, rel=1e-3)
+
+
 def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
     """Train two epochs, repeat the second one resumed on another card, and evaluate the last checkpoint.
 
     The resumed run uses strict mode and delayed copies, and has the same losses.
     """
-    csv = "data/MS_COCO_2017_URL_TEXT/traincoco.csv"
+    rows = "data/MS_COCO_2017_URL_TEXT/traincoco.csv"
     common = [PYTHON, "-m", "training.main", "--model", "local-dir:./models/small", "--batch-size", 4, "--workers", 1]
-    train = [*common, "--train-data", csv, "--warmup", 2, "--lr", 1e-3, "--epochs", 2, "--log-every-n-steps", 1]
+    train = [*common, "--train-data", rows, "--warmup", 2, "--lr", 1e-3, "--epochs", 2, "--log-every-n-steps", 1]
     train += ["--report-to", "tensorboard", "--force-patch-dropout", 0.5]
     run([*train, "--name", "whole"], place, folder)
     latest = ["--resume", "logs/whole/checkpoints/epoch_1.pt", "--device", "npu:1"]
@@ -229,7 +238,7 @@ def test_train_resume_and_evaluate(place: Path, folder: Path) -> None:
     assert sorted(whole) == [0, 1, 2, 3]
     assert resumed == {step: whole[step] for step in (2, 3)}, "patch dropout draws the same on the NPU"
 
-    evaluate = [*common, "--val-data", csv, "--imagenet-val", "data/ImageNet-1000/val", "--name", "evaluated"]
+    evaluate = [*common, "--val-data", rows, "--imagenet-val", "data/ImageNet-1000/val", "--name", "evaluated"]
     run([*evaluate, "--resume", "logs/resumed/checkpoints/epoch_2.pt"], place, folder)
     (line,) = train_runs.results(place / "logs/evaluated")
     assert line["num_samples"] == 8

@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -135,6 +137,17 @@ def test_autocast_keeps_half_the_bytes_and_copies_of_weights(name):
     assert 0.5 * whole.all.per_sample <= half.all.per_sample < 0.8 * whole.all.per_sample
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     assert half.all.fixed == pytest.approx(2 * matrices, rel=0.2)
+
+
+def test_autocast_has_the_rules_of_accelerators():
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), activations._Accelerator():
+        x = torch.empty(2, 3, 8)
+        half = F.linear(x, torch.empty(8, 8))
+        assert half.dtype == torch.bfloat16
+        assert F.layer_norm(half, (8,)).dtype == torch.float32
+        assert half.softmax(-1).dtype == torch.float32
+        assert F.gelu(half).dtype == torch.bfloat16
+        assert F.scaled_dot_product_attention(x, x, x).dtype == torch.bfloat16
 
 
 # Times

@@ -8,22 +8,29 @@ the dtype of autocast are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from open_clip.model_inputs import example_inputs
 from open_clip.model_traits import traits_of
 from training import compilation
 
-# The fake tensors claim to be on this device: its autocast rules (norms in float32) are those of all accelerators.
-_DEVICE = "cuda"
+# Fake tensors of another device abort the process if torch is built without it, or (torch 2.6) its driver is missing.
+_DEVICE = "cpu"
+# What accelerators compute in float32 under autocast, unlike CPUs ("CUDA Ops that autocast to float32" of torch.amp).
+_IN_FLOAT32 = frozenset({
+    F.layer_norm, F.group_norm, F.normalize, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax,
+    Tensor.log_softmax, torch.pow, Tensor.pow, torch.norm, Tensor.norm, torch.rsqrt, Tensor.rsqrt, torch.exp,
+    Tensor.exp, torch.log, Tensor.log, torch.cumsum, Tensor.cumsum, torch.sum, Tensor.sum, torch.prod, Tensor.prod,
+})  # fmt: skip
 _BATCHES = 2, 4  # BatchNorm in training needs at least two samples
 
 
@@ -101,7 +108,8 @@ class _Run(NamedTuple):
 
 def _run(model: nn.Module, batch: int, autocast: torch.dtype | None) -> _Run:
     dtype = min((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # that of most weights
-    with FakeTensorMode(allow_non_fake_inputs=True), _autocast(autocast), _FusedAttention():
+    autocasting = torch.autocast(_DEVICE, autocast, enabled=autocast is not None)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocasting, _Accelerator():
         weights = {n: torch.empty_like(p, device=_DEVICE).requires_grad_(p.requires_grad) for n, p in _named(model)}
         inputs = tuple(example_inputs(model, batch, _DEVICE, dtype).values())
         saved = _Saved([*weights.values(), *tree_leaves(inputs)])
@@ -155,39 +163,29 @@ def _measuring(blocks: list[nn.Module], saved: _Saved) -> Iterator[dict[nn.Modul
             hook.remove()
 
 
-@contextlib.contextmanager
-def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """Switch autocast on for fake tensors. torch.autocast would switch it off again where the device is missing."""
-    if dtype is None:
-        yield
-        return
-    before = torch.is_autocast_enabled(_DEVICE), torch.get_autocast_dtype(_DEVICE)
-    torch.autocast_increment_nesting()
-    torch.set_autocast_enabled(_DEVICE, True)
-    torch.set_autocast_dtype(_DEVICE, dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(_DEVICE, before[0])
-        torch.set_autocast_dtype(_DEVICE, before[1])
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
+class _Accelerator(TorchFunctionMode):
+    """Makes functions on the CPU save what they save on accelerators.
 
-
-class _FusedAttention(TorchFunctionMode):
-    """Replaces torch's attention by one that saves what fused kernels save, as fake tensors have no fused kernel."""
+    Attention and RMSNorm save what fused kernels save, which fake tensors do not have. Under autocast, functions that
+    accelerators compute in float32 are given float32 tensors.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = _cast(*args[:3])
-        return _SavedAttention.apply(query, key, value)
+        if func is F.scaled_dot_product_attention:
+            return _SavedAttention.apply(*map(_cast, args[:3]))
+        if func is F.rms_norm:
+            return _rms_norm(*args, **(kwargs or {}))
+        if func in _IN_FLOAT32 and torch.is_autocast_enabled(_DEVICE):
+            args = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, args)
+        return func(*args, **(kwargs or {}))
 
 
-def _cast(*tensors: Tensor) -> list[Tensor]:
-    if not torch.is_autocast_enabled(_DEVICE):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(_DEVICE)) for tensor in tensors]
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return _SavedRMSNorm.apply(x, weight, len(shape))
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.get_autocast_dtype(_DEVICE)) if torch.is_autocast_enabled(_DEVICE) else tensor
 
 
 class _SavedAttention(torch.autograd.Function):
@@ -200,6 +198,19 @@ class _SavedAttention(torch.autograd.Function):
         sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, result, sums)
         return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise AssertionError("Only the forward pass is run.")
+
+
+class _SavedRMSNorm(torch.autograd.Function):
+    """Saves the input, the weight, and the inverse root mean square over the last `dims` dimensions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-dims], dtype=torch.float32, device=x.device))
+        return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
