@@ -7,13 +7,18 @@ process and for those that tests start. pytest-xdist's workers load this file to
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import site
 import sys
 import tempfile
 import warnings
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +82,28 @@ def pytest_sessionstart() -> None:
     # loaded pytest keeps the filters to restore them.
     os.chdir(ROOT)
     reset_warnings()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Generator[None, Any, Any]:
+    with skipped_without_naflex():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, Any, Any]:
+    with skipped_without_naflex():
+        return (yield)
+
+
+@contextlib.contextmanager
+def skipped_without_naflex() -> Iterator[None]:
+    """Skip a test that needs NaFlexVit if the installed timm is too old for it."""
+    from versions import require
+
+    try:
+        yield
+    except Exception as error:
+        if "NaFlex" in str(error) and "pip install --upgrade timm" in str(error):
+            require("timm", "1.0.31", "NaFlexVit")
+        raise

@@ -16,6 +16,7 @@ from torch import nn
 from . import device as devices
 from .hf_configs import arch_dict, import_transformers, known_architecture, unavailable
 from .transformer.layers import GELU
+from .utils import import_compiler
 
 ATTENTION = "open_clip"  # the name under which transformers finds `_attention`
 
@@ -53,6 +54,7 @@ def _attention(
 
 def _transformers() -> Any:
     """Import transformers and register `_attention`."""
+    import_compiler()
     transformers = import_transformers("A text tower of Hugging Face")
     from transformers.masking_utils import sdpa_mask
 

@@ -16,7 +16,15 @@ from torch import nn
 from . import aliases
 from .config import closest
 from .transformer.layers import GELU, QuickGELU
-from .utils import LayerGroups, NotScriptable, check_images, expect, set_trainable, to_2tuple
+from .utils import (
+    LayerGroups,
+    NotScriptable,
+    check_images,
+    expect,
+    import_compiler,
+    set_trainable,
+    to_2tuple,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +251,7 @@ class TimmModel(NotScriptable, nn.Module):
 
 
 def _import_timm() -> ModuleType:
+    import_compiler()
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -250,6 +259,20 @@ def _import_timm() -> ModuleType:
             raise
         raise RuntimeError("This image tower needs timm, which is not installed: pip install timm.") from None
     return timm
+
+
+def require_timm(oldest: tuple[int, ...], what: str) -> None:
+    """Raise a RuntimeError if timm is missing, or older than a version with which `what` works."""
+    timm = _import_timm()
+    if _version(timm) < oldest:
+        needed = ".".join(map(str, oldest))
+        raise RuntimeError(
+            f"{what} need timm {needed} or newer. This is timm {timm.__version__}: pip install --upgrade timm."
+        )
+
+
+def _version(timm: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
 
 
 def _create_trunk(name: str, image_size: tuple[int, int], options: dict[str, Any]) -> Any:
@@ -260,8 +283,7 @@ def _create_trunk(name: str, image_size: tuple[int, int], options: dict[str, Any
         raise RuntimeError(
             f"timm {timm.__version__} has no model {name!r}. {hint} For newer models, pip install --upgrade timm."
         )
-    version = tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
-    needs_cpu = version < _FILLS_META_BUFFERS and torch.empty(0).is_meta
+    needs_cpu = _version(timm) < _FILLS_META_BUFFERS and torch.empty(0).is_meta
     with torch.device("cpu") if needs_cpu else contextlib.nullcontext():
         trunk = _create(timm, name, options)
         if tuple(trunk.pretrained_cfg["input_size"][-2:]) != image_size:

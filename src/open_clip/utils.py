@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -346,3 +347,17 @@ def feature_take_indices(
     if not take:
         raise ValueError("No block index is given. Use indices=None for all blocks.")
     return (set(take) if as_set else take), max(take)
+
+
+def import_compiler() -> None:
+    """Import torch's compiler if a mode such as `torch.device("meta")` is active. Call it before importing libraries.
+
+    timm and transformers import the compiler, and torch 2.6 cannot import it while a mode is active.
+    """
+    modes = torch._C._len_torch_function_stack()
+    if not modes or "torch._dynamo" in sys.modules:
+        return
+    with contextlib.ExitStack() as paused:
+        for _ in range(modes):
+            paused.enter_context(torch.overrides._pop_mode_temporarily())
+        importlib.import_module("torch._dynamo")

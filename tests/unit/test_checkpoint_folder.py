@@ -167,7 +167,7 @@ def test_torch_reads_our_folders(tmp_path):
     assert_same(torch.load(tmp_path / "out.pt", weights_only=True)["model"], dict(saved["state_dict"]))
     model = sharded_states.Model()
     weights = model.state_dict()
-    dcp.load({"model": weights}, checkpoint_id=tmp_path / "epoch_1", no_dist=True)
+    dcp.load({"model": weights}, checkpoint_id=tmp_path / "epoch_1")
     assert_same(weights, saved["state_dict"])
 
 
@@ -184,7 +184,7 @@ def test_folders_that_other_programs_wrote_with_torch_resume(tmp_path):
     of_scale = all_states["logit_scale"]
     moments = {key: value.reshape(1) for key, value in of_scale.items() if key.startswith("exp_avg")}
     all_states["logit_scale"] = {**of_scale, **moments}
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path / "epoch_2", no_dist=True)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path / "epoch_2")
     torch.save({"epoch": 2, "name": "theirs", "global_step": 8}, tmp_path / "epoch_2" / "_metadata_extra.pt")
     assert get_latest_checkpoint(tmp_path) == str(tmp_path / "epoch_2")
     checkpoint = load_checkpoint(tmp_path / "epoch_2")

@@ -72,6 +72,14 @@ def test_an_old_timm_builds_on_the_cpu_instead_of_the_meta_device(monkeypatch) -
         assert next(TimmModel("test_vit_relpos", 24, 160).trunk.parameters()).is_meta
 
 
+@pytest.mark.parametrize("options", [{}, {"force_naflex_vision": True}])
+def test_an_old_timm_has_no_towers_for_any_size(monkeypatch, options: dict) -> None:
+    monkeypatch.setattr(timm, "__version__", "1.0.30")
+    name = "ViT-B-32" if options else "ViT-B-16-SigLIP2-naflex"
+    with pytest.raises(RuntimeError, match=r"NaFlex.*timm 1.0.31 or newer.*timm 1.0.30: pip install --upgrade timm"):
+        open_clip.create_model(name, **options)
+
+
 # Image sizes
 
 

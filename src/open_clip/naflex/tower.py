@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from .. import packing
 from ..packed_patches import Grid, PackedPatches, check_padded, index_grids
-from ..timm_model import TimmModel
+from ..timm_model import TimmModel, require_timm
 from ..utils import check_images, has_hooks, has_method, is_symbolic, to_2tuple
 from .inputs import check_patches, patch_size_of
 from .positions import PositionTables
 from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight, resize_patches
+
+_OLDEST_TIMM = (1, 0, 31)  # earlier ones compute other positions, or lack parts of NaFlexVit
 
 Images = Tensor | Mapping[str, Tensor] | PackedPatches
 
@@ -34,6 +36,9 @@ class NaFlexTower(TimmModel):
         image_seq_len: number of patches of an image in evaluation; None: that of `image_size`.
         norm_eps: epsilon of the trunk's norms; None: timm's.
         others: as in TimmModel.
+
+    Raises:
+        RuntimeError: timm is missing or too old.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class NaFlexTower(TimmModel):
         norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
+        require_timm(_OLDEST_TIMM, "Image towers for any size (NaFlex)")
         super().__init__(*args, **kwargs)
         from .blocks import use_packed_blocks
 
