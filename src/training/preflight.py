@@ -221,10 +221,21 @@ def _check_protocol(flag: str, url: str) -> None:
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """Raise ValueError if the tokenizer gives ids outside of the model's token embedding, or padding that it reads."""
+    """Check that the model reads what the tokenizer gives.
+
+    Raises:
+        ValueError: ids are outside of the token embedding, captions may have more tokens than the text tower has
+            positions, or batches have padding on which the features depend.
+    """
     vocab_size = getattr(model, "vocab_size", None)
     if vocab_size is not None:
         _check_ids(tokenizer([_SAMPLE_CAPTION]), vocab_size)
+    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(model)
+    if longest is not None and most is not None and longest > most:
+        raise ValueError(
+            f"Captions have up to {longest} tokens, and the text tower reads at most {most}. Add "
+            f"--force-context-length {most}, or set context_length in the text_cfg."
+        )
     if not getattr(tokenizer, "variable_text", False):
         return
     text = getattr(model, "text", None)
@@ -301,11 +312,11 @@ def check_teacher(model: Any, teacher: Any, uses_patches: bool = False, tokenize
 
 def _check_teacher_reads(teacher: Any, tokenizer: Any) -> None:
     """Raise ValueError if captions are longer than the teacher's context, or padded in another way than it needs."""
-    longest, positions = getattr(tokenizer, "context_length", None), _num_positions(teacher)
-    if longest is not None and positions is not None and longest > positions:
+    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(teacher)
+    if longest is not None and most is not None and longest > most:
         raise ValueError(
-            f"--distill-model: captions have up to {longest} tokens, and the teacher reads {positions}. Choose another "
-            f"teacher, or add --force-context-length {positions}."
+            f"--distill-model: captions have up to {longest} tokens, and the teacher reads at most {most}. Choose "
+            f"another teacher, or add --force-context-length {most}."
         )
     if getattr(tokenizer, "variable_text", False) and _reads_padding(teacher, tokenizer):
         raise ValueError(
@@ -314,11 +325,13 @@ def _check_teacher_reads(teacher: Any, tokenizer: Any) -> None:
         )
 
 
-def _num_positions(model: Any) -> int | None:
-    """Return the maximum number of tokens that a native text tower reads, None for other towers."""
+def _max_tokens(model: Any) -> int | None:
+    """Return the maximum number of tokens that a text tower reads, None if it is not known or there is none."""
     tower = getattr(model, "text", model)
     positions = getattr(tower, "positional_embedding", None)
-    return None if positions is None else len(positions) - (getattr(tower, "cls_emb", None) is not None)
+    if positions is None:
+        return getattr(tower, "max_tokens", None)
+    return len(positions) - (getattr(tower, "cls_emb", None) is not None)
 
 
 def _vocab_size(model: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,12 +100,54 @@ def test_a_teacher_reads_the_captions_of_the_model():
 
 @pytest.mark.parametrize("custom", [True, False])
 def test_a_teacher_with_a_shorter_context_is_refused_before_a_long_caption_comes(custom):
-    with pytest.raises(ValueError, match="captions have up to 12 tokens, and the teacher reads 8"):
+    with pytest.raises(ValueError, match="captions have up to 12 tokens, and the teacher reads at most 8"):
         preflight.check_teacher(build(), build(custom, context_length=8), tokenizer=Words())
     preflight.check_teacher(build(), modern_text_cases.build(context_length=8), tokenizer=_padded())
-    with pytest.raises(ValueError, match="the teacher reads 8"):
+    with pytest.raises(ValueError, match="the teacher reads at most 8"):
         preflight.check_teacher(build(), build(embed_cls=True, context_length=8), tokenizer=_padded())
+
+
+@pytest.mark.parametrize("custom", [True, False])
+def test_captions_longer_than_the_positions_are_refused_before_one_comes(custom):
+    with pytest.raises(ValueError, match=r"up to 12 tokens, and the text tower reads at most 8\. Add"):
+        preflight.check_tokenizer(build(custom, context_length=8), Words())
+    preflight.check_tokenizer(modern_text_cases.build(context_length=8), Words(modern_text_cases.PAD))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "t5", "mt5", "m2m_100", "modernbert"])
+def test_the_positions_of_hugging_face_towers(kind):
+    pytest.importorskip("transformers")
+    import hf_cases
+    from open_clip.hf_model import HFTextEncoder
+
+    tower = HFTextEncoder("", 16, config=hf_cases.config(kind), proj_type="linear", num_tokens=100).eval()
+    most = {"bert": 14, "roberta": 12, "xlm-roberta": 12}.get(kind)
+    assert tower.max_tokens == most
+    tower(torch.full((2, most or 30), 5))
+    if most:
+        assert tower.num_tokens == most
+        with pytest.raises((RuntimeError, IndexError)):
+            tower(torch.full((2, most + 1), 5))
+        with pytest.raises(ValueError, match=f"reads at most {most}"):
+            preflight.check_tokenizer(SimpleNamespace(text=tower), SimpleNamespace(context_length=most + 1))
+        preflight.check_tokenizer(SimpleNamespace(text=tower), SimpleNamespace(context_length=most))
 
 
 def _padded() -> Any:
     return SimpleNamespace(context_length=12)
+
+
+def test_modern_towers_get_padding_on_the_right(tmp_path):
+    """They take only padding at the end of a text for padding."""
+    pytest.importorskip("transformers")
+    import hf_cases
+    from open_clip.tokenizer.from_config import create_tokenizer
+
+    folder = hf_cases.write_tokenizer(tmp_path, "words")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    text_cfg = {"hf_tokenizer_name": folder, "context_length": 9}
+    assert create_tokenizer(text_cfg)(["a dog"])[0, 0] == PAD  # as in open_clip 3.3
+    modern = create_tokenizer(text_cfg | {"text_arch": "modern"})(["a dog"])[0]
+    assert modern[0] != PAD
+    assert modern[-1] == PAD
