@@ -132,13 +132,10 @@ class ModernTextTransformer(NotScriptable, nn.Module):
     def takes_packed_text(self) -> bool:
         """Whether forward accepts a PackedText.
 
-        It does not if a program has replaced or hooked the tower or its parts: blocks of another class, and hooks,
-        might expect tokens [batch, tokens, width].
+        It does not if a program has hooked the tower or replaced what reads the text: blocks of another class might
+        expect tokens [batch, tokens, width]. Models check the hooks of the modules inside.
         """
-        if not has_method(self, _FORWARD) or not all(map(_is_our_block, self.blocks)):
-            return False
-        parts = (self, self.token_embedding, self.norm_pre, self.ln_final, self.pool)
-        return not any(map(has_hooks, parts)) and not any(map(_is_hooked_block, self.blocks))
+        return has_method(self, _FORWARD) and not has_hooks(self) and all(map(_is_our_block, self.blocks))
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
         """Return the number of first tokens on which each text's embedding depends.
@@ -327,10 +324,6 @@ def _build_block(cfg: CLIPTextCfg, index: int, norm_layer: ModuleFactory) -> Mod
 
 def _is_our_block(block: Any) -> bool:
     return has_method(block, _BLOCK_FORWARD) and has_method(block.attn, _ATTENTION_FORWARD)
-
-
-def _is_hooked_block(block: Any) -> bool:
-    return has_hooks(block) or has_hooks(block.attn) or has_hooks(block.mlp)
 
 
 def _can_follow_pooling(norm: nn.Module, x: torch.Tensor) -> bool:
