@@ -109,7 +109,7 @@ def _unavailable(name_or_path: str, error: Exception) -> RuntimeError:
         name_or_path,
         "config.json, and for its weights model.safetensors (or pytorch_model.bin)",
         error,
-        others="For random weights, set pretrained_text=False (hf_model_pretrained in a text_cfg).",
+        others="For random weights, pass pretrained_text=False to create_model.",
     )
 
 

@@ -93,7 +93,7 @@ class HFTextEncoder(NotScriptable, nn.Module):
         use_exact_gelu(self.transformer)
         self.vocab_size = self._config_value("vocab_size")
         self.context_length = self._config_value("context_length") or DEFAULT_CONTEXT_LENGTH
-        self.num_tokens = min(num_tokens, self.context_length)
+        self.num_tokens = min(num_tokens, self.max_tokens or self.context_length)
         pooler_type = pooler_type or arch_dict[self.config.model_type]["pooler"]
         expect("pooler_type", pooler_type, POOLERS)
         self.pooler = POOLERS[pooler_type]()
@@ -107,6 +107,15 @@ class HFTextEncoder(NotScriptable, nn.Module):
 
     def _config_value(self, name: str) -> int:
         return getattr(self.config, self.config_names[name]) if self.config_names[name] else 0
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The maximum number of tokens of a text. None if the encoder computes positions for any number."""
+        table = getattr(getattr(self.transformer, "embeddings", None), "position_embeddings", None)
+        if table is None:
+            return None
+        first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's positions follow that of padding
+        return table.num_embeddings - first
 
     @property
     def _stack(self) -> Any:

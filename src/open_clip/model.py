@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -216,7 +216,12 @@ class TwoTowers(NotScriptable, nn.Module):
     @property
     def takes_grouped_text(self) -> bool:
         """Whether forward accepts a GroupedText: not if a program has replaced or hooked what reads the text."""
-        return has_method(self, _FORWARD) and has_method(self, _ENCODE_TEXT, "encode_text") and not has_hooks(self)
+        is_own = has_method(self, _FORWARD) and has_method(self, _ENCODE_TEXT, "encode_text") and not has_hooks(self)
+        return is_own and not any(map(has_hooks, self._text_modules()))
+
+    def _text_modules(self) -> Iterator[nn.Module]:
+        """Iterate over all modules of the text tower."""
+        raise NotImplementedError
 
     @property
     def takes_packed_text(self) -> bool:
@@ -329,6 +334,9 @@ class CLIP(TextEncoder, TwoTowers):
     def _text_tower(self, text: Any) -> torch.Tensor:
         return self.encode_with_tokens(text)[0]
 
+    def _text_modules(self) -> Iterator[nn.Module]:
+        return (module for name, child in self.named_children() if name != "visual" for module in child.modules())
+
     def _text_tower_intermediates(self, text: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         # As in open_clip, the text features need all blocks here. In CustomTextCLIP they do not.
         kwargs["stop_early"] &= kwargs["intermediates_only"]
@@ -357,6 +365,9 @@ class SeparateTextTower(TwoTowers):
 
     def _text_tower(self, text: torch.Tensor | PackedText) -> Features:
         return self.text(text)
+
+    def _text_modules(self) -> Iterator[nn.Module]:
+        return self.text.modules()
 
     @property
     def takes_packed_text(self) -> bool:

@@ -169,7 +169,8 @@ def _build_trainer(
         model = synchronize_batch_norms(model)
     teacher = build_teacher(cfg.objective, precision, cfg.model.cache_dir)
     if teacher is not None:
-        preflight.check_teacher(model, teacher, is_naflex_aug_cfg(with_naflex(cfg).aug_cfg))
+        tokenizer = getattr(getattr(loader, "collate_fn", None), "tokenizer", None)
+        preflight.check_teacher(model, teacher, is_naflex_aug_cfg(with_naflex(cfg).aug_cfg), tokenizer)
     objective = create_objective(cfg.objective, model, teacher)
     steps_vary = getattr(loader, "ends_steps", False)
     # Pairs of images of any size have no common number of FLOPs.

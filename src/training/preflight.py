@@ -221,18 +221,47 @@ def _check_protocol(flag: str, url: str) -> None:
 
 
 def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """Raise ValueError if the tokenizer gives ids outside of the model's token embedding, or padding that it reads."""
+    """Check that the model reads what the tokenizer gives.
+
+    Raises:
+        ValueError: ids are outside of the token embedding, captions may have more tokens than the text tower has
+            positions, or batches have padding on which the features depend.
+    """
     vocab_size = getattr(model, "vocab_size", None)
     if vocab_size is not None:
         _check_ids(tokenizer([_SAMPLE_CAPTION]), vocab_size)
+    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(model)
+    if longest is not None and most is not None and longest > most:
+        raise ValueError(
+            f"Captions have up to {longest} tokens, and the text tower reads at most {most}. Add "
+            f"--force-context-length {most}, or set context_length in the text_cfg."
+        )
+    if not getattr(tokenizer, "variable_text", False):
+        return
     text = getattr(model, "text", None)
     expected = getattr(getattr(text, "config", None), "pad_token_id", getattr(text, "pad_id", None))
-    if getattr(tokenizer, "variable_text", False) and expected is not None and expected != tokenizer.pad_token_id:
+    if expected is not None and expected != tokenizer.pad_token_id:
         raise ValueError(
             f"The text tower takes the id {expected} for padding, but the tokenizer pads with "
             f"{tokenizer.pad_token_id}. Set pad_id in the text_cfg (of a Hugging Face tower: pad_token_id in "
             "hf_model_config), or use the tower's own tokenizer."
         )
+    if _reads_padding(model, tokenizer):
+        raise ValueError(
+            "variable_text pads each batch to its longest caption, and the features of this text tower depend on the "
+            "padding. Set variable_text to false in the text_cfg, or use a causal tower with pool_type 'eos', a modern "
+            "text tower or a Hugging Face tower."
+        )
+
+
+def _reads_padding(model: Any, tokenizer: Any) -> bool:
+    """Return whether the features of a text depend on the number of columns of padding after it."""
+    if not getattr(getattr(model, "text", model), "ignores_padding", True):
+        return True
+    text_lengths = getattr(model, "text_lengths", None)
+    lengths = None if text_lengths is None else text_lengths(tokenizer([_SAMPLE_CAPTION]))
+    # These towers are the exception: they take another id for padding, or pool at the highest id, which is padding.
+    return lengths is not None and int(lengths[0]) > len(tokenizer([_SAMPLE_CAPTION], pad=False)[0])
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
@@ -257,11 +286,12 @@ def _takes_patches(model: Any) -> bool:
     return hasattr(getattr(model, "visual", None), "takes_packed_patches")
 
 
-def check_teacher(model: Any, teacher: Any, uses_patches: bool = False) -> None:
+def check_teacher(model: Any, teacher: Any, uses_patches: bool = False, tokenizer: Any = None) -> None:
     """Raise ValueError if student and teacher cannot process the same batches.
 
     Args:
         uses_patches: images are sequences of patches.
+        tokenizer: of the student, if the data have captions.
     """
     if uses_patches and not _takes_patches(teacher):
         raise ValueError(
@@ -276,6 +306,32 @@ def check_teacher(model: Any, teacher: Any, uses_patches: bool = False) -> None:
                 f"--distill-model: the teacher's {name} is {theirs} and the model's is {ours}, but both process the "
                 "same batches. Choose another teacher, or change the model's image size with --force-image-size."
             )
+    if tokenizer is not None:
+        _check_teacher_reads(teacher, tokenizer)
+
+
+def _check_teacher_reads(teacher: Any, tokenizer: Any) -> None:
+    """Raise ValueError if captions are longer than the teacher's context, or padded in another way than it needs."""
+    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(teacher)
+    if longest is not None and most is not None and longest > most:
+        raise ValueError(
+            f"--distill-model: captions have up to {longest} tokens, and the teacher reads at most {most}. Choose "
+            f"another teacher, or add --force-context-length {most}."
+        )
+    if getattr(tokenizer, "variable_text", False) and _reads_padding(teacher, tokenizer):
+        raise ValueError(
+            "--distill-model: batches are padded to their longest caption (variable_text), and the features of the "
+            "teacher depend on the padding. Set variable_text to false in the text_cfg, or choose another teacher."
+        )
+
+
+def _max_tokens(model: Any) -> int | None:
+    """Return the maximum number of tokens that a text tower reads, None if it is not known or there is none."""
+    tower = getattr(model, "text", model)
+    positions = getattr(tower, "positional_embedding", None)
+    if positions is None:
+        return getattr(tower, "max_tokens", None)
+    return len(positions) - (getattr(tower, "cls_emb", None) is not None)
 
 
 def _vocab_size(model: Any) -> int | None:

@@ -40,7 +40,11 @@ KEEP_TEXTS = PaddingOptions(max_groups=0)  # for evaluation, whose results do no
 
 
 class PaddingReader:
-    """What Unpadding needs of a model, asked before the model is sharded, whose hooks look like those of users."""
+    """What Unpadding needs to know of a model.
+
+    It is asked once, because it depends on the hooks of all modules of the text tower. For a model that is sharded, it
+    is asked before that: the hooks of FSDP look like those of users.
+    """
 
     def __init__(self, model: Any) -> None:
         self.takes_grouped_text = getattr(model, "takes_grouped_text", False)
@@ -60,7 +64,8 @@ class Unpadding:
 
     def __init__(self, models: Sequence[Any], device: torch.device, options: PaddingOptions | None = None) -> None:
         options = options or PaddingOptions()
-        read_by = [model for model in models if model is not None]
+        given = [model for model in models if model is not None]
+        read_by = [model if isinstance(model, PaddingReader) else PaddingReader(model) for model in given]
         self._functions: dict[str, TextUnpadding | PatchPacking] = {
             "text": TextUnpadding(read_by, device, options),
             "image": PatchPacking(read_by, device, options),

@@ -133,10 +133,9 @@ class ModernTextTransformer(NotScriptable, nn.Module):
         """Whether forward accepts a PackedText.
 
         It does not if a program has hooked the tower or replaced what reads the text: blocks of another class might
-        expect tokens [batch, tokens, width].
+        expect tokens [batch, tokens, width]. Models check the hooks of the modules inside.
         """
-        has_own_blocks = all(isinstance(block, ModernTextBlock) for block in self.blocks)
-        return has_method(self, _FORWARD) and not has_hooks(self) and has_own_blocks
+        return has_method(self, _FORWARD) and not has_hooks(self) and all(map(_is_our_block, self.blocks))
 
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
         """Return the number of first tokens on which each text's embedding depends.

@@ -64,8 +64,9 @@ def _create(
     if revision:
         options.setdefault("revision", revision)
     options.setdefault("tokenizer_mode", text_cfg.get("tokenizer_mode"))
-    if text_cfg.get("variable_text"):
-        options.setdefault("padding_side", "right")  # that of batches padded to their longest caption
+    if text_cfg.get("variable_text") or text_cfg.get("text_arch") == "modern":
+        # Batches are padded to their longest caption on the right, and modern towers hide padding there only.
+        options.setdefault("padding_side", "right")
     return HFTokenizer(name, cache_dir=cache_dir, **options)
 
 

@@ -106,6 +106,12 @@ class TextEncoder(CausalMaskModule):
     ln_final: nn.Module
     text_projection: nn.Parameter | nn.Linear | None
 
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether the features do not depend on the number of columns of padding."""
+        is_pooled_by_id = self.text_options.pool_type in ("argmax", "eos")
+        return is_pooled_by_id and self._is_mask_causal and self.cls_emb is None
+
     def text_lengths(self, text: torch.Tensor) -> torch.Tensor | None:
         """Return the number of first tokens on which each text's embedding depends.
 
@@ -118,8 +124,7 @@ class TextEncoder(CausalMaskModule):
             int64 [batch], or None if the embedding may depend on all tokens.
         """
         options = self.text_options
-        is_pooled_by_id = options.pool_type in ("argmax", "eos")
-        if not (is_pooled_by_id and self._is_mask_causal) or self.cls_emb is not None or options.output_tokens:
+        if not self.ignores_padding or options.output_tokens:
             return None
         return pooled_position(text, options.pool_type, options.eos_id) + 1
 
