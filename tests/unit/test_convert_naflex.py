@@ -26,6 +26,10 @@ TIMM = {
     "siglip": {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"},
     "eva": {"timm_model_name": "eva02_base_patch16_clip_224", "timm_pool": "token"},
     "rope": {"timm_model_name": "vit_base_patch16_rope_reg1_gap_256", "timm_pool": "avg"},
+    # Perception Encoder, whose attention pooling also reads the class token
+    "eva_map": {"timm_model_name": "vit_pe_core_base_patch16_224", "timm_pool": "map", "timm_proj": None},
+    "eva_default_pool": {"timm_model_name": "vit_pe_core_base_patch16_224", "timm_pool": ""},
+    "eva_mean": {"timm_model_name": "eva02_base_patch16_clip_224", "timm_pool": "avg"},
 }
 
 
@@ -164,6 +168,12 @@ def test_timm_weights_are_not_downloaded_for_a_native_tower(tmp_path, caplog):
 def test_what_cannot_be_converted(vision_cfg, message):
     with pytest.raises(ValueError, match=f"force_naflex_vision: .*{message}"):
         apply_naflex_vision_config({"embed_dim": 32, "vision_cfg": vision_cfg, "text_cfg": TEXT})
+
+
+def test_a_vit_of_timm_that_naflexvit_cannot_compute(tmp_path):
+    cfg = {"timm_model_name": "eva02_enormous_patch14_clip_224", "timm_model_kwargs": SMALL}
+    with pytest.raises(ValueError, match=r"use_post_norm.*leave out force_naflex_vision"):
+        open_clip.create_model(folder(tmp_path, cfg), force_naflex_vision=True)
 
 
 def test_coca_cannot_be_converted():
