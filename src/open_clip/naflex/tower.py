@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import packing
 from ..packed_patches import Grid, PackedPatches, check_padded, index_grids
 from ..timm_model import TimmModel
-from ..utils import check_images, has_hooks, has_method, is_symbolic, to_2tuple
-from .inputs import check_patches, patch_size_of
+from ..utils import has_hooks, has_method, is_symbolic, to_2tuple
+from .inputs import check_patches, check_plain_images, patch_size_of
 from .positions import PositionTables
 from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight, resize_patches
 
@@ -102,20 +102,10 @@ class NaFlexTower(TimmModel):
             return self.head(self._encode_padded(x) if self._knows_trunk() else self.trunk(dict(x)))
         if is_symbolic(x):
             return self.head(self.trunk(x))
-        check_images(x, None)
-        self._check_multiple(x)
+        check_plain_images(x, self.trunk.embeds)
         # Graphs contain timm's path, which depends on no tables kept outside of them.
         is_plain = self._knows_trunk() and not torch.compiler.is_compiling()
         return self.head(self._encode_images(x) if is_plain else self.trunk(x))
-
-    def _check_multiple(self, x: Tensor) -> None:
-        height, width = self.patch_size
-        if self.trunk.embeds.dynamic_img_pad or not (x.shape[-2] % height or x.shape[-1] % width):
-            return
-        raise ValueError(
-            f"Images have {x.shape[-2]} x {x.shape[-1]} pixels, which the model cannot divide into patches of {height} "
-            f"x {width}. Resize them to multiples of the patch size."
-        )
 
     # Tokens
 
