@@ -151,7 +151,8 @@ def explain_naflex(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str
     if facts_of_weights(expected).get("image tower") not in ("a native ViT", "timm's"):
         return ""
     return (
-        "If its NaFlex tower is a converted ViT, as after --use-naflex, build the model with force_naflex_vision=True."
+        "If its NaFlex tower is a converted ViT, as after --use-naflex, build the model with force_naflex_vision=True "
+        "(--force-naflex-vision)."
     )
 
 
