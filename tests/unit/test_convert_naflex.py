@@ -90,6 +90,25 @@ def test_towers_of_timm(variant, tmp_path):
         torch.testing.assert_close(converted.visual(image), model.visual(image), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cfg", [NATIVE, {**TIMM["siglip"], "timm_model_kwargs": SMALL | {"patch_size": 8}}])
+def test_images_that_are_no_multiple_of_the_patch_size(cfg, tmp_path):
+    """Convolutions do not read the rest, for example of 384 x 384 pixels in patches of 14 x 14."""
+    cfg = {**cfg, "image_size": [38, 35]}
+    model = fill(make_model(cfg))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    visual: Any = open_clip.create_model(folder(tmp_path, cfg), force_naflex_vision=True).eval().visual
+    image = torch.randn(2, 3, 38, 35)
+    with torch.no_grad():
+        expected = model.visual(image)
+        torch.testing.assert_close(visual(image), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.jit.trace(visual, image)(image), expected, rtol=1e-5, atol=1e-5)
+        intermediates = visual.forward_intermediates(image)
+        torch.testing.assert_close(intermediates["image_features"], expected, rtol=1e-5, atol=1e-5)
+        assert intermediates["image_intermediates"][0].shape[-2:] == (4, 4)
+    with pytest.raises(ValueError, match="38 x 34 pixels, which the model cannot divide"):
+        visual(torch.randn(2, 3, 38, 34))
+
+
 def test_new_weights_are_as_large_as_those_of_the_native_tower(tmp_path):
     cfg = {**NATIVE, "width": 128, "head_width": 32}
     native = make_model(cfg).visual

@@ -100,12 +100,26 @@ class NaFlexTower(TimmModel):
             check_padded(x)
             check_patches(x["patches"], self.trunk.embeds)
             return self.head(self._encode_padded(x) if self._knows_trunk() else self.trunk(dict(x)))
-        if is_symbolic(x):
-            return self.head(self.trunk(x))
-        check_plain_images(x, self.trunk.embeds)
+        images: Any = self._crop(x)
+        if is_symbolic(images):
+            return self.head(self.trunk(images))
+        check_plain_images(images, self.trunk.embeds)
         # Graphs contain timm's path, which depends on no tables kept outside of them.
         is_plain = self._knows_trunk() and not torch.compiler.is_compiling()
-        return self.head(self._encode_images(x) if is_plain else self.trunk(x))
+        return self.head(self._encode_images(images) if is_plain else self.trunk(images))
+
+    def _crop(self, x: Any) -> Any:
+        """Crop images of the tower's own size to whole patches, as the convolution of other ViTs does.
+
+        SigLIP's ViT-SO400M-14 has images of 384 x 384 pixels, whose last 6 rows and columns are not read.
+        """
+        (height, width), patch = self.image_size, self.patch_size
+        rest = height % patch[0], width % patch[1]
+        if not any(rest) or not isinstance(x, Tensor) or tuple(x.shape[-2:]) != (height, width):
+            return x
+        if self.trunk.embeds.dynamic_img_pad or height < patch[0] or width < patch[1]:
+            return x
+        return x[..., : height - rest[0], : width - rest[1]]
 
     # Tokens
 
@@ -280,7 +294,7 @@ class NaFlexTower(TimmModel):
 
     def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Compute the outputs of the blocks, see TimmModel. Those of patches have the format "NLC", with padding."""
-        images: Any = x.padded() if isinstance(x, PackedPatches) else x
+        images: Any = x.padded() if isinstance(x, PackedPatches) else self._crop(x)
         return super().forward_intermediates(images, *args, **kwargs)
 
     def _image_features(self, tokens: Any, images: Any) -> Tensor:
