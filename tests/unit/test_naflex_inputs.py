@@ -6,10 +6,15 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import open_clip
 import tiny_naflex
 from naflex_cases import GRIDS, make_images, make_tower
+from open_clip.convert.transformers_naflex import processor_to_transformers
+from open_clip.towers import build_vision_tower
+from open_clip.transform import NaFlexEvalTransformFactory, collate_patches
+from open_clip.transform.naflex import lengths_of
 
 
 @pytest.mark.parametrize(
@@ -43,3 +48,20 @@ def test_a_forced_image_size_changes_the_number_of_patches(size, length, tmp_pat
     )
     assert model.visual.image_seq_len == length
     assert preprocess.max_seq_len == length
+
+
+def test_samples_that_cannot_be_joined():
+    evaluate = NaFlexEvalTransformFactory(max_seq_len=9, patch_size=4)
+    image = Image.new("RGB", (20, 12))
+    with pytest.raises(ValueError, match=r"takes the dicts .* got a Tensor.*aug_cfg"):
+        collate_patches([torch.zeros(3, 16, 16)])
+    with pytest.raises(ValueError, match=r"shapes \[48\] and \[12\].*one patch_size"):
+        collate_patches([evaluate(image), evaluate(patch_size=2)(image)])
+
+
+def test_the_image_processor_has_the_length_of_the_model(tmp_path):
+    """Without image_seq_len it is that of image_size."""
+    cfg = {**tiny_naflex.config()["vision_cfg"], "image_seq_len": None, "image_size": [28, 20]}
+    assert processor_to_transformers(cfg, "The model")["max_num_patches"] == 35
+    visual = build_vision_tower(16, cfg)
+    assert lengths_of(visual)["max_seq_len"] == 35
