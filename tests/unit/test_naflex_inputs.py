@@ -12,6 +12,7 @@ import open_clip
 import tiny_naflex
 from naflex_cases import GRIDS, make_images, make_tower
 from open_clip.convert.transformers_naflex import processor_to_transformers
+from open_clip.packed_patches import pack_patches
 from open_clip.towers import build_vision_tower
 from open_clip.transform import NaFlexEvalTransformFactory, collate_patches
 from open_clip.transform.naflex import lengths_of
@@ -65,3 +66,40 @@ def test_the_image_processor_has_the_length_of_the_model(tmp_path):
     assert processor_to_transformers(cfg, "The model")["max_num_patches"] == 35
     visual = build_vision_tower(16, cfg)
     assert lengths_of(visual)["max_seq_len"] == 35
+
+
+class Int8Linear(torch.nn.Module):
+    """A quantized layer. Its inputs are floating-point numbers, and its weight has integers."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.abs().max().item() / 127
+        self.integers = (linear.weight / self.scale).round().to(torch.int8)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.integers.to(x.dtype) * self.scale, self.bias)
+
+
+class WithWeight(Int8Linear):
+    """As in bitsandbytes."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.integers
+
+
+class WithMethod(Int8Linear):
+    """As in torch.ao."""
+
+    def weight(self) -> torch.Tensor:
+        return self.integers
+
+
+@pytest.mark.parametrize("kind", [WithWeight, WithMethod])
+def test_a_quantized_patch_embedding_gets_the_values_of_the_patches(kind):
+    tower, images = make_tower(), make_images(GRIDS)
+    expected = tower(images)
+    tower.trunk.embeds.proj = kind(tower.trunk.embeds.proj)
+    for form in (images, pack_patches(images)):
+        torch.testing.assert_close(tower(form), expected, rtol=0.1, atol=0.1)

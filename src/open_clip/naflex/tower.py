@@ -128,7 +128,9 @@ class NaFlexTower(TimmModel):
         embeds = self.trunk.embeds
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
-        patches = patches.to(embeds.proj.weight.dtype)
+        weight = getattr(embeds.proj, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():  # not of a quantized layer
+            patches = patches.to(weight.dtype)
         sizes = (self.patch_size, patch_size, embeds.pos_embed_interp_mode)
         if patch_size == self.patch_size:
             return embeds.norm(embeds.proj(patches))
