@@ -103,3 +103,16 @@ def test_a_quantized_patch_embedding_gets_the_values_of_the_patches(kind):
     tower.trunk.embeds.proj = kind(tower.trunk.embeds.proj)
     for form in (images, pack_patches(images)):
         torch.testing.assert_close(tower(form), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"rope_type": "mixed"}, {"pos_embed_use_grid_sample": True}])
+def test_dtypes_are_converted_in_every_tower(options):
+    """Also if timm computes the trunk, because it has parts that are not known here."""
+    tower, images = make_tower(**options), make_images(GRIDS)
+    expected, plain = tower(images), torch.randn(2, 3, 12, 24)
+    numbers = {**images, "patch_valid": images["patch_valid"].int(), "patch_coord": images["patch_coord"].int()}
+    torch.testing.assert_close(tower(numbers), expected)
+    of_plain = tower(plain)
+    tower.bfloat16()
+    for given, wanted in ((images, expected), (numbers, expected), (plain, of_plain)):
+        torch.testing.assert_close(tower(given).float(), wanted, rtol=0.1, atol=0.1)

@@ -99,14 +99,14 @@ class NaFlexTower(TimmModel):
         if isinstance(x, Mapping):
             check_padded(x)
             check_patches(x["patches"], self.trunk.embeds)
-            return self.head(self._encode_padded(x) if self._knows_trunk() else self.trunk(dict(x)))
+            return self.head(self._encode_padded(x) if self._knows_trunk() else self._call_trunk(x))
         images: Any = self._crop(x)
         if is_symbolic(images):
             return self.head(self.trunk(images))
         check_plain_images(images, self.trunk.embeds)
         # Graphs contain timm's path, which depends on no tables kept outside of them.
         is_plain = self._knows_trunk() and not torch.compiler.is_compiling()
-        return self.head(self._encode_images(images) if is_plain else self.trunk(images))
+        return self.head(self._encode_images(images) if is_plain else self._call_trunk(images))
 
     def _crop(self, x: Any) -> Any:
         """Crop images of the tower's own size to whole patches, as the convolution of other ViTs does.
@@ -126,17 +126,27 @@ class NaFlexTower(TimmModel):
     def _embed(self, patches: Tensor, patch_size: tuple[int, int]) -> Tensor:
         """Embed patches [..., pixels of a patch], without positions."""
         embeds = self.trunk.embeds
+        patches = self._cast(patches)
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
-        weight = getattr(embeds.proj, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point():  # not of a quantized layer
-            patches = patches.to(weight.dtype)
         sizes = (self.patch_size, patch_size, embeds.pos_embed_interp_mode)
         if patch_size == self.patch_size:
             return embeds.norm(embeds.proj(patches))
         if type(embeds.proj) is nn.Linear and not has_hooks(embeds.proj):
             return embeds.norm(F.linear(patches, resize_patch_weight(embeds.proj.weight, *sizes), embeds.proj.bias))
         return embeds.norm(embeds.proj(resize_patches(patches, *sizes)))  # a layer that must be called, as of LoRA
+
+    def _cast(self, values: Tensor) -> Tensor:
+        """Cast images or patches to the dtype of the patch embedding, unless that is quantized."""
+        weight = getattr(self.trunk.embeds.proj, "weight", None)
+        return values.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else values
+
+    def _call_trunk(self, x: Any) -> Tensor:
+        """Call timm's trunk, which does not convert its inputs, with images or padded patches."""
+        if not isinstance(x, Mapping):
+            return self.trunk(self._cast(x))
+        coord, valid = x["patch_coord"].long(), x["patch_valid"].bool()
+        return self.trunk({**x, "patches": self._cast(x["patches"]), "patch_coord": coord, "patch_valid": valid})
 
     def _add_positions(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None) -> Tensor:
         """Add the learned positions to tokens. `place` has the index of each token in the tables of `grids`."""
