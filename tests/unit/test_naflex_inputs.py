@@ -116,3 +116,14 @@ def test_dtypes_are_converted_in_every_tower(options):
     tower.bfloat16()
     for given, wanted in ((images, expected), (numbers, expected), (plain, of_plain)):
         torch.testing.assert_close(tower(given).float(), wanted, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("variant", ["gap", "siglip", "corners", "keeps_aspect"])
+def test_weights_for_another_grid_give_the_features_of_that_grid(variant):
+    """The table is resized as it is in a forward pass."""
+    tower, larger = make_tower(variant), make_tower(variant, pos_embed_grid_size=[6, 5])
+    weights = tower.state_dict()
+    larger.resize_pos_embed(weights)
+    larger.load_state_dict(weights)
+    images = torch.randn(2, 3, 24, 20)
+    torch.testing.assert_close(larger(images), tower(images), rtol=1e-5, atol=1e-5)

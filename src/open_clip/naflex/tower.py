@@ -14,8 +14,8 @@ from ..packed_patches import Grid, PackedPatches, check_padded, index_grids
 from ..timm_model import TimmModel
 from ..utils import has_hooks, has_method, is_symbolic, to_2tuple
 from .inputs import check_patches, check_plain_images, patch_size_of
-from .positions import PositionTables
-from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight, resize_patches
+from .positions import PositionTables, interpolation_of
+from .resize import resize_axis, resize_grid, resize_patch_weight, resize_patches
 
 Images = Tensor | Mapping[str, Tensor] | PackedPatches
 
@@ -298,8 +298,8 @@ class NaFlexTower(TimmModel):
             if target is None or table is None or table.shape == target.shape or table.dim() != target.dim():
                 continue
             if name == "pos_embed":
-                interpolation = Interpolation(embeds.pos_embed_interp_mode, embeds.pos_embed_antialias)
-                resized = resize_grid(table[0], tuple(target.shape[1:3]), interpolation)
+                grid, keeps_aspect = tuple(target.shape[1:3]), embeds.pos_embed_ar_preserving
+                resized = resize_grid(table[0], grid, interpolation_of(embeds), keeps_aspect)
             else:
                 resized = resize_axis(table[0], target.shape[1], target.shape[1])
             state_dict[key] = resized[None].to(table.dtype)
