@@ -56,6 +56,9 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
+# of the option of commands that is the argument of create_model
+FORCE_NAFLEX_HELP = "convert the image tower, a ViT, to NaFlex, as runs with --use-naflex do; for their checkpoints too"
+
 Device = str | int | torch.device
 PathOrText = str | os.PathLike
 

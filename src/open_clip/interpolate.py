@@ -24,7 +24,7 @@ from .checkpoint.files import StateDict, open_state_dict
 from .checkpoint.key_prefixes import drop_extras, strip_prefixes
 from .checkpoint.mismatch import compare
 from .config import parse_model_name
-from .factory import create_model
+from .factory import FORCE_NAFLEX_HELP, create_model
 from .formats.whole_file import replacing
 from .recipe import read_recipe
 from .utils import run_command
@@ -94,6 +94,7 @@ def interpolate_files(
     weights: Sequence[float] | None = None,
     model: str | None = None,
     cache_dir: str | None = None,
+    force_naflex_vision: bool = False,
 ) -> None:
     """Write the weighted mean of checkpoints to a file, which is complete or absent.
 
@@ -106,6 +107,8 @@ def interpolate_files(
         model: name of the model. The weights are then loaded into it, so inputs may also be tags, have foreign layouts,
             or have position embeddings of another size. All of them are in memory.
         cache_dir: folder for downloads.
+        force_naflex_vision: whether `model` gets a NaFlex tower, see `create_model`. Inputs may have such a tower, or
+            the one that it is converted from.
 
     Raises:
         ValueError: see `average_state_dicts`; or the name of the output is invalid.
@@ -113,7 +116,9 @@ def interpolate_files(
     """
     path = _check_output(output, inputs)
     with contextlib.ExitStack() as files:
-        sources = [files.enter_context(_open_source(os.fspath(name), model, cache_dir)) for name in inputs]
+        sources = [
+            files.enter_context(_open_source(os.fspath(name), model, cache_dir, force_naflex_vision)) for name in inputs
+        ]
         combined = _combine(sources, weights)
     with replacing(path, is_synced=True) as temporary:
         with progress.watch(f"Writing {path}", lambda: temporary.stat().st_size, unit="B"):
@@ -143,10 +148,13 @@ def _check_output(output: str | os.PathLike, inputs: Sequence[str | os.PathLike]
 
 
 @contextlib.contextmanager
-def _open_source(name: str, model: str | None, cache_dir: str | None) -> Iterator[_Source]:
+def _open_source(name: str, model: str | None, cache_dir: str | None, is_naflex_forced: bool) -> Iterator[_Source]:
     if model is not None:
         with progress.watch(f"Loading {name}"):
-            weights = create_model(model, name, cache_dir=cache_dir, require_pretrained=True).state_dict()
+            built = create_model(
+                model, name, cache_dir=cache_dir, require_pretrained=True, force_naflex_vision=is_naflex_forced
+            )
+            weights = built.state_dict()
         yield _Source(name, weights, weights.__getitem__)
         return
     path = name
@@ -232,7 +240,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "load the checkpoints into this model. They may then be tags of open_clip.list_pretrained(), have different "
         "layouts, or position embeddings of different sizes. Needs the memory of all of them")  # fmt: skip
     add("--cache-dir", metavar="FOLDER", help="folder for downloads")
+    add("--force-naflex-vision", action="store_true", help=FORCE_NAFLEX_HELP)
     options = parser.parse_args(argv)
+    if options.force_naflex_vision and options.model is None:
+        parser.error("--force-naflex-vision needs --model NAME, the model whose image tower is converted")
     if len(options.files) < 3:
         parser.error(f"at least two checkpoints and an output are needed, got {len(options.files)} files")
     if options.alpha and len(options.files) != 3:
@@ -251,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = [(output.replace(_PLACEHOLDER, f"{alpha:g}"), _weights_of(alpha)) for alpha in options.alpha]
     with progress.showing():
         for path, weights in jobs:
-            interpolate_files(inputs, path, weights, options.model, options.cache_dir)
+            interpolate_files(inputs, path, weights, options.model, options.cache_dir, options.force_naflex_vision)
             shares = weights or [1 / len(inputs)] * len(inputs)
             terms = " + ".join(f"{share:g} * {name}" for share, name in zip(shares, inputs, strict=True))
             logger.info("Wrote %s = %s.", path, terms)

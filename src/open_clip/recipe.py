@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import re
 import warnings
@@ -25,6 +26,7 @@ from .convert import model_cfg_from_transformers, preprocess_cfg_from_transforme
 from .formats.sharded_folder import METADATA
 from .formats.torchscript import is_torchscript
 from .pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg, nearest_tags
+from .utils import to_2tuple
 
 logger = logging.getLogger(__name__)
 
@@ -392,12 +394,20 @@ def apply_overrides(
     if force_patch_dropout is not None:
         model_cfg["vision_cfg"]["patch_dropout"] = force_patch_dropout
     if force_image_size is not None:
-        model_cfg["vision_cfg"]["image_size"] = force_image_size
+        _set_image_size(model_cfg["vision_cfg"], force_image_size)
     if force_context_length is not None:
         model_cfg["text_cfg"]["context_length"] = force_context_length
         if "multimodal_cfg" in model_cfg:
             model_cfg["multimodal_cfg"]["context_length"] = force_context_length
     model_cfg.update(model_kwargs)
+
+
+def _set_image_size(vision_cfg: dict[str, Any], image_size: int | tuple[int, int]) -> None:
+    """Set the image size. The number of patches of a NaFlex tower grows with the number of pixels."""
+    if vision_cfg.get("image_seq_len"):
+        old, new = (math.prod(to_2tuple(size)) for size in (vision_cfg.get("image_size", 224), image_size))
+        vision_cfg["image_seq_len"] = max(1, round(vision_cfg["image_seq_len"] * new / old))
+    vision_cfg["image_size"] = image_size
 
 
 def use_tower_defaults(model_cfg: dict[str, Any], pretrained_image: bool, pretrained_text: bool) -> None:

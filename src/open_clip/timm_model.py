@@ -306,6 +306,8 @@ def _create(timm: ModuleType, name: str, options: dict[str, Any]) -> Any:
         hint = ""
         if "patch_drop_rate" in str(error):
             hint = " It has no patches to drop: do not set patch_dropout or force_patch_dropout."
+        elif options.get("use_naflex"):
+            hint = " If only a NaFlex tower lacks this option, leave out force_naflex_vision."
         raise ValueError(f"{name} of timm {timm.__version__} cannot be built with {given}: {error}.{hint}") from error
 
 

@@ -26,6 +26,10 @@ TIMM = {
     "siglip": {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"},
     "eva": {"timm_model_name": "eva02_base_patch16_clip_224", "timm_pool": "token"},
     "rope": {"timm_model_name": "vit_base_patch16_rope_reg1_gap_256", "timm_pool": "avg"},
+    # Perception Encoder, whose attention pooling also reads the class token
+    "eva_map": {"timm_model_name": "vit_pe_core_base_patch16_224", "timm_pool": "map", "timm_proj": None},
+    "eva_default_pool": {"timm_model_name": "vit_pe_core_base_patch16_224", "timm_pool": ""},
+    "eva_mean": {"timm_model_name": "eva02_base_patch16_clip_224", "timm_pool": "avg"},
 }
 
 
@@ -84,6 +88,25 @@ def test_towers_of_timm(variant, tmp_path):
     image = torch.randn(2, 3, *model.visual.image_size)
     with torch.no_grad():
         torch.testing.assert_close(converted.visual(image), model.visual(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [NATIVE, {**TIMM["siglip"], "timm_model_kwargs": SMALL | {"patch_size": 8}}])
+def test_images_that_are_no_multiple_of_the_patch_size(cfg, tmp_path):
+    """Convolutions do not read the rest, for example of 384 x 384 pixels in patches of 14 x 14."""
+    cfg = {**cfg, "image_size": [38, 35]}
+    model = fill(make_model(cfg))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    visual: Any = open_clip.create_model(folder(tmp_path, cfg), force_naflex_vision=True).eval().visual
+    image = torch.randn(2, 3, 38, 35)
+    with torch.no_grad():
+        expected = model.visual(image)
+        torch.testing.assert_close(visual(image), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.jit.trace(visual, image)(image), expected, rtol=1e-5, atol=1e-5)
+        intermediates = visual.forward_intermediates(image)
+        torch.testing.assert_close(intermediates["image_features"], expected, rtol=1e-5, atol=1e-5)
+        assert intermediates["image_intermediates"][0].shape[-2:] == (4, 4)
+    with pytest.raises(ValueError, match="38 x 34 pixels, which the model cannot divide"):
+        visual(torch.randn(2, 3, 38, 34))
 
 
 def test_new_weights_are_as_large_as_those_of_the_native_tower(tmp_path):
@@ -164,6 +187,12 @@ def test_timm_weights_are_not_downloaded_for_a_native_tower(tmp_path, caplog):
 def test_what_cannot_be_converted(vision_cfg, message):
     with pytest.raises(ValueError, match=f"force_naflex_vision: .*{message}"):
         apply_naflex_vision_config({"embed_dim": 32, "vision_cfg": vision_cfg, "text_cfg": TEXT})
+
+
+def test_a_vit_of_timm_that_naflexvit_cannot_compute(tmp_path):
+    cfg = {"timm_model_name": "eva02_enormous_patch14_clip_224", "timm_model_kwargs": SMALL}
+    with pytest.raises(ValueError, match=r"use_post_norm.*leave out force_naflex_vision"):
+        open_clip.create_model(folder(tmp_path, cfg), force_naflex_vision=True)
 
 
 def test_coca_cannot_be_converted():

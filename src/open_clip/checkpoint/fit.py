@@ -13,7 +13,7 @@ from ..convert import convert_foreign, convert_state_dict, fit_state_dict, is_te
 from .files import StateDict, read_state_dict
 from .key_prefixes import common_prefixes, drop_extras, strip_to_fit
 from .meta import assign_weights
-from .mismatch import Mismatch, compare, explain_mismatch, join_some
+from .mismatch import Mismatch, compare, explain_mismatch, explain_naflex, join_some
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +98,15 @@ def load_tower_checkpoint(
     if not expected.keys() & state_dict.keys():
         raise RuntimeError(
             f"{checkpoint_path} has no weights of this {tower} tower: "
-            f"it has {join_some(state_dict) or 'none'}, and the model has {join_some(expected)}."
+            f"it has {join_some(state_dict) or 'none'}, and the model has {join_some(expected)}. "
+            f"{explain_naflex(state_dict, expected)}".rstrip()
         )
     mismatch = compare(expected, state_dict)
     if mismatch.wrong_shapes:
         raise RuntimeError(f"{checkpoint_path} does not fit the {tower} tower: {mismatch}")
     if mismatch:
-        logger.warning("%s fits the %s tower only in part: %s", checkpoint_path, tower, mismatch)
+        explanation = explain_naflex(state_dict, expected)
+        logger.warning("%s fits the %s tower only in part: %s %s", checkpoint_path, tower, mismatch, explanation)
     incompatible = model.load_state_dict({k: v for k, v in state_dict.items() if k in expected}, strict=False)
     return type(incompatible)(mismatch.missing, mismatch.unexpected)
 

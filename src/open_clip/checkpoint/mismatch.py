@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from ..config import get_model_config, list_models
+from ..config import CLIPVisionCfg, get_model_config, list_models
+from ..towers import is_naflex_cfg
 
 Facts = dict[str, Any]
 
-# (pattern of parameter names, tower, kind of that tower)
+# (pattern of parameter names, tower, kind of that tower). The last one that matches counts.
 _KINDS = (
     (r"visual\.trunk\.", "image tower", "timm's"),
+    (r"visual\.trunk\.embeds\.", "image tower", "NaFlex"),
     (r"visual\.layer1\.", "image tower", "a ResNet"),
     (r"visual\.class_embedding$", "image tower", "a native ViT"),
     (r"(text\.)?token_embedding\.", "text tower", "native"),
@@ -97,7 +99,7 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     facts: Facts = {}
     if vision.get("timm_model_name"):
-        facts["image tower"] = "timm's"
+        facts["image tower"] = "NaFlex" if _is_naflex(vision) else "timm's"
     elif isinstance(vision.get("layers"), (list, tuple)):
         facts["image tower"] = "a ResNet"
     else:
@@ -114,6 +116,11 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     if "multimodal_cfg" in cfg:
         facts["captioning decoder"] = "present"
     return facts
+
+
+def _is_naflex(vision_cfg: Mapping[str, Any]) -> bool:
+    name, kwargs = vision_cfg.get("timm_model_name"), vision_cfg.get("timm_model_kwargs")
+    return is_naflex_cfg(CLIPVisionCfg(timm_model_name=name, timm_model_kwargs=kwargs))
 
 
 def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
@@ -133,7 +140,20 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
     ]
     if not differences:
         return ""
-    return f"Its towers differ: {', '.join(differences)}. {_suggest_architectures(theirs)}"
+    fix = f"{explain_naflex(state_dict, expected)} {_suggest_architectures(theirs)}".strip()
+    return f"Its towers differ: {', '.join(differences)}. {fix}"
+
+
+def explain_naflex(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Say how to build the model for the weights of a converted tower; "" if both or none have a NaFlex tower."""
+    if facts_of_weights(state_dict).get("image tower") != "NaFlex":
+        return ""
+    if facts_of_weights(expected).get("image tower") not in ("a native ViT", "timm's"):
+        return ""
+    return (
+        "If its NaFlex tower is a converted ViT, as after --use-naflex, build the model with force_naflex_vision=True "
+        "(--force-naflex-vision)."
+    )
 
 
 def _is_comparable(name: str, theirs: Facts, ours: Facts) -> bool:

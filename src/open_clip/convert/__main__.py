@@ -11,13 +11,13 @@ import logging
 from collections.abc import Sequence
 
 from .. import progress
-from ..factory import create_model, get_tokenizer
+from ..factory import FORCE_NAFLEX_HELP, create_model, get_tokenizer
 from ..precision import PRECISIONS
 from ..push_to_hf_hub import save_for_hf
 from ..push_to_hf_hub.for_transformers import save_for_transformers
 from ..recipe import read_recipe
 from ..utils import check_folder, run_command
-from . import model_cfg_to_transformers
+from . import apply_naflex_vision_config, model_cfg_to_transformers
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pretrained", help="tag of the weights, or a file; not needed with hf-hub: and local-dir:")
     add("--precision", default="fp32", choices=PRECISIONS, help="precision of the written weights")
     add("--cache-dir", help="folder for downloads")
+    add("--force-naflex-vision", action="store_true", help=FORCE_NAFLEX_HELP)
     return parser.parse_args(argv)
 
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[progress.LogHandler()])
     model_cfg = read_recipe(args.model, args.pretrained, args.cache_dir).model_cfg
+    if args.force_naflex_vision:
+        apply_naflex_vision_config(model_cfg)
     check_folder(args.folder, "The folder")
     if args.to == "transformers":
         model_cfg_to_transformers(model_cfg, args.model)
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 precision=args.precision,
                 cache_dir=args.cache_dir,
                 require_pretrained=True,
+                force_naflex_vision=args.force_naflex_vision,
             )
         tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir)
         with progress.watch(f"Writing {args.folder}"):

@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import CLIPVisionCfg, as_config
@@ -18,7 +19,8 @@ from .layout import StateDict
 
 _TRUNK = "visual.trunk."
 _NAFLEX_MODEL = "naflexvit_base_patch16_gap"  # whose sizes and parts are all replaced
-_FAMILIES = ("timm.models.vision_transformer", "timm.models.eva")
+_EVA = "timm.models.eva"
+_FAMILIES = ("timm.models.vision_transformer", _EVA)
 _NORM_EPS = 1e-5  # of the native layer norms; timm's default is 1e-6
 _POOLING = {"tok": "token", "avg": "avg"}
 # Options of native towers that timm's NaFlexVit does not have, and the values with which they do nothing.
@@ -49,13 +51,14 @@ def apply_naflex_vision_config(model_cfg: dict[str, Any]) -> dict[str, Any]:
         )
     cfg = as_config(CLIPVisionCfg, model_cfg["vision_cfg"])
     if cfg.timm_model_name:
-        _convert_timm_config(model_cfg, cfg.timm_model_name)
+        _convert_timm_config(model_cfg, cfg)
     else:
         model_cfg["vision_cfg"] = _from_native_config(cfg, bool(model_cfg.get("quick_gelu")))
     return model_cfg
 
 
-def _convert_timm_config(model_cfg: dict[str, Any], name: str) -> None:
+def _convert_timm_config(model_cfg: dict[str, Any], cfg: CLIPVisionCfg) -> None:
+    name = cfg.timm_model_name or ""
     if "naflexvit" in name:
         return
     family = _family_of(name)
@@ -64,17 +67,35 @@ def _convert_timm_config(model_cfg: dict[str, Any], name: str) -> None:
             f"force_naflex_vision: {name} of timm is not a ViT that NaFlex towers can compute ({family}). Use a model "
             "of timm's vision_transformer or eva, a native ViT, or one of timm's naflexvit."
         )
-    vision_cfg = dict(model_cfg["vision_cfg"])
-    vision_cfg["timm_model_kwargs"] = {**(vision_cfg.get("timm_model_kwargs") or {}), "use_naflex": True}
-    model_cfg["vision_cfg"] = vision_cfg
+    kwargs = {**(cfg.timm_model_kwargs or {}), "use_naflex": True}
+    if family == _EVA and _pooling_of(cfg, name) == "map":
+        kwargs.setdefault("pool_include_prefix", True)  # the attention pooling of Eva reads the class token too
+    model_cfg["vision_cfg"] = {**model_cfg["vision_cfg"], "timm_model_kwargs": kwargs}
 
 
 def _family_of(name: str) -> str:
     """Return timm's module that defines a model, or "" if it does not have the model."""
     import timm
 
-    plain = name.rpartition("/")[2].partition(".")[0]
+    plain = _plain(name)
     return timm.model_entrypoint(plain).__module__ if timm.is_model(plain) else ""
+
+
+def _plain(name: str) -> str:
+    """Return the name of timm's model without a source and the tag of the weights."""
+    return name.rpartition("/")[2].partition(".")[0]
+
+
+def _pooling_of(cfg: CLIPVisionCfg, name: str) -> str:
+    """Return the pooling of a tower of timm."""
+    import timm
+
+    pool = (cfg.timm_model_kwargs or {}).get("global_pool") or cfg.timm_pool
+    if pool:
+        return pool
+    with torch.device("meta"):  # "" is the default of the model, which only the model has
+        model: Any = timm.create_model(_plain(name))
+        return model.global_pool
 
 
 def _from_native_config(cfg: CLIPVisionCfg, quick_gelu: bool) -> dict[str, Any]:

@@ -323,6 +323,16 @@ def _siglip_config(
 
 
 def _siglip_vision_config(vision: CLIPVisionCfg, name: str) -> Config:
+    kwargs = vision.timm_model_kwargs or {}
+    if kwargs.get("use_naflex"):
+        raise ValueError(
+            f"{name} has the tower {vision.timm_model_name} converted to NaFlex, which resizes its positions in "
+            "another way than transformers' Siglip2. Only timm's naflexvit_*_siglip have a counterpart there."
+        )
+    if kwargs:
+        raise ValueError(
+            f"{name} sets {', '.join(sorted(kwargs))} of timm's tower, which transformers' SigLIP does not support."
+        )
     width, layers, heads, mlp_width, patch_size = _tower_sizes()[_timm_stem(vision.timm_model_name)]
     return {
         "hidden_size": width,

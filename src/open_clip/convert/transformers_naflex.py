@@ -135,9 +135,11 @@ def vision_cfg_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Conf
 
 def processor_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Config:
     """Return the fields of `preprocessor_config.json` that only `Siglip2ImageProcessor` has."""
+    patch_size = vision_cfg_to_transformers(vision_cfg, name)["patch_size"]
+    height, width = to_2tuple(vision_cfg.get("image_size", 224))
     return {
         "image_processor_type": IMAGE_PROCESSOR,
         "processor_class": "Siglip2Processor",
-        "patch_size": vision_cfg_to_transformers(vision_cfg, name)["patch_size"],
-        "max_num_patches": vision_cfg.get("image_seq_len") or MAX_NUM_PATCHES,
+        "patch_size": patch_size,
+        "max_num_patches": vision_cfg.get("image_seq_len") or (height // patch_size) * (width // patch_size),
     }

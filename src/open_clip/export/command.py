@@ -24,7 +24,7 @@ from torch import nn
 
 from .. import device as devices
 from .. import progress
-from ..factory import create_model
+from ..factory import FORCE_NAFLEX_HELP, create_model
 from ..model_inputs import get_model_preprocess_cfg
 from ..recipe import read_recipe
 from ..tokenizer import DEFAULT_CONTEXT_LENGTH
@@ -212,6 +212,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="device of a torch-export graph")
     parser.add_argument("--cache-dir", default=None, help="folder for downloads")
     parser.add_argument("--force-quick-gelu", action="store_true", help="use QuickGELU instead of GELU")
+    parser.add_argument("--force-naflex-vision", action="store_true", help=FORCE_NAFLEX_HELP)
     options = parser.parse_args(argv)
     if options.image_size is not None and len(options.image_size) > 2:
         parser.error(f"--image-size takes one or two numbers, got {options.image_size}")
@@ -234,6 +235,7 @@ def _create_model(options: argparse.Namespace) -> nn.Module:
         force_context_length=options.context_length,
         cache_dir=options.cache_dir,
         require_pretrained=True,
+        force_naflex_vision=options.force_naflex_vision,
     )
 
 

@@ -13,17 +13,19 @@ from ..utils import to_2tuple
 
 
 def grid_of_image(visual: NaFlexTower) -> tuple[int, int]:
-    """Return the rows and columns of patches of an image of the tower's size.
+    """Return the rows and columns of patches of an image of the tower's size. The tower crops it to whole patches.
 
     Raises:
-        ValueError: the size is not a multiple of the patch size.
+        ValueError: the image is smaller than a patch.
     """
     size, patch = to_2tuple(visual.image_size), visual.patch_size
-    if size[0] % patch[0] or size[1] % patch[1]:
+    if size[0] < patch[0] or size[1] < patch[1]:
         raise ValueError(
-            f"Images of {size[0]} x {size[1]} pixels cannot be divided into patches of {patch[0]} x {patch[1]}. Choose "
+            f"Images of {size[0]} x {size[1]} pixels are smaller than patches of {patch[0]} x {patch[1]}. Choose "
             "another --image-size."
         )
+    if visual.trunk.embeds.dynamic_img_pad:
+        return -(-size[0] // patch[0]), -(-size[1] // patch[1])
     return size[0] // patch[0], size[1] // patch[1]
 
 

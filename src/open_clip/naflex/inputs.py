@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..utils import to_2tuple
+from ..utils import check_images, to_2tuple
 
 
 def patch_size_of(patches: Tensor, embeds: Any) -> tuple[int, int]:
@@ -24,6 +24,38 @@ def patch_size_of(patches: Tensor, embeds: Any) -> tuple[int, int]:
     if pixels == height * width:
         return height, width
     return math.isqrt(pixels), math.isqrt(pixels)
+
+
+def check_plain_images(images: Any, embeds: Any) -> None:
+    """Raise ValueError unless a tower can cut these into patches.
+
+    Args:
+        images: should be float [batch, channels, height, width].
+        embeds: the NaFlexEmbeds of timm.
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            "This image tower takes images [batch, channels, height, width] or a batch of patches, got a "
+            f"{type(images).__name__}. Join the samples of a NaFlex transform with "
+            "open_clip.transform.collate_patches, and images of one size with torch.stack."
+        )
+    check_images(images, None)
+    if images.shape[1] != embeds.in_chans:
+        raise ValueError(
+            f"Images have {images.shape[1]} channels, and this model takes {embeds.in_chans}. Prepare them with the "
+            "model's preprocess."
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Images have the dtype {images.dtype}, and this model takes normalized values: (pixels / 255 - mean) / "
+            "std, as floating-point numbers. Prepare them with the model's preprocess."
+        )
+    height, width = to_2tuple(embeds.patch_size)
+    if not embeds.dynamic_img_pad and (images.shape[-2] % height or images.shape[-1] % width):
+        raise ValueError(
+            f"Images have {images.shape[-2]} x {images.shape[-1]} pixels, which the model cannot divide into patches "
+            f"of {height} x {width}. Resize them to multiples of the patch size."
+        )
 
 
 def check_patches(patches: Tensor, embeds: Any, patch_size: tuple[int, int] | None = None) -> None:

@@ -62,6 +62,11 @@ class PositionTables:
         return table
 
 
+def interpolation_of(embeds: Any) -> Interpolation:
+    """Return how a NaFlexEmbeds of timm resizes its table of positions."""
+    return Interpolation(embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners)
+
+
 def _join(tables: list[Tensor]) -> Tensor:
     return tables[0] if len(tables) == 1 else torch.cat(tables)
 
@@ -76,7 +81,4 @@ def _learned_table(embeds: Any, grid: Grid) -> Tensor:
     table = embeds.pos_embed[0]
     if tuple(table.shape[:2]) == grid:
         return table.flatten(0, 1).float()
-    interpolation = Interpolation(
-        embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners
-    )
-    return resize_grid(table, grid, interpolation, keeps_aspect).flatten(0, 1)
+    return resize_grid(table, grid, interpolation_of(embeds), keeps_aspect).flatten(0, 1)

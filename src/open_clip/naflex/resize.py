@@ -100,7 +100,9 @@ def resize_patches(patches: Tensor, old: tuple[int, int], new: tuple[int, int], 
         return torch.einsum("pq,...qc->...pc", matrix, by_pixel).flatten(-2).to(patches.dtype)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    if x.is_meta:  # has no autocast
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .. import packing
 from ..packed_patches import Grid, PackedPatches, check_padded, index_grids
 from ..timm_model import TimmModel, require_timm
-from ..utils import check_images, has_hooks, has_method, is_symbolic, to_2tuple
-from .inputs import check_patches, patch_size_of
-from .positions import PositionTables
-from .resize import Interpolation, resize_axis, resize_grid, resize_patch_weight, resize_patches
+from ..utils import has_hooks, has_method, is_symbolic, to_2tuple
+from .inputs import check_patches, check_plain_images, patch_size_of
+from .positions import PositionTables, interpolation_of
+from .resize import resize_axis, resize_grid, resize_patch_weight, resize_patches
 
 _OLDEST_TIMM = (1, 0, 31)  # earlier ones compute other positions, or lack parts of NaFlexVit
 
@@ -105,38 +105,54 @@ class NaFlexTower(TimmModel):
         if isinstance(x, Mapping):
             check_padded(x)
             check_patches(x["patches"], self.trunk.embeds)
-            return self.head(self._encode_padded(x) if self._knows_trunk() else self.trunk(dict(x)))
-        if is_symbolic(x):
-            return self.head(self.trunk(x))
-        check_images(x, None)
-        self._check_multiple(x)
+            return self.head(self._encode_padded(x) if self._knows_trunk() else self._call_trunk(x))
+        images: Any = self._crop(x)
+        if is_symbolic(images):
+            return self.head(self.trunk(images))
+        check_plain_images(images, self.trunk.embeds)
         # Graphs contain timm's path, which depends on no tables kept outside of them.
         is_plain = self._knows_trunk() and not torch.compiler.is_compiling()
-        return self.head(self._encode_images(x) if is_plain else self.trunk(x))
+        return self.head(self._encode_images(images) if is_plain else self._call_trunk(images))
 
-    def _check_multiple(self, x: Tensor) -> None:
-        height, width = self.patch_size
-        if self.trunk.embeds.dynamic_img_pad or not (x.shape[-2] % height or x.shape[-1] % width):
-            return
-        raise ValueError(
-            f"Images have {x.shape[-2]} x {x.shape[-1]} pixels, which the model cannot divide into patches of {height} "
-            f"x {width}. Resize them to multiples of the patch size."
-        )
+    def _crop(self, x: Any) -> Any:
+        """Crop images of the tower's own size to whole patches, as the convolution of other ViTs does.
+
+        SigLIP's ViT-SO400M-14 has images of 384 x 384 pixels, whose last 6 rows and columns are not read.
+        """
+        (height, width), patch = self.image_size, self.patch_size
+        rest = height % patch[0], width % patch[1]
+        if not any(rest) or not isinstance(x, Tensor) or tuple(x.shape[-2:]) != (height, width):
+            return x
+        if self.trunk.embeds.dynamic_img_pad or height < patch[0] or width < patch[1]:
+            return x
+        return x[..., : height - rest[0], : width - rest[1]]
 
     # Tokens
 
     def _embed(self, patches: Tensor, patch_size: tuple[int, int]) -> Tensor:
         """Embed patches [..., pixels of a patch], without positions."""
         embeds = self.trunk.embeds
+        patches = self._cast(patches)
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
-        patches = patches.to(embeds.proj.weight.dtype)
         sizes = (self.patch_size, patch_size, embeds.pos_embed_interp_mode)
         if patch_size == self.patch_size:
             return embeds.norm(embeds.proj(patches))
         if type(embeds.proj) is nn.Linear and not has_hooks(embeds.proj):
             return embeds.norm(F.linear(patches, resize_patch_weight(embeds.proj.weight, *sizes), embeds.proj.bias))
         return embeds.norm(embeds.proj(resize_patches(patches, *sizes)))  # a layer that must be called, as of LoRA
+
+    def _cast(self, values: Tensor) -> Tensor:
+        """Cast images or patches to the dtype of the patch embedding, unless that is quantized."""
+        weight = getattr(self.trunk.embeds.proj, "weight", None)
+        return values.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else values
+
+    def _call_trunk(self, x: Any) -> Tensor:
+        """Call timm's trunk, which does not convert its inputs, with images or padded patches."""
+        if not isinstance(x, Mapping):
+            return self.trunk(self._cast(x))
+        coord, valid = x["patch_coord"].long(), x["patch_valid"].bool()
+        return self.trunk({**x, "patches": self._cast(x["patches"]), "patch_coord": coord, "patch_valid": valid})
 
     def _add_positions(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None) -> Tensor:
         """Add the learned positions to tokens. `place` has the index of each token in the tables of `grids`."""
@@ -288,15 +304,15 @@ class NaFlexTower(TimmModel):
             if target is None or table is None or table.shape == target.shape or table.dim() != target.dim():
                 continue
             if name == "pos_embed":
-                interpolation = Interpolation(embeds.pos_embed_interp_mode, embeds.pos_embed_antialias)
-                resized = resize_grid(table[0], tuple(target.shape[1:3]), interpolation)
+                grid, keeps_aspect = tuple(target.shape[1:3]), embeds.pos_embed_ar_preserving
+                resized = resize_grid(table[0], grid, interpolation_of(embeds), keeps_aspect)
             else:
                 resized = resize_axis(table[0], target.shape[1], target.shape[1])
             state_dict[key] = resized[None].to(table.dtype)
 
     def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Compute the outputs of the blocks, see TimmModel. Those of patches have the format "NLC", with padding."""
-        images: Any = x.padded() if isinstance(x, PackedPatches) else x
+        images: Any = x.padded() if isinstance(x, PackedPatches) else self._crop(x)
         return super().forward_intermediates(images, *args, **kwargs)
 
     def _image_features(self, tokens: Any, images: Any) -> Tensor:

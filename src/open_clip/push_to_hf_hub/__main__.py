@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from .. import progress
+from ..factory import FORCE_NAFLEX_HELP
 from ..precision import PRECISIONS
 from ..transform.pipeline import INTERPOLATIONS, RESIZE_MODES
 from ..utils import run_command
@@ -35,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="name the new repository as the source of the Hugging Face tokenizer",
     )
+    add("--force-naflex-vision", action="store_true", help=FORCE_NAFLEX_HELP)
     return parser.parse_args(argv)
 
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_interpolation=args.image_interpolation,
             image_resize_mode=args.image_resize_mode,
             hf_tokenizer_self=args.hf_tokenizer_self,
+            force_naflex_vision=args.force_naflex_vision,
         )
     print(f"{args.model} saved: {commit}")
 

@@ -93,10 +93,12 @@ def collate_patches(
         {"patches": [batch, length, ...], "patch_coord": int64 [batch, length, 2], "patch_valid": bool [batch, length]}.
 
     Raises:
-        ValueError: there are no samples, or one has more than `max_seq_len` patches.
+        ValueError: there are no samples, or one has more than `max_seq_len` patches, or they are not samples of NaFlex
+            transforms with one size of patches.
     """
     if not samples:
         raise ValueError("collate_patches got no samples. Pass at least one.")
+    _check_samples(samples)
     longest = max(len(sample["patches"]) for sample in samples)
     if max_seq_len and longest > max_seq_len:
         raise ValueError(
@@ -109,6 +111,20 @@ def collate_patches(
         length = min(rounded, max_seq_len or rounded)
     keys = ("patches", "patch_coord", "patch_valid")
     return {key: stack(tuple(_pad(sample[key], length) for sample in samples)) for key in keys}
+
+
+def _check_samples(samples: Sequence[Mapping[str, Tensor]]) -> None:
+    for sample in samples:
+        if not isinstance(sample, Mapping):
+            raise ValueError(
+                f"collate_patches takes the dicts that NaFlex transforms return, and got a {type(sample).__name__}. "
+                'Create the transforms with create_model_and_transforms(..., aug_cfg={"naflex": True}).'
+            )
+    shapes = [list(shape) for shape in dict.fromkeys(sample["patches"].shape[1:] for sample in samples)]
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Samples have patches of the shapes {shapes[0]} and {shapes[1]}. Give all of a batch one patch_size."
+        )
 
 
 def _pad(values: Tensor, length: int) -> Tensor:
