@@ -13,14 +13,21 @@ from ..config import get_model_config, list_models
 
 Facts = dict[str, Any]
 
-# (pattern of parameter names, tower, kind of that tower)
+_NAFLEX = "a NaFlex tower"
+# (pattern of parameter names, tower, kind of that tower); a later match replaces an earlier one
 _KINDS = (
     (r"visual\.trunk\.", "image tower", "timm's"),
+    (r"visual\.trunk\.embeds\.", "image tower", _NAFLEX),
     (r"visual\.layer1\.", "image tower", "a ResNet"),
     (r"visual\.class_embedding$", "image tower", "a native ViT"),
     (r"(text\.)?token_embedding\.", "text tower", "native"),
     (r"text\.blocks\.", "text tower", "modern"),
     (r"(text\.)?transformer\.(?!resblocks\.)", "text tower", "Hugging Face's"),
+)
+_CONVERTIBLE = ("a native ViT", "timm's")
+_CONVERSION = (
+    "Build the model with force_naflex_vision=True, as training with --use-naflex or --force-naflex-vision does, or "
+    "with the configuration that it was trained with."
 )
 _DECODER = "text_decoder."
 _BLOCKS = r"transformer\.resblocks\.(\d+)\."
@@ -97,7 +104,7 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     facts: Facts = {}
     if vision.get("timm_model_name"):
-        facts["image tower"] = "timm's"
+        facts["image tower"] = _NAFLEX if "naflexvit" in vision["timm_model_name"] else "timm's"
     elif isinstance(vision.get("layers"), (list, tuple)):
         facts["image tower"] = "a ResNet"
     else:
@@ -133,7 +140,9 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
     ]
     if not differences:
         return ""
-    return f"Its towers differ: {', '.join(differences)}. {_suggest_architectures(theirs)}"
+    is_converted = theirs.get("image tower") == _NAFLEX and ours.get("image tower") in _CONVERTIBLE
+    advice = _CONVERSION if is_converted else _suggest_architectures(theirs)
+    return f"Its towers differ: {', '.join(differences)}. {advice}"
 
 
 def _is_comparable(name: str, theirs: Facts, ours: Facts) -> bool:

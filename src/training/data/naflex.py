@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from open_clip.transform import NaFlexEvalTransformFactory, NaFlexTransformFactory, collate_patches
@@ -23,6 +24,8 @@ from training.batches import LOSS_SCALE
 from training.data.loader import ENDS_STEP, Collate
 from training.data.naflex_plan import NaFlexDataConfig, Plan, Shape, Slot, StepPlan, VariablePlan
 from training.params import DataConfig, ModelConfig, NaFlexConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 SLOT = "__slot__"  # in a sample: its Slot
 
@@ -52,7 +55,7 @@ class PlannedTransform:
         return self._factory.normalization
 
     def make_plan(self, num_samples: int | None) -> StepPlan | VariablePlan:
-        """Return the plan of a run.
+        """Return the plan of a run. The first rank logs warnings about an epoch that is not what the options suggest.
 
         Args:
             num_samples: of an epoch over all ranks; None: only --naflex-num-train-image-tokens ends it.
@@ -62,15 +65,20 @@ class PlannedTransform:
         """
         text_tokens = self._options.naflex_max_text_tokens or 0
         arguments = (self.cfg, self._data.batch_size, ranks.world().world_size, self._data.seed, text_tokens)
-        if not self.is_variable:
-            return StepPlan(*arguments, is_sorted=self._data.length_bucketing)
-        plan = VariablePlan(*arguments, num_samples=num_samples, loss_scale=self._options.naflex_loss_scale)
-        if not plan.schedule:
+        plan: StepPlan | VariablePlan
+        if self.is_variable:
+            plan = VariablePlan(*arguments, num_samples=num_samples, loss_scale=self._options.naflex_loss_scale)
+        else:
+            plan = StepPlan(*arguments, is_sorted=self._data.length_bucketing)
+        if isinstance(plan, VariablePlan) and not plan.schedule:
             raise ValueError(
                 f"--naflex-variable-batch: {num_samples} samples and --naflex-num-train-image-tokens "
                 f"{self.cfg.train_num_image_tokens} do not give one step of {self.cfg.train_seq_lens} patches per "
                 "image. Use more data or patches."
             )
+        if ranks.world().is_master:
+            for warning in _plan_warnings(plan, num_samples):
+                logger.warning("%s", warning)
         return plan
 
     def make_collate(self, collate: Collate, plan: Plan) -> PlannedCollate:
@@ -85,6 +93,23 @@ class PlannedTransform:
     def __call__(self, image: Any) -> Any:
         assert self._current is not None, "place comes first"
         return self._current(image)
+
+
+def _plan_warnings(plan: StepPlan | VariablePlan, num_samples: int | None) -> Iterator[str]:
+    cfg = plan.cfg
+    if num_samples is not None and plan.lacks_samples(num_samples):
+        yield (
+            f"--naflex-num-train-image-tokens {cfg.train_num_image_tokens} is more than the patches of all "
+            f"{num_samples} samples, so an epoch ends after these."
+        )
+    if isinstance(plan, VariablePlan) and (alone := plan.steps_without_negatives()):
+        needed = cfg.batch_divisor * (max(cfg.train_seq_lens) + plan.text_tokens)
+        yield (
+            f"--naflex-variable-batch: {alone} of {len(plan.schedule)} steps per epoch have a single sample, whose "
+            "contrastive loss has no negatives, because the budget has no room for --naflex-batch-divisor "
+            f"{cfg.batch_divisor} long images. Use --naflex-max-tokens-per-batch {needed} or more, or a smaller "
+            "divisor."
+        )
 
 
 class PlannedCollate:

@@ -146,6 +146,10 @@ class Plan(ABC):
     def slots(self, epoch: int, step: int) -> list[Slot]:
         """Return the slot of each sample of a step, in the order in which any rank reads its samples."""
 
+    @abstractmethod
+    def lacks_samples(self, num_samples: int) -> bool:
+        """Return whether `train_num_image_tokens` asks for more patches than a number of samples has."""
+
     def _shape_at(self, quantile: float) -> Shape:
         """Return the shape at a quantile, from 0 to 1, of the distribution."""
         index = bisect.bisect_right(self._cumulative, quantile * self._cumulative[-1])
@@ -216,6 +220,9 @@ class StepPlan(Plan):
         mean_length = sum(shape.seq_len * p for shape, p in zip(self.shapes, self.probabilities, strict=True))
         return max(1, math.ceil(tokens / (mean_length * global_batch)))
 
+    def lacks_samples(self, num_samples: int) -> bool:
+        return self.num_steps(num_samples) > num_samples // (self.batch_size * self.world_size)
+
     def _micro_batch_size(self, shape: Shape) -> int:
         """Return the most samples of a micro-batch: a multiple of the divisor if the budget has room for one."""
         fitting = max(self.cfg.max_tokens_per_batch // self._tokens(shape), 1)
@@ -246,6 +253,16 @@ class VariablePlan(Plan):
     def num_samples(self) -> int:
         """Return the samples of an epoch over all ranks."""
         return sum(size for _, size in self.schedule) * self.world_size
+
+    def lacks_samples(self, num_samples: int) -> bool:
+        tokens = self.cfg.train_num_image_tokens or 0
+        patches = sum(shape.seq_len * size for shape, size in self.schedule) * self.world_size
+        smallest_step = self.cfg.batch_divisor * max(self.cfg.train_seq_lens) * self.world_size
+        return tokens - patches >= smallest_step
+
+    def steps_without_negatives(self) -> int:
+        """Return how many steps of an epoch have one sample over all ranks."""
+        return sum(size * self.world_size == 1 for _, size in self.schedule)
 
     def fingerprint(self) -> int:
         """Return a number that is the same for equal schedules on equally many ranks."""
