@@ -23,7 +23,8 @@ from training import ranks
 from training.batches import LOSS_SCALE
 from training.data.loader import ENDS_STEP, Collate
 from training.data.naflex_plan import NaFlexDataConfig, Plan, Shape, Slot, StepPlan, VariablePlan
-from training.params import DataConfig, ModelConfig, NaFlexConfig, TrainConfig
+from training.params import DataConfig, ModelConfig, NaFlexConfig, TrainConfig, read_section
+from training.params.checks import trains
 
 logger = logging.getLogger(__name__)
 
@@ -180,13 +181,54 @@ def plan_transforms(
     Raises:
         ValueError: the transforms are not factories.
     """
+    lengths = lengths_of(visual)["patch_size"], getattr(visual, "image_seq_len", None)
+    return _plan(options, data, *lengths, transforms)
+
+
+def plan_script_transforms(args: Any, data: DataConfig, transforms: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
+    """Return the transforms of a script's namespace: as from `plan_transforms` if it has `use_naflex`, else unchanged.
+
+    The batches of a script cannot say where a step ends, so each is a step, as in open_clip's main branch.
+
+    Args:
+        args: the namespace.
+        data: its data options.
+        transforms: for training and evaluation.
+
+    Raises:
+        ValueError: the transforms are not factories, or the namespace asks for what batches of scripts cannot have.
+    """
+    options = read_section(NaFlexConfig, args)
+    if not options.use_naflex:
+        return transforms
+    if trains(data) and not getattr(args, "naflex_variable_batch", True):
+        raise ValueError(
+            "use_naflex: the batches of get_data cannot tell a script which of them form a step. Set "
+            "args.naflex_variable_batch = True, so that each is a step, or train with training.main."
+        )
+    if options.naflex_loss_scale != "none":
+        raise ValueError(
+            f"naflex_loss_scale={options.naflex_loss_scale!r}: the batches of get_data have no factor of the loss. Use "
+            "'none' and scale the loss in the script, or train with training.main."
+        )
+    options = dataclasses.replace(options, naflex_variable_batch=True)
+    train, evaluation = _check_factories(transforms)
+    return _plan(options, data, train.patch_size, evaluation.max_seq_len, transforms)
+
+
+def _plan(
+    options: NaFlexConfig, data: DataConfig, patch_size: Any, eval_seq_len: int | None, transforms: Sequence[Any]
+) -> list[Callable[[Any], Any]]:
+    train, evaluation = _check_factories(transforms)
+    cfg = NaFlexDataConfig.from_options(options, patch_size, eval_seq_len)
+    return [PlannedTransform(train, options, cfg, data), evaluation(cfg.eval_seq_len, cfg.eval_patch_size)]
+
+
+def _check_factories(transforms: Sequence[Any]) -> tuple[NaFlexTransformFactory, NaFlexEvalTransformFactory]:
     train, evaluation = transforms
     if not isinstance(train, NaFlexTransformFactory) or not isinstance(evaluation, NaFlexEvalTransformFactory):
         raise ValueError(
             f"--use-naflex needs NaFlex transforms, got {type(train).__name__} and {type(evaluation).__name__}. Create "
             'them with create_model_and_transforms(..., aug_cfg={"naflex": True}).'
         )
-    cfg = NaFlexDataConfig.from_options(
-        options, lengths_of(visual)["patch_size"], getattr(visual, "image_seq_len", None)
-    )
-    return [PlannedTransform(train, options, cfg, data), evaluation(cfg.eval_seq_len, cfg.eval_patch_size)]
+    return train, evaluation
