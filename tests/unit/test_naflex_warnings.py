@@ -38,6 +38,13 @@ def test_steps_of_one_sample_have_no_negatives(caplog):
     assert re.search(r"\d+ of \d+ steps per epoch have a single sample", text)
     assert "Use --naflex-max-tokens-per-batch 128 or more" in text
     caplog.clear()
+    few = plan_log(caplog, 96, naflex_variable_batch=True, naflex_max_tokens_per_batch=16, naflex_batch_divisor=1)
+    assert "no room for 2 images" in few
+    assert "Use --naflex-max-tokens-per-batch 32 or more.\n" in few
+    caplog.clear()
+    options = {"naflex_variable_batch": True, "naflex_max_tokens_per_batch": 64, "naflex_batch_divisor": 1}
+    for samples in range(1, 40):  # the last step may have a single sample
+        assert plan_log(caplog, samples, **options) == ""
     for enough in ({"naflex_max_tokens_per_batch": 128}, {"naflex_batch_divisor": 1}):
         options = {"naflex_variable_batch": True, "naflex_max_tokens_per_batch": 64, **enough}
         assert plan_log(caplog, 96, **options) == ""

@@ -104,12 +104,12 @@ def _plan_warnings(plan: StepPlan | VariablePlan, num_samples: int | None) -> It
             f"{num_samples} samples, so an epoch ends after these."
         )
     if isinstance(plan, VariablePlan) and (alone := plan.steps_without_negatives()):
-        needed = cfg.batch_divisor * (max(cfg.train_seq_lens) + plan.text_tokens)
+        needed = max(cfg.batch_divisor, 2)
         yield (
             f"--naflex-variable-batch: {alone} of {len(plan.schedule)} steps per epoch have a single sample, whose "
-            "contrastive loss has no negatives, because the budget has no room for --naflex-batch-divisor "
-            f"{cfg.batch_divisor} long images. Use --naflex-max-tokens-per-batch {needed} or more, or a smaller "
-            "divisor."
+            f"contrastive loss has no negatives: the budget has no room for {needed} images of this length, the fewest "
+            f"that --naflex-batch-divisor {cfg.batch_divisor} allows. Use --naflex-max-tokens-per-batch "
+            f"{needed * (max(cfg.train_seq_lens) + plan.text_tokens)} or more{', or a smaller divisor' * (needed > 2)}."
         )
 
 

@@ -261,8 +261,8 @@ class VariablePlan(Plan):
         return tokens - patches >= smallest_step
 
     def steps_without_negatives(self) -> int:
-        """Return how many steps of an epoch have one sample over all ranks."""
-        return sum(size * self.world_size == 1 for _, size in self.schedule)
+        """Return how many steps of an epoch have room for one sample only, over all ranks."""
+        return sum(self._full_size(shape) * self.world_size == 1 for shape, _ in self.schedule)
 
     def fingerprint(self) -> int:
         """Return a number that is the same for equal schedules on equally many ranks."""
@@ -286,13 +286,17 @@ class VariablePlan(Plan):
         assert min(samples, patches) < math.inf
         for number in itertools.count():
             shape = self._shape_at(stable_hash("naflex schedule", self.seed, number) / _HASH_RANGE)
-            full = batch_size_of(self.cfg.max_tokens_per_batch, self._tokens(shape), self.cfg.batch_divisor)
+            full = self._full_size(shape)
             size = int(min(full, samples, patches // shape.seq_len))
             if size < (min(full, self.cfg.batch_divisor) if number else 1):  # smaller than any other step
                 return
             yield shape, size
             samples -= size
             patches -= size * shape.seq_len
+
+    def _full_size(self, shape: Shape) -> int:
+        """Return the samples per rank of a step that is not the last one of the schedule."""
+        return batch_size_of(self.cfg.max_tokens_per_batch, self._tokens(shape), self.cfg.batch_divisor)
 
     def _order_of(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
