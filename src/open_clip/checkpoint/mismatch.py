@@ -14,10 +14,11 @@ from ..towers import is_naflex_cfg
 
 Facts = dict[str, Any]
 
+_NAFLEX = "a NaFlex tower"
 # (pattern of parameter names, tower, kind of that tower). The last one that matches counts.
 _KINDS = (
     (r"visual\.trunk\.", "image tower", "timm's"),
-    (r"visual\.trunk\.embeds\.", "image tower", "NaFlex"),
+    (r"visual\.trunk\.embeds\.", "image tower", _NAFLEX),
     (r"visual\.layer1\.", "image tower", "a ResNet"),
     (r"visual\.class_embedding$", "image tower", "a native ViT"),
     (r"(text\.)?token_embedding\.", "text tower", "native"),
@@ -99,7 +100,7 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     facts: Facts = {}
     if vision.get("timm_model_name"):
-        facts["image tower"] = "NaFlex" if _is_naflex(vision) else "timm's"
+        facts["image tower"] = _NAFLEX if _is_naflex(vision) else "timm's"
     elif isinstance(vision.get("layers"), (list, tuple)):
         facts["image tower"] = "a ResNet"
     else:
@@ -146,7 +147,7 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
 
 def explain_naflex(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
     """Say how to build the model for the weights of a converted tower; "" if both or none have a NaFlex tower."""
-    if facts_of_weights(state_dict).get("image tower") != "NaFlex":
+    if facts_of_weights(state_dict).get("image tower") != _NAFLEX:
         return ""
     if facts_of_weights(expected).get("image tower") not in ("a native ViT", "timm's"):
         return ""

@@ -86,7 +86,8 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
     named = {name: _as_scalar(value, own.get(name)) for name, value in drop_extras(named, own).items()}
     if mismatch := compare(own, named):
         raise ValueError(
-            f"The checkpoint is of another model than this run. {mismatch} Use the --model and --force-* options that "
-            "it was trained with. To start a new run from its weights, use --pretrained instead of --resume."
+            f"The checkpoint is of another model than this run. {mismatch} Use the --model, --use-naflex and --force-* "
+            "options that it was trained with. To start a new run from its weights, use --pretrained instead of "
+            "--resume."
         )
     return named

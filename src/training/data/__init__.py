@@ -28,7 +28,7 @@ from training.data.datasets import (
     get_wds_dataset,
 )
 from training.data.loader import DataInfo
-from training.data.naflex import planned
+from training.data.naflex import plan_script_transforms, planned
 from training.data.naflex_plan import batch_size_of
 from training.data.namespace import from_namespace
 from training.data.rows.image_folder import ImageFolder
@@ -107,8 +107,12 @@ def get_data(
         tokenizer: list of captions -> int64 [B, L]; None keeps the captions.
         agreement: makes the ranks stop before the same batch of training data; None: no signal stops them.
     """
+    if isinstance(args, DataConfig):
+        options = args
+    else:
+        options = from_namespace(args)
+        preprocess_fns = plan_script_transforms(args, options, preprocess_fns)
     preprocess_train, preprocess_val = preprocess_fns
-    options = args if isinstance(args, DataConfig) else from_namespace(args)
     data: dict[str, DataInfo] = {}
     is_synthetic = options.dataset_type == "synthetic"
     if options.train_data or is_synthetic:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from open_clip.transform import NaFlexEvalTransformFactory, NaFlexTransformFactory, collate_patches
@@ -22,7 +23,10 @@ from training import ranks
 from training.batches import LOSS_SCALE
 from training.data.loader import ENDS_STEP, Collate
 from training.data.naflex_plan import NaFlexDataConfig, Plan, Shape, Slot, StepPlan, VariablePlan
-from training.params import DataConfig, ModelConfig, NaFlexConfig, TrainConfig
+from training.params import DataConfig, ModelConfig, NaFlexConfig, TrainConfig, read_section
+from training.params.checks import trains
+
+logger = logging.getLogger(__name__)
 
 SLOT = "__slot__"  # in a sample: its Slot
 
@@ -52,7 +56,7 @@ class PlannedTransform:
         return self._factory.normalization
 
     def make_plan(self, num_samples: int | None) -> StepPlan | VariablePlan:
-        """Return the plan of a run.
+        """Return the plan of a run. The first rank logs warnings about an epoch that is not what the options suggest.
 
         Args:
             num_samples: of an epoch over all ranks; None: only --naflex-num-train-image-tokens ends it.
@@ -62,15 +66,20 @@ class PlannedTransform:
         """
         text_tokens = self._options.naflex_max_text_tokens or 0
         arguments = (self.cfg, self._data.batch_size, ranks.world().world_size, self._data.seed, text_tokens)
-        if not self.is_variable:
-            return StepPlan(*arguments, is_sorted=self._data.length_bucketing)
-        plan = VariablePlan(*arguments, num_samples=num_samples, loss_scale=self._options.naflex_loss_scale)
-        if not plan.schedule:
+        plan: StepPlan | VariablePlan
+        if self.is_variable:
+            plan = VariablePlan(*arguments, num_samples=num_samples, loss_scale=self._options.naflex_loss_scale)
+        else:
+            plan = StepPlan(*arguments, is_sorted=self._data.length_bucketing)
+        if isinstance(plan, VariablePlan) and not plan.schedule:
             raise ValueError(
                 f"--naflex-variable-batch: {num_samples} samples and --naflex-num-train-image-tokens "
                 f"{self.cfg.train_num_image_tokens} do not give one step of {self.cfg.train_seq_lens} patches per "
                 "image. Use more data or patches."
             )
+        if ranks.world().is_master:
+            for warning in _plan_warnings(plan, num_samples):
+                logger.warning("%s", warning)
         return plan
 
     def make_collate(self, collate: Collate, plan: Plan) -> PlannedCollate:
@@ -85,6 +94,23 @@ class PlannedTransform:
     def __call__(self, image: Any) -> Any:
         assert self._current is not None, "place comes first"
         return self._current(image)
+
+
+def _plan_warnings(plan: StepPlan | VariablePlan, num_samples: int | None) -> Iterator[str]:
+    cfg = plan.cfg
+    if num_samples is not None and plan.lacks_samples(num_samples):
+        yield (
+            f"--naflex-num-train-image-tokens {cfg.train_num_image_tokens} is more than the patches of all "
+            f"{num_samples} samples, so an epoch ends after these."
+        )
+    if isinstance(plan, VariablePlan) and (alone := plan.steps_without_negatives()):
+        needed = max(cfg.batch_divisor, 2)
+        yield (
+            f"--naflex-variable-batch: {alone} of {len(plan.schedule)} steps per epoch have a single sample, whose "
+            f"contrastive loss has no negatives: the budget has no room for {needed} images of this length, the fewest "
+            f"that --naflex-batch-divisor {cfg.batch_divisor} allows. Use --naflex-max-tokens-per-batch "
+            f"{needed * (max(cfg.train_seq_lens) + plan.text_tokens)} or more{', or a smaller divisor' * (needed > 2)}."
+        )
 
 
 class PlannedCollate:
@@ -155,13 +181,54 @@ def plan_transforms(
     Raises:
         ValueError: the transforms are not factories.
     """
+    lengths = lengths_of(visual)["patch_size"], getattr(visual, "image_seq_len", None)
+    return _plan(options, data, *lengths, transforms)
+
+
+def plan_script_transforms(args: Any, data: DataConfig, transforms: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
+    """Return the transforms of a script's namespace: as from `plan_transforms` if it has `use_naflex`, else unchanged.
+
+    The batches of a script cannot say where a step ends, so each is a step, as in open_clip's main branch.
+
+    Args:
+        args: the namespace.
+        data: its data options.
+        transforms: for training and evaluation.
+
+    Raises:
+        ValueError: the transforms are not factories, or the namespace asks for what batches of scripts cannot have.
+    """
+    options = read_section(NaFlexConfig, args)
+    if not options.use_naflex:
+        return transforms
+    if trains(data) and not getattr(args, "naflex_variable_batch", True):
+        raise ValueError(
+            "use_naflex: the batches of get_data cannot tell a script which of them form a step. Set "
+            "args.naflex_variable_batch = True, so that each is a step, or train with training.main."
+        )
+    if options.naflex_loss_scale != "none":
+        raise ValueError(
+            f"naflex_loss_scale={options.naflex_loss_scale!r}: the batches of get_data have no factor of the loss. Use "
+            "'none' and scale the loss in the script, or train with training.main."
+        )
+    options = dataclasses.replace(options, naflex_variable_batch=True)
+    train, evaluation = _check_factories(transforms)
+    return _plan(options, data, train.patch_size, evaluation.max_seq_len, transforms)
+
+
+def _plan(
+    options: NaFlexConfig, data: DataConfig, patch_size: Any, eval_seq_len: int | None, transforms: Sequence[Any]
+) -> list[Callable[[Any], Any]]:
+    train, evaluation = _check_factories(transforms)
+    cfg = NaFlexDataConfig.from_options(options, patch_size, eval_seq_len)
+    return [PlannedTransform(train, options, cfg, data), evaluation(cfg.eval_seq_len, cfg.eval_patch_size)]
+
+
+def _check_factories(transforms: Sequence[Any]) -> tuple[NaFlexTransformFactory, NaFlexEvalTransformFactory]:
     train, evaluation = transforms
     if not isinstance(train, NaFlexTransformFactory) or not isinstance(evaluation, NaFlexEvalTransformFactory):
         raise ValueError(
             f"--use-naflex needs NaFlex transforms, got {type(train).__name__} and {type(evaluation).__name__}. Create "
             'them with create_model_and_transforms(..., aug_cfg={"naflex": True}).'
         )
-    cfg = NaFlexDataConfig.from_options(
-        options, lengths_of(visual)["patch_size"], getattr(visual, "image_seq_len", None)
-    )
-    return [PlannedTransform(train, options, cfg, data), evaluation(cfg.eval_seq_len, cfg.eval_patch_size)]
+    return train, evaluation

@@ -146,6 +146,10 @@ class Plan(ABC):
     def slots(self, epoch: int, step: int) -> list[Slot]:
         """Return the slot of each sample of a step, in the order in which any rank reads its samples."""
 
+    @abstractmethod
+    def lacks_samples(self, num_samples: int) -> bool:
+        """Return whether `train_num_image_tokens` asks for more patches than a number of samples has."""
+
     def _shape_at(self, quantile: float) -> Shape:
         """Return the shape at a quantile, from 0 to 1, of the distribution."""
         index = bisect.bisect_right(self._cumulative, quantile * self._cumulative[-1])
@@ -216,6 +220,9 @@ class StepPlan(Plan):
         mean_length = sum(shape.seq_len * p for shape, p in zip(self.shapes, self.probabilities, strict=True))
         return max(1, math.ceil(tokens / (mean_length * global_batch)))
 
+    def lacks_samples(self, num_samples: int) -> bool:
+        return self.num_steps(num_samples) > num_samples // (self.batch_size * self.world_size)
+
     def _micro_batch_size(self, shape: Shape) -> int:
         """Return the most samples of a micro-batch: a multiple of the divisor if the budget has room for one."""
         fitting = max(self.cfg.max_tokens_per_batch // self._tokens(shape), 1)
@@ -247,6 +254,16 @@ class VariablePlan(Plan):
         """Return the samples of an epoch over all ranks."""
         return sum(size for _, size in self.schedule) * self.world_size
 
+    def lacks_samples(self, num_samples: int) -> bool:
+        tokens = self.cfg.train_num_image_tokens or 0
+        patches = sum(shape.seq_len * size for shape, size in self.schedule) * self.world_size
+        smallest_step = self.cfg.batch_divisor * max(self.cfg.train_seq_lens) * self.world_size
+        return tokens - patches >= smallest_step
+
+    def steps_without_negatives(self) -> int:
+        """Return how many steps of an epoch have room for one sample only, over all ranks."""
+        return sum(self._full_size(shape) * self.world_size == 1 for shape, _ in self.schedule)
+
     def fingerprint(self) -> int:
         """Return a number that is the same for equal schedules on equally many ranks."""
         return stable_hash("naflex schedule", self.world_size, self.schedule)
@@ -269,13 +286,17 @@ class VariablePlan(Plan):
         assert min(samples, patches) < math.inf
         for number in itertools.count():
             shape = self._shape_at(stable_hash("naflex schedule", self.seed, number) / _HASH_RANGE)
-            full = batch_size_of(self.cfg.max_tokens_per_batch, self._tokens(shape), self.cfg.batch_divisor)
+            full = self._full_size(shape)
             size = int(min(full, samples, patches // shape.seq_len))
             if size < (min(full, self.cfg.batch_divisor) if number else 1):  # smaller than any other step
                 return
             yield shape, size
             samples -= size
             patches -= size * shape.seq_len
+
+    def _full_size(self, shape: Shape) -> int:
+        """Return the samples per rank of a step that is not the last one of the schedule."""
+        return batch_size_of(self.cfg.max_tokens_per_batch, self._tokens(shape), self.cfg.batch_divisor)
 
     def _order_of(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from training.data.loader import Collate, DataInfo, Loader
+from training.data.naflex import takes_any_shape
 from training.data.shared_memory import stack
 from training.params import DataConfig, read_section
 
@@ -135,7 +136,7 @@ def takes_namespace(form: BatchForm) -> Callable[[Callable[..., DataInfo]], Call
 def _in_rgb(preprocess: Any) -> Any:
     if isinstance(preprocess, (tuple, list)):
         return tuple(map(_in_rgb, preprocess))
-    return None if preprocess is None else InRGB(preprocess)
+    return preprocess if preprocess is None or takes_any_shape(preprocess) else InRGB(preprocess)
 
 
 def _in_form(info: DataInfo, form: BatchForm, batch_size: int) -> DataInfo:

@@ -41,11 +41,7 @@ def check_naflex(args: argparse.Namespace, is_training: bool) -> None:
             f"--naflex-loss-scale {args.naflex_loss_scale} corrects steps of different sizes, and every step has "
             "--batch-size samples per process. Leave it out, or add --naflex-variable-batch."
         )
-    if args.accum_freq > 1:
-        raise ValueError(
-            f"--accum-freq {args.accum_freq} cannot be combined with --use-naflex, which itself cuts a step into "
-            f"micro-batches. Use --batch-size {args.batch_size * args.accum_freq} without --accum-freq."
-        )
+    _check_accumulation(args)
     if args.naflex_variable_batch:
         _check_buckets(args)
         return
@@ -54,6 +50,22 @@ def check_naflex(args: argparse.Namespace, is_training: bool) -> None:
             "--ddp-static-graph needs the same number of backward passes in each step, and the micro-batches of "
             "--use-naflex are not always as many. Leave it out."
         )
+
+
+def _check_accumulation(args: argparse.Namespace) -> None:
+    if args.accum_freq == 1:
+        return
+    samples = f"--batch-size {args.batch_size * args.accum_freq}"
+    if args.naflex_variable_batch:
+        raise ValueError(
+            f"--accum-freq {args.accum_freq} cannot be combined with --naflex-variable-batch, whose steps are what "
+            "--naflex-max-tokens-per-batch has room for. For larger steps, raise it, or leave out --accum-freq and "
+            f"--naflex-variable-batch and use {samples}."
+        )
+    raise ValueError(
+        f"--accum-freq {args.accum_freq} cannot be combined with --use-naflex, which itself cuts a step into "
+        f"micro-batches. Use {samples} without --accum-freq."
+    )
 
 
 def _check_strategy(args: argparse.Namespace) -> None:
@@ -114,3 +126,4 @@ def naflex_rules(args: argparse.Namespace, is_training: bool) -> Iterator[tuple[
     yield args.use_naflex, _OPTIONS, "there is no --use-naflex"
     if args.use_naflex:
         yield is_training, _OF_TRAINING, "there is no --train-data"
+        yield False, ("image_resize_mode",), "images keep their aspect ratio with --use-naflex"

@@ -155,8 +155,9 @@ class VariablePosition(Position[StepState]):
         has_started = saved.get("steps", 0) or saved.get("samples", 0)
         if has_started and saved.get("schedule") != self.sampler.fingerprint():
             raise OtherSteps(
-                f"--naflex-variable-batch: the checkpoint is from within epoch {saved['epoch']}, and its processes, "
-                "--naflex or --bucket options were others. Resume with the same ones, or from the end of an epoch."
+                f"--naflex-variable-batch: the checkpoint is from within epoch {saved['epoch']} of a run with other "
+                "processes, --naflex or --bucket options, so its steps have other samples. Resume with the same ones, "
+                "or from the end of an epoch."
             )
         return StepState(saved["epoch"], saved.get("steps", 0))
 

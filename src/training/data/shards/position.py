@@ -243,9 +243,9 @@ class VariableShardPosition(ShardPosition):
         rest = self._initial_state(states[0]["epoch"])
         if any(map(_has_started, states)):
             raise OtherSteps(
-                f"--naflex-variable-batch: the checkpoint is from within epoch {rest.epoch}, and its processes, "
-                "--workers, --naflex or --bucket options were others. Resume with the same ones, or from the end of an "
-                "epoch."
+                f"--naflex-variable-batch: the checkpoint is from within epoch {rest.epoch} of a run with other "
+                "processes, --workers, --naflex or --bucket options, so its steps have other samples. Resume with the "
+                "same ones, or from the end of an epoch."
             )
         return rest
 
