@@ -371,10 +371,13 @@ def test_transforms_that_are_not_factories_are_refused():
         plan_transforms(NaFlexConfig(), data_args(), Tower(), [1, 2])
 
 
-def test_the_configuration_of_a_tower():
+@pytest.mark.parametrize(("length", "expected"), [(25, 25), (None, 30)])
+def test_the_configuration_of_a_tower(length: int | None, expected: int):
+    tower = Tower()
+    tower.image_seq_len, tower.image_size = length, (48, 40)
     factories = (NaFlexTransformFactory(), NaFlexEvalTransformFactory())
-    train, evaluation = plan_transforms(NaFlexConfig(), data_args(), Tower(), factories)
+    train, evaluation = plan_transforms(NaFlexConfig(), data_args(), tower, factories)
     assert train.cfg == NaFlexDataConfig(
-        train_patch_sizes=((8, 8),), eval_patch_size=(8, 8), eval_seq_len=25
+        train_patch_sizes=((8, 8),), eval_patch_size=(8, 8), eval_seq_len=expected
     )  # fmt: skip
-    assert (evaluation.max_seq_len, evaluation.patch_size) == (25, (8, 8))
+    assert (evaluation.max_seq_len, evaluation.patch_size) == (expected, (8, 8))

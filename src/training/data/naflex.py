@@ -181,8 +181,8 @@ def plan_transforms(
     Raises:
         ValueError: the transforms are not factories.
     """
-    lengths = lengths_of(visual)["patch_size"], getattr(visual, "image_seq_len", None)
-    return _plan(options, data, *lengths, transforms)
+    lengths = lengths_of(visual)
+    return _plan(options, data, lengths["patch_size"], lengths["max_seq_len"], transforms)
 
 
 def plan_script_transforms(args: Any, data: DataConfig, transforms: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
