@@ -104,6 +104,6 @@ def skipped_without_naflex() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "NaFlex" in str(error) and "pip install --upgrade timm" in str(error):
+        if "Image towers for any size (NaFlex) need timm" in str(error):
             require("timm", "1.0.31", "NaFlexVit")
         raise

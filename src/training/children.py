@@ -48,19 +48,19 @@ def end(processes: Iterable[BaseProcess], seconds: float) -> None:
         process.join(1.0)
 
 
-def tree(number: int) -> list[int]:
-    """Return the numbers of the process and its descendants. Without /proc, only the process itself."""
-    found = [number]
+def list_tree(pid: int) -> list[int]:
+    """Return the ids of the process and its descendants. Without /proc, only that of the process itself."""
+    found = [pid]
     for parent in found:
-        for started in glob.glob(f"/proc/{parent}/task/*/children"):  # by each thread
+        for started in glob.glob(f"/proc/{parent}/task/*/children"):  # the children are listed per thread
             with contextlib.suppress(OSError):
                 found += map(int, Path(started).read_text().split())
     return found
 
 
-def kill_tree(number: int) -> None:
+def kill_tree(pid: int) -> None:
     """Send SIGKILL to the process and its descendants."""
-    for process in tree(number):
+    for process in list_tree(pid):
         with contextlib.suppress(OSError):
             os.kill(process, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Fork worker processes, and know that they run. For systems that can fork.
+"""Fork worker processes, and fork again if a child does not start. For systems that can fork.
 
 A fork copies only the thread that calls it. A lock that another thread holds at that moment, inside the interpreter or
 a library, stays locked in the child, which may wait for it before it runs any Python, and a data loader waits for its
@@ -47,9 +47,8 @@ class _Popen(multiprocessing.popen_fork.Popen):
                 return
             logger.warning("A worker process did not start within %g s. It was killed.", seconds)
         raise RuntimeError(
-            f"No worker process has started in {len(_START_TIMEOUTS)} attempts, the last one of "
-            f"{_START_TIMEOUTS[-1]:g} s. A thread of this process may hold a lock that they need. --workers 0 loads "
-            "the data without them."
+            f"A worker process did not start in {len(_START_TIMEOUTS)} attempts. A thread of this process may hold a "
+            "lock that it needs. Use --workers 0 to load the data without workers."
         )
 
     def _starts(self, process: _Process, seconds: float) -> bool:

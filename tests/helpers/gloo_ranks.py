@@ -59,7 +59,7 @@ def _wait_for_all(processes: list[subprocess.Popen], directory: Path, seconds: f
             failed = [rank for rank, status in enumerate(statuses) if status]
             if not failed and time.monotonic() > deadline:
                 failed = [rank for rank, status in enumerate(statuses) if status is None]
-                kill([number for rank in failed for number in children.tree(processes[rank].pid)])
+                kill([pid for rank in failed for pid in children.list_tree(processes[rank].pid)])
             assert not failed, "\n".join(
                 f"Rank {n} {_describe_status(statuses[n], seconds)}:\n{(directory / f'output-{n}').read_text()}"
                 for n in failed

@@ -35,14 +35,16 @@ def run(
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        kill(children.tree(process.pid))
-        printed, _ = process.communicate()
+        kill(children.list_tree(process.pid))
+        with contextlib.suppress(ProcessLookupError):  # what is left of its group, whose parents have ended before
+            os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate(timeout=30)
         raise AssertionError(f"{command} took longer than {timeout} s:\n{printed[-20000:]}") from None
     assert process.returncode == status, f"exit status {process.returncode}:\n{printed[-5000:]}"
     return printed
 
 
-def kill(numbers: list[int], grace: float = 2) -> None:
+def kill(pids: list[int], grace: float = 2) -> None:
     """Kill processes, after Python's fault handler has printed the stacks of their threads where it is enabled.
 
     They are stopped first, so that none reacts to the end of another one.
@@ -50,9 +52,9 @@ def kill(numbers: list[int], grace: float = 2) -> None:
     for kind in (signal.SIGSTOP, signal.SIGABRT, signal.SIGCONT, signal.SIGKILL):
         if kind is signal.SIGKILL:
             time.sleep(grace)
-        for number in numbers:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(number, kind)
+                os.kill(pid, kind)
 
 
 def is_running(number: int) -> bool:

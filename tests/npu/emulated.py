@@ -81,7 +81,7 @@ def finish_ranks(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> li
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            kill([number for other in ranks if other.poll() is None for number in children.tree(other.pid)])
+            kill([pid for other in ranks if other.poll() is None for pid in children.list_tree(other.pid)])
             outputs = "\n".join(text for other in ranks[len(finished) :] for text in other.communicate())
             raise AssertionError(f"the ranks took longer than {timeout} s:\n{outputs}") from None
         finished.append((process.returncode, out, err))

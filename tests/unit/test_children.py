@@ -71,8 +71,8 @@ def test_a_command_is_killed_with_its_child_processes():
     start = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(200)'])"
     code = f"import threading; threading.Thread(target=lambda: exec({start!r})).start()"
     command = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: len(children.tree(command.pid)) == 2)
-    _, started = children.tree(command.pid)
+    wait_for(lambda: len(children.list_tree(command.pid)) == 2)
+    _, started = children.list_tree(command.pid)
     children.kill_tree(command.pid)
     assert command.wait(10) == -signal.SIGKILL
     wait_for(lambda: not is_running(started), 10)

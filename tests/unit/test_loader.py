@@ -195,11 +195,19 @@ def test_no_worker_starts(folder_of_blocks, monkeypatch):
 
 @needs_fork
 def test_an_exception_while_a_worker_starts_ends_it(folder_of_blocks, monkeypatch):
+    started, fork = [], os.fork
+
+    def recorded_fork() -> int:
+        started.append(fork())
+        return started[-1]
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     (folder_of_blocks / "block").touch()
+    monkeypatch.setattr(os, "fork", recorded_fork)
     monkeypatch.setattr(multiprocessing.connection.Connection, "poll", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(iter(make_loader(Numbers(), workers=1)))
-    assert not multiprocessing.active_children()
+    assert len(started) == 1
+    assert not is_running(started[0])

@@ -13,10 +13,28 @@ import tiny_clip
 
 SCRIPT = """
 import sys, torch, open_clip
+assert sys.argv[2] not in sys.modules
 model = open_clip.create_model(sys.argv[1], device="meta")
 assert {p.device.type for p in model.parameters()} == {"meta"}
 assert sys.argv[2] in sys.modules
 """
+
+COMPILER = """
+import sys, torch
+from open_clip.utils import import_compiler
+import_compiler()
+assert "torch._dynamo" not in sys.modules, "without a mode, there is nothing to do"
+with torch.device("meta"), torch.overrides.BaseTorchFunctionMode():
+    before = [torch._C._get_function_stack_at(i) for i in range(2)]
+    import_compiler()
+    assert "torch._dynamo" in sys.modules
+    assert [torch._C._get_function_stack_at(i) for i in range(2)] == before
+    assert torch.empty(1).is_meta
+"""
+
+
+def test_modes_are_active_again_after_the_compiler_is_imported() -> None:
+    processes.run([sys.executable, "-c", COMPILER])
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])

@@ -150,6 +150,18 @@ def test_autocast_has_the_rules_of_accelerators():
         assert F.scaled_dot_product_attention(x, x, x).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(8,), (3, 8)])
+def test_rms_norm_saves_what_fused_kernels_save(shape):
+    """Its input, and the factor of each row, 4 bytes."""
+    with FakeTensorMode(), activations._Accelerator():
+        x = torch.empty(2, 3, 8, requires_grad=True)
+        hidden, weight = x * 2, torch.empty(shape, requires_grad=True)
+        saved = activations._Saved([weight])
+        with saved:
+            assert F.rms_norm(hidden, shape, weight).shape == x.shape
+    assert saved.total == 4 * x.numel() + 4 * x.numel() // weight.numel()
+
+
 # Times
 
 
