@@ -99,11 +99,11 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
 @contextlib.contextmanager
 def skipped_without_naflex() -> Iterator[None]:
     """Skip a test that needs NaFlexVit if the installed timm is too old for it."""
-    from versions import require
-
     try:
         yield
     except Exception as error:
         if "Image towers for any size (NaFlex) need timm" in str(error):
+            from versions import require
+
             require("timm", "1.0.31", "NaFlexVit")
         raise

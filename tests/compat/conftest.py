@@ -26,6 +26,10 @@ TINY = {
 }
 
 
+# Read before any test runs, because other tests replace the list for a while.
+CONFIG_PATHS = open_clip.factory._MODEL_CONFIG_PATHS
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ours_only(reason): open_clip_torch 3.3.0 cannot do this, or does it wrong")
 
@@ -44,7 +48,7 @@ def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path.write_text(json.dumps(TINY), encoding="utf-8")
     open_clip.add_model_config(path)
     yield path.stem
-    open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
+    CONFIG_PATHS.remove(path)
     del open_clip.factory._MODEL_CONFIGS[path.stem]
 
 

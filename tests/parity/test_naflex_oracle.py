@@ -96,12 +96,12 @@ def native(tmp_path, monkeypatch):
     """The native model, a file with its weights, and the name of its configuration."""
     config = CASES[CONVERTED]["config"]
     (tmp_path / "small-vit.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(open_clip.config, "_registry", dict(open_clip.config._models()))
     monkeypatch.setattr(open_clip.config, "MODEL_CONFIG_PATHS", list(open_clip.config.MODEL_CONFIG_PATHS))
     open_clip.add_model_config(tmp_path / "small-vit.json")
     model = fill_rule.fill(CLIP(**copy.deepcopy(config)).eval())
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    yield model, tmp_path / "weights.pt"
-    del open_clip.factory._MODEL_CONFIGS["small-vit"]
+    return model, tmp_path / "weights.pt"
 
 
 def test_conversion_of_a_native_model(native):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ import tiny_naflex
 from open_clip import export, interpolate, push_pretrained_to_hf_hub
 from open_clip.convert import model_cfg_to_transformers
 from open_clip.convert.__main__ import main as convert
-from open_clip.push_to_hf_hub.__main__ import main as push
 
 FORCE = "--force-naflex-vision"
 
@@ -56,7 +56,8 @@ def test_upload(run, monkeypatch) -> None:
     functions = push_pretrained_to_hf_hub.__globals__
     monkeypatch.setitem(functions, "_check_hub_access", lambda *args: None)
     monkeypatch.setitem(functions, "push_to_hf_hub", lambda *args, **kwargs: uploaded.append(args))
-    push(["--model", name, "--pretrained", path, "--repo-id", "org/name", FORCE])
+    monkeypatch.setattr("sys.argv", ["push", "--model", name, "--pretrained", path, "--repo-id", "org/name", FORCE])
+    runpy.run_module("open_clip.push_to_hf_hub", run_name="__main__")
     ((model, _, model_config, _),) = uploaded
     assert isinstance(model.visual, open_clip.naflex.NaFlexTower)
     assert model_config["vision_cfg"]["timm_model_name"] == "naflexvit_base_patch16_gap"
