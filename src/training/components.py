@@ -233,7 +233,9 @@ def _check_steps(loader: Any, accum_freq: int) -> None:
         )
 
 
-def _compile(model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool, text_varies: bool) -> NoCompilation:
+def _compile(
+    model: Any, cfg: ModelConfig, is_sharded: bool, images_vary: bool, text_varies: bool = False
+) -> NoCompilation:
     if not cfg.torchcompile:
         return NoCompilation()
     options = CompileOptions(cfg.torchcompile_strategy, cfg.torchcompile_backend, cfg.torchcompile_mode)
