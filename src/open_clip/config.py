@@ -72,6 +72,11 @@ class CLIPVisionCfg:
     image_seq_len: int | None = None  # number of patches of an image in evaluation, for NaFlex towers
 
 
+def is_naflex_cfg(timm_model_name: str | None, timm_model_kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether these fields of a CLIPVisionCfg describe a tower for images of any size."""
+    return "naflexvit" in (timm_model_name or "") or bool((timm_model_kwargs or {}).get("use_naflex"))
+
+
 @dataclasses.dataclass
 class CLIPTextCfg:
     """The text tower: a native transformer, a modern one (`text_arch`), or a Hugging Face model (`hf_model_name`)."""

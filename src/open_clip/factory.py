@@ -56,8 +56,8 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = aliases.of(__name__)  # names that open_clip 3.3 has here
 
-# of the option of commands that is the argument of create_model
-FORCE_NAFLEX_HELP = "convert the image tower, a ViT, to NaFlex, as runs with --use-naflex do; for their checkpoints too"
+# help text of --force-naflex-vision in all commands
+FORCE_NAFLEX_HELP = "convert the image tower (a ViT) to NaFlex; needed for checkpoints of --use-naflex runs"
 
 Device = str | int | torch.device
 PathOrText = str | os.PathLike
@@ -187,7 +187,7 @@ def create_model(
     check_precision(precision)
     target = _resolve_device(device)
     pretrained_text = model_kwargs.pop("pretrained_hf", pretrained_text)
-    is_naflex_forced = model_kwargs.pop("force_naflex_vision", False)
+    force_naflex_vision = model_kwargs.pop("force_naflex_vision", False)
     aliases.drop_arguments_of_main(model_kwargs)
     recipe = read_recipe(model_name, pretrained, cache_dir)
     apply_overrides(
@@ -214,7 +214,7 @@ def create_model(
         pretrained_image and needs_weights and not pretrained_image_path,
         pretrained_text and needs_weights and not pretrained_text_path,
     )
-    if is_naflex_forced:
+    if force_naflex_vision:
         apply_naflex_vision_config(recipe.model_cfg)
     model = _build(recipe, precision, output_dict, target, weights_only)
     if recipe.fetch_weights is None and target.type != "meta":

@@ -148,11 +148,11 @@ def _check_output(output: str | os.PathLike, inputs: Sequence[str | os.PathLike]
 
 
 @contextlib.contextmanager
-def _open_source(name: str, model: str | None, cache_dir: str | None, is_naflex_forced: bool) -> Iterator[_Source]:
+def _open_source(name: str, model: str | None, cache_dir: str | None, force_naflex_vision: bool) -> Iterator[_Source]:
     if model is not None:
         with progress.watch(f"Loading {name}"):
             built = create_model(
-                model, name, cache_dir=cache_dir, require_pretrained=True, force_naflex_vision=is_naflex_forced
+                model, name, cache_dir=cache_dir, require_pretrained=True, force_naflex_vision=force_naflex_vision
             )
             weights = built.state_dict()
         yield _Source(name, weights, weights.__getitem__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import re
 from collections import OrderedDict
 from types import ModuleType
 from typing import Any
@@ -15,13 +14,13 @@ from torch import nn
 
 from . import aliases
 from .config import closest
+from .timm_versions import import_timm, timm_version
 from .transformer.layers import GELU, QuickGELU
 from .utils import (
     LayerGroups,
     NotScriptable,
     check_images,
     expect,
-    import_compiler,
     set_trainable,
     to_2tuple,
 )
@@ -250,40 +249,15 @@ class TimmModel(NotScriptable, nn.Module):
 # Building
 
 
-def _import_timm() -> ModuleType:
-    import_compiler()
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise
-        raise RuntimeError("This image tower needs timm, which is not installed: pip install timm.") from None
-    return timm
-
-
-def require_timm(oldest: tuple[int, ...], what: str) -> None:
-    """Raise a RuntimeError if timm is missing, or older than a version with which `what` works."""
-    timm = _import_timm()
-    if _version(timm) < oldest:
-        needed = ".".join(map(str, oldest))
-        raise RuntimeError(
-            f"{what} need timm {needed} or newer. This is timm {timm.__version__}: pip install --upgrade timm."
-        )
-
-
-def _version(timm: ModuleType) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", timm.__version__)[:3])
-
-
 def _create_trunk(name: str, image_size: tuple[int, int], options: dict[str, Any]) -> Any:
-    timm = _import_timm()
+    timm = import_timm()
     if not name.startswith(_EXTERNAL_PREFIXES) and not timm.is_model(name):
         near = closest(name, timm.list_models())
         hint = f"Similar names: {', '.join(near)}." if near else "timm.list_models() lists all names."
         raise RuntimeError(
             f"timm {timm.__version__} has no model {name!r}. {hint} For newer models, pip install --upgrade timm."
         )
-    needs_cpu = _version(timm) < _FILLS_META_BUFFERS and torch.empty(0).is_meta
+    needs_cpu = timm_version() < _FILLS_META_BUFFERS and torch.empty(0).is_meta
     with torch.device("cpu") if needs_cpu else contextlib.nullcontext():
         trunk = _create(timm, name, options)
         if tuple(trunk.pretrained_cfg["input_size"][-2:]) != image_size:
@@ -307,7 +281,7 @@ def _create(timm: ModuleType, name: str, options: dict[str, Any]) -> Any:
         if "patch_drop_rate" in str(error):
             hint = " It has no patches to drop: do not set patch_dropout or force_patch_dropout."
         elif options.get("use_naflex"):
-            hint = " If only a NaFlex tower lacks this option, leave out force_naflex_vision."
+            hint = " The original tower may support this option: leave out force_naflex_vision."
         raise ValueError(f"{name} of timm {timm.__version__} cannot be built with {given}: {error}.{hint}") from error
 
 

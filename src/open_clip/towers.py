@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .config import CLIPTextCfg, CLIPVisionCfg, as_config, expect_defaults
+from .config import CLIPTextCfg, CLIPVisionCfg, as_config, expect_defaults, is_naflex_cfg
 from .constants import RESNET_STRIDE
 from .hf_model import HFTextEncoder
 from .modern_text import ModernTextTransformer
@@ -56,7 +56,7 @@ def build_vision_tower(
     """Build a timm tower if `timm_model_name` is set, a ModifiedResNet if `layers` has four numbers, else a ViT."""
     cfg = as_config(CLIPVisionCfg, vision_cfg)
     if cfg.timm_model_name:
-        is_naflex = is_naflex_cfg(cfg)
+        is_naflex = is_naflex_cfg(cfg.timm_model_name, cfg.timm_model_kwargs)
         tower_class = functools.partial(NaFlexTower, **_naflex_options(cfg)) if is_naflex else TimmModel
         return tower_class(
             cfg.timm_model_name,
@@ -79,12 +79,6 @@ def build_vision_tower(
         return ModifiedResNet(cfg.layers, embed_dim, heads, image_size=cfg.image_size, width=cfg.width)
     options = _tower_options(cfg, VisionTransformer) | layer_types(cfg, quick_gelu, cast_dtype)
     return VisionTransformer(heads=cfg.width // cfg.head_width, output_dim=embed_dim, **options)
-
-
-def is_naflex_cfg(cfg: CLIPVisionCfg) -> bool:
-    """Whether a configuration describes a tower for images of any size."""
-    options = cfg.timm_model_kwargs or {}
-    return "naflexvit" in (cfg.timm_model_name or "") or bool(options.get("use_naflex"))
 
 
 def _naflex_options(cfg: CLIPVisionCfg) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def build(run: Run, writer: Writer, agreement: Agreement) -> Components:
             start_logit_bias(model)
         loader = data["train"].dataloader
         _check_steps(loader, cfg.optim.accum_freq)
-        trainer, progress = _build_trainer(run, model, deferred, loader, writer, checkpoint is not None)
+        trainer, progress = _build_trainer(run, model, tokenizer, deferred, loader, writer)
         state = _create_state(run, trainer, progress, data["train"])
         components = Components(state, data, evaluators, trainer.average, trainer, progress)
     else:
@@ -162,20 +162,20 @@ def _without_factory_warnings(is_hidden: bool) -> Iterator[None]:
 
 
 def _build_trainer(
-    run: Run, model: Any, deferred: DeferredInit | None, loader: Any, writer: Writer, is_resumed: bool
+    run: Run, model: Any, tokenizer: Any, deferred: DeferredInit | None, loader: Any, writer: Writer
 ) -> tuple[Trainer, Progress]:
     cfg, world, precision, optim = run.cfg, run.world, run.precision, run.cfg.optim
     if cfg.model.use_bn_sync and world.distributed:
         model = synchronize_batch_norms(model)
     teacher = build_teacher(cfg.objective, precision, cfg.model.cache_dir)
     if teacher is not None:
-        tokenizer = getattr(getattr(loader, "collate_fn", None), "tokenizer", None)
         preflight.check_teacher(model, teacher, is_naflex_aug_cfg(with_naflex(cfg).aug_cfg), tokenizer)
     objective = create_objective(cfg.objective, model, teacher)
     steps_vary = getattr(loader, "ends_steps", False)
     # Pairs of images of any size have no common number of FLOPs.
     at_peak = None if steps_vary else pairs_at_peak(model, teacher, precision, cfg.model.fp32_matmul)
-    compiled = _compile(model, cfg.model, deferred is not None, steps_vary, _has_variable_text(loader))
+    text_varies = getattr(tokenizer, "variable_text", False)
+    compiled = _compile(model, cfg.model, deferred is not None, steps_vary, text_varies)
     readers = [model if deferred is None else PaddingReader(model), teacher]
     sharding = shard(model, cfg.distributed, world, precision, deferred)
     optimizer = sharding.create_optimizer(model, optim, world.device, compiled.captures_step)
@@ -200,7 +200,7 @@ def _build_trainer(
         grad_clip_norm=math.inf if optim.grad_clip_norm is None else optim.grad_clip_norm,
         guard=guard,
         average=average,
-        rehearses=compiled.is_enabled or (is_resumed and world.distributed),
+        rehearses=compiled.is_enabled or (run.resume_from is not None and world.distributed),
         compilation=compiled,
         sharding=sharding,
     )
@@ -231,10 +231,6 @@ def _check_steps(loader: Any, accum_freq: int) -> None:
             f"An epoch has {loader.num_batches} batches per process, fewer than --accum-freq {accum_freq}. "
             "Use more data, a smaller --batch-size or a smaller --accum-freq."
         )
-
-
-def _has_variable_text(loader: Any) -> bool:
-    return getattr(getattr(loader, "collate_fn", None), "variable_text", None) is not None
 
 
 def _compile(

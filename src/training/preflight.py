@@ -230,8 +230,8 @@ def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     vocab_size = getattr(model, "vocab_size", None)
     if vocab_size is not None:
         _check_ids(tokenizer([_SAMPLE_CAPTION]), vocab_size)
-    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(model)
-    if longest is not None and most is not None and longest > most:
+    if (lengths := _too_long(model, tokenizer)) is not None:
+        longest, most = lengths
         raise ValueError(
             f"Captions have up to {longest} tokens, and the text tower reads at most {most}. Add "
             f"--force-context-length {most}, or set context_length in the text_cfg."
@@ -260,7 +260,7 @@ def _reads_padding(model: Any, tokenizer: Any) -> bool:
         return True
     text_lengths = getattr(model, "text_lengths", None)
     lengths = None if text_lengths is None else text_lengths(tokenizer([_SAMPLE_CAPTION]))
-    # These towers are the exception: they take another id for padding, or pool at the highest id, which is padding.
+    # True if the tower has another padding id, or pools at the highest id and that is the padding.
     return lengths is not None and int(lengths[0]) > len(tokenizer([_SAMPLE_CAPTION], pad=False)[0])
 
 
@@ -312,8 +312,8 @@ def check_teacher(model: Any, teacher: Any, uses_patches: bool = False, tokenize
 
 def _check_teacher_reads(teacher: Any, tokenizer: Any) -> None:
     """Raise ValueError if captions are longer than the teacher's context, or padded in another way than it needs."""
-    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(teacher)
-    if longest is not None and most is not None and longest > most:
+    if (lengths := _too_long(teacher, tokenizer)) is not None:
+        longest, most = lengths
         raise ValueError(
             f"--distill-model: captions have up to {longest} tokens, and the teacher reads at most {most}. Choose "
             f"another teacher, or add --force-context-length {most}."
@@ -323,6 +323,12 @@ def _check_teacher_reads(teacher: Any, tokenizer: Any) -> None:
             "--distill-model: batches are padded to their longest caption (variable_text), and the features of the "
             "teacher depend on the padding. Set variable_text to false in the text_cfg, or choose another teacher."
         )
+
+
+def _too_long(model: Any, tokenizer: Any) -> tuple[int, int] | None:
+    """Return the tokens of the longest caption and those that the model reads; None unless the latter are fewer."""
+    longest, most = getattr(tokenizer, "context_length", None), _max_tokens(model)
+    return None if longest is None or most is None or longest <= most else (longest, most)
 
 
 def _max_tokens(model: Any) -> int | None:

@@ -42,8 +42,8 @@ KEEP_TEXTS = PaddingOptions(max_groups=0)  # for evaluation, whose results do no
 class PaddingReader:
     """What Unpadding needs to know of a model.
 
-    It is asked once, because it depends on the hooks of all modules of the text tower. For a model that is sharded, it
-    is asked before that: the hooks of FSDP look like those of users.
+    Read once, because it depends on the hooks of all text modules. For a sharded model, read before sharding: FSDP's
+    hooks look like those of users.
     """
 
     def __init__(self, model: Any) -> None:

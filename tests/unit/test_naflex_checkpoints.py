@@ -40,8 +40,9 @@ def model(request, tmp_path: Path) -> tuple[str, Path]:
 
 def test_the_error_says_how_to_build_the_model(model) -> None:
     name, path = model
-    with pytest.raises(RuntimeError, match=rf"image tower NaFlex \(the model's: .*{FORCE}"):
+    with pytest.raises(RuntimeError, match=rf"image tower a NaFlex tower \(the model's: .*{FORCE}") as raised:
         open_clip.create_model(name, pretrained=path)
+    assert "Build the model with the configuration" not in str(raised.value)  # which is what it was built with
     open_clip.create_model(name, pretrained=path, force_naflex_vision=True)
 
 
@@ -56,6 +57,16 @@ def test_the_file_of_a_tower(model, request, caplog) -> None:
     caplog.clear()
     open_clip.create_model(name, pretrained_image_path=path, force_naflex_vision=True)
     assert "only in part" not in caplog.text
+
+
+def test_warnings_without_an_explanation_end_with_the_differences(tmp_path: Path, caplog) -> None:
+    tower = open_clip.CLIP(**tiny_clip.config()).visual
+    weights = tower.state_dict()
+    del weights["ln_post.bias"]
+    torch.save(weights, tmp_path / "tower.pt")
+    name = tiny_clip.folder(tmp_path / "model")
+    open_clip.create_model(name, pretrained_image_path=tmp_path / "tower.pt")
+    assert "only in part: 1 missing: visual.ln_post.bias.\n" in caplog.text
 
 
 def test_an_architecture_with_a_naflex_tower_is_suggested() -> None:

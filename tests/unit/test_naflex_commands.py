@@ -82,6 +82,7 @@ def test_average_with_the_weights_before_the_conversion(run, tmp_path: Path, cap
     [
         ({"use_naflex": True}, "converted to NaFlex, which resizes its positions"),
         ({"depth": 2}, "sets depth of timm's"),
+        ({"dynamic_img_size": True, "img_size": 192}, "sets img_size of timm's"),
     ],
 )
 def test_towers_of_siglip_that_transformers_does_not_have(options, message) -> None:
@@ -89,3 +90,10 @@ def test_towers_of_siglip_that_transformers_does_not_have(options, message) -> N
     cfg["vision_cfg"]["timm_model_kwargs"] = options
     with pytest.raises(ValueError, match=message):
         model_cfg_to_transformers(cfg, "The model")
+
+
+def test_options_of_timm_that_change_no_features_have_a_configuration_of_transformers() -> None:
+    cfg = open_clip.get_model_config("ViT-B-16-SigLIP")
+    expected = model_cfg_to_transformers(cfg, "The model")
+    cfg["vision_cfg"]["timm_model_kwargs"] = {"use_naflex": False, "img_size": 224, "dynamic_img_size": True}
+    assert model_cfg_to_transformers(cfg, "The model") == expected

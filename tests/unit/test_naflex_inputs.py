@@ -116,6 +116,25 @@ def test_dtypes_are_converted_in_every_tower(options):
     tower.bfloat16()
     for given, wanted in ((images, expected), (numbers, expected), (plain, of_plain)):
         torch.testing.assert_close(tower(given).float(), wanted, rtol=0.1, atol=0.1)
+        found = tower.forward_intermediates(given, output_fmt="NLC")["image_features"]
+        torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ([torch.randn(3, 12, 24)], "got a list"),
+        (torch.zeros(1, 3, 12, 24, dtype=torch.uint8), "the dtype torch.uint8"),
+        (torch.randn(1, 1, 12, 24), "1 channels"),
+        (torch.randn(1, 3, 13, 24), "13 x 24 pixels"),
+        ({**make_images(GRIDS), "patches": torch.zeros(5, 18, 7)}, "Patches have the shape"),
+    ],
+)
+def test_intermediate_features_are_of_the_inputs_of_forward_only(images, words):
+    tower = make_tower()
+    for function in (tower, tower.forward_intermediates):
+        with pytest.raises(ValueError, match=words):
+            function(images)
 
 
 @pytest.mark.parametrize("variant", ["gap", "siglip", "corners", "keeps_aspect"])

@@ -92,7 +92,7 @@ def test_what_batches_of_scripts_cannot_have(tmp_path, attributes, message):
 
 
 def test_a_script_that_only_evaluates_needs_no_steps(tmp_path):
-    data = load(source("csv", tmp_path)[2:], naflex_variable_batch=False)
+    data = load(source("csv", tmp_path)[2:], naflex_variable_batch=False, naflex_loss_scale="sqrt")
     assert {images["patches"].shape[1] for images, _ in data["val"].dataloader} == {16}
 
 

@@ -80,6 +80,21 @@ def test_an_old_timm_has_no_towers_for_any_size(monkeypatch, options: dict) -> N
         open_clip.create_model(name, **options)
 
 
+def test_the_version_is_checked_before_a_model_of_timm_is_built(monkeypatch) -> None:
+    """The conversion builds one on the meta device to read its pooling. Versions before 1.0.23 cannot."""
+    monkeypatch.setattr(timm, "__version__", "1.0.18")
+    monkeypatch.setattr(timm, "create_model", None)
+    vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": ""}
+    with pytest.raises(RuntimeError, match=r"timm 1.0.31 or newer.*timm 1.0.18"):
+        open_clip.convert.apply_naflex_vision_config({"vision_cfg": vision})
+
+
+def test_without_timm_the_conversion_says_how_to_install_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RuntimeError, match="not installed: pip install timm"):
+        open_clip.convert.apply_naflex_vision_config({"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224"}})
+
+
 # Image sizes
 
 

@@ -105,8 +105,8 @@ def load_tower_checkpoint(
     if mismatch.wrong_shapes:
         raise RuntimeError(f"{checkpoint_path} does not fit the {tower} tower: {mismatch}")
     if mismatch:
-        explanation = explain_naflex(state_dict, expected)
-        logger.warning("%s fits the %s tower only in part: %s %s", checkpoint_path, tower, mismatch, explanation)
+        reason = f"{mismatch} {explain_naflex(state_dict, expected)}".rstrip()
+        logger.warning("%s fits the %s tower only in part: %s", checkpoint_path, tower, reason)
     incompatible = model.load_state_dict({k: v for k, v in state_dict.items() if k in expected}, strict=False)
     return type(incompatible)(mismatch.missing, mismatch.unexpected)
 

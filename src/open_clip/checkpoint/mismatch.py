@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import CLIPVisionCfg, get_model_config, list_models
-from ..towers import is_naflex_cfg
+from ..config import get_model_config, is_naflex_cfg, list_models
 
 Facts = dict[str, Any]
 
@@ -100,7 +99,8 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     facts: Facts = {}
     if vision.get("timm_model_name"):
-        facts["image tower"] = _NAFLEX if _is_naflex(vision) else "timm's"
+        is_naflex = is_naflex_cfg(vision["timm_model_name"], vision.get("timm_model_kwargs"))
+        facts["image tower"] = _NAFLEX if is_naflex else "timm's"
     elif isinstance(vision.get("layers"), (list, tuple)):
         facts["image tower"] = "a ResNet"
     else:
@@ -117,11 +117,6 @@ def facts_of_config(cfg: Mapping[str, Any]) -> Facts:
     if "multimodal_cfg" in cfg:
         facts["captioning decoder"] = "present"
     return facts
-
-
-def _is_naflex(vision_cfg: Mapping[str, Any]) -> bool:
-    name, kwargs = vision_cfg.get("timm_model_name"), vision_cfg.get("timm_model_kwargs")
-    return is_naflex_cfg(CLIPVisionCfg(timm_model_name=name, timm_model_kwargs=kwargs))
 
 
 def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
@@ -141,7 +136,8 @@ def explain_mismatch(state_dict: Mapping[str, torch.Tensor], expected: Mapping[s
     ]
     if not differences:
         return ""
-    fix = f"{explain_naflex(state_dict, expected)} {_suggest_architectures(theirs)}".strip()
+    fixes = [explain_naflex(state_dict, expected), _suggest_architectures(theirs)]
+    fix = " ".join(filter(None, fixes)) or "Build the model with the configuration that it was trained with."
     return f"Its towers differ: {', '.join(differences)}. {fix}"
 
 
@@ -165,6 +161,4 @@ def _is_comparable(name: str, theirs: Facts, ours: Facts) -> bool:
 def _suggest_architectures(facts: Facts) -> str:
     configs = {name: facts_of_config(get_model_config(name) or {}) for name in list_models()}
     fitting = [name for name, cfg in configs.items() if cfg == facts]
-    if not fitting:
-        return "Build the model with the configuration that it was trained with."
-    return f"Of the known architectures, these have such towers: {join_some(fitting, limit=6)}."
+    return f"Of the known architectures, these have such towers: {join_some(fitting, limit=6)}." if fitting else ""

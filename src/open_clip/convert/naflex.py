@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import CLIPVisionCfg, as_config
+from ..config import CLIPVisionCfg, as_config, is_naflex_cfg
+from ..timm_versions import import_timm, require_naflex
 from ..utils import to_2tuple
 from .layout import StateDict
 
@@ -59,8 +60,9 @@ def apply_naflex_vision_config(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _convert_timm_config(model_cfg: dict[str, Any], cfg: CLIPVisionCfg) -> None:
     name = cfg.timm_model_name or ""
-    if "naflexvit" in name:
+    if is_naflex_cfg(name):
         return
+    require_naflex()  # older ones also fail to build models on the meta device, see _pooling_of
     family = _family_of(name)
     if family not in _FAMILIES:
         raise ValueError(
@@ -75,9 +77,7 @@ def _convert_timm_config(model_cfg: dict[str, Any], cfg: CLIPVisionCfg) -> None:
 
 def _family_of(name: str) -> str:
     """Return timm's module that defines a model, or "" if it does not have the model."""
-    import timm
-
-    plain = _plain(name)
+    timm, plain = import_timm(), _plain(name)
     return timm.model_entrypoint(plain).__module__ if timm.is_model(plain) else ""
 
 
@@ -88,13 +88,11 @@ def _plain(name: str) -> str:
 
 def _pooling_of(cfg: CLIPVisionCfg, name: str) -> str:
     """Return the pooling of a tower of timm."""
-    import timm
-
     pool = (cfg.timm_model_kwargs or {}).get("global_pool") or cfg.timm_pool
     if pool:
         return pool
     with torch.device("meta"):  # "" is the default of the model, which only the model has
-        model: Any = timm.create_model(_plain(name))
+        model: Any = import_timm().create_model(_plain(name))
         return model.global_pool
 
 

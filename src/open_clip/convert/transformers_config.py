@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import CLIPTextCfg, CLIPVisionCfg, as_config
+from ..config import CLIPTextCfg, CLIPVisionCfg, as_config, is_naflex_cfg
 from ..constants import INCEPTION_MEAN, INCEPTION_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from ..utils import to_2tuple
 from . import transformers_naflex as naflex
@@ -218,6 +218,7 @@ _SIZES = {"layers", "width", "mlp_ratio", "act_kwargs", "norm_kwargs"}
 _VISION_FIELDS = _SIZES | {"head_width", "patch_size", "image_size", "patch_dropout", "final_ln_after_pool"}
 _TIMM_FIELDS = {"image_size", "act_kwargs", "patch_dropout", "timm_drop_path", "timm_drop", "timm_model_pretrained"}
 _TIMM_FIELDS |= {"timm_model_kwargs", "image_seq_len"}  # of NaFlex towers
+_NEUTRAL_KWARGS = {"dynamic_img_size", "strict_img_size", "use_naflex"}  # the last one if it is False
 _TEXT_FIELDS = _SIZES | {"heads", "context_length", "vocab_size", "eos_id", "pad_id", "final_ln_after_pool"}
 _TEXT_FIELDS |= {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "hf_model_pretrained"}
 
@@ -324,15 +325,13 @@ def _siglip_config(
 
 def _siglip_vision_config(vision: CLIPVisionCfg, name: str) -> Config:
     kwargs = vision.timm_model_kwargs or {}
-    if kwargs.get("use_naflex"):
+    if is_naflex_cfg(vision.timm_model_name, kwargs):
         raise ValueError(
             f"{name} has the tower {vision.timm_model_name} converted to NaFlex, which resizes its positions in "
             "another way than transformers' Siglip2. Only timm's naflexvit_*_siglip have a counterpart there."
         )
-    if kwargs:
-        raise ValueError(
-            f"{name} sets {', '.join(sorted(kwargs))} of timm's tower, which transformers' SigLIP does not support."
-        )
+    is_own_size = tuple(to_2tuple(kwargs.get("img_size", 0))) == tuple(to_2tuple(vision.image_size))
+    naflex.check_timm_kwargs(kwargs, _NEUTRAL_KWARGS | ({"img_size"} if is_own_size else set()), name)
     width, layers, heads, mlp_width, patch_size = _tower_sizes()[_timm_stem(vision.timm_model_name)]
     return {
         "hidden_size": width,

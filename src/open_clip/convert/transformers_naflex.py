@@ -7,9 +7,11 @@ an image, which its image processor needs, `max_num_patches`. The latter is our 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..config import CLIPVisionCfg
+from ..transform.naflex import default_seq_len
 from ..utils import to_2tuple
 
 Config = dict[str, Any]
@@ -112,9 +114,7 @@ def vision_cfg_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Conf
     kwargs = dict(vision_cfg.get("timm_model_kwargs") or {})
     tower = dict(zip(_SIZES, _TOWERS[_timm_name(vision_cfg)], strict=True))
     grid = to_2tuple(kwargs.pop("pos_embed_grid_size", _GRID))
-    unknown = sorted(kwargs.keys() - tower.keys())
-    if unknown:
-        raise ValueError(f"{name} sets {', '.join(unknown)} of timm's tower, which transformers does not support.")
+    check_timm_kwargs(kwargs, tower, name)
     tower |= kwargs
     patch_size = to_2tuple(tower["patch_size"])
     if grid[0] != grid[1] or patch_size[0] != patch_size[1]:
@@ -133,13 +133,20 @@ def vision_cfg_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Conf
     }
 
 
+def check_timm_kwargs(kwargs: Mapping[str, Any], supported: Collection[str], name: str) -> None:
+    """Raise ValueError if `timm_model_kwargs` has names that are not in `supported`. `name` is that of the model."""
+    unknown = sorted(set(kwargs).difference(supported))
+    if unknown:
+        raise ValueError(f"{name} sets {', '.join(unknown)} of timm's tower, which transformers does not support.")
+
+
 def processor_to_transformers(vision_cfg: Mapping[str, Any], name: str) -> Config:
     """Return the fields of `preprocessor_config.json` that only `Siglip2ImageProcessor` has."""
     patch_size = vision_cfg_to_transformers(vision_cfg, name)["patch_size"]
-    height, width = to_2tuple(vision_cfg.get("image_size", 224))
+    image_size = vision_cfg.get("image_size", CLIPVisionCfg.image_size)
     return {
         "image_processor_type": IMAGE_PROCESSOR,
         "processor_class": "Siglip2Processor",
         "patch_size": patch_size,
-        "max_num_patches": vision_cfg.get("image_seq_len") or (height // patch_size) * (width // patch_size),
+        "max_num_patches": vision_cfg.get("image_seq_len") or default_seq_len(image_size, patch_size),
     }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..naflex import NaFlexTower
+from ..naflex import NaFlexTower, image_grid
 from ..utils import to_2tuple
 
 
@@ -24,9 +24,7 @@ def grid_of_image(visual: NaFlexTower) -> tuple[int, int]:
             f"Images of {size[0]} x {size[1]} pixels are smaller than patches of {patch[0]} x {patch[1]}. Choose "
             "another --image-size."
         )
-    if visual.trunk.embeds.dynamic_img_pad:
-        return -(-size[0] // patch[0]), -(-size[1] // patch[1])
-    return size[0] // patch[0], size[1] // patch[1]
+    return image_grid(size, patch, visual.trunk.embeds.dynamic_img_pad)
 
 
 def with_fixed_grid(visual: nn.Module, grid: tuple[int, int]) -> nn.Module:

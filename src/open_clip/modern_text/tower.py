@@ -133,7 +133,8 @@ class ModernTextTransformer(NotScriptable, nn.Module):
         """Whether forward accepts a PackedText.
 
         It does not if a program has hooked the tower or replaced what reads the text: blocks of another class might
-        expect tokens [batch, tokens, width]. Models check the hooks of the modules inside.
+        expect tokens [batch, tokens, width]. Hooks of inner modules are checked by
+        `TwoTowers.takes_grouped_text`.
         """
         return has_method(self, _FORWARD) and not has_hooks(self) and all(map(_is_our_block, self.blocks))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..packed_patches import Grid
 from ..utils import check_images, to_2tuple
 
 
@@ -24,6 +25,14 @@ def patch_size_of(patches: Tensor, embeds: Any) -> tuple[int, int]:
     if pixels == height * width:
         return height, width
     return math.isqrt(pixels), math.isqrt(pixels)
+
+
+def image_grid(size: tuple[int, int], patch_size: tuple[int, int], pads: bool) -> Grid:
+    """Return the (rows, columns) of patches of an image (height, width). The rest is padded to a patch, or cropped."""
+    (height, width), (patch_height, patch_width) = size, patch_size
+    if pads:
+        return -(-height // patch_height), -(-width // patch_width)
+    return height // patch_height, width // patch_width
 
 
 def check_plain_images(images: Any, embeds: Any) -> None:

@@ -101,7 +101,7 @@ def resize_patches(patches: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    if x.is_meta:  # has no autocast
+    if x.is_meta:  # the meta device has no autocast
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

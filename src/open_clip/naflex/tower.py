@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from .. import packing
 from ..packed_patches import Grid, PackedPatches, check_padded, index_grids
-from ..timm_model import TimmModel, require_timm
+from ..timm_model import TimmModel
+from ..timm_versions import require_naflex
 from ..utils import has_hooks, has_method, is_symbolic, to_2tuple
-from .inputs import check_patches, check_plain_images, patch_size_of
+from .inputs import check_patches, check_plain_images, image_grid, patch_size_of
 from .positions import PositionTables, interpolation_of
 from .resize import resize_axis, resize_grid, resize_patch_weight, resize_patches
-
-_OLDEST_TIMM = (1, 0, 31)  # earlier ones compute other positions, or lack parts of NaFlexVit
 
 Images = Tensor | Mapping[str, Tensor] | PackedPatches
 
@@ -48,7 +47,7 @@ class NaFlexTower(TimmModel):
         norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
-        require_timm(_OLDEST_TIMM, "Image towers for any size (NaFlex)")
+        require_naflex()
         super().__init__(*args, **kwargs)
         from .blocks import use_packed_blocks
 
@@ -102,17 +101,26 @@ class NaFlexTower(TimmModel):
                 check_patches(x.patches, self.trunk.embeds, x.patch_size)
                 return self.head(self._encode_packed(x))
             x = x.padded()
+        images = self._prepare(x)
+        # Graphs contain timm's path, which depends on no tables kept outside of them.
+        is_graph = is_symbolic(images) or (isinstance(images, Tensor) and torch.compiler.is_compiling())
+        if is_graph or not self._knows_trunk():
+            return self.head(self.trunk(images))
+        is_padded = isinstance(images, Mapping)
+        return self.head(self._encode_padded(images) if is_padded else self._encode_images(images))
+
+    def _prepare(self, x: Any) -> Any:
+        """Check images of one size or padded patches, and convert them to the dtypes that timm's trunk needs."""
         if isinstance(x, Mapping):
             check_padded(x)
             check_patches(x["patches"], self.trunk.embeds)
-            return self.head(self._encode_padded(x) if self._knows_trunk() else self._call_trunk(x))
-        images: Any = self._crop(x)
+            coord, valid = x["patch_coord"].long(), x["patch_valid"].bool()
+            return {**x, "patches": self._cast(x["patches"]), "patch_coord": coord, "patch_valid": valid}
+        images = self._crop(x)
         if is_symbolic(images):
-            return self.head(self.trunk(images))
+            return images
         check_plain_images(images, self.trunk.embeds)
-        # Graphs contain timm's path, which depends on no tables kept outside of them.
-        is_plain = self._knows_trunk() and not torch.compiler.is_compiling()
-        return self.head(self._encode_images(images) if is_plain else self._call_trunk(images))
+        return self._cast(images)
 
     def _crop(self, x: Any) -> Any:
         """Crop images of the tower's own size to whole patches, as the convolution of other ViTs does.
@@ -147,13 +155,6 @@ class NaFlexTower(TimmModel):
         weight = getattr(self.trunk.embeds.proj, "weight", None)
         return values.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else values
 
-    def _call_trunk(self, x: Any) -> Tensor:
-        """Call timm's trunk, which does not convert its inputs, with images or padded patches."""
-        if not isinstance(x, Mapping):
-            return self.trunk(self._cast(x))
-        coord, valid = x["patch_coord"].long(), x["patch_valid"].bool()
-        return self.trunk({**x, "patches": self._cast(x["patches"]), "patch_coord": coord, "patch_valid": valid})
-
     def _add_positions(self, x: Tensor, grids: tuple[Grid, ...], place: Tensor | None) -> Tensor:
         """Add the learned positions to tokens. `place` has the index of each token in the tables of `grids`."""
         table = self._tables.learned(self.trunk.embeds, grids)
@@ -181,9 +182,9 @@ class NaFlexTower(TimmModel):
         return self._encode_batch(self._embed(patches, self.patch_size), (grid,), None, None)
 
     def _encode_padded(self, images: Mapping[str, Tensor]) -> Tensor:
-        patches, valid = images["patches"], images["patch_valid"].bool()
+        patches, valid = images["patches"], images["patch_valid"]
         size = patch_size_of(patches, self.trunk.embeds)
-        coord = images["patch_coord"].long() * valid[..., None]
+        coord = images["patch_coord"] * valid[..., None]
         lowest, *last = torch.cat([coord.amin(dim=(0, 1))[None], coord.amax(dim=1)]).tolist()  # waits for the device
         grids, start, columns = index_grids(last, min(lowest))
         start, columns = torch.stack([start, columns]).to(coord.device, non_blocking=True)
@@ -312,7 +313,7 @@ class NaFlexTower(TimmModel):
 
     def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Compute the outputs of the blocks, see TimmModel. Those of patches have the format "NLC", with padding."""
-        images: Any = x.padded() if isinstance(x, PackedPatches) else self._crop(x)
+        images = self._prepare(x.padded() if isinstance(x, PackedPatches) else x)
         return super().forward_intermediates(images, *args, **kwargs)
 
     def _image_features(self, tokens: Any, images: Any) -> Tensor:
@@ -350,9 +351,9 @@ def _key_mask(valid: Tensor, num_prefix: int, num_queries: int) -> Tensor:
 def _patchify(x: Tensor, patch_size: tuple[int, int], pads: bool) -> tuple[Tensor, Grid]:
     """Cut images [B, C, height, width] into patches [B, N, P * P * C], (row, column, channel) in each."""
     height, width = patch_size
+    grid = image_grid((x.shape[-2], x.shape[-1]), patch_size, pads)
     if pads:
-        x = F.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
-    grid = (x.shape[-2] // height, x.shape[-1] // width)
+        x = F.pad(x, (0, grid[1] * width - x.shape[-1], 0, grid[0] * height - x.shape[-2]))
     patches = x.unflatten(3, (grid[1], width)).unflatten(2, (grid[0], height))  # [B, C, rows, P, columns, P]
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), grid
 

@@ -332,7 +332,7 @@ def _with_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Apply the arguments of `create_model_from_pretrained` to a configuration, in place, and return it."""
     for name in ("device", "jit", "cache_dir", "weights_only"):
         kwargs.pop(name, None)
-    has_naflex_vision = kwargs.pop("force_naflex_vision", False)
+    force_naflex_vision = kwargs.pop("force_naflex_vision", False)
     apply_overrides(
         model_cfg,
         force_quick_gelu=kwargs.pop("force_quick_gelu", False),
@@ -342,4 +342,4 @@ def _with_overrides(model_cfg: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         force_context_length=kwargs.pop("force_context_length", None),
         model_kwargs=kwargs,
     )
-    return apply_naflex_vision_config(model_cfg) if has_naflex_vision else model_cfg
+    return apply_naflex_vision_config(model_cfg) if force_naflex_vision else model_cfg

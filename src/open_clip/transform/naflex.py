@@ -123,7 +123,8 @@ def _check_samples(samples: Sequence[Mapping[str, Tensor]]) -> None:
     shapes = [list(shape) for shape in dict.fromkeys(sample["patches"].shape[1:] for sample in samples)]
     if len(shapes) > 1:
         raise ValueError(
-            f"Samples have patches of the shapes {shapes[0]} and {shapes[1]}. Give all of a batch one patch_size."
+            f"Samples have patches of the shapes {shapes[0]} and {shapes[1]}. Use one patch_size for all samples of a "
+            "batch."
         )
 
 
@@ -151,10 +152,8 @@ class _Augmentation:
         for _ in range(_CROP_ATTEMPTS):
             crop_area = area * random.uniform(*self.scale)
             crop_aspect = aspect * math.exp(random.uniform(*log_ratio))
-            crop_height, crop_width = (
-                round(math.sqrt(crop_area / crop_aspect)),
-                round(math.sqrt(crop_area * crop_aspect)),
-            )
+            crop_height = round(math.sqrt(crop_area / crop_aspect))
+            crop_width = round(math.sqrt(crop_area * crop_aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 top = random.randint(0, height - crop_height)
                 left = random.randint(0, width - crop_width)
@@ -434,15 +433,16 @@ def naflex_transforms(
 
 
 def lengths_of(visual: Any) -> dict[str, Any]:
-    """Return {"max_seq_len", "patch_size"} of an image tower.
-
-    The length is the tower's `image_seq_len`. Without one, it is the number of patches of its image size.
-    """
+    """Return {"max_seq_len", "patch_size"} of an image tower. The length is its `image_seq_len` or the default."""
     embeds = getattr(getattr(visual, "trunk", None), "embeds", None)
     patch_size: Any = getattr(visual, "patch_size", None) or getattr(embeds, "patch_size", DEFAULT_PATCH_SIZE)
-    patch_size = to_pair(patch_size)
-    length = getattr(visual, "image_seq_len", None)
-    size = getattr(visual, "image_size", None)
-    if length is None and size is not None:
-        length = math.prod(side // patch for side, patch in zip(to_pair(size), patch_size, strict=True))
-    return {"max_seq_len": length or DEFAULT_MAX_SEQ_LEN, "patch_size": patch_size}
+    length = getattr(visual, "image_seq_len", None) or default_seq_len(getattr(visual, "image_size", None), patch_size)
+    return {"max_seq_len": length, "patch_size": to_pair(patch_size)}
+
+
+def default_seq_len(image_size: Any, patch_size: Any) -> int:
+    """Return the number of whole patches of an image; DEFAULT_MAX_SEQ_LEN if it has none or no size."""
+    if image_size is None:
+        return DEFAULT_MAX_SEQ_LEN
+    size, patch = to_pair(image_size), to_pair(patch_size)
+    return (size[0] // patch[0]) * (size[1] // patch[1]) or DEFAULT_MAX_SEQ_LEN

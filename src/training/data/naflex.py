@@ -56,7 +56,7 @@ class PlannedTransform:
         return self._factory.normalization
 
     def make_plan(self, num_samples: int | None) -> StepPlan | VariablePlan:
-        """Return the plan of a run. The first rank logs warnings about an epoch that is not what the options suggest.
+        """Return the plan of a run. Rank 0 warns about steps without negatives and about an epoch that ends early.
 
         Args:
             num_samples: of an epoch over all ranks; None: only --naflex-num-train-image-tokens ends it.
@@ -105,11 +105,12 @@ def _plan_warnings(plan: StepPlan | VariablePlan, num_samples: int | None) -> It
         )
     if isinstance(plan, VariablePlan) and (alone := plan.steps_without_negatives()):
         needed = max(cfg.batch_divisor, 2)
+        divisor = f", or a --naflex-batch-divisor below {needed}" if needed > 2 else ""
         yield (
-            f"--naflex-variable-batch: {alone} of {len(plan.schedule)} steps per epoch have a single sample, whose "
-            f"contrastive loss has no negatives: the budget has no room for {needed} images of this length, the fewest "
-            f"that --naflex-batch-divisor {cfg.batch_divisor} allows. Use --naflex-max-tokens-per-batch "
-            f"{needed * (max(cfg.train_seq_lens) + plan.text_tokens)} or more{', or a smaller divisor' * (needed > 2)}."
+            f"--naflex-variable-batch: {alone} of {len(plan.schedule)} steps per epoch have a single sample, so their "
+            "contrastive loss has no negatives. Use --naflex-max-tokens-per-batch "
+            f"{needed * (max(cfg.train_seq_lens) + plan.text_tokens)} or more, which fits {needed} images of the "
+            f"longest length{divisor}."
         )
 
 
@@ -206,7 +207,7 @@ def plan_script_transforms(args: Any, data: DataConfig, transforms: Sequence[Any
             "use_naflex: the batches of get_data cannot tell a script which of them form a step. Set "
             "args.naflex_variable_batch = True, so that each is a step, or train with training.main."
         )
-    if options.naflex_loss_scale != "none":
+    if trains(data) and options.naflex_loss_scale != "none":
         raise ValueError(
             f"naflex_loss_scale={options.naflex_loss_scale!r}: the batches of get_data have no factor of the loss. Use "
             "'none' and scale the loss in the script, or train with training.main."

@@ -142,6 +142,7 @@ def _in_rgb(preprocess: Any) -> Any:
 def _in_form(info: DataInfo, form: BatchForm, batch_size: int) -> DataInfo:
     loader = cast(Loader, info.dataloader)
     loader.members = form.members
-    cast(Collate, loader.collate_fn).column = form.column
+    if isinstance(loader.collate_fn, Collate):  # planned batches of images of any shape are tensors in every form
+        loader.collate_fn.column = form.column
     vars(loader)["batch_size"] = batch_size  # torch sets None if batches come from a sampler or the data set
     return info

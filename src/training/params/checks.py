@@ -304,9 +304,8 @@ def _data_rules(args: argparse.Namespace, world_size: int) -> Rules:
     if training:
         counted = reads_shards or args.dataset_type == "synthetic"
         yield counted, ("train_num_samples",), "the samples of CSV files and image folders are counted"
-        if args.use_naflex and args.naflex_num_train_image_tokens is not None and args.dataset_type != "synthetic":
-            of_epoch = "--naflex-num-train-image-tokens is the length of the epoch"
-            yield not reads_shards, ("train_num_samples",), of_epoch
+        if reads_shards and args.use_naflex and args.naflex_num_train_image_tokens is not None:
+            yield False, ("train_num_samples",), "--naflex-num-train-image-tokens is the length of the epoch"
     counts = args.dataset_type == "synthetic" or (validating and reads_shards)
     yield counts, ("val_num_samples",), "it is only used for --val-data in webdataset shards and for synthetic data"
     of_validation = ("val_frequency", "val_retrieval_chunk_size", "val_retrieval_precision")

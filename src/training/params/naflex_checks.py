@@ -58,8 +58,8 @@ def _check_accumulation(args: argparse.Namespace) -> None:
     samples = f"--batch-size {args.batch_size * args.accum_freq}"
     if args.naflex_variable_batch:
         raise ValueError(
-            f"--accum-freq {args.accum_freq} cannot be combined with --naflex-variable-batch, whose steps are what "
-            "--naflex-max-tokens-per-batch has room for. For larger steps, raise it, or leave out --accum-freq and "
+            f"--accum-freq {args.accum_freq} cannot be combined with --naflex-variable-batch, whose step size is "
+            "set by --naflex-max-tokens-per-batch. Raise that for larger steps, or leave out --accum-freq and "
             f"--naflex-variable-batch and use {samples}."
         )
     raise ValueError(
