@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .device import ops
 from .device.segments import Segments as Segments
+from .utils import exact_dtype
 
 
 def attention(
@@ -118,7 +119,7 @@ def unpack(x: Tensor, segments: Segments, length: int | None = None, value: floa
 def mean(x: Tensor, segments: Segments) -> Tensor:
     """Return the mean of each sequence, [T, D] -> [B, D]. Sums are in float32 (float64 for float64)."""
     _check_fits(x, segments)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = exact_dtype(x.dtype)
     sums = x.new_zeros((len(segments), *x.shape[1:]), dtype=dtype).index_add(0, segments.sequence, x.to(dtype))
     return (sums / segments.offsets.diff()[:, None]).to(x.dtype)
 

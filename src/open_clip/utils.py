@@ -349,6 +349,14 @@ def feature_take_indices(
     return (set(take) if as_set else take), max(take)
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for sums and exponentials of values of `dtype`: float32, or float64 for float64.
+
+    Graphs with torch.promote_types cannot be saved by torch.export of torch 2.6.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def import_compiler() -> None:
     """Import torch's compiler if a mode such as `torch.device("meta")` is active. Call it before importing libraries.
 

@@ -93,7 +93,13 @@ def create(name: str) -> torch.nn.Module:
     # timm before 1.0.23 cannot fill the buffers of a model that was built on the meta device.
     device = "cpu" if is_older("timm", "1.0.23") else "meta"
     model = open_clip.create_model(
-        name, device=device, vision_cfg=vision_cfg, text_cfg=text_cfg, output_dict=True, **copy.deepcopy(options)
+        name,
+        device=device,
+        vision_cfg=vision_cfg,
+        text_cfg=text_cfg,
+        pretrained_text=False,
+        output_dict=True,
+        **copy.deepcopy(options),
     )
     checkpoint.put_weights(model, tower_cases.weights(model.state_dict()))
     return model

@@ -16,6 +16,7 @@ from . import npu_loading as npu_loading  # before torch
 import torch  # isort: skip
 import torch.nn.functional as F
 
+from ..utils import exact_dtype
 from . import packed, peaks
 
 
@@ -278,7 +279,7 @@ class Device:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `ops.rms_norm`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = exact_dtype(x.dtype)
         return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
 
     def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -352,13 +353,13 @@ def _has_command(*names: str) -> bool:
 
 def elementary_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Compute `ops.rms_norm` with elementary operators."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(exact_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def elementary_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Compute `ops.rotary` with elementary operators."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = exact_dtype(x.dtype)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (table.to(dtype)[..., None, ::2] for table in (cos, sin))
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
+from ..utils import exact_dtype
 
 MIN_HEIGHT = 1024  # of tiles that are narrower than the matrix; shorter ones make the products inefficient
 ALIGNMENT = 128  # of the height, in rows
@@ -40,11 +41,6 @@ class Batch(NamedTuple):
 
 def own_rows(rank: int, count: int) -> slice:
     return slice(rank * count, (rank + 1) * count)
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums and exponentials of values of `dtype`: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def exact_scalar(value: Tensor, dtype: torch.dtype) -> Tensor:

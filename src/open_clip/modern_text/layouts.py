@@ -14,6 +14,7 @@ from .. import device as devices
 from .. import packing
 from ..packing import Segments
 from ..text_groups import PackedText
+from ..utils import exact_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class PaddedLayout:
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean over each text, [batch, width], with sums in float32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = exact_dtype(x.dtype)
         total = (x.to(dtype) * self.is_text[:, :, None]).sum(dim=1)
         return (total / self.lengths[:, None]).to(x.dtype)
 
