@@ -84,26 +84,40 @@ def pytest_sessionstart() -> None:
     reset_warnings()
 
 
+# What old versions of libraries cannot do, by the error: (library, first version that can, what).
+NEEDED = {
+    "Image towers for any size (NaFlex) need timm": ("timm", "1.0.31", "NaFlexVit"),
+    "cannot run --fsdp on the CPU": ("torch", "2.7", "FSDP2 on the CPU"),
+    "'Stream' object has no attribute 'record_event'": ("torch", "2.7", "FSDP2 on the CPU"),
+    "fully_shard() got an unexpected keyword argument 'ignored_params'": (
+        "torch",
+        "2.7",
+        "FSDP2 without some parameters",
+    ),
+}
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup() -> Generator[None, Any, Any]:
-    with skipped_without_naflex():
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    with skipped_on_old_versions():
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call() -> Generator[None, Any, Any]:
-    with skipped_without_naflex():
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    with skipped_on_old_versions():
         return (yield)
 
 
 @contextlib.contextmanager
-def skipped_without_naflex() -> Iterator[None]:
-    """Skip a test that needs NaFlexVit if the installed timm is too old for it."""
+def skipped_on_old_versions() -> Iterator[None]:
+    """Skip a test that fails because an installed library is too old for what it tests."""
     try:
         yield
     except Exception as error:
-        if "Image towers for any size (NaFlex) need timm" in str(error):
-            from versions import require
+        for text, needed in NEEDED.items():
+            if text in str(error):
+                from versions import require
 
-            require("timm", "1.0.31", "NaFlexVit")
+                require(*needed)
         raise

@@ -30,7 +30,7 @@ from training.evaluators import class_names
 from training.params import CheckpointConfig, DataConfig, TrainConfig
 from training.params.checks import reporters, trains
 from training.params.option import flag
-from training.sharding import shards
+from training.sharding import shards, units
 
 _SAMPLE_CAPTION = "a photo of a cat"
 _LABELLED = ("imagenet_val", "imagenet_v2", "zeroshot_data")
@@ -85,11 +85,15 @@ def check_device(cfg: TrainConfig) -> None:
     """Check the device that the run will use, before its first use.
 
     Raises:
-        RuntimeError: the device is missing, or an environment variable would make the run fail.
+        RuntimeError: the device is missing, an environment variable would make the run fail, or torch cannot do what
+            the options ask for on the device.
         ModuleNotFoundError: --torchcompile needs something that is not installed.
         ValueError: torch does not know the backend of --torchcompile.
     """
-    kind = devices.get(devices.resolve(cfg.distributed.device))
+    device = devices.resolve(cfg.distributed.device)
+    kind = devices.get(device)
+    if cfg.distributed.fsdp and ranks.world_info_from_env()[2] > 1:
+        units.check_device(device)
     for problem in kind.environment_errors():
         raise RuntimeError(problem)
     if cfg.model.torchcompile:

@@ -24,6 +24,7 @@ from open_clip.precision import set_precision
 from open_clip.text_groups import GroupedText, PackedText, group_by_length, pack_text
 from training import flops
 from training.compilation import find_blocks
+from versions import require
 
 FACTS = Path(__file__).parents[1] / "parity" / "fixtures" / "open_clip_4"
 NAMED = sorted((FACTS / "model_configs").glob("moderntext-*.json"))
@@ -391,6 +392,7 @@ def test_the_flops_of_a_training_step():
 
 
 def test_onnx_for_any_batch(tmp_path):
+    require("torch", "2.7", "the exporter of torch 2.6 cannot decompose lerp for batches of any size")
     import onnxruntime
 
     model = cases.build(**{**cases.EVERYTHING, **cases.MAP, "layers": 2}).eval()

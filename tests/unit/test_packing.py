@@ -24,6 +24,7 @@ from open_clip import device as devices
 from open_clip import packing
 from open_clip.device import cuda, packed
 from open_clip.packing import Segments
+from versions import require
 
 HEADS, HEAD_DIM = 2, 8
 RANDOM = random.Random(0)
@@ -321,6 +322,7 @@ def run_sharded(rank: int, size: int) -> dict[str, Tensor]:
 
 
 def test_sharded_towers(tmp_path: Path) -> None:
+    require("torch", "2.7", "FSDP2 on the CPU")
     ranks = run_ranks(__file__, "run_sharded", (2,), tmp_path)[2]
     for found in ranks:
         assert torch.equal(found["output"], found["expected"])

@@ -492,3 +492,13 @@ def test_what_takes_long_says_how_far_it_is(inputs, tmp_path, monkeypatch):
     ):
         assert f"INFO | {words}" in log
     assert not progress._is_shown, "a later run in this process starts silent"
+
+
+def test_an_old_torch_cannot_shard_on_the_cpu(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    options = ["--dataset-type", "synthetic", "--device", "cpu"]
+    with pytest.raises(RuntimeError, match=r"torch .* cannot run --fsdp on the CPU\. Install a newer torch\."):
+        preflight.check_device(sections(parse_args([*options, "--fsdp"])))
+    preflight.check_device(sections(parse_args(options)))

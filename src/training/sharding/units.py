@@ -33,6 +33,12 @@ logger = logging.getLogger(__name__)
 _FORWARD_METHODS = ("encode_image", "encode_text")  # called in addition to `forward`
 
 
+def check_device(device: torch.device) -> None:
+    """Raise RuntimeError if the installed torch cannot shard on the device."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise RuntimeError(f"torch {torch.__version__} cannot run --fsdp on the CPU. Install a newer torch.")
+
+
 def shard_model(
     model: nn.Module,
     cfg: DistributedConfig,
@@ -48,8 +54,10 @@ def shard_model(
         materialize: computes the values of a tensor that is on the meta device.
 
     Raises:
+        RuntimeError: the installed torch cannot shard on the device.
         ValueError: --hsdp does not divide the number of processes.
     """
+    check_device(world.device)
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     pin = devices.get(world.device).pin_memory
