@@ -124,6 +124,10 @@ class Device:
             return f"torch.compile on {self.type} needs a C compiler: install gcc, or set CC to the path of one."
         return None
 
+    def why_not_shard(self) -> str | None:
+        """Return a message that says why FSDP2 cannot run on the device with the installed torch, or None if it can."""
+        return None
+
     def hint(self, error_text: str) -> str | None:
         """Return advice for an error from the codes in its message, or None if it has no known code."""
         return next((advice for pattern, advice in self.hints if re.search(pattern, error_text)), None)

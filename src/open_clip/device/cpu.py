@@ -42,6 +42,11 @@ class CpuDevice(Device):
             return f"torch.compile on CPU needs a C++ compiler, and {compiler!r} is not installed: install {default}."
         return None
 
+    def why_not_shard(self) -> str | None:
+        if hasattr(torch.cpu.Stream, "record_event"):
+            return None
+        return f"torch {torch.__version__} cannot run --fsdp on the CPU. Install a newer torch."
+
     def set_device(self, index: int) -> None:
         pass
 

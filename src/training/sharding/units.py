@@ -35,8 +35,9 @@ _FORWARD_METHODS = ("encode_image", "encode_text")  # called in addition to `for
 
 def check_device(device: torch.device) -> None:
     """Raise RuntimeError if the installed torch cannot shard on the device."""
-    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-        raise RuntimeError(f"torch {torch.__version__} cannot run --fsdp on the CPU. Install a newer torch.")
+    problem = devices.get(device).why_not_shard()
+    if problem is not None:
+        raise RuntimeError(problem)
 
 
 def shard_model(
