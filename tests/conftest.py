@@ -86,6 +86,7 @@ def pytest_sessionstart() -> None:
 
 # What old versions of libraries cannot do, by the error: (library, first version that can, what).
 NEEDED = {
+    "timm has no such optimizer": ("timm", "1.0.21", "timm/muon"),
     "Image towers for any size (NaFlex) need timm": ("timm", "1.0.31", "NaFlexVit"),
     "cannot run --fsdp on the CPU": ("torch", "2.7", "FSDP2 on the CPU"),
     "'Stream' object has no attribute 'record_event'": ("torch", "2.7", "FSDP2 on the CPU"),

@@ -136,8 +136,8 @@ def assert_same_losses(
     **options: Any,
 ) -> int:
     """Compare the losses with those of the uncompiled model. Return the number of graphs. `options` are of `train`."""
-    if strategy in ("task", "step"):
-        require("torch", "2.13", "older ones split these graphs or cannot compile the backward pass")
+    if strategy == "step":
+        require("torch", "2.13", "older ones cannot compile the backward pass")
     names = list(model.state_dict())
     if strategy != "blocks":
         options["text_groups"] = 0  # as the command does; dropout depends on the shape of the texts
@@ -281,6 +281,8 @@ def test_a_strategy_compiles_a_text_tower_of_transformers(tmp_path: Path, strate
 @pytest.mark.parametrize("strategy", ["task", "step"])
 @pytest.mark.parametrize("kind", ["siglip", "distillation"])
 def test_a_strategy_compiles_other_objectives(kind: str, strategy: str) -> None:
+    if kind == "distillation":
+        require("torch", "2.7", "torch 2.6 splits the graph")
     cfg = ObjectiveConfig(siglip=kind == "siglip")
     model = vit(layers=1)
     if kind == "siglip":

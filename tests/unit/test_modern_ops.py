@@ -107,9 +107,10 @@ def test_graphs_for_other_programs_have_plain_operators() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.weight, self.linear = nn.Parameter(torch.ones(8)), nn.Linear(8, 16)
+            self.register_buffer("angles", ANGLES)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = devices.rotary(devices.rms_norm(x, self.weight, 1e-6), ANGLES.cos(), ANGLES.sin())
+            x = devices.rotary(devices.rms_norm(x, self.weight, 1e-6), self.angles.cos(), self.angles.sin())
             return devices.swiglu_linear(x, self.linear)
 
     x = torch.randn(6, 3, 8)
