@@ -43,7 +43,7 @@ endif
 demo: install  ## train a small CLIP on handwritten digits and plot the results (under 5 minutes on 2 cores)
 	$(RUN) demo/digits.py --output $(DEMO_OUTPUT)
 
-test: install  ## run the tests (under 20 minutes on 2 cores, no network)
+test: install  ## run the tests (20 minutes on 2 cores, no network)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not npu"
 
 test-npu: $(NPU_VENV)/.installed  ## run the NPU tests on an emulated CANN (under 12 minutes on 2 cores)
