@@ -16,14 +16,7 @@ from . import aliases
 from .config import closest
 from .timm_versions import import_timm, timm_version
 from .transformer.layers import GELU, QuickGELU
-from .utils import (
-    LayerGroups,
-    NotScriptable,
-    check_images,
-    expect,
-    set_trainable,
-    to_2tuple,
-)
+from .utils import LayerGroups, NotScriptable, check_images, expect, set_trainable, to_2tuple
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ def check_options(cfg: TrainConfig) -> None:
         optim.check_name(cfg.optim.opt)
         optim.check_options(cfg.optim)
         optim.check_weights(cfg.optim, precision.weights_dtype(cfg.model.precision))
-        if cfg.distributed.fsdp and ranks.world_info_from_env()[2] > 1:
+        if _will_shard(cfg):
             shards.check_optimizer(cfg.optim)
     _check_pairs(data)
     for name in _LABELLED:
@@ -92,12 +92,16 @@ def check_device(cfg: TrainConfig) -> None:
     """
     device = devices.resolve(cfg.distributed.device)
     kind = devices.get(device)
-    if cfg.distributed.fsdp and ranks.world_info_from_env()[2] > 1:
+    if _will_shard(cfg):
         units.check_device(device)
     for problem in kind.environment_errors():
         raise RuntimeError(problem)
     if cfg.model.torchcompile:
         _check_compiler(kind, cfg.model.torchcompile_backend or "inductor")
+
+
+def _will_shard(cfg: TrainConfig) -> bool:
+    return cfg.distributed.fsdp and ranks.world_info_from_env()[2] > 1
 
 
 def _check_compiler(kind: devices.Device, backend: str) -> None:

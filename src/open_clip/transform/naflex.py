@@ -93,8 +93,8 @@ def collate_patches(
         {"patches": [batch, length, ...], "patch_coord": int64 [batch, length, 2], "patch_valid": bool [batch, length]}.
 
     Raises:
-        ValueError: there are no samples, or one has more than `max_seq_len` patches, or they are not samples of NaFlex
-            transforms with one size of patches.
+        ValueError: there are no samples, a sample has more than `max_seq_len` patches, or the samples do not come from
+            NaFlex transforms with one patch size.
     """
     if not samples:
         raise ValueError("collate_patches got no samples. Pass at least one.")

@@ -28,6 +28,8 @@ from training.params.checks import trains
 
 logger = logging.getLogger(__name__)
 
+Factories = tuple[NaFlexTransformFactory, NaFlexEvalTransformFactory]  # for training and evaluation
+
 SLOT = "__slot__"  # in a sample: its Slot
 
 
@@ -183,7 +185,7 @@ def plan_transforms(
         ValueError: the transforms are not factories.
     """
     lengths = lengths_of(visual)
-    return _plan(options, data, lengths["patch_size"], lengths["max_seq_len"], transforms)
+    return _plan(options, data, _check_factories(transforms), lengths["patch_size"], lengths["max_seq_len"])
 
 
 def plan_script_transforms(args: Any, data: DataConfig, transforms: Sequence[Any]) -> Sequence[Callable[[Any], Any]]:
@@ -213,19 +215,19 @@ def plan_script_transforms(args: Any, data: DataConfig, transforms: Sequence[Any
             "'none' and scale the loss in the script, or train with training.main."
         )
     options = dataclasses.replace(options, naflex_variable_batch=True)
-    train, evaluation = _check_factories(transforms)
-    return _plan(options, data, train.patch_size, evaluation.max_seq_len, transforms)
+    factories = train, evaluation = _check_factories(transforms)
+    return _plan(options, data, factories, train.patch_size, evaluation.max_seq_len)
 
 
 def _plan(
-    options: NaFlexConfig, data: DataConfig, patch_size: Any, eval_seq_len: int | None, transforms: Sequence[Any]
+    options: NaFlexConfig, data: DataConfig, factories: Factories, patch_size: Any, eval_seq_len: int | None
 ) -> list[Callable[[Any], Any]]:
-    train, evaluation = _check_factories(transforms)
+    train, evaluation = factories
     cfg = NaFlexDataConfig.from_options(options, patch_size, eval_seq_len)
     return [PlannedTransform(train, options, cfg, data), evaluation(cfg.eval_seq_len, cfg.eval_patch_size)]
 
 
-def _check_factories(transforms: Sequence[Any]) -> tuple[NaFlexTransformFactory, NaFlexEvalTransformFactory]:
+def _check_factories(transforms: Sequence[Any]) -> Factories:
     train, evaluation = transforms
     if not isinstance(train, NaFlexTransformFactory) or not isinstance(evaluation, NaFlexEvalTransformFactory):
         raise ValueError(
